@@ -1,0 +1,22 @@
+"""Graft: lossless hybrid tree speculation (arXiv 2605.20104) for transformers causal LMs.
+
+Shape suffixes: B batch, S sequence, N tree rows (the root included), T template rows, D depth (0..max),
+A accepted or newly committed positions, K keys or successors per token, V target vocabulary,
+D in `logp_BD` draft vocabulary, H hidden size, E tapped states concatenated, k beam width.
+"""
+
+from .engine import Generation, GenerationStats, GraftEngine
+from .errors import GraftError
+from .policy import METHODS, Plan, Policy, Stage, paper_policy
+
+__all__ = [
+    "METHODS",
+    "Generation",
+    "GenerationStats",
+    "GraftEngine",
+    "GraftError",
+    "Plan",
+    "Policy",
+    "Stage",
+    "paper_policy",
+]

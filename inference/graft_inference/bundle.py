@@ -1,0 +1,146 @@
+"""The bundle: what training exports and the engine loads.
+
+    config.json, model.safetensors   the draft head, an EAGLE-3 checkpoint
+    graft.json                       the policy, and fingerprints of the target
+    successors.safetensors           the successor matrix
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .draft_head import DraftHead
+from .errors import GraftError
+from .head_checkpoint import load_head
+from .policy import Policy
+from .retrieval import SuccessorMatrix
+
+
+@dataclass
+class Bundle:
+    """A head, the policy measured with it, and the matrix it starts from."""
+
+    head: DraftHead
+    policy: Policy
+    successors: SuccessorMatrix
+
+
+def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> Bundle:
+    """Loads a bundle strictly and checks that it was made for this target.
+
+    Args:
+        path: local directory or Hub id.
+        target_config: the target's (text) configuration.
+        tokenizer: the target's, or None to skip that check.
+
+    Raises:
+        GraftError: names the file, or the property of the target that differs.
+    """
+    directory = resolve(path)
+    head = load_head(directory)
+    graft = read_json(directory / "graft.json")
+    if set(graft) != {"policy", "target"}:
+        raise GraftError(f"{directory / 'graft.json'} must hold policy and target; export the bundle again")
+    check_target(head, graft["target"], target_config, tokenizer)
+    successors = load_successors(directory / "successors.safetensors", head.config.vocab_size)
+    return Bundle(head, Policy.from_dict(graft["policy"]), successors)
+
+
+def check_target(head: DraftHead, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
+    """Raises GraftError unless the target has the sizes, and the tokenizer, the head was trained with."""
+    sizes = {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
+    for name, expected in sizes.items():
+        actual = getattr(target_config, name)
+        if actual != expected:
+            raise GraftError(f"this bundle wants a target with {name}={expected}, but it has {actual}")
+    wanted = made_for.get("tokenizer")
+    if wanted and tokenizer is not None and tokenizer_hash(tokenizer) != wanted:
+        raise GraftError(
+            "the target's tokenizer is not the one this bundle was trained with: "
+            f"pass the target it was made for ({made_for.get('name_or_path')})"
+        )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 over every token and its id."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), ensure_ascii=True)
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+def load_successors(path: Path, vocab_size: int) -> SuccessorMatrix:
+    """Reads and checks a successor matrix: `ids` [V, k] int32 (with `probs` and `counts` beside it)."""
+    tensors = read_safetensors(path)
+    if set(tensors) != {"ids", "probs", "counts"}:
+        raise GraftError(f"{path} must hold ids, probs and counts, not {sorted(tensors)}")
+    ids = tensors["ids"]
+    if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != vocab_size:
+        raise GraftError(f"{path}: ids must be int32 [{vocab_size}, k], not {ids.dtype} {list(ids.shape)}")
+    if int(ids.min()) < -1 or int(ids.max()) >= vocab_size:
+        raise GraftError(f"{path}: ids must lie in -1..{vocab_size - 1}; the file is corrupt")
+    return SuccessorMatrix(ids)
+
+
+def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, Any | None]:
+    """The target and its tokenizer (None where it has none).
+
+    Raises:
+        GraftError: not a model transformers can load, or an unknown dtype or device.
+    """
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise GraftError(f"dtype {dtype!r} does not exist: use float32, bfloat16 or float16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise GraftError(f"device {device!r} cannot be used here: {error}") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise GraftError(f"no target can be loaded from {path}: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        tokenizer = None
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def resolve(path: str | Path) -> Path:
+    """A local directory as it is, a Hub id as its downloaded snapshot."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(str(path)))
+    except (HFValidationError, RepositoryNotFoundError, OSError) as error:
+        raise GraftError(f"{path} is neither a directory nor a Hub repository that can be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a GraftError that names the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise GraftError(f"{path} is missing: the directory is incomplete; export or download it again") from error
+    except ValueError as error:
+        raise GraftError(f"{path} is not valid JSON ({error}); export or download it again") from error
+    if not isinstance(values, dict):
+        raise GraftError(f"{path} must hold a JSON object")
+    return values
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file, or a GraftError that names the file."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise GraftError(f"{path} is missing: the directory is incomplete; export or download it again") from error
+    except SafetensorError as error:
+        raise GraftError(f"{path} is truncated or corrupt ({error}); export or download it again") from error

@@ -1,0 +1,224 @@
+"""The EAGLE-3 draft head: one decoder layer over fused target states (arXiv 2503.01840).
+
+The same module is trained and served. How a query sees earlier keys differs between the two (an unroll
+over whole sequences, a tree over a cache), so the caller passes attention as a function.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .errors import GraftError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query_BQSD, key_BKSD, value_BKSD) of this pass -> attended values BQSD; owns cache and mask."""
+
+
+@dataclass(frozen=True)
+class DraftHeadConfig:
+    """Shape of a draft head. The head is as wide as its target, whose embeddings it shares.
+
+    Attributes:
+        tapped_layers: target layers whose *outputs* feed the head, 0-based and ascending.
+        vocab_size: the target's vocabulary, V.
+        draft_vocab_size: tokens the head can propose, Vd <= V.
+        norm_before_residual: whether the residual is the normed feature (False in EAGLE and SGLang).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    tapped_layers: tuple[int, ...]
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    norm_before_residual: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.draft_vocab_size <= self.vocab_size:
+            raise GraftError(
+                f"draft_vocab_size={self.draft_vocab_size} must lie in 1..vocab_size={self.vocab_size}"
+            )
+        if list(self.tapped_layers) != sorted(set(self.tapped_layers)) or not self.tapped_layers:
+            raise GraftError(f"tapped_layers={self.tapped_layers} must be distinct and ascending")
+
+    def llama_config(self) -> LlamaConfig:
+        """The flat Llama configuration that the SGLang dialect stores, and that RoPE is built from."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = ("tapped_layers", "draft_vocab_size", "norm_before_residual")
+        return LlamaConfig(
+            **{name: value for name, value in values.items() if name not in own},
+            num_hidden_layers=1,
+            tie_word_embeddings=False,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"tapped_layers": list(self.tapped_layers)}
+
+
+class DraftAttention(nn.Module):
+    """Self-attention whose input is twice as wide as its output."""
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, q_width = 2 * config.hidden_size, config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, q_width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+
+    def forward(self, input_BSW: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        shape = (*input_BSW.shape[:2], -1, self.head_dim)
+        query_BQSD = self.q_proj(input_BSW).view(shape).transpose(1, 2)
+        key_BKSD = self.k_proj(input_BSW).view(shape).transpose(1, 2)
+        value_BKSD = self.v_proj(input_BSW).view(shape).transpose(1, 2)
+        query_BQSD, key_BKSD = apply_rotary_pos_emb(query_BQSD, key_BKSD, *rope)
+        attended_BQSD = attend(query_BQSD, key_BKSD, value_BKSD)
+        return self.o_proj(attended_BQSD.transpose(1, 2).flatten(2))
+
+
+class DraftMLP(nn.Module):
+    """The gated MLP of a Llama layer."""
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH))
+
+
+class DraftLayer(nn.Module):
+    """The head's decoder layer; module names are the checkpoint's."""
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__()
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = DraftAttention(config)
+        self.mlp = DraftMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, embedding_BSH: Tensor, feature_BSH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor:
+        normed_BSH = self.hidden_norm(feature_BSH)
+        residual_BSH = normed_BSH if self.norm_before_residual else feature_BSH
+        input_BSW = torch.cat((self.input_layernorm(embedding_BSH), normed_BSH), dim=-1)
+        hidden_BSH = residual_BSH + self.self_attn(input_BSW, rope, attend)
+        return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH))
+
+
+class DraftHead(nn.Module):
+    """An EAGLE-3 head. Its parameters and buffers are exactly the tensors of the checkpoint.
+
+    At position t the head reads the embedding of token t+1 and the feature of position t, and predicts
+    token t+2. The first feature is `fuse(taps)`; every later one is the head's own previous output.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+    target_ids: Tensor
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        taps = len(config.tapped_layers)
+        self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
+        self.midlayer = DraftLayer(config)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(config.llama_config())
+        kept_V = torch.arange(config.vocab_size) < config.draft_vocab_size
+        if config.draft_vocab_size < config.vocab_size:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            self.register_buffer("t2d", kept_V)
+        self.register_buffer("target_ids", torch.arange(config.draft_vocab_size), persistent=False)
+
+    def set_draft_vocabulary(self, token_ids_D: Tensor) -> None:
+        """Fixes which target tokens the head proposes.
+
+        Args:
+            token_ids_D: ascending target ids, [Vd] int64.
+
+        Raises:
+            GraftError: wrong number of ids, not ascending, or out of range.
+        """
+        config = self.config
+        ascending = bool((token_ids_D.diff() > 0).all())
+        in_range = bool((token_ids_D >= 0).all() and (token_ids_D < config.vocab_size).all())
+        if token_ids_D.shape != (config.draft_vocab_size,) or not ascending or not in_range:
+            raise GraftError(
+                f"a draft vocabulary is {config.draft_vocab_size} ascending ids below {config.vocab_size}; "
+                "check d2t and t2d of the checkpoint"
+            )
+        self.target_ids = token_ids_D.to(self.target_ids.device)
+        if config.draft_vocab_size < config.vocab_size:
+            # EAGLE stores the *offset* from draft id to target id, not the target id.
+            self.d2t = self.target_ids - torch.arange(len(token_ids_D), device=self.target_ids.device)
+            self.t2d = torch.zeros_like(self.t2d).index_fill_(0, self.target_ids, True)
+
+    def load_checkpoint(self, tensors: dict[str, Tensor]) -> None:
+        """Loads a checkpoint strictly: every tensor known, none missing, vocabulary maps consistent.
+
+        Raises:
+            GraftError: names the missing, unknown or misshapen tensors.
+        """
+        own = self.state_dict()
+        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+        if missing or unknown or misshapen:
+            raise GraftError(
+                "this is not a checkpoint of the head its config describes: "
+                f"missing {missing}, unknown {unknown}, of another shape {sorted(misshapen)}"
+            )
+        self.load_state_dict(tensors, strict=True)
+        if self.config.draft_vocab_size < self.config.vocab_size:
+            self.set_draft_vocabulary(torch.arange(self.config.draft_vocab_size) + tensors["d2t"].cpu())
+            if not torch.equal(self.t2d.cpu(), tensors["t2d"].cpu()):
+                raise GraftError("d2t and t2d name different draft vocabularies; the checkpoint is corrupt")
+
+    def fuse(self, taps_BSE: Tensor) -> Tensor:
+        """Target's tapped states, concatenated, [B, S, taps*H] -> feature [B, S, H]."""
+        return self.fc(taps_BSE)
+
+    def forward(
+        self, embedding_BSH: Tensor, feature_BSH: Tensor, positions_BS: Tensor, attend: Attend
+    ) -> Tensor:
+        """One draft pass: the un-normed output, which is also the next pass's feature. [B, S, H]"""
+        rope = self.rotary_emb(embedding_BSH, positions_BS)
+        return self.midlayer(embedding_BSH, feature_BSH, rope, attend)
+
+    def logits(self, hidden_BSH: Tensor) -> Tensor:
+        """Logits over the draft vocabulary. [..., H] -> [..., Vd]"""
+        return self.lm_head(self.norm(hidden_BSH))
+
+
+def default_tapped_layers(num_layers: int) -> tuple[int, int, int]:
+    """EAGLE-3's choice (outputs of layers 1, n//2-1, n-4), spread evenly where the target is too shallow.
+
+    Raises:
+        GraftError: fewer than three layers.
+    """
+    if num_layers < 3:
+        raise GraftError(f"a target of {num_layers} layers has no three states to tap; it needs at least 3")
+    if num_layers >= 8:
+        return 1, num_layers // 2 - 1, num_layers - 4
+    return 0, num_layers // 2, num_layers - 1

@@ -1,0 +1,59 @@
+"""Exact acceptance: draw the target's token at every node, then follow the children that match.
+
+The tree is fixed before the draws, and siblings differ in their tokens, so the emitted tokens are an
+ancestral sample of the target: unchanged output at any temperature (Graft section 3; speculative
+sampling with point proposals).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .tree import DraftTree, Source
+
+
+@dataclass
+class Acceptance:
+    """One verification's result, of fixed size, so that nothing waits for the device.
+
+    Attributes:
+        count: accepted nodes with the root: also the number of emitted tokens. 0-d int64.
+        path_D: rows of the accepted nodes by depth; entries past `count` are meaningless. [depth+1]
+        emitted_D: the tokens drawn at those rows; the last valid one is the bonus token. [depth+1]
+        accepted_N: which rows were accepted, bool.
+    """
+
+    count: Tensor
+    path_D: Tensor
+    emitted_D: Tensor
+    accepted_N: Tensor
+
+
+def draw(logits_NV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """The target's token at every node, [N]: argmax at temperature 0, else an independent sample each."""
+    if temperature == 0:
+        return logits_NV.argmax(dim=-1)
+    probs_NV = (logits_NV.float() / temperature).softmax(dim=-1)
+    # argmax(p / Exponential(1)) is a sample of p; multinomial would check its input on the host.
+    noise_NV = torch.empty_like(probs_NV).exponential_(generator=generator)
+    return (probs_NV / noise_NV).argmax(dim=-1)
+
+
+def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: int) -> Acceptance:
+    """Follows the drawn tokens down the tree.
+
+    Args:
+        tree: N rows; siblings carry different tokens.
+        ancestors_NN: `tree.ancestors(max_depth)`.
+        drawn_N: the target's token at every row.
+        max_depth: bound on the depth of the tree.
+    """
+    matches_N = (tree.tokens_N == drawn_N[tree.parents_N]) & (tree.sources_N != Source.EMPTY)
+    matches_N[0] = True
+    accepted_N = ~(ancestors_NN & ~matches_N).any(dim=1)
+    # Accepted rows form a chain: at most one at each depth. Others go to a slot past the end.
+    depth_N = torch.where(accepted_N, tree.depths_N, max_depth + 1)
+    path_D = torch.zeros(max_depth + 2, dtype=torch.long, device=drawn_N.device)
+    path_D = path_D.scatter_(0, depth_N, torch.arange(len(tree), device=drawn_N.device))[: max_depth + 1]
+    return Acceptance(accepted_N.sum(), path_D, drawn_N[path_D], accepted_N)

@@ -1,0 +1,67 @@
+"""The drafted tree against a plain beam search that re-reads every path without a cache."""
+
+import pytest
+import torch
+from graft_inference.drafting import Drafter
+from graft_inference.target import Target
+from torch.nn import functional as F
+
+from .test_tree import token_path
+from .tiny import tiny_head, tiny_model
+
+LENGTH, BEAM, PASSES = 7, 3, 4
+
+
+def plain_logp(head, target, tokens, feature):
+    """Log-probabilities over target ids after a path: tokens[i] beside feature i; later features are the
+    head's own outputs. One whole pass per step, plain causal attention, no cache."""
+    steps = len(tokens) - len(feature)
+    features = feature
+    embedding = target.embed(torch.tensor(tokens)[None])
+    for _ in range(steps + 1):
+        size = features.shape[0]
+        attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+        out = head(embedding[:, :size], features[None], torch.arange(size)[None], attend)[0]
+        features = torch.cat((features, out[-1:]))
+    logp = head.logits(out[-1]).log_softmax(-1)
+    return {int(head.target_ids[i]): float(logp[i]) for i in range(len(logp))}
+
+
+def plain_tree(head, target, tokens, feature):
+    """{token path: score} of EAGLE's beam search, and the best score of the deepest layer."""
+    scores, beam = {}, [((), 0.0)]
+    for _ in range(PASSES):
+        layer = {}
+        for path, score in beam:
+            logp = plain_logp(head, target, [*tokens, *path], feature)
+            for token in sorted(logp, key=logp.get, reverse=True)[:BEAM]:
+                layer[(*path, token)] = score + logp[token]
+        scores |= layer
+        beam = sorted(layer.items(), key=lambda item: -item[1])[:BEAM]
+    return scores, beam[0][1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("chunks", [[LENGTH], [3, 4], [1, 1, 5], [6, 1]])
+def test_draft_equals_plain_beam_search(family, chunks):
+    model = tiny_model(family)
+    head = tiny_head(model)
+    target = Target(model, head.config.tapped_layers)
+    torch.manual_seed(5)
+    tokens = torch.randint(0, 61, (LENGTH,))
+    taps = torch.randn(LENGTH, 3 * model.config.hidden_size)
+    with torch.inference_mode():
+        drafter = Drafter(head, target, BEAM, capacity=LENGTH + BEAM * PASSES)
+        start = 0
+        for chunk in chunks:  # as rounds do: drafting in between must leave nothing behind
+            draft = drafter.begin(tokens[start : start + chunk], taps[start : start + chunk])
+            for _ in range(PASSES - 1):
+                draft = drafter.deepen(draft)
+            start += chunk
+        expected, deepest = plain_tree(head, target, tokens.tolist(), head.fuse(taps))
+    tree = draft.candidates
+    found = {token_path(tree, row): float(tree.logp_N[row]) for row in range(1, len(tree))}
+    assert found.keys() == expected.keys()
+    for path, score in expected.items():
+        assert found[path] == pytest.approx(score, abs=2e-3)
+    assert float(draft.confidence.log()) == pytest.approx(deepest, abs=2e-3)

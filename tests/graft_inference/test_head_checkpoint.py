@@ -1,0 +1,172 @@
+"""The head's checkpoint: round trip, both engines' conventions, strict loading."""
+
+import json
+
+import pytest
+import torch
+from graft_inference.draft_head import DraftHead, DraftHeadConfig
+from graft_inference.errors import GraftError
+from graft_inference.head_checkpoint import load_head, save_head
+from safetensors.torch import load_file, save_file
+
+
+def make_head(**changes) -> DraftHead:
+    torch.manual_seed(0)
+    values = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "vocab_size": 10,
+        "draft_vocab_size": 4,
+        "tapped_layers": (1, 5, 8),
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        "norm_before_residual": True,
+    }
+    head = DraftHead(DraftHeadConfig(**(values | changes)))
+    if head.config.draft_vocab_size == 4:
+        head.set_draft_vocabulary(torch.tensor([0, 3, 4, 9]))
+    return head
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_head(make_head(), tmp_path)
+    return tmp_path
+
+
+def edit_tensors(directory, edit):
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_config(directory, edit):
+    values = json.loads((directory / "config.json").read_text())
+    edit(values)
+    (directory / "config.json").write_text(json.dumps(values))
+
+
+def test_round_trip_keeps_config_tensors_and_vocabulary(saved):
+    head, loaded = make_head(), load_head(saved)
+    assert loaded.config == head.config
+    assert loaded.target_ids.tolist() == [0, 3, 4, 9]
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_saving_leaves_other_files_and_no_remains(saved):
+    (saved / "graft.json").write_text("{}")
+    save_head(make_head(), saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "graft.json", "model.safetensors"]
+
+
+def test_dtype_survives(tmp_path):
+    save_head(make_head().to(torch.bfloat16), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load_head(tmp_path).fc.weight.dtype == torch.bfloat16
+
+
+def test_d2t_is_an_offset_and_t2d_marks_the_kept_ids(saved):
+    tensors = load_file(saved / "model.safetensors")
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
+    assert tensors["d2t"].tolist() == [0, 2, 2, 6]  # 0+0, 1+2, 2+2, 3+6 = 0, 3, 4, 9
+    assert tensors["t2d"].nonzero().flatten().tolist() == [0, 3, 4, 9]
+
+
+def test_full_vocabulary_has_no_maps(tmp_path):
+    save_head(make_head(draft_vocab_size=10), tmp_path)
+    assert not {"d2t", "t2d"} & load_file(tmp_path / "model.safetensors").keys()
+    assert load_head(tmp_path).target_ids.tolist() == list(range(10))
+
+
+def test_tensor_names_are_the_official_ones(saved):
+    attention = {f"midlayer.self_attn.{name}_proj.weight" for name in "qkvo"}
+    mlp = {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    norms = {
+        f"midlayer.{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    }
+    rest = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
+    assert load_file(saved / "model.safetensors").keys() == attention | mlp | norms | rest
+
+
+def test_config_speaks_to_both_engines(saved):
+    values = json.loads((saved / "config.json").read_text())
+    assert values["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert (values["model_type"], values["num_hidden_layers"], values["draft_vocab_size"]) == ("llama", 1, 4)
+    assert values["tie_word_embeddings"] is False and values["norm_before_residual"] is True
+    assert values["target_hidden_size"] == 16
+    # Outputs of layers 1, 5, 8 are the inputs of layers 2, 6, 9.
+    assert values["eagle_config"] == {
+        "eagle_aux_hidden_state_layer_ids": [1, 5, 8],
+        "use_aux_hidden_state": True,
+    }
+    assert values["eagle_aux_hidden_state_layer_ids"] == [2, 6, 9]
+    assert values["rope_theta"] == 500.0
+    assert values["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert values["rope_parameters"] == {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+
+
+def test_flat_config_of_an_older_engine_loads(saved):
+    def age(values):
+        for name in ("rope_parameters", "norm_before_residual", "eagle_aux_hidden_state_layer_ids"):
+            del values[name]
+
+    edit_config(saved, age)
+    config = load_head(saved).config
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    assert config.norm_before_residual is False
+    assert config.tapped_layers == (1, 5, 8)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(GraftError, match=f"{name} is missing.*distill"):
+        load_head(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_file_is_named(saved, name, kept):
+    content = (saved / name).read_bytes()
+    # The last byte of the configuration is its newline, without which it is still whole.
+    (saved / name).write_bytes(content[: kept if kept >= 0 else len(content) - 2])
+    with pytest.raises(GraftError, match=f"{name}.*distill"):
+        load_head(saved)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("fc.weight"), r"missing \['fc.weight'\]"),
+        (lambda t: t.update({"midlayer.extra": torch.zeros(1)}), r"unknown \['midlayer.extra'\]"),
+        (lambda t: t.update({"fc.weight": torch.zeros(3, 3)}), r"another shape \['fc.weight'\]"),
+        (lambda t: t["t2d"].logical_not_(), "different draft vocabularies"),
+        (lambda t: t["d2t"].zero_(), "different draft vocabularies"),
+        (lambda t: t.update({"d2t": torch.tensor([0, 3, 4, 9])}), "ascending ids below 10"),
+    ],
+)
+def test_tensors_that_are_not_this_head_are_refused(saved, edit, message):
+    edit_tensors(saved, edit)
+    with pytest.raises(GraftError, match=f"model.safetensors.*{message}"):
+        load_head(saved)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("hidden_size"), "lacks the key 'hidden_size'"),
+        (lambda c: c.update(num_hidden_layers=2), "one layer"),
+        (lambda c: c.update(target_hidden_size=32), "as wide as their target"),
+        (lambda c: c.pop("eagle_config"), "eagle_aux_hidden_state_layer_ids is missing"),
+        (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 5, 8]), "plus one"),
+        (lambda c: c.update(draft_vocab_size=11), "draft_vocab_size=11"),
+    ],
+)
+def test_configs_that_are_not_this_head_are_refused(saved, edit, message):
+    edit_config(saved, edit)
+    with pytest.raises(GraftError, match=f"config.json.*{message}"):
+        load_head(saved)

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+from graft_inference import GraftError, Plan, Policy, Stage, paper_policy
+from graft_inference.policy import depth_template
+
+
+def test_round_trip_through_json():
+    policy = paper_policy()
+    assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+def test_paper_settings_follow_table_1():
+    plan = paper_policy().graft
+    assert [(stage.name, stage.drafted, stage.retrieved) for stage in plan.stages] == [
+        ("d0", 8, 52),
+        ("d1", 24, 36),
+        ("d5", 40, 20),
+        ("d8", 60, 0),
+    ]
+
+
+def test_depth_template_is_prefix_closed_with_the_given_counts():
+    counts = (8, 10, 8, 6, 5, 4, 4, 4, 3)
+    template = depth_template(counts)
+    seen = set()
+    for path in template:
+        assert len(path) == 1 or path[:-1] in seen
+        seen.add(path)
+    assert [sum(len(path) == depth for path in template) for depth in range(1, 10)] == list(counts)
+    assert (0,) * 9 in seen
+
+
+def test_prune_leaves_retrieved_rows_empty():
+    prune = paper_policy().plan("prune")
+    assert not prune.retrieves
+    assert [stage.threshold for stage in prune.stages] == [stage.threshold for stage in paper_policy().graft.stages]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((Stage(2), Stage(1)), "rising passes"),
+        ((Stage(1, drafted=11),), "lower drafted"),
+        ((Stage(2, drafted=64),), "over the budget of 64"),
+        ((Stage(1, drafted=2, retrieved=3, template=((0,),)),), "lower retrieved"),
+    ],
+)
+def test_impossible_plans_are_refused(stages, message):
+    with pytest.raises(GraftError, match=message):
+        Plan(stages)

@@ -1,0 +1,135 @@
+"""Tree algebra against plain references over Python dictionaries."""
+
+import pytest
+import torch
+from graft_inference.retrieval import SuccessorMatrix, Template
+from graft_inference.tree import DraftTree, Source, child_paths, merge, root_tree
+
+PATHS = ((0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0))
+
+
+def random_tree(seed: int, nodes: int = 14, vocab: int = 5) -> DraftTree:
+    """A drafted tree over few tokens, so that paths of several trees coincide; siblings differ."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, parents, depths, logp, taken = [2], [0], [0], [0.0], {}
+    while len(tokens) < nodes:
+        parent = int(torch.randint(len(tokens), (1,), generator=generator))
+        token = int(torch.randint(vocab, (1,), generator=generator))
+        if token in taken.setdefault(parent, set()):
+            continue
+        taken[parent].add(token)
+        tokens.append(token)
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+        logp.append(logp[parent] - float(torch.rand(1, generator=generator)))
+    tree = DraftTree(
+        torch.tensor(tokens),
+        torch.tensor(parents),
+        torch.tensor(depths),
+        torch.tensor(logp),
+        torch.tensor([Source.ROOT] + [Source.DRAFTED] * (nodes - 1)),
+        torch.zeros(nodes, dtype=torch.long),
+    )
+    for row in range(1, nodes):
+        tree.paths_N[row] = child_paths(tree.paths_N[parents[row]], tree.tokens_N[row])
+    return tree
+
+
+def token_path(tree: DraftTree, row: int) -> tuple[int, ...]:
+    path: list[int] = []
+    while row:
+        path.insert(0, int(tree.tokens_N[row]))
+        row = int(tree.parents_N[row])
+    return tuple(path)
+
+
+def filled_rows(tree: DraftTree) -> list[int]:
+    return [row for row in range(1, len(tree)) if tree.sources_N[row] != Source.EMPTY]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ancestors_equal_a_walk_to_the_root(seed):
+    tree = random_tree(seed)
+    expected = torch.zeros(len(tree), len(tree), dtype=torch.bool)
+    for row in range(len(tree)):
+        expected[row, 0] = True
+        node = row
+        while node:
+            expected[row, node] = True
+            node = int(tree.parents_N[node])
+    assert torch.equal(tree.ancestors(int(tree.depths_N.max())), expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_keeps_the_highest_scores_and_every_parent(seed):
+    tree = random_tree(seed)
+    best = tree.best(6)
+    by_score = sorted(range(1, len(tree)), key=lambda row: -float(tree.logp_N[row]))[:6]
+    assert {token_path(best, row) for row in range(1, 7)} == {token_path(tree, row) for row in by_score}
+    assert all(best.parents_N[row] < row for row in range(1, 7))
+
+
+def test_best_keeps_parents_first_on_equal_scores():
+    tree = random_tree(0)
+    tree.logp_N = torch.zeros_like(tree.logp_N)
+    best = tree.best(4)
+    assert best.tokens_N.tolist() == tree.tokens_N[:5].tolist()
+
+
+def reference_expansion(ids, root, paths):
+    """Token path of every rank path, None where the matrix knows no successor."""
+    out = {(): ()}
+    for path in paths:
+        parent = out[path[:-1]]
+        token = -1
+        if parent is not None:
+            token = ids[parent[-1] if parent else root][path[-1]]
+        out[path] = None if parent is None or token < 0 else (*parent, token)
+    return [out[path] for path in paths]
+
+
+def random_matrix(seed: int, vocab: int = 5) -> SuccessorMatrix:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(vocab, vocab, generator=generator).argsort(dim=1)[:, :3].to(torch.int32)
+    ids[1, 2] = -1
+    ids[3, 1:] = -1
+    return SuccessorMatrix(ids)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("rows", [0, 3, 7])
+def test_merge_equals_a_trie(seed, rows):
+    drafted, matrix = random_tree(seed, nodes=7), random_matrix(seed)
+    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu")))
+    tree = merge(drafted, retrieved, rows)
+
+    have = {token_path(drafted, row) for row in range(1, len(drafted))}
+    proposed = reference_expansion(matrix.ids_VK.tolist(), int(drafted.tokens_N[0]), PATHS)
+    new = [path for path in proposed if path is not None and path not in have][:rows]
+
+    assert len(tree) == len(drafted) + rows, "the budget is fixed"
+    paths = [token_path(tree, row) for row in filled_rows(tree)]
+    assert paths == [token_path(drafted, row) for row in range(1, len(drafted))] + new
+    assert len(set(paths)) == len(paths), "no two siblings share a token"
+    for row in filled_rows(tree):
+        assert tree.parents_N[row] < row
+        assert tree.depths_N[row] == len(token_path(tree, row))
+        assert tree.sources_N[row] == (Source.DRAFTED if row < len(drafted) else Source.RETRIEVED)
+
+
+def test_merge_refills_the_rows_of_duplicates():
+    """Root 0; drafted child 1. The matrix offers 1 first: its row goes to the next path."""
+    drafted = root_tree(torch.tensor([0]))
+    drafted = DraftTree(
+        torch.tensor([0, 1]),
+        torch.tensor([0, 0]),
+        torch.tensor([0, 1]),
+        torch.tensor([0.0, -0.5]),
+        torch.tensor([Source.ROOT, Source.DRAFTED]),
+        torch.stack((torch.tensor(0), child_paths(torch.tensor(0), torch.tensor(1)))),
+    )
+    matrix = SuccessorMatrix(torch.tensor([[1, 2], [3, 4], [5, 6], [0, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.int32))
+    template = Template([(0,), (1,), (0, 0)], torch.device("cpu"))
+    tree = merge(drafted, matrix.expand(torch.tensor([0]), template), rows=2)
+    assert tree.tokens_N.tolist() == [0, 1, 2, 3]
+    assert tree.parents_N.tolist() == [0, 0, 0, 1], "3 hangs under the drafted twin of the retrieved 1"

@@ -1,0 +1,91 @@
+"""Tiny random pairs. The head is random too: it drafts badly, and output must be the target's all the same."""
+
+import torch
+from graft_inference import GraftEngine, Plan, Policy, Stage
+from graft_inference.draft_head import DraftHead, DraftHeadConfig
+from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.target import Target
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def tiny_model(family: str, seed: int = 0, **overrides):
+    torch.manual_seed(seed)
+    sizes = SIZES | overrides
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16, max_window_layers=4))
+    # Random weights of the usual size give nearly flat logits, where every argmax is a near tie.
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(6)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_head(model, draft_vocab_size: int = 40, seed: int = 1) -> DraftHead:
+    torch.manual_seed(seed)
+    config = model.config
+    head = DraftHead(
+        DraftHeadConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=config.vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            tapped_layers=(0, 1, 3),
+            max_position_embeddings=256,
+        )
+    )
+    head.set_draft_vocabulary(torch.randperm(config.vocab_size)[:draft_vocab_size].sort().values)
+    for parameter in head.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(8)
+    return head.eval().requires_grad_(False)
+
+
+TEMPLATE = ((0,), (1,), (0, 0), (2,), (0, 1), (0, 0, 0), (1, 0), (3,), (0, 0, 0, 0), (1, 1))
+
+
+def tiny_policy(threshold: float = 0.3) -> Policy:
+    """Stops at every stage now and then; drafted and retrieved nodes overlap."""
+    graft = Plan(
+        (
+            Stage(1, threshold, drafted=3, retrieved=6, template=TEMPLATE),
+            Stage(2, threshold, drafted=5, retrieved=4, template=TEMPLATE),
+            Stage(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
+        ),
+        beam_width=3,
+        budget=12,
+    )
+    return Policy(
+        graft=graft,
+        eagle3=Plan((Stage(3, drafted=9),), beam_width=3, budget=12),
+        retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),), budget=12),
+    )
+
+
+def tiny_engine(model, policy: Policy | None = None, head: DraftHead | None = None) -> GraftEngine:
+    head = head or tiny_head(model)
+    vocab_size = model.config.vocab_size
+    generator = torch.Generator().manual_seed(3)
+    ids_VK = torch.rand(vocab_size, vocab_size, generator=generator).argsort(dim=1)[:, :4].to(torch.int32)
+    return GraftEngine(
+        Target(model, head.config.tapped_layers), policy or tiny_policy(), head, SuccessorMatrix(ids_VK)
+    )
+
