@@ -24,6 +24,9 @@ from .head_checkpoint import load_head
 from .policy import Policy
 from .retrieval import SuccessorMatrix
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+"""Sizes of the target that a bundle is made for."""
+
 
 @dataclass
 class Bundle:
@@ -47,27 +50,46 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
     """
     directory = resolve(path)
     head = load_head(directory)
-    graft = read_json(directory / "graft.json")
-    if set(graft) != {"policy", "target"}:
-        raise GraftError(f"{directory / 'graft.json'} must hold policy and target; export the bundle again")
-    check_target(head, graft["target"], target_config, tokenizer)
+    policy, made_for = load_graft(directory / "graft.json")
+    check_target(head, made_for, target_config, tokenizer)
     successors = load_successors(directory / "successors.safetensors", head.config.vocab_size)
-    return Bundle(head, Policy.from_dict(graft["policy"]), successors)
+    return Bundle(head, policy, successors)
+
+
+def load_graft(path: Path) -> tuple[Policy, dict[str, Any]]:
+    """Reads `graft.json`: the policy, and what `describe_target` said of the target."""
+    graft = read_json(path)
+    if set(graft) != {"policy", "target"} or not all(isinstance(part, dict) for part in graft.values()):
+        raise GraftError(f"{path} must hold exactly the objects policy and target; export the bundle again")
+    policy, made_for = graft["policy"], graft["target"]
+    known = {"name_or_path", "tokenizer", *SIZES}
+    if set(made_for) != known:
+        raise GraftError(
+            f"{path}: target must hold exactly {sorted(known)}, not {sorted(made_for)}; export the bundle again"
+        )
+    try:
+        return Policy.from_dict(policy), made_for
+    except GraftError as error:
+        raise GraftError(f"{path}: {error}; export the bundle again") from error
+
+
+def describe_target(name_or_path: str, target_config: Any, tokenizer: Any | None) -> dict[str, Any]:
+    """What `graft.json` keeps of the target that a bundle is made for."""
+    sizes = {name: getattr(target_config, name) for name in SIZES}
+    return {"name_or_path": name_or_path, "tokenizer": tokenizer and tokenizer_hash(tokenizer), **sizes}
 
 
 def check_target(head: DraftHead, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
     """Raises GraftError unless the target has the sizes, and the tokenizer, the head was trained with."""
-    sizes = {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
-    for name, expected in sizes.items():
+    wanted = {name: made_for[name] for name in SIZES}
+    wanted |= {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
+    remedy = f"pass the target it was made for ({made_for['name_or_path']})"
+    for name, expected in wanted.items():
         actual = getattr(target_config, name)
         if actual != expected:
-            raise GraftError(f"this bundle wants a target with {name}={expected}, but it has {actual}")
-    wanted = made_for.get("tokenizer")
-    if wanted and tokenizer is not None and tokenizer_hash(tokenizer) != wanted:
-        raise GraftError(
-            "the target's tokenizer is not the one this bundle was trained with: "
-            f"pass the target it was made for ({made_for.get('name_or_path')})"
-        )
+            raise GraftError(f"this bundle wants a target with {name}={expected}, but it has {actual}: {remedy}")
+    if made_for["tokenizer"] and tokenizer is not None and tokenizer_hash(tokenizer) != made_for["tokenizer"]:
+        raise GraftError(f"the target's tokenizer is not the one this bundle was trained with: {remedy}")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -84,7 +106,7 @@ def load_successors(path: Path, vocab_size: int) -> SuccessorMatrix:
     ids = tensors["ids"]
     if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != vocab_size:
         raise GraftError(f"{path}: ids must be int32 [{vocab_size}, k], not {ids.dtype} {list(ids.shape)}")
-    if int(ids.min()) < -1 or int(ids.max()) >= vocab_size:
+    if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab_size):
         raise GraftError(f"{path}: ids must lie in -1..{vocab_size - 1}; the file is corrupt")
     return SuccessorMatrix(ids)
 
@@ -103,9 +125,12 @@ def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, A
     except (RuntimeError, AssertionError) as error:
         raise GraftError(f"device {device!r} cannot be used here: {error}") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GraftError(f"no target can be loaded from {path}: {error}") from error
+    if found["missing_keys"]:
+        # transformers would go on with random weights in their place.
+        raise GraftError(f"{path} lacks the tensors {sorted(found['missing_keys'])}: copy or download it again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError):
@@ -113,12 +138,12 @@ def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, A
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, revision: str | None = None) -> Path:
     """A local directory as it is, a Hub id as its downloaded snapshot."""
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(str(path)))
+        return Path(snapshot_download(str(path), revision=revision))
     except (HFValidationError, RepositoryNotFoundError, OSError) as error:
         raise GraftError(f"{path} is neither a directory nor a Hub repository that can be read: {error}") from error
 
@@ -129,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise GraftError(f"{path} is missing: the directory is incomplete; export or download it again") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise GraftError(f"{path} is not valid JSON ({error}); export or download it again") from error
     if not isinstance(values, dict):
         raise GraftError(f"{path} must hold a JSON object")
@@ -142,5 +167,5 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError as error:
         raise GraftError(f"{path} is missing: the directory is incomplete; export or download it again") from error
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise GraftError(f"{path} is truncated or corrupt ({error}); export or download it again") from error

@@ -98,7 +98,10 @@ def head_config_from_dict(values: dict[str, Any]) -> DraftHeadConfig:
         GraftError: a key is missing, contradicts another, or describes a head that this module is not.
     """
     hidden_size, heads = values["hidden_size"], values["num_attention_heads"]
-    if values.get("num_hidden_layers", 1) != 1 or values.get("target_hidden_size", hidden_size) != hidden_size:
+    if (
+        values.get("num_hidden_layers", 1) != 1
+        or values.get("target_hidden_size", hidden_size) != hidden_size
+    ):
         raise GraftError("only heads of one layer that are as wide as their target can be loaded")
     eagle = values.get("eagle_config", {})
     if AUX_IDS not in eagle:

@@ -1,0 +1,34 @@
+# The commands a person types. Everything else is a recipe: python recipes/NAME.py key=value ...
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: quickstart test setup lint bench clean
+
+quickstart: setup
+	$(BIN)/python recipes/quickstart.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+setup: $(INSTALLED)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python recipes/evaluate.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# Written last, so an interrupted installation is repeated.
+$(INSTALLED): pyproject.toml inference/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("needs Python >= 3.11; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -c constraints.txt -e inference -e ".[dev]"
+	touch $@

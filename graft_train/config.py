@@ -1,0 +1,49 @@
+"""The one configuration every recipe composes, so that a misspelt key fails at once in all of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from graft_train.build_corpus import CorpusConfig
+from graft_train.calibrate.config import CalibrateConfig
+from graft_train.data.documents import DataConfig
+from graft_train.data.target import TargetConfig
+from graft_train.distill.config import HeadTrainConfig
+from graft_train.evaluate import EvaluateConfig
+from graft_train.export import ExportConfig
+from graft_train.pretrain_target import PretrainConfig
+from graft_train.regenerate import RegenerateConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """Attributes:
+    run_dir: where all stages read and write.
+    threads: CPU threads of torch; None leaves its own choice.
+    """
+
+    run_dir: str = "runs/mine"
+    seed: int = 0
+    threads: int | None = None
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain_target: PretrainConfig = field(default_factory=PretrainConfig)
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    head: HeadTrainConfig = field(default_factory=HeadTrainConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    policy: CalibrateConfig = field(default_factory=CalibrateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def register() -> None:
+    """Makes the schema known to Hydra; recipes call it before composing."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed values as dataclasses, once, at the edge."""
+    values: Any = OmegaConf.to_object(composed)
+    return values

@@ -1,0 +1,1 @@
+"""What several stages share: documents, prompts, samples, and the target with its tokenizer."""

@@ -1,0 +1,112 @@
+"""The target and its tokenizer: any transformers causal language model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from graft_inference.errors import GraftError
+
+if TYPE_CHECKING:
+    from graft_train.config import Config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class TargetConfig:
+    """Which model is accelerated.
+
+    Attributes:
+        name_or_path: a local directory or a Hub id; null means the one that `pretrain_target` made.
+        dtype: float32, bfloat16 or float16.
+        device: auto (CUDA where there is one, else the CPU), or a device as torch writes it.
+    """
+
+    name_or_path: str | None = None
+    dtype: str = "bfloat16"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise GraftError(f"target.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+
+
+def target_path(config: "Config") -> Path:
+    """The target's local directory; one named by its Hub id is downloaded first.
+
+    Raises:
+        GraftError: neither a directory nor a model that the Hub has.
+    """
+    name = config.target.name_or_path
+    if name is None:
+        return Path(config.run_dir) / "target"
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except (OSError, ValueError) as error:
+        raise GraftError(
+            f"target.name_or_path={name} is neither a local directory nor a model on the Hub: {error}"
+        ) from error
+
+
+def load_target(config: "Config") -> PreTrainedModel:
+    """The target in evaluation mode, frozen, on its device.
+
+    Raises:
+        GraftError: no checkpoint there, a damaged one, or no such device.
+    """
+    path, device = _existing(config), resolve_device(config.target.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[config.target.dtype], use_safetensors=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise GraftError(f"cannot load the target from {path}: {error}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(config: "Config") -> PreTrainedTokenizerBase:
+    """The target's tokenizer, padding on the left as generation needs it.
+
+    Raises:
+        GraftError: no tokenizer beside the target, or one without an end-of-sequence token.
+    """
+    path = _existing(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise GraftError(f"cannot load the tokenizer of the target from {path}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise GraftError(f"the tokenizer in {path} has no end-of-sequence token; set one and save it again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    """Raises GraftError for a device that torch does not know or this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise GraftError(f"target.device={name} is no device; choose auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise GraftError(f"target.device={name}, but torch finds no CUDA device here; choose cpu or auto")
+    return device
+
+
+def _existing(config: "Config") -> Path:
+    path = target_path(config)
+    if not (path / "config.json").is_file():
+        raise GraftError(
+            f"there is no target in {path}; run recipes/pretrain_target.py first, or set target.name_or_path"
+        )
+    return path

@@ -1,0 +1,90 @@
+"""`graft-generate BUNDLE --target T PROMPT`: text as it is accepted, then what the speculation did."""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from .bundle import load_bundle, load_target_model
+from .engine import GenerationStats, GraftEngine
+from .errors import GraftError
+from .policy import METHODS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; 2 on bad input, with one line on stderr that says what to do."""
+    options = _parser().parse_args(arguments)
+    try:
+        stats = run(options)
+    except GraftError as error:
+        print(f"graft-generate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(summary(stats), file=sys.stderr)
+    return 0
+
+
+def run(options: argparse.Namespace) -> GenerationStats:
+    """Loads, generates and prints the continuation to stdout while it comes."""
+    model, tokenizer = load_target_model(options.target, options.device, options.dtype)
+    if tokenizer is None:
+        raise GraftError(f"{options.target} has no tokenizer: put its files beside the model")
+    bundle = load_bundle(options.bundle, model.config.get_text_config(), tokenizer)
+    engine = GraftEngine.from_bundle(bundle, model)
+    input_ids = encode(tokenizer, sys.stdin.read() if options.prompt == "-" else options.prompt, options.chat)
+    stats = GenerationStats()
+    tokens = engine.stream(
+        input_ids, options.max_new_tokens, options.temperature, options.method, options.seed, stats
+    )
+    # It holds back what may still change: unfinished words, and characters of several tokens.
+    printer = TextStreamer(tokenizer, skip_special_tokens=True)
+    for token in tokens:
+        printer.put(torch.tensor([token]))
+    printer.end()
+    return stats
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    """Prompt ids [S], wrapped in the tokenizer's chat template if wanted."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt").input_ids[0].long()
+    if not tokenizer.chat_template:
+        raise GraftError("the target's tokenizer has no chat template: leave out --chat")
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].long()
+
+
+def summary(stats: GenerationStats) -> str:
+    """Two lines for people."""
+    stages = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.stages.items()))
+    accepted = ", ".join(f"{source} {tokens}" for source, tokens in stats.accepted.items())
+    return (
+        f"{stats.emitted} tokens, {stats.tokens_per_second:.1f} tokens/s, tau {stats.tau:.2f}, "
+        f"prefill {stats.seconds['prefill'] * 1e3:.0f} ms\n"
+        f"{stats.rounds} rounds stopped at: {stages or 'none'}; accepted: {accepted}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="graft-generate", description="Lossless hybrid tree speculation.")
+    parser.add_argument("bundle", help="directory or Hub id of an exported bundle")
+    parser.add_argument("prompt", help="text to continue; - reads it from stdin")
+    parser.add_argument("--target", required=True, help="directory or Hub id of the model it was made for")
+    parser.add_argument("--method", choices=METHODS, default="graft")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="default: %(default)s")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""`target.generate(ids, custom_generate=BUNDLE, trust_remote_code=True)`: Graft inside transformers.
+
+Export copies this module into the bundle as `custom_generate/generate.py`, with the modules that it imports
+beside it, so graft_inference need not be installed. transformers runs that copy from a cache that holds code
+only, hence the two constants: they lead back to the bundle.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
+from transformers.generation import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from .bundle import Bundle, load_bundle, resolve
+from .engine import GraftEngine
+from .errors import GraftError
+
+# Written by export: the bundle's absolute path or Hub id, and the SHA-256 of its model.safetensors.
+BUNDLE = ""
+WEIGHTS_SHA256 = ""
+
+# Beside what a GenerationConfig holds. Other arguments of `generate` change what the model computes.
+ACCEPTED = {"inputs", "input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria"}
+# transformers loses the tokenizer they need on the way to a custom decoding function.
+REFUSED = {"stop_strings"}
+
+_bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Bundle]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def generate(
+    *args: Any,
+    model: Any,
+    draft: str | Path | None = None,
+    method: str = "graft",
+    streamer: BaseStreamer | None = None,
+    tokenizer: Any | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Continues one prompt exactly as `model.generate` would, only faster.
+
+    transformers prepares the request: lengths, special tokens, logits processors and stopping criteria are
+    those of a plain `generate`. Sampling is reproducible under `torch.manual_seed`, but other draws than
+    those of a plain `generate` come out (of the same distribution).
+
+    Args:
+        draft: where the bundle is now, if it was moved after its export.
+        method: one of `policy.METHODS`.
+        streamer: gets the prompt, then every token as it is accepted.
+        tokenizer: if given, checked to be the one the bundle was made for.
+        revision: of the bundle, where it is on the Hub.
+        kwargs: as for `model.generate`.
+
+    Returns:
+        Prompt and new tokens, [1, prompt + new] int64.
+
+    Raises:
+        GraftError: a setting that would change the output and is not supported, or a bundle that does not
+            belong to this code or this model. The model is left as it was.
+    """
+    known = ACCEPTED | GenerationConfig().to_dict().keys() - REFUSED
+    unsupported = sorted(name for name, value in kwargs.items() if value is not None and name not in known)
+    if unsupported:
+        raise GraftError(f"custom_generate does not support {', '.join(unsupported)}: leave them out")
+
+    def decode(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **prepared: Any,
+    ) -> Tensor:
+        _check_supported(generation_config, input_ids, prepared.get("attention_mask"))
+        temperature = _temperature(generation_config, logits_processor)
+        bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
+        engine = GraftEngine.from_bundle(bundle, model, packed=False)
+        # The request's own stopping criteria include its end-of-sequence tokens.
+        engine.eos_token_ids = frozenset()
+        try:
+            return _decode(engine, input_ids, generation_config, stopping_criteria, temperature, method, streamer)
+        finally:
+            engine.target.release()
+
+    return GenerationMixin.generate(model, *args, custom_generate=decode, **kwargs)
+
+
+def _decode(
+    engine: GraftEngine,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    stopping_criteria: StoppingCriteriaList,
+    temperature: float,
+    method: str,
+    streamer: BaseStreamer | None,
+) -> Tensor:
+    """Streams from the engine until a criterion holds; what was accepted beyond that token is dropped."""
+    length = input_ids.shape[1]
+    sequence = torch.cat((input_ids, input_ids.new_zeros((1, generation_config.max_length - length))), dim=1)
+    seed = int(torch.randint(2**62, ())) if temperature else None
+    tokens = engine.stream(input_ids, generation_config.max_length - length, temperature, method, seed)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    for token in tokens:
+        sequence[0, length] = token
+        length += 1
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+        if stopping_criteria(sequence[:, :length], None).all():
+            break
+    if streamer is not None:
+        streamer.end()
+    return sequence[:, :length]
+
+
+def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise GraftError(
+            f"{config.get_generation_mode().value} is not supported with Graft: decode greedily or sample, "
+            "with num_beams=1 and no assistant"
+        )
+    if len(input_ids) != 1:
+        raise GraftError(
+            f"a batch of {len(input_ids)} sequences: Graft decodes one, so pass prompts one by one, "
+            "and leave num_return_sequences at 1"
+        )
+    if attention_mask is not None and not bool(attention_mask.bool().all()):
+        raise GraftError("attention_mask hides part of the prompt: pass the prompt without padding")
+    if config.return_dict_in_generate:
+        raise GraftError("return_dict_in_generate=True is not supported: the result is the tensor of sequences")
+
+
+def _temperature(config: GenerationConfig, processors: LogitsProcessorList) -> float:
+    """0 for greedy; whatever else would change the logits is refused by name."""
+    others = [type(processor).__name__ for processor in processors if type(processor) is not TemperatureLogitsWarper]
+    if others:
+        raise GraftError(
+            f"this request changes the target's distribution by {', '.join(others)}, which Graft does not "
+            "support: switch the settings behind it off (sampling starts from transformers' default top_k=50; "
+            "pass top_k=0, top_p=1.0), or decode with do_sample=False"
+        )
+    return config.temperature if config.do_sample else 0.0
+
+
+def _load(model: Any, location: str, revision: str | None, tokenizer: Any | None) -> Bundle:
+    """Reads a bundle once per model."""
+    key = (location, revision)
+    if model not in _bundles or _bundles[model][0] != key:
+        if not location:
+            raise GraftError("this copy of the code belongs to no bundle: pass draft=PATH, or export a bundle")
+        try:
+            directory = resolve(location, revision)
+        except GraftError as error:
+            raise GraftError(f"{error}; if the bundle was moved, pass draft=PATH") from error
+        bundle = load_bundle(directory, model.config.get_text_config(), tokenizer)
+        _check_weights(directory / "model.safetensors")
+        _bundles[model] = (key, bundle)
+    return _bundles[model][1]
+
+
+def _check_weights(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if WEIGHTS_SHA256 and found != WEIGHTS_SHA256:
+        raise GraftError(
+            f"{path} holds other weights than this code was exported with: use the custom_generate of that "
+            "bundle, or pass draft=PATH with the bundle this code came from"
+        )

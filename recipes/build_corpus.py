@@ -1,0 +1,16 @@
+"""Builds the successor matrix."""
+
+import hydra
+from omegaconf import DictConfig
+
+from graft_train.build_corpus import build_corpus
+from graft_train.recipe import prepare
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="build_corpus")
+def main(composed: DictConfig) -> None:
+    build_corpus(prepare(composed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Chooses the pruning policy for this device."""
+
+import hydra
+from omegaconf import DictConfig
+
+from graft_train.calibrate import calibrate
+from graft_train.recipe import prepare
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="calibrate")
+def main(composed: DictConfig) -> None:
+    calibrate(prepare(composed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Lets the target answer the training prompts."""
+
+import hydra
+from omegaconf import DictConfig
+
+from graft_train.regenerate import regenerate
+from graft_train.recipe import prepare
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="regenerate")
+def main(composed: DictConfig) -> None:
+    regenerate(prepare(composed))
+
+
+if __name__ == "__main__":
+    main()

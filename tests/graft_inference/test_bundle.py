@@ -1,0 +1,209 @@
+"""Bundles: what was saved is what decodes, and nothing that does not belong together loads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from graft_inference import METHODS, GraftEngine, GraftError
+from graft_inference.bundle import load_bundle, load_target_model, tokenizer_hash
+from safetensors.torch import load_file, save_file
+
+from .test_engine import prompt
+from .tiny import tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny_bundle import tiny_successors, tiny_tokenizer, write_bundle, write_target
+
+FILES = ["config.json", "model.safetensors", "graft.json", "successors.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("originals")
+    target = write_target(root / "target")
+    write_bundle(root / "bundle", target)
+    return root
+
+
+@pytest.fixture
+def target(originals, tmp_path):
+    return shutil.copytree(originals / "target", tmp_path / "target")
+
+
+@pytest.fixture
+def bundle(originals, tmp_path):
+    return shutil.copytree(originals / "bundle", tmp_path / "bundle")
+
+
+def load(bundle, target):
+    return GraftEngine.from_pretrained(bundle, target)
+
+
+def edit_json(path, edit):
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+def edit_tensors(path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def test_round_trip_keeps_every_part(bundle):
+    loaded = load_bundle(bundle, tiny_model("llama").config, tiny_tokenizer())
+    assert loaded.policy == tiny_policy()
+    assert torch.equal(loaded.successors.ids_VK, tiny_successors()["ids"])
+    saved = tiny_head(tiny_model("llama")).state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.head.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loaded_engine_does_what_the_one_in_memory_does(bundle, target, method):
+    engine, reference = load(bundle, target), tiny_engine(tiny_model("llama"))
+    ours = engine.generate(prompt(9), max_new_tokens=24, method=method)
+    theirs = reference.generate(prompt(9), max_new_tokens=24, method=method)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert (ours.stats.rounds, ours.stats.stages) == (theirs.stats.rounds, theirs.stats.stages)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"vocab_size": 67}, "vocab_size=61, but it has 67"),
+        ({"hidden_size": 64}, "hidden_size=32, but it has 64"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers=4, but it has 5"),
+    ],
+)
+def test_targets_of_another_size_are_refused(bundle, tmp_path, overrides, message):
+    other = write_target(tmp_path / "other", **overrides)
+    with pytest.raises(GraftError, match=f"{message}: pass the target it was made for .*target"):
+        load(bundle, other)
+
+
+def test_another_tokenizer_is_refused(bundle, target):
+    tiny_tokenizer(extra="§").save_pretrained(target)
+    with pytest.raises(GraftError, match="tokenizer is not the one this bundle was trained with: pass the target"):
+        load(bundle, target)
+
+
+def test_tokenizer_hash_sees_ids_and_not_order():
+    class Vocabulary:
+        def __init__(self, **tokens):
+            self.tokens = tokens
+
+        def get_vocab(self):
+            return self.tokens
+
+    assert tokenizer_hash(Vocabulary(a=0, b=1)) == tokenizer_hash(Vocabulary(b=1, a=0))
+    assert tokenizer_hash(Vocabulary(a=0, b=1)) != tokenizer_hash(Vocabulary(a=1, b=0))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(bundle, target, name):
+    (bundle / name).unlink()
+    with pytest.raises(GraftError, match=f"{name} is missing.*again"):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.95])
+def test_a_truncated_file_is_named(bundle, target, name, share):
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(GraftError, match=f"{name}.*again"):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [b"\xff" * 400, b"[]", b"null", b'{"a": 1}', b"\0" * 64])
+def test_a_corrupt_file_is_named(bundle, target, name, content):
+    (bundle / name).write_bytes(content)
+    with pytest.raises(GraftError, match=name):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_directory_in_the_place_of_a_file_is_named(bundle, target, name):
+    (bundle / name).unlink()
+    (bundle / name).mkdir()
+    with pytest.raises(GraftError, match=name):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda g: g.update(extra=1), "exactly the objects policy and target"),
+        (lambda g: g.update(policy=None), "exactly the objects policy and target"),
+        (lambda g: g["target"].update(family="llama"), "target must hold exactly"),
+        (lambda g: g["target"].pop("tokenizer"), "target must hold exactly"),
+        (lambda g: g["policy"].update(turbo={}), "must hold exactly .*turbo"),
+        (lambda g: g["policy"].pop("eagle3"), "must hold exactly"),
+        (lambda g: g["policy"].update(graft=[]), "not a plan"),
+        (lambda g: g["policy"]["graft"].update(breadth=3), "not a plan.*breadth"),
+        (lambda g: g["policy"]["graft"]["stages"][0].update(depth=3), "not a plan.*depth"),
+        (lambda g: g["policy"]["graft"]["stages"][0].pop("template"), "not a plan.*template"),
+        (lambda g: g["policy"]["graft"].update(stages=7), "not a plan"),
+        (lambda g: g["policy"]["graft"].update(budget=4), "over the budget of 4"),
+    ],
+)
+def test_a_graft_json_that_means_something_else_is_refused(bundle, target, edit, message):
+    edit_json(bundle / "graft.json", edit)
+    with pytest.raises(GraftError, match=f"graft.json.*{message}.*export"):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("counts"), "must hold ids, probs and counts"),
+        (lambda t: t.update(extra=torch.zeros(1)), "must hold ids, probs and counts"),
+        (lambda t: t.update(ids=t["ids"].long()), r"int32 \[61, k\]"),
+        (lambda t: t.update(ids=t["ids"][:60].clone()), r"int32 \[61, k\]"),
+        (lambda t: t.update(ids=t["ids"][:, 0].clone()), r"int32 \[61, k\]"),
+        (lambda t: t["ids"][0].fill_(61), r"lie in -1..60"),
+        (lambda t: t["ids"][0].fill_(-2), r"lie in -1..60"),
+    ],
+)
+def test_a_matrix_of_another_vocabulary_is_refused(bundle, target, edit, message):
+    edit_tensors(bundle / "successors.safetensors", edit)
+    with pytest.raises(GraftError, match=f"successors.safetensors.*{message}"):
+        load(bundle, target)
+
+
+def test_a_bundle_that_is_nowhere_is_named(target, tmp_path):
+    with pytest.raises(GraftError, match="nowhere is neither a directory nor a Hub repository"):
+        load(tmp_path / "nowhere", target)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_target_is_named(bundle, target, name):
+    content = (target / name).read_bytes()
+    (target / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(GraftError, match="no target can be loaded from .*target"):
+        load(bundle, target)
+
+
+def test_a_target_with_a_tensor_missing_is_not_filled_up_at_random(bundle, target):
+    edit_tensors(target / "model.safetensors", lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
+    with pytest.raises(GraftError, match=r"lacks the tensors .*layers.2.mlp.up_proj.weight"):
+        load(bundle, target)
+
+
+def test_a_target_with_a_tensor_of_another_shape_is_refused(bundle, target):
+    def shorten(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:31].clone()
+
+    edit_tensors(target / "model.safetensors", shorten)
+    with pytest.raises(GraftError, match="no target can be loaded from"):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [("cpu", "float33", "dtype 'float33' does not exist"), ("gpu", "float32", "device 'gpu' cannot be used here")],
+)
+def test_unknown_dtype_or_device_is_named(target, device, dtype, message):
+    with pytest.raises(GraftError, match=message):
+        load_target_model(target, device, dtype)

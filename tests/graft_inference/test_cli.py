@@ -1,0 +1,134 @@
+"""The command: the text that the target would write, statistics beside it, one line for every mistake."""
+
+import io
+import re
+
+import pytest
+import torch
+from graft_inference.cli import main
+from graft_inference.engine import GenerationStats
+
+from .tiny import tiny_model
+from .tiny_bundle import tiny_tokenizer, write_bundle, write_target
+
+PROMPT = "return self\n"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    target = write_target(root / "target")
+    return str(write_bundle(root / "bundle", target)), str(target)
+
+
+def command(pair, *arguments, prompt=PROMPT):
+    bundle, target = pair
+    return [bundle, "--target", target, "--device", "cpu", "--dtype", "float32", *arguments, prompt]
+
+
+def expected_text(prompt, count):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    return tokenizer.decode(model.generate(ids, max_new_tokens=count)[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("method", ["graft", "autoregressive"])
+def test_prints_what_the_target_writes_and_the_statistics(pair, capsys, method):
+    assert main(command(pair, "--max-new-tokens", "40", "--method", method)) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected_text(PROMPT, 40) + "\n"
+    statistics = printed.err.splitlines()[-2:]
+    assert statistics[0].startswith("40 tokens, ")
+    assert re.search(r"tokens/s, tau \d\.\d\d, prefill \d+ ms$", statistics[0])
+    assert re.search(r"drafted \d+, retrieved \d+, bonus \d+$", statistics[1])
+    if method == "autoregressive":
+        assert "39 rounds stopped at: none 39; accepted: drafted 0, retrieved 0, bonus 39" in statistics[1]
+
+
+def test_reads_the_prompt_from_stdin(pair, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert main(command(pair, "--max-new-tokens", "12", prompt="-")) == 0
+    assert capsys.readouterr().out == expected_text(PROMPT, 12) + "\n"
+
+
+def test_the_seed_decides_a_sample(pair, capsys):
+    def sample(seed):
+        assert main(command(pair, "--max-new-tokens", "30", "--temperature", "5", "--seed", seed)) == 0
+        return capsys.readouterr().out
+
+    assert sample("1") == sample("1")
+    assert len({sample("1"), sample("2"), sample("3")}) > 1
+
+
+def test_the_text_comes_while_tokens_come(pair, capsys, monkeypatch):
+    """Whole words are out before the last token, and characters of two tokens never show halves."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("caf\u00e9 au lait\n").input_ids
+    seen = []
+
+    def stream(self, *args):
+        for token in ids:
+            seen.append(capsys.readouterr().out)
+            yield token
+
+    monkeypatch.setattr("graft_inference.engine.GraftEngine.stream", stream)
+    assert main(command(pair)) == 0
+    assert "".join(seen).startswith("caf\u00e9 au ")
+    assert "".join(seen) + capsys.readouterr().out == "caf\u00e9 au lait\n\n"
+
+
+def test_chat_wraps_the_prompt_in_the_template(tmp_path, capsys):
+    target = write_target(tmp_path / "target")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(target)
+    pair = str(write_bundle(tmp_path / "bundle", target)), str(target)
+    assert main(command(pair, "--chat", "--max-new-tokens", "12", prompt="hello")) == 0
+    assert capsys.readouterr().out == expected_text("<user>hello<assistant>", 12) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens=0: ask for at least 1"),
+        (["--max-new-tokens", "400"], "exceed the target's limit of 256 positions"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--dtype", "float33"], "dtype 'float33' does not exist"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--chat"], "no chat template: leave out --chat"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(pair, capsys, arguments, message):
+    assert main(command(pair, *arguments)) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if "graft-generate: " in line]
+    assert printed.out == ""
+    assert len(lines) == 1
+    assert printed.err.splitlines()[-1] == lines[0]
+    assert message in lines[0]
+
+
+def test_an_empty_prompt_is_named(pair, capsys):
+    assert main(command(pair, prompt="")) == 2
+    assert "pass one non-empty prompt" in capsys.readouterr().err
+
+
+def test_missing_directories_are_named(pair, tmp_path, capsys):
+    bundle, target = pair
+    assert main([str(tmp_path / "nowhere"), "--target", target, "hi"]) == 2
+    assert "nowhere is neither a directory nor" in capsys.readouterr().err
+    assert main([bundle, "--target", str(tmp_path / "nowhere"), "hi"]) == 2
+    assert "no target can be loaded from" in capsys.readouterr().err
+
+
+def test_a_target_without_tokenizer_is_named(pair, tmp_path, capsys):
+    tiny_model("llama").save_pretrained(tmp_path / "bare")
+    assert main([pair[0], "--target", str(tmp_path / "bare"), "hi"]) == 2
+    assert "bare has no tokenizer" in capsys.readouterr().err
+
+
+def test_unknown_methods_are_refused_by_the_parser(pair, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(command(pair, "--method", "grafted"))
+    assert exit.value.code == 2
+    assert "invalid choice: 'grafted'" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""`generate` of the bundle, called the way transformers calls it: what plain `generate` gives, or a refusal."""
+
+import hashlib
+
+import pytest
+import torch
+from graft_inference import METHODS, GraftError, custom_generate
+from graft_inference.custom_generate import generate
+from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from .test_engine import prompt
+from .tiny_bundle import tiny_tokenizer, write_bundle, write_target
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bundle(family, tmp_path_factory):
+    root = tmp_path_factory.mktemp(family)
+    return write_bundle(root / "bundle", write_target(root / "target", family), family)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self, fail_after=1000):
+        self.values, self.ended, self.fail_after = [], False, fail_after
+
+    def put(self, value):
+        if len(self.values) == self.fail_after:
+            raise RuntimeError("the listener left")
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_greedy_equals_plain_generate(model, bundle, method):
+    expected = model.generate(prompt(9), max_new_tokens=30, do_sample=False)
+    ours = generate(model=model, inputs=prompt(9), max_new_tokens=30, draft=bundle, method=method)
+    assert ours.dtype == torch.long
+    assert ours.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_length": 16},
+        {"max_new_tokens": 1},
+        {"generation_config": GenerationConfig(max_new_tokens=5)},
+        {"max_new_tokens": 5, "attention_mask": torch.ones(1, 9, dtype=torch.long)},
+        {"max_new_tokens": 5, "temperature": 0.3, "top_k": 3, "do_sample": False},
+    ],
+)
+def test_lengths_are_those_of_plain_generate(model, bundle, settings):
+    expected = model.generate(prompt(9), **settings)
+    assert generate(prompt(9), model=model, draft=bundle, **settings).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_request_decides_which_token_ends_it(model, bundle, as_list):
+    free = model.generate(prompt(9), max_new_tokens=30)[0, 9:].tolist()
+    eos = free[12]
+    settings = {"max_new_tokens": 30, "eos_token_id": [eos] if as_list else eos, "pad_token_id": 0}
+    ours = generate(prompt(9), model=model, draft=bundle, **settings)
+    assert ours[0, 9:].tolist() == free[: free.index(eos) + 1]
+    # The model's own end token no longer counts when the request names another.
+    model.generation_config.eos_token_id = eos
+    other = next(token for token in range(61) if token not in free)
+    unended = generate(prompt(9), model=model, draft=bundle, **(settings | {"eos_token_id": other}))
+    assert unended[0, 9:].tolist() == free
+
+
+def test_a_stopping_criterion_is_asked_after_every_token(model, bundle):
+    lengths = []
+
+    def stop(input_ids, scores, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return torch.tensor([input_ids.shape[1] == 16])
+
+    ours = generate(prompt(9), model=model, draft=bundle, max_new_tokens=30, stopping_criteria=[stop])
+    assert ours.tolist() == model.generate(prompt(9), max_new_tokens=7).tolist()
+    assert lengths == list(range(10, 17))
+
+
+def test_the_streamer_gets_what_plain_generate_gives_it(model, bundle):
+    ours, plain = Recorder(), Recorder()
+    generate(prompt(9), model=model, draft=bundle, max_new_tokens=12, streamer=ours)
+    model.generate(prompt(9), max_new_tokens=12, streamer=plain)
+    assert ours.values == plain.values
+    assert ours.ended
+
+
+def test_sampling_follows_the_global_seed_and_the_temperature(model, bundle):
+    def sample(seed, temperature=1.0):
+        set_seed(seed)
+        settings = {"max_new_tokens": 20, "do_sample": True, "top_k": 0, "temperature": temperature}
+        return generate(prompt(9), model=model, draft=bundle, **settings).tolist()
+
+    assert sample(1) == sample(1)
+    # A temperature above 1 so that the peaked random targets have something to choose from.
+    assert len({str(sample(seed, 5.0)) for seed in range(4)}) > 1
+    greedy = model.generate(prompt(9), max_new_tokens=20).tolist()
+    assert sample(1, temperature=1e-4) == greedy
+
+
+def test_the_model_comes_back_as_it_was(model, bundle):
+    def state():
+        hooks = sum(len(module._forward_hooks) for module in model.modules())
+        replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        return model.config._attn_implementation, hooks, replaced, model(prompt(9)).logits.tolist()
+
+    before = state()
+    generate(prompt(9), model=model, draft=bundle, max_new_tokens=8)
+    assert state() == before
+    with pytest.raises(RuntimeError, match="the listener left"):
+        generate(prompt(9), model=model, draft=bundle, streamer=Recorder(fail_after=3))
+    assert state() == before
+    with pytest.raises(GraftError, match="exceed the target's limit of 256"):
+        generate(prompt(9), model=model, draft=bundle, max_new_tokens=300)
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 2}, "beam_search is not supported"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation is not supported"),
+        ({"num_return_sequences": 2, "do_sample": True, "top_k": 0}, "a batch of 2 sequences"),
+        ({"inputs": torch.zeros(2, 4, dtype=torch.long)}, "a batch of 2 sequences"),
+        ({"do_sample": True}, "TopKLogitsWarper.*top_k=0"),
+        ({"do_sample": True, "top_k": 0, "top_p": 0.9}, "TopPLogitsWarper"),
+        ({"do_sample": True, "top_k": 0, "min_p": 0.1}, "MinPLogitsWarper"),
+        ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"min_new_tokens": 4, "eos_token_id": 1, "pad_token_id": 0}, "MinNewTokens"),
+        ({"suppress_tokens": [3]}, "SuppressTokens"),
+        (
+            {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(20, 1)])},
+            "MinLengthLogitsProcessor",
+        ),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]])}, "without padding"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"stop_strings": ["a"], "tokenizer": tiny_tokenizer()}, "stop_strings"),
+        ({"prefix_allowed_tokens_fn": lambda batch, ids: [1]}, "prefix_allowed_tokens_fn"),
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds"),
+        ({"past_key_values": object()}, "past_key_values"),
+        ({"max_new_token": 4}, "max_new_token"),
+        ({"method": "grafted"}, "unknown method 'grafted'"),
+        ({"tokenizer": tiny_tokenizer(extra="§")}, "tokenizer is not the one"),
+    ],
+)
+def test_what_would_change_the_output_is_refused(model, bundle, settings, message):
+    with pytest.raises(GraftError, match=message):
+        generate(**({"inputs": prompt(9), "model": model, "draft": bundle} | settings))
+
+
+def test_code_and_weights_belong_together(model, bundle, monkeypatch):
+    weights = (bundle / "model.safetensors").read_bytes()
+    monkeypatch.setattr(custom_generate, "BUNDLE", str(bundle))
+    monkeypatch.setattr(custom_generate, "WEIGHTS_SHA256", hashlib.sha256(weights[:-1]).hexdigest())
+    with pytest.raises(GraftError, match="model.safetensors holds other weights"):
+        generate(prompt(9), model=model)
+    monkeypatch.setattr(custom_generate, "WEIGHTS_SHA256", hashlib.sha256(weights).hexdigest())
+    generate(prompt(9), model=model)
+
+
+def test_without_a_bundle_the_remedy_is_named(model, tmp_path, monkeypatch):
+    with pytest.raises(GraftError, match="belongs to no bundle: pass draft=PATH"):
+        generate(prompt(9), model=model)
+    monkeypatch.setattr(custom_generate, "BUNDLE", str(tmp_path / "gone"))
+    with pytest.raises(GraftError, match="gone is neither a directory.*pass draft=PATH"):
+        generate(prompt(9), model=model)
