@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graft_inference.errors import GraftError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from graft_inference.errors import GraftError
 
 CHUNK = 2048
 """Positions whose logits over the whole vocabulary exist at a time."""

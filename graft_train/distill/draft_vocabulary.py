@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from graft_train.data.samples import Sample
 from torch import Tensor
+
+from graft_train.data.samples import Sample
 
 
 @dataclass

@@ -9,9 +9,10 @@ N taught positions (j, flattened over the batch), C of them in a chunk, K steps,
 from dataclasses import dataclass
 
 import torch
-from graft_inference.draft_head import DraftHead
 from torch import Tensor
 from torch.nn import functional as F
+
+from graft_inference.draft_head import DraftHead
 
 CHUNK = 512
 """Positions whose logits exist at a time; each brings K rows of the draft vocabulary."""
@@ -60,18 +61,34 @@ class StepSums:
     def unstack(cls, sums_5K: Tensor) -> "StepSums":
         return cls(*sums_5K)
 
-    def metrics(self) -> dict[str, list[float] | float]:
-        """Loss and acceptance per step, and the acceptance length of a greedy chain of K drafts."""
+    def metrics(self) -> "StepMetrics":
         chain_K = self.chained_K / self.started_K.clamp(min=1)
-        return {
-            "loss": (self.loss_K / self.trained_K.clamp(min=1)).tolist(),
-            "acceptance": (self.matched_K / self.started_K.clamp(min=1)).tolist(),
-            "tau": 1 + chain_K.sum().item(),
-        }
+        return StepMetrics(
+            loss=(self.loss_K / self.trained_K.clamp(min=1)).tolist(),
+            acceptance=(self.matched_K / self.started_K.clamp(min=1)).tolist(),
+            tau=1 + chain_K.sum().item(),
+        )
+
+
+@dataclass
+class StepMetrics:
+    """Attributes:
+    loss: nats per trained position, by unroll step.
+    acceptance: share of positions where the head's choice is the target's, by unroll step.
+    tau: estimated acceptance length of a greedy chain of K drafts, the bonus token included.
+    """
+
+    loss: list[float]
+    acceptance: list[float]
+    tau: float
 
 
 def taught_positions(
-    answer_BS: Tensor, choice_BS: Tensor, kept_V: Tensor | None, steps: int, skip_out_of_vocabulary: bool = True
+    answer_BS: Tensor,
+    choice_BS: Tensor,
+    kept_V: Tensor | None,
+    steps: int,
+    skip_out_of_vocabulary: bool = True,
 ) -> TaughtPositions:
     """Applies the answer mask m: step k of the draft from t counts where m[t+1] and m[t+2+k].
 
@@ -154,12 +171,11 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_NKH, weight_DH, final_NH, teacher_DH, weight_NK):  # type: ignore[no-untyped-def]
-        wants_gradient = any(ctx.needs_input_grad)
+    def forward(ctx, hidden_NKH, weight_DH, final_NH, teacher_DH, weight_NK):
         entropy_NK = torch.empty_like(weight_NK, dtype=torch.float32)
         draft_NK = torch.empty_like(weight_NK, dtype=torch.long)
-        grad_hidden_NKH = torch.empty_like(hidden_NKH) if wants_gradient else None
-        grad_weight_DH = torch.zeros_like(weight_DH) if wants_gradient else None
+        grad_hidden_NKH = torch.empty_like(hidden_NKH)
+        grad_weight_DH = torch.zeros_like(weight_DH)
         for start in range(0, len(hidden_NKH), CHUNK):
             chunk = slice(start, start + CHUNK)
             teacher_CD = F.linear(final_NH[chunk], teacher_DH).float().softmax(dim=-1)
@@ -167,17 +183,15 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
             draft_NK[chunk] = logits_CKD.argmax(dim=-1)
             logp_CKD = logits_CKD.log_softmax(dim=-1)
             entropy_NK[chunk] = -(logp_CKD @ teacher_CD[:, :, None]).squeeze(-1)
-            if wants_gradient:
-                grad_CKD = (logp_CKD.exp_() - teacher_CD[:, None]) * weight_NK[chunk, :, None]
-                grad_CKD = grad_CKD.to(hidden_NKH.dtype)
-                grad_hidden_NKH[chunk] = grad_CKD @ weight_DH.to(hidden_NKH.dtype)
-                grad_weight_DH += grad_CKD.flatten(0, 1).T @ hidden_NKH[chunk].flatten(0, 1)
+            grad_CKD = (logp_CKD.exp_() - teacher_CD[:, None]) * weight_NK[chunk, :, None]
+            grad_hidden_NKH[chunk] = grad_CKD @ weight_DH
+            grad_weight_DH += grad_CKD.flatten(0, 1).T @ hidden_NKH[chunk].flatten(0, 1)
         ctx.save_for_backward(grad_hidden_NKH, grad_weight_DH)
         ctx.mark_non_differentiable(entropy_NK, draft_NK)
         return (entropy_NK * weight_NK).sum(), entropy_NK, draft_NK
 
     @staticmethod
-    def backward(ctx, grad, *unused):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad, *unused):
         grad_hidden_NKH, grad_weight_DH = ctx.saved_tensors
         return grad * grad_hidden_NKH, grad * grad_weight_DH, None, None, None
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from graft_inference.draft_head import DraftHead
 from torch import Tensor
 from torch.nn import functional as F
+
+from graft_inference.draft_head import DraftHead
 
 UnrollAttention = Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
 """(query_BQCD, keys, values) -> attended BQCD. keys[0] BKSD is step 0's; the later ones, BKCD, are those of
@@ -53,7 +54,7 @@ class _Merged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query_BQCD, key_BQSD, value_BQSD, own_keys_BQCJD, own_values_BQCJD):  # type: ignore[no-untyped-def]
+    def forward(ctx, query_BQCD, key_BQSD, value_BQSD, own_keys_BQCJD, own_values_BQCJD):
         causal = _causal(query_BQCD, key_BQSD)
         attended_BQCD, causal_lse_BQC = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query_BQCD, key_BQSD, value_BQSD, **causal
@@ -63,24 +64,24 @@ class _Merged(torch.autograd.Function):
         weights_BQCJ = (own_BQCJ - lse_BQC[..., None]).exp().to(query_BQCD.dtype)
         share_BQC1 = (causal_lse_BQC - lse_BQC).exp().to(query_BQCD.dtype)[..., None]
         output_BQCD = attended_BQCD * share_BQC1 + (weights_BQCJ[..., None] * own_values_BQCJD).sum(-2)
-        ctx.save_for_backward(
-            query_BQCD, key_BQSD, value_BQSD, own_keys_BQCJD, own_values_BQCJD, weights_BQCJ, output_BQCD, lse_BQC
-        )
+        inputs = (query_BQCD, key_BQSD, value_BQSD, own_keys_BQCJD, own_values_BQCJD)
+        ctx.save_for_backward(*inputs, weights_BQCJ, output_BQCD, lse_BQC)
         return output_BQCD
 
     @staticmethod
-    def backward(ctx, grad_BQCD):  # type: ignore[no-untyped-def, override]
-        query_BQCD, key_BQSD, value_BQSD, own_keys, own_values, weights_BQCJ, output_BQCD, lse_BQC = ctx.saved_tensors
-        causal = _causal(query_BQCD, key_BQSD)
-        grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_BQCD, query_BQCD, key_BQSD, value_BQSD, output_BQCD, lse_BQC, **causal
+    def backward(ctx, grad_BQCD):
+        *inputs, weights_BQCJ, output_BQCD, lse_BQC = ctx.saved_tensors
+        query_BQCD, key_BQSD, value_BQSD, own_keys_BQCJD, own_values_BQCJD = inputs
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad_query, grad_key, grad_value = flash_backward(
+            grad_BQCD, query_BQCD, key_BQSD, value_BQSD, output_BQCD, lse_BQC, **_causal(query_BQCD, key_BQSD)
         )
         # Softmax: d score = weight * (d weight - sum over all keys of weight * d weight).
         mean_BQC1 = (grad_BQCD * output_BQCD).sum(-1, keepdim=True)
-        grad_own_BQCJ = weights_BQCJ * ((grad_BQCD[..., None, :] * own_values).sum(-1) - mean_BQC1)
+        grad_own_BQCJ = weights_BQCJ * ((grad_BQCD[..., None, :] * own_values_BQCJD).sum(-1) - mean_BQC1)
         grad_own_BQCJ1 = grad_own_BQCJ[..., None] * query_BQCD.shape[-1] ** -0.5
         return (
-            grad_query + (grad_own_BQCJ1 * own_keys).sum(-2),
+            grad_query + (grad_own_BQCJ1 * own_keys_BQCJD).sum(-2),
             grad_key,
             grad_value,
             grad_own_BQCJ1 * query_BQCD[..., None, :],

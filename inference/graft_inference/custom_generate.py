@@ -137,7 +137,10 @@ def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask
             "and leave num_return_sequences at 1"
         )
     if attention_mask is not None and not bool(attention_mask.bool().all()):
-        raise GraftError("attention_mask hides part of the prompt: pass the prompt without padding")
+        raise GraftError(
+            "attention_mask (or a pad token in the prompt) hides part of the prompt: pass it without padding, "
+            "or with attention_mask=torch.ones_like(input_ids)"
+        )
     if config.return_dict_in_generate:
         raise GraftError("return_dict_in_generate=True is not supported: the result is the tensor of sequences")
 
@@ -164,7 +167,9 @@ def _load(model: Any, location: str, revision: str | None, tokenizer: Any | None
             directory = resolve(location, revision)
         except GraftError as error:
             raise GraftError(f"{error}; if the bundle was moved, pass draft=PATH") from error
-        bundle = load_bundle(directory, model.config.get_text_config(), tokenizer)
+        # Building the head draws random weights before it reads the real ones; the request's seed must not move.
+        with torch.random.fork_rng(devices=[]):
+            bundle = load_bundle(directory, model.config.get_text_config(), tokenizer)
         _check_weights(directory / "model.safetensors")
         _bundles[model] = (key, bundle)
     return _bundles[model][1]

@@ -10,18 +10,16 @@ from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsP
 from transformers.generation.streamers import BaseStreamer
 
 from .test_engine import prompt
+from .tiny import VOCAB
 from .tiny_bundle import tiny_tokenizer, write_bundle, write_target
 
-
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def family(request):
-    return request.param
+PAD = next(token for token in range(VOCAB) if token not in prompt(9))
 
 
 @pytest.fixture(scope="module")
-def bundle(family, tmp_path_factory):
-    root = tmp_path_factory.mktemp(family)
-    return write_bundle(root / "bundle", write_target(root / "target", family), family)
+def bundle(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    return write_bundle(root / "bundle", write_target(root / "target"))
 
 
 class Recorder(BaseStreamer):
@@ -65,12 +63,12 @@ def test_lengths_are_those_of_plain_generate(model, bundle, settings):
 def test_the_request_decides_which_token_ends_it(model, bundle, as_list):
     free = model.generate(prompt(9), max_new_tokens=30)[0, 9:].tolist()
     eos = free[12]
-    settings = {"max_new_tokens": 30, "eos_token_id": [eos] if as_list else eos, "pad_token_id": 0}
+    settings = {"max_new_tokens": 30, "eos_token_id": [eos] if as_list else eos, "pad_token_id": PAD}
     ours = generate(prompt(9), model=model, draft=bundle, **settings)
     assert ours[0, 9:].tolist() == free[: free.index(eos) + 1]
     # The model's own end token no longer counts when the request names another.
     model.generation_config.eos_token_id = eos
-    other = next(token for token in range(61) if token not in free)
+    other = next(token for token in range(VOCAB) if token not in free)
     unended = generate(prompt(9), model=model, draft=bundle, **(settings | {"eos_token_id": other}))
     assert unended[0, 9:].tolist() == free
 
@@ -137,13 +135,15 @@ def test_the_model_comes_back_as_it_was(model, bundle):
         ({"do_sample": True, "top_k": 0, "min_p": 0.1}, "MinPLogitsWarper"),
         ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
-        ({"min_new_tokens": 4, "eos_token_id": 1, "pad_token_id": 0}, "MinNewTokens"),
+        ({"min_new_tokens": 4, "eos_token_id": 1, "pad_token_id": PAD}, "MinNewTokens"),
         ({"suppress_tokens": [3]}, "SuppressTokens"),
         (
             {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(20, 1)])},
             "MinLengthLogitsProcessor",
         ),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]])}, "without padding"),
+        # transformers takes pad tokens of a prompt for padding, unless a mask says otherwise.
+        ({"pad_token_id": int(prompt(9)[0, 4])}, "or with attention_mask=torch.ones_like"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
         ({"stop_strings": ["a"], "tokenizer": tiny_tokenizer()}, "stop_strings"),
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [1]}, "prefix_allowed_tokens_fn"),
@@ -156,7 +156,7 @@ def test_the_model_comes_back_as_it_was(model, bundle):
 )
 def test_what_would_change_the_output_is_refused(model, bundle, settings, message):
     with pytest.raises(GraftError, match=message):
-        generate(**({"inputs": prompt(9), "model": model, "draft": bundle} | settings))
+        generate(**({"inputs": prompt(9), "model": model, "draft": bundle, "max_new_tokens": 8} | settings))
 
 
 def test_code_and_weights_belong_together(model, bundle, monkeypatch):

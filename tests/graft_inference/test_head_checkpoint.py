@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
 from graft_inference.errors import GraftError
 from graft_inference.head_checkpoint import load_head, save_head
-from safetensors.torch import load_file, save_file
 
 
 def make_head(**changes) -> DraftHead:
@@ -71,7 +72,7 @@ def test_dtype_survives(tmp_path):
 
 def test_d2t_is_an_offset_and_t2d_marks_the_kept_ids(saved):
     tensors = load_file(saved / "model.safetensors")
-    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
     assert tensors["d2t"].tolist() == [0, 2, 2, 6]  # 0+0, 1+2, 2+2, 3+6 = 0, 3, 4, 9
     assert tensors["t2d"].nonzero().flatten().tolist() == [0, 3, 4, 9]
 
@@ -96,7 +97,7 @@ def test_config_speaks_to_both_engines(saved):
     values = json.loads((saved / "config.json").read_text())
     assert values["architectures"] == ["LlamaForCausalLMEagle3"]
     assert (values["model_type"], values["num_hidden_layers"], values["draft_vocab_size"]) == ("llama", 1, 4)
-    assert values["tie_word_embeddings"] is False and values["norm_before_residual"] is True
+    assert (values["tie_word_embeddings"], values["norm_before_residual"]) == (False, True)
     assert values["target_hidden_size"] == 16
     # Outputs of layers 1, 5, 8 are the inputs of layers 2, 6, 9.
     assert values["eagle_config"] == {

@@ -1,0 +1,97 @@
+"""How training goes: a progress bar, metrics.jsonl, and wandb."""
+
+import json
+import os
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from graft_train.distill.config import HeadTrainConfig
+from graft_train.distill.loss import StepSums
+
+
+class Progress:
+    """Logs optimizer steps; silent on every process but the main one.
+
+    Args:
+        out: the stage's directory, which keeps metrics.jsonl and the id of the wandb run.
+    """
+
+    def __init__(self, settings: HeadTrainConfig, out: Path, main: bool) -> None:
+        self.settings = settings
+        self.out = out
+        self.main = main
+        self.bar: Any = None
+        self.wandb: Any = None
+
+    def begin(self, first: int, total: int) -> None:
+        """Drops what was logged after the checkpoint that training goes on from."""
+        if not self.main:
+            return
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        aside = path.with_name("metrics.jsonl.new")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(path)
+        self.bar = tqdm(initial=first, total=total, desc="distill", unit="step")
+        if self.settings.wandb:
+            self.wandb = start_wandb(self.settings, self.out)
+
+    def log(self, step: int, sums: StepSums, rate: float, tokens: int, seconds: float) -> None:
+        """Takes every step, writes each `log_every`-th and the last."""
+        if not self.main:
+            return
+        self.bar.update(1)
+        if step % self.settings.log_every and step != self.bar.total:
+            return
+        metrics = sums.metrics()
+        record = {
+            "step": step,
+            **asdict(metrics),
+            "learning_rate": rate,
+            "tokens_per_second": round(tokens / seconds),
+        }
+        self.bar.set_postfix(loss=f"{metrics.loss[0]:.3f}", tau=f"{metrics.tau:.2f}")
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(flatten(record), step=step)
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb:
+            self.wandb.finish(quiet=True)
+
+
+def flatten(record: dict[str, Any]) -> dict[str, float]:
+    """Lists become one curve per unroll step: loss/0, loss/1, ..."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/{step}": item for step, item in enumerate(value)}
+        elif name != "step":
+            flat[name] = value
+    return flat
+
+
+def start_wandb(settings: HeadTrainConfig, out: Path) -> Any:
+    """The run whose id the stage's directory keeps, so that a resumed training goes on in it."""
+    import wandb
+
+    path = out / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8])
+    return wandb.init(
+        project="graft-train",
+        id=path.read_text(),
+        dir=out,
+        config=settings.decisive(),
+        resume="allow",
+        mode=cast(Any, os.environ.get("WANDB_MODE", "offline")),
+        settings=wandb.Settings(silent=True),
+    )
