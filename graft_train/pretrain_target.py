@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graft_inference import GraftError
-
 from graft_train.data.documents import Document, document_settings, of_split, read_documents
 from graft_train.data.target import resolve_device
 from graft_train.stage import run_stage, write_json
@@ -60,7 +59,9 @@ class PretrainConfig:
 def pretrain_target(config: "Config") -> Path:
     """Writes `target/`: an ordinary transformers checkpoint, its tokenizer and pretraining.json."""
     if config.target.name_or_path:
-        raise GraftError(f"target.name_or_path={config.target.name_or_path} is set: there is no target to pretrain")
+        raise GraftError(
+            f"target.name_or_path={config.target.name_or_path} is set: there is no target to pretrain"
+        )
     settings = {"pretrain": asdict(config.pretrain_target), "data": document_settings(config.data)}
     return run_stage(config, "pretrain_target", "target", settings, [], lambda out: _build(config, out))
 
@@ -82,12 +83,16 @@ def _build(config: "Config", out: Path) -> None:
     loss = held_out_loss(model, held_out, settings.batch)
     bytes_per_token = sum(len((d.text or "").encode()) for d in held_out_documents) / held_out.numel()
     sample = _continue(model, tokenizer, "def ")
-    accelerator.print(f"held-out loss {loss:.3f} nats/token, {loss / math.log(2) / bytes_per_token:.3f} bits/byte")
+    accelerator.print(
+        f"held-out loss {loss:.3f} nats/token, {loss / math.log(2) / bytes_per_token:.3f} bits/byte"
+    )
     accelerator.print(sample)
     if accelerator.is_main_process:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        write_json(out / "pretraining.json", {"held_out_loss": loss, "train_tokens": train.numel(), "sample": sample})
+        write_json(
+            out / "pretraining.json", {"held_out_loss": loss, "train_tokens": train.numel(), "sample": sample}
+        )
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -128,7 +133,9 @@ def windows(documents: list[Document], tokenizer: Any, length: int) -> Tensor:
         ids += [*row, tokenizer.eos_token_id]
     rows = len(ids) // length
     if rows == 0:
-        raise GraftError(f"{len(documents)} documents give {len(ids)} tokens, less than a sequence of {length}: add data")
+        raise GraftError(
+            f"{len(documents)} documents give {len(ids)} tokens, less than a sequence of {length}: add data"
+        )
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
@@ -140,17 +147,29 @@ def _train(
     accelerator: Accelerator,
     out: Path,
 ) -> LlamaForCausalLM:
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and "embed" not in name and "lm_head" not in name
+    ]
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, settings)) for o in (muon, adamw)]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, settings)) for o in (muon, adamw)
+    ]
     model, muon, adamw, *schedules = accelerator.prepare(model, muon, adamw, *schedules)
     first = _resume(accelerator, out / "checkpoint")
     share = settings.batch // accelerator.num_processes or 1
-    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="pretrain_target", unit="step",
-               disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(first, settings.steps),
+        initial=first,
+        total=settings.steps,
+        desc="pretrain_target",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
     model.train()
     for step in bar:
         rows = batch_rows(step, len(train), settings.batch, seed)
@@ -222,5 +241,5 @@ def held_out_loss(model: LlamaForCausalLM, held_out: Tensor, batch: int) -> floa
 
 def _continue(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
-    return tokenizer.decode(out[0])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)  # type: ignore[misc]
+    return str(tokenizer.decode(out[0]))

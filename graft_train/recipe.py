@@ -6,7 +6,6 @@ import torch
 from omegaconf import DictConfig
 
 from graft_inference import GraftError
-
 from graft_train.config import Config, register, to_config
 
 register()

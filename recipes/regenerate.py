@@ -3,8 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from graft_train.regenerate import regenerate
 from graft_train.recipe import prepare
+from graft_train.regenerate import regenerate
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="regenerate")

@@ -12,14 +12,13 @@ from rich.table import Table
 from graft_inference import GraftEngine, GraftError, Plan, Policy, paper_policy
 from graft_inference.bundle import Bundle, load_successors
 from graft_inference.head_checkpoint import load_head
-
+from graft_train.calibrate.latency import measure_latency
+from graft_train.calibrate.search import Replay, best_eagle3, best_graft, best_retrieve
+from graft_train.calibrate.traces import record_traces
 from graft_train.data.samples import read_samples
 from graft_train.data.target import load_target, target_path
 from graft_train.device import describe_device
 from graft_train.stage import run_stage, write_json
-from graft_train.calibrate.latency import measure_latency
-from graft_train.calibrate.search import Replay, best_eagle3, best_graft, best_retrieve
-from graft_train.calibrate.traces import record_traces
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -71,7 +70,10 @@ def _build(config: "Config", run_dir: Path, out: Path) -> None:
     }
     measured = _race(engine, prompts, finalists, settings.max_new_tokens, settings.repeats)
     chosen = max(measured, key=lambda name: measured[name]["tokens_per_second"])
-    predicted = {name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True)) for name, plan in finalists.items()}
+    predicted = {
+        name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True))
+        for name, plan in finalists.items()
+    }
     _print(finalists, predicted, measured)
     policy = Policy(
         graft=finalists[chosen],
@@ -93,7 +95,11 @@ def _build(config: "Config", run_dir: Path, out: Path) -> None:
 
 
 def _race(
-    engine: GraftEngine, prompts: list[torch.Tensor], plans: dict[str, Plan], max_new_tokens: int, repeats: int
+    engine: GraftEngine,
+    prompts: list[torch.Tensor],
+    plans: dict[str, Plan],
+    max_new_tokens: int,
+    repeats: int,
 ) -> dict[str, dict[str, Any]]:
     """Real tokens per second of each plan, interleaved over the prompts; medians over repeats."""
     speeds: dict[str, list[float]] = {name: [] for name in plans}
@@ -115,7 +121,13 @@ def _race(
 
 def _print(plans: dict[str, Plan], predicted: dict[str, Any], measured: dict[str, Any]) -> None:
     table = Table(title="calibrated plans (calibration prompts)")
-    for column in ("plan", "stages: passes (stop at confidence) drafted+retrieved", "tokens/s predicted", "measured", "tau"):
+    for column in (
+        "plan",
+        "stages: passes (stop at confidence) drafted+retrieved",
+        "tokens/s predicted",
+        "measured",
+        "tau",
+    ):
         table.add_column(column, justify="left" if column.startswith(("plan", "stages")) else "right")
     for name, plan in plans.items():
         stages = ", ".join(

@@ -39,7 +39,12 @@ class Latency:
 
 
 def measure_latency(
-    engine: GraftEngine, prompts: list[Tensor], widths: list[int], beam_width: int, max_passes: int, repeats: int
+    engine: GraftEngine,
+    prompts: list[Tensor],
+    widths: list[int],
+    beam_width: int,
+    max_passes: int,
+    repeats: int,
 ) -> Latency:
     """Times forced plans on real prompts, interleaved, after a warm-up of each."""
     budget = max(*widths, beam_width + 1)
@@ -56,7 +61,9 @@ def measure_latency(
         for key, plan in plans.items():
             stats = engine.generate(prompts[repeat % len(prompts)], 24, plan=plan).stats
             if repeat:  # the first is a warm-up
-                samples[key].append({name: 1e3 * s / max(stats.rounds, 1) for name, s in stats.seconds.items()})
+                samples[key].append(
+                    {name: 1e3 * s / max(stats.rounds, 1) for name, s in stats.seconds.items()}
+                )
 
     def typical(key: tuple[str, int], *phases: str) -> float:
         return median(sum(sample[phase] for phase in phases) for sample in samples[key])

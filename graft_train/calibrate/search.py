@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from graft_inference import Plan, Stage
-
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.traces import Traces
 

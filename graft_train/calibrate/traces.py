@@ -7,6 +7,7 @@ the models.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,7 @@ def record_traces(
     parts = []
     for index, prompt in enumerate(tqdm(prompts, desc="calibrate: traces", unit="prompt")):
         sequence = engine.generate(prompt, max_new_tokens, method="autoregressive").sequences[0]
-        parts.append(
-            _trace(engine, sequence, len(prompt), index, beam_width, max_passes, retrieval_depth)
-        )
+        parts.append(_trace(engine, sequence, len(prompt), index, beam_width, max_passes, retrieval_depth))
     columns = zip(*parts, strict=True)
     return Traces(*(np.concatenate(column) for column in columns))
 
@@ -97,7 +96,9 @@ def _trace(
             confidence.append(draft.confidence)
         confidences.append(torch.stack(confidence).cpu().numpy())
         drafted.append(_true_ranks(draft.candidates, truth_D, sizes))
-        retrieved.append(_successor_ranks(successors.ids_VK, tokens[root : root + 1 + retrieval_depth], retrieval_depth))
+        retrieved.append(
+            _successor_ranks(successors.ids_VK, tokens[root : root + 1 + retrieval_depth], retrieval_depth)
+        )
         successors.update(sequence_S[root : root + 1], output.logits_NV[root : root + 1])
     count = length - 1 - start
     return (
@@ -133,7 +134,7 @@ def _true_ranks(candidates: DraftTree, truth_D: Tensor, sizes: list[int]) -> np.
 def _successor_ranks(ids_VK: Tensor, tokens: list[int], depth: int) -> np.ndarray:
     """[D]: rank of each token among its predecessor's successors, -1 from the first miss on."""
     ranks = np.full(depth, -1, dtype=np.int32)
-    for index, (token, successor) in enumerate(zip(tokens, tokens[1:], strict=False)):
+    for index, (token, successor) in enumerate(pairwise(tokens)):
         row = ids_VK[token].tolist()
         if successor not in row:
             break

@@ -91,4 +91,5 @@ def _conversation_ids(document: Document, tokenizer: PreTrainedTokenizerBase) ->
         )
     asked = max(i for i, message in enumerate(document.messages) if message["role"] != "assistant")
     turns = list(document.messages[: asked + 1])
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    return list(ids["input_ids"])  # type: ignore[index]

@@ -68,7 +68,8 @@ def load_target(config: "Config") -> PreTrainedModel:
         )
     except Exception as error:  # transformers and safetensors raise many kinds
         raise GraftError(f"cannot load the target from {path}: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(config: "Config") -> PreTrainedTokenizerBase:

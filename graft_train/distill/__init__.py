@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from graft_inference.head_checkpoint import save_head
@@ -48,6 +49,8 @@ def distill(config: "Config") -> Path:
 def _build(config: "Config", data: Path, out: Path) -> None:
     started, settings = time.perf_counter(), config.head
     samples = read_samples(data / "samples.jsonl", "train")
+    # An earlier stage of this process may have run in another precision, which accelerate keeps for good.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=resolve_device(config.target.device).type == "cpu",
         mixed_precision=settings.mixed_precision,

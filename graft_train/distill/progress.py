@@ -65,7 +65,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         if self.wandb:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:

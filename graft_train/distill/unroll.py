@@ -126,9 +126,10 @@ def unroll(
     values: list[Tensor] = []
 
     def attend(query_BQCD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor) -> Tensor:
-        keys.append(key_BKCD)
+        # Under autocast RoPE leaves queries and keys in fp32, and the projections values in bf16.
+        keys.append(key_BKCD.to(value_BKCD.dtype))
         values.append(value_BKCD)
-        return attention(query_BQCD, keys, values)
+        return attention(query_BQCD.to(value_BKCD.dtype), keys, values)
 
     outputs = []
     feature_BCH = head.fuse(taps_BSE)

@@ -1,8 +1,8 @@
 """The bundle: what training exports and the engine loads.
 
-    config.json, model.safetensors   the draft head, an EAGLE-3 checkpoint
-    graft.json                       the policy, and fingerprints of the target
-    successors.safetensors           the successor matrix
+config.json, model.safetensors   the draft head, an EAGLE-3 checkpoint
+graft.json                       the policy, and fingerprints of the target
+successors.safetensors           the successor matrix
 """
 
 import hashlib
@@ -125,7 +125,8 @@ def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, A
     except (RuntimeError, AssertionError) as error:
         raise GraftError(f"device {device!r} cannot be used here: {error}") from error
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+        model, found = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GraftError(f"no target can be loaded from {path}: {error}") from error
     if found["missing_keys"]:

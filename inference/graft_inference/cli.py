@@ -37,9 +37,7 @@ def run(options: argparse.Namespace) -> GenerationStats:
     engine = GraftEngine.from_bundle(bundle, model)
     input_ids = encode(tokenizer, sys.stdin.read() if options.prompt == "-" else options.prompt, options.chat)
     stats = GenerationStats()
-    tokens = engine.stream(
-        input_ids, options.max_new_tokens, options.temperature, options.method, options.seed, stats
-    )
+    tokens = engine.stream(input_ids, options.max_new_tokens, options.temperature, options.method, options.seed, stats)
     # It holds back what may still change: unfinished words, and characters of several tokens.
     printer = TextStreamer(tokenizer, skip_special_tokens=True)
     for token in tokens:

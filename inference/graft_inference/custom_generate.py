@@ -31,7 +31,14 @@ BUNDLE = ""
 WEIGHTS_SHA256 = ""
 
 # Beside what a GenerationConfig holds. Other arguments of `generate` change what the model computes.
-ACCEPTED = {"inputs", "input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria"}
+ACCEPTED = {
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+}
 # transformers loses the tokenizer they need on the way to a custom decoding function.
 REFUSED = {"stop_strings"}
 
@@ -90,17 +97,20 @@ def generate(
         # The request's own stopping criteria include its end-of-sequence tokens.
         engine.eos_token_ids = frozenset()
         try:
-            return _decode(engine, input_ids, generation_config, stopping_criteria, temperature, method, streamer)
+            length = generation_config.max_length
+            return _decode(engine, input_ids, length, stopping_criteria, temperature, method, streamer)
         finally:
             engine.target.release()
 
-    return GenerationMixin.generate(model, *args, custom_generate=decode, **kwargs)
+    kwargs["custom_generate"] = decode
+    sequences: Any = GenerationMixin.generate(model, *args, **kwargs)
+    return sequences
 
 
 def _decode(
     engine: GraftEngine,
     input_ids: Tensor,
-    generation_config: GenerationConfig,
+    max_length: int,
     stopping_criteria: StoppingCriteriaList,
     temperature: float,
     method: str,
@@ -108,9 +118,9 @@ def _decode(
 ) -> Tensor:
     """Streams from the engine until a criterion holds; what was accepted beyond that token is dropped."""
     length = input_ids.shape[1]
-    sequence = torch.cat((input_ids, input_ids.new_zeros((1, generation_config.max_length - length))), dim=1)
+    sequence = torch.cat((input_ids, input_ids.new_zeros((1, max_length - length))), dim=1)
     seed = int(torch.randint(2**62, ())) if temperature else None
-    tokens = engine.stream(input_ids, generation_config.max_length - length, temperature, method, seed)
+    tokens = engine.stream(input_ids, max_length - length, temperature, method, seed)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     for token in tokens:
@@ -138,21 +148,21 @@ def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask
         )
     if attention_mask is not None and not bool(attention_mask.bool().all()):
         raise GraftError(
-            "attention_mask (or a pad token in the prompt) hides part of the prompt: pass it without padding, "
-            "or with attention_mask=torch.ones_like(input_ids)"
+            "attention_mask (or a pad token in the prompt) hides part of the prompt: pass it without "
+            "padding, or with attention_mask=torch.ones_like(input_ids)"
         )
     if config.return_dict_in_generate:
-        raise GraftError("return_dict_in_generate=True is not supported: the result is the tensor of sequences")
+        raise GraftError("return_dict_in_generate=True is not supported: leave it out to get the sequences")
 
 
 def _temperature(config: GenerationConfig, processors: LogitsProcessorList) -> float:
     """0 for greedy; whatever else would change the logits is refused by name."""
-    others = [type(processor).__name__ for processor in processors if type(processor) is not TemperatureLogitsWarper]
+    others = [type(one).__name__ for one in processors if type(one) is not TemperatureLogitsWarper]
     if others:
         raise GraftError(
             f"this request changes the target's distribution by {', '.join(others)}, which Graft does not "
-            "support: switch the settings behind it off (sampling starts from transformers' default top_k=50; "
-            "pass top_k=0, top_p=1.0), or decode with do_sample=False"
+            "support: switch the settings behind it off (sampling starts from transformers' default "
+            "top_k=50; pass top_k=0, top_p=1.0), or decode with do_sample=False"
         )
     return config.temperature if config.do_sample else 0.0
 
@@ -162,12 +172,12 @@ def _load(model: Any, location: str, revision: str | None, tokenizer: Any | None
     key = (location, revision)
     if model not in _bundles or _bundles[model][0] != key:
         if not location:
-            raise GraftError("this copy of the code belongs to no bundle: pass draft=PATH, or export a bundle")
+            raise GraftError("this copy of the code belongs to no bundle: pass draft=PATH")
         try:
             directory = resolve(location, revision)
         except GraftError as error:
             raise GraftError(f"{error}; if the bundle was moved, pass draft=PATH") from error
-        # Building the head draws random weights before it reads the real ones; the request's seed must not move.
+        # Building the head draws random weights before it reads the real ones: keep the request's seed.
         with torch.random.fork_rng(devices=[]):
             bundle = load_bundle(directory, model.config.get_text_config(), tokenizer)
         _check_weights(directory / "model.safetensors")

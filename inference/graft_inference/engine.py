@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class DecodeState:
     generator: torch.Generator
     root_1: Tensor
     fresh_tokens_A: Tensor
-    fresh_taps_AE: Tensor | None
+    fresh_taps_AE: Tensor
     stats: GenerationStats
     clock: "PhaseClock"
 
@@ -113,7 +113,6 @@ class GraftEngine:
     Args:
         target: the model, with taps where `head` wants them.
         policy: a plan per method.
-        head: None for engines that only retrieve or decode autoregressively.
         successors: the matrix every request starts from; each works on its own copy.
         eos_token_ids: generation ends after one of these.
     """
@@ -122,8 +121,8 @@ class GraftEngine:
         self,
         target: Target,
         policy: Policy,
-        head: DraftHead | None,
-        successors: SuccessorMatrix | None,
+        head: DraftHead,
+        successors: SuccessorMatrix,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.target = target
@@ -155,7 +154,7 @@ class GraftEngine:
         return cls.from_bundle(loaded, model, packed)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, model: torch.nn.Module, packed: bool = True) -> Self:
+    def from_bundle(cls, bundle: Bundle, model: Any, packed: bool = True) -> Self:
         """An engine on a model already in memory. Packing changes the model's linear layers for good."""
         head = bundle.head.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
         if packed:
@@ -245,11 +244,9 @@ class GraftEngine:
                 f"limit of {limit} positions: shorten the prompt or ask for fewer tokens"
             )
         if int(prompt_S.min()) < 0 or int(prompt_S.max()) >= self.target.config.vocab_size:
-            raise GraftError(f"the prompt has token ids outside the vocabulary of {self.target.config.vocab_size}")
-        if plan.drafts and self.head is None:
-            raise GraftError("this engine has no draft head: use method='retrieve' or 'autoregressive'")
-        if plan.retrieves and self.successors is None:
-            raise GraftError("this engine has no successor matrix: use method='prune' or 'eagle3'")
+            raise GraftError(
+                f"the prompt has token ids outside the vocabulary of {self.target.config.vocab_size}"
+            )
         if plan.retrieves and plan.max_rank >= self.successors.ids_VK.shape[1]:
             raise GraftError(
                 f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps "
@@ -305,7 +302,7 @@ class GraftEngine:
         clock.last = clock._now()
         stage, tree = self._draft(state)
         clock.mark("draft")
-        if stage.retrieved:
+        if stage.retrieved and state.successors is not None:
             retrieved = state.successors.expand(state.root_1, self._template(stage))
             tree = merge(tree, retrieved, stage.retrieved)
         ancestors_NN = tree.ancestors(stage.max_depth)
@@ -359,9 +356,7 @@ class GraftEngine:
         return self._templates[stage]
 
 
-def _learn(
-    successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance
-) -> None:
+def _learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:
     """Every verified node updates the matrix; accepted nodes win conflicts, then those earlier in the tree.
 
     Empty rows pose as the root, which outranks them.

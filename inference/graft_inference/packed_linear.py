@@ -66,4 +66,3 @@ def _seconds(product: Callable[[Tensor], Tensor], layer: nn.Linear) -> float:
             times.append(time.perf_counter() - start)
         total += min(times)
     return total
-

@@ -17,10 +17,10 @@ ATTENTION = "graft_tree"
 
 @dataclass
 class TargetOutput:
-    """What one pass over N tokens yields: logits_NV and the tapped states, concatenated, taps_NE."""
+    """What one pass over N tokens yields: logits_NV and the tapped states, concatenated, taps_NE (width 0 without taps)."""
 
     logits_NV: Tensor
-    taps_NE: Tensor | None
+    taps_NE: Tensor
 
 
 def tree_attention(
@@ -45,7 +45,9 @@ def tree_attention(
     """
     for name in ("softcap", "s_aux", "sliding_window"):
         if unsupported.get(name) is not None:
-            raise GraftError(f"this target's attention uses {name}, which graft_inference does not support yet")
+            raise GraftError(
+                f"this target's attention uses {name}, which graft_inference does not support yet"
+            )
     rows, queries = query.shape[1], query.shape[2]
     groups = rows // key.shape[1]
     if tree_mask_NK is None:
@@ -143,7 +145,7 @@ class Target:
             tree_mask_NK=mask_NK,
         )
         taps = [self._taps[index][0] for index in self._tapped_layers]
-        return TargetOutput(output.logits[0], torch.cat(taps, dim=-1) if taps else None)
+        return TargetOutput(output.logits[0], torch.cat(taps, dim=-1) if taps else output.logits[0, :, :0])
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -151,6 +153,12 @@ def check_supported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise GraftError(f"{type(model).__name__} has layers of kind {sorted(kinds)}; only full_attention works yet")
+        raise GraftError(
+            f"{type(model).__name__} has layers of kind {sorted(kinds)}; only full_attention works yet"
+        )
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise GraftError(f"{type(model).__name__} has a sliding_window of {config.sliding_window}, unsupported yet")
     if not getattr(config, "max_position_embeddings", None):
-        raise GraftError(f"{type(model).__name__} has no max_position_embeddings: its length limit is unknown")
+        raise GraftError(
+            f"{type(model).__name__} has no max_position_embeddings: its length limit is unknown"
+        )

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from graft_inference import METHODS, GraftEngine, GraftError
 from graft_inference.bundle import load_bundle, load_target_model, tokenizer_hash
-from safetensors.torch import load_file, save_file
 
 from .test_engine import prompt
 from .tiny import tiny_engine, tiny_head, tiny_model, tiny_policy
@@ -83,7 +84,7 @@ def test_targets_of_another_size_are_refused(bundle, tmp_path, overrides, messag
 
 def test_another_tokenizer_is_refused(bundle, target):
     tiny_tokenizer(extra="§").save_pretrained(target)
-    with pytest.raises(GraftError, match="tokenizer is not the one this bundle was trained with: pass the target"):
+    with pytest.raises(GraftError, match=r"tokenizer is not the one .* trained with: pass"):
         load(bundle, target)
 
 
@@ -181,7 +182,7 @@ def test_a_bundle_that_is_nowhere_is_named(target, tmp_path):
 def test_a_damaged_target_is_named(bundle, target, name):
     content = (target / name).read_bytes()
     (target / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(GraftError, match="no target can be loaded from .*target"):
+    with pytest.raises(GraftError, match=r"no target can be loaded from .*target"):
         load(bundle, target)
 
 
@@ -202,7 +203,10 @@ def test_a_target_with_a_tensor_of_another_shape_is_refused(bundle, target):
 
 @pytest.mark.parametrize(
     ("device", "dtype", "message"),
-    [("cpu", "float33", "dtype 'float33' does not exist"), ("gpu", "float32", "device 'gpu' cannot be used here")],
+    [
+        ("cpu", "float33", "dtype 'float33' does not exist"),
+        ("gpu", "float32", "device 'gpu' cannot be used here"),
+    ],
 )
 def test_unknown_dtype_or_device_is_named(target, device, dtype, message):
     with pytest.raises(GraftError, match=message):

@@ -4,9 +4,8 @@ import io
 import re
 
 import pytest
-import torch
+
 from graft_inference.cli import main
-from graft_inference.engine import GenerationStats
 
 from .tiny import tiny_model
 from .tiny_bundle import tiny_tokenizer, write_bundle, write_target
@@ -29,7 +28,7 @@ def command(pair, *arguments, prompt=PROMPT):
 def expected_text(prompt, count):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    return tokenizer.decode(model.generate(ids, max_new_tokens=count)[0, ids.shape[1] :])
+    return tokenizer.decode(model.generate(ids, max_new_tokens=count)[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("method", ["graft", "autoregressive"])

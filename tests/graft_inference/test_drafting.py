@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from graft_inference.drafting import Drafter
 from graft_inference.target import Target
-from torch.nn import functional as F
 
 from .test_tree import token_path
 from .tiny import tiny_head, tiny_model

@@ -5,16 +5,18 @@ from itertools import product
 
 import pytest
 import torch
+from scipy.stats import chi2
+
 from graft_inference import METHODS, GraftError, Plan, Policy, Stage
 from graft_inference import engine as engine_module
 from graft_inference.engine import GraftEngine
 from graft_inference.retrieval import SuccessorMatrix
-from scipy.stats import chi2
 
 from .tiny import VOCAB, tiny_engine, tiny_head, tiny_model, tiny_policy
 
 SMALL = 8
 FAMILIES = ("llama", "qwen3")
+SEEDS = {"llama": 9, "qwen3": 11}  # these models' greedy text does not soon repeat one token
 
 
 def prompt(length: int, seed: int = 0, vocab_size: int = VOCAB) -> torch.Tensor:
@@ -32,8 +34,8 @@ def greedy_reference(model, input_ids, max_new_tokens):
 
 def small_engine(family: str = "llama", policy: Policy | None = None, vocab_size: int = SMALL) -> GraftEngine:
     """So few tokens that proposals are often right by chance: a wrong commit or mask cannot hide."""
-    model = tiny_model(family, vocab_size=vocab_size)
-    return tiny_engine(model, policy or tiny_policy(), tiny_head(model, draft_vocab_size=vocab_size - 1))
+    model = tiny_model(family, SEEDS[family], vocab_size=vocab_size)
+    return tiny_engine(model, policy or tiny_policy(0.5), tiny_head(model, draft_vocab_size=vocab_size - 1))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -48,7 +50,7 @@ def test_greedy_output_equals_generate(model, method, length):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
 def test_greedy_output_equals_generate_where_proposals_are_often_right(family, threshold):
     engine = small_engine(family, tiny_policy(threshold))
     stages: Counter[str] = Counter()
@@ -63,8 +65,8 @@ def test_greedy_output_equals_generate_where_proposals_are_often_right(family, t
                 stages += out.stats.stages
                 rounds += out.stats.rounds
     assert 4 * 59 / rounds > 1.2
-    expected_stages = {0.0: {"d3"}, 0.3: {"d0", "d1", "d3"}, 1.0: {"d0"}}
-    assert set(stages) == expected_stages[threshold]
+    visited = {0.0: {"d3"}, 0.3: {"d1", "d3"}, 0.5: {"d0", "d1", "d3"}, 1.0: {"d0"}}
+    assert set(stages) == visited[threshold]
 
 
 def three_token_law(model, input_ids: torch.Tensor) -> dict[tuple[int, ...], float]:
@@ -255,9 +257,7 @@ def test_no_verification_is_wider_than_its_stage_or_the_budget(monkeypatch, meth
     assert len(widths) == out.stats.rounds
     assert max(widths) <= plan.budget
     rows = {stage.name: stage.rows for stage in plan.stages}
-    assert Counter(widths) == sum(
-        (Counter({rows[name]: count}) for name, count in out.stats.stages.items()), Counter()
-    )
+    assert Counter(widths) == sum((Counter({rows[name]: count}) for name, count in out.stats.stages.items()), Counter())
 
 
 @pytest.mark.parametrize("method", ["graft", "prune", "eagle3"])
@@ -359,15 +359,3 @@ def test_bad_input_is_refused_before_any_pass(monkeypatch, arguments, message):
     monkeypatch.setattr(engine.target, "prefill", lambda *_: pytest.fail("the target ran"))
     with pytest.raises(GraftError, match=message):
         engine.generate(**({"input_ids": torch.tensor([0, 1, 2])} | arguments))
-
-
-@pytest.mark.parametrize(
-    ("missing", "method", "message"),
-    [("head", "graft", "no draft head: use method='retrieve'"), ("successors", "retrieve", "no successor matrix")],
-)
-def test_a_method_without_its_part_is_refused(missing, method, message):
-    engine = tiny_engine(tiny_model("llama"))
-    setattr(engine, missing, None)
-    with pytest.raises(GraftError, match=message):
-        engine.generate(torch.tensor([0, 1, 2]), method=method)
-    engine.generate(torch.tensor([0, 1, 2]), 3, method="autoregressive")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from graft_inference import GraftError
 from graft_inference.retrieval import SuccessorMatrix, Template
 

@@ -1,9 +1,10 @@
 """Acceptance on hand-made trees, and as a distribution against exact enumeration."""
 
 import torch
+from scipy.stats import chisquare
+
 from graft_inference.tree import DraftTree, Source
 from graft_inference.verification import accept, draw
-from scipy.stats import chisquare
 
 
 def tree_of(tokens, parents, depths, sources=None):
@@ -28,7 +29,8 @@ def test_follows_matches_from_the_root():
 def test_a_match_below_a_rejected_node_is_not_accepted():
     tree = tree_of([9, 1, 3], [0, 0, 1], [0, 1, 2])
     result = accept(tree, tree.ancestors(2), torch.tensor([2, 3, 0]), 2)
-    assert result.count == 1 and result.emitted_D[0] == 2
+    assert result.count == 1
+    assert result.emitted_D[0] == 2
 
 
 def test_empty_rows_are_never_accepted():

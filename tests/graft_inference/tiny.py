@@ -1,11 +1,12 @@
 """Tiny random pairs. The head is random too: it drafts badly, and output must be the target's all the same."""
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
 from graft_inference import GraftEngine, Plan, Policy, Stage
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB = 61
 SIZES = {
@@ -88,4 +89,3 @@ def tiny_engine(model, policy: Policy | None = None, head: DraftHead | None = No
     return GraftEngine(
         Target(model, head.config.tapped_layers), policy or tiny_policy(), head, SuccessorMatrix(ids_VK)
     )
-

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from graft_inference.bundle import describe_target
-from graft_inference.head_checkpoint import save_head
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from graft_inference.bundle import describe_target
+from graft_inference.head_checkpoint import save_head
 
 from .tiny import VOCAB, tiny_head, tiny_model, tiny_policy
 
@@ -19,13 +20,14 @@ def tiny_tokenizer(extra: str = "") -> PreTrainedTokenizerFast:
     """Byte-level with VOCAB tokens: letters, digits, Ġ (space), Ċ (newline), the bytes of é, and pairs."""
     characters = [*LETTERS, "Ġ", "Ċ", "Ã", "©"]
     pairs = [(a, b) for a in "aeiou" for b in "nrstl"][: VOCAB - len(characters)]
-    vocabulary = {token: index for index, token in enumerate([*characters, *("".join(pair) for pair in pairs)])}
+    tokens = [*characters, *(first + second for first, second in pairs)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     if extra:
         vocabulary[extra] = vocabulary.pop("9")
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=extra or "9")
 
 
 def tiny_successors(vocab_size: int = VOCAB, k: int = 4) -> dict[str, torch.Tensor]:

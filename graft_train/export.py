@@ -1,0 +1,276 @@
+"""`export`: the bundle, one directory that the runtime, transformers and EAGLE-3 engines load."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+
+import graft_inference
+from graft_inference import METHODS, GraftError
+from graft_inference.bundle import describe_target, load_bundle, read_json
+
+from .data.target import load_tokenizer, target_path
+from .stage import RECORD, is_main, run_stage, say, write_json
+
+if TYPE_CHECKING:
+    from .config import Config
+
+EVALUATION = "evaluation.json"
+REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.31")
+"""The runtime's; transformers checks them before it runs the bundle's code."""
+
+CARD = """---
+{front_matter}
+---
+
+# Graft for {target}
+
+Lossless speculative decoding for `{target}`: an EAGLE-3 draft head, a successor matrix for retrieval, and the
+policy that decides after each draft pass whether to go on or to fill the tree with retrieved tokens
+([Graft](https://arxiv.org/abs/2605.20104), [EAGLE-3](https://arxiv.org/abs/2503.01840)). What comes out is
+what the target alone would write.
+
+## Use
+
+With transformers alone (the code is in `custom_generate/`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{target}")
+target = AutoModelForCausalLM.from_pretrained("{target}")
+ids = tokenizer("import os", return_tensors="pt").input_ids
+out = target.generate(ids, custom_generate="{location}", trust_remote_code=True, max_new_tokens=128)
+```
+
+With the runtime, which also reports what it did:
+
+```python
+from graft_inference import GraftEngine
+
+engine = GraftEngine.from_pretrained("{location}", target="{target}")
+out = engine.generate(ids, max_new_tokens=128)  # temperature=, method=, seed=
+print(tokenizer.decode(out.sequences[0]), out.stats.tau)
+```
+
+    graft-generate {location} --target {target} "import os"
+
+`config.json` and `model.safetensors` are an EAGLE-3 checkpoint in the dialect that SGLang reads.
+
+## Policy
+
+`graft.json`. {measured_on} On another device, calibrate again.
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportConfig:
+    """Attributes:
+    license: of the bundle, as the Hub names it; a head inherits its target's terms.
+    push_to_hub: whether to upload the bundle.
+    repo_id: where to, "you/name".
+    private: whether a repository that is new becomes a private one.
+    """
+
+    license: str = "apache-2.0"
+    push_to_hub: bool = False
+    repo_id: str | None = None
+    private: bool = True
+
+
+def export(config: "Config") -> Path:
+    """Writes `bundle/`, and pushes it if asked, newly made or reused.
+
+    Raises:
+        GraftError: stages that do not fit together, or a push without a repository or permission.
+    """
+    settings = config.export
+    if settings.push_to_hub:
+        _check_repo_id(settings.repo_id)
+    run_dir = Path(config.run_dir)
+    inputs = [target_path(config), *(run_dir / stage for stage in ("head", "corpus", "policy"))]
+    bundle = run_stage(
+        config,
+        "export",
+        "bundle",
+        {"license": settings.license},
+        inputs,
+        lambda out: _build(config, out, run_dir / "bundle"),
+    )
+    if is_main():
+        evaluation = _evaluation_of(bundle, run_dir / "evaluation")
+        if evaluation:
+            write_card(bundle, evaluation)
+        if settings.push_to_hub:
+            push(bundle, str(settings.repo_id), settings.private)
+    return bundle
+
+
+def write_card(bundle: Path, evaluation: dict[str, Any] | None = None) -> None:
+    """Writes the model card anew, with the bundle's newest evaluation.
+
+    Args:
+        evaluation: what `evaluate` found, kept in the bundle; None leaves what is there.
+    """
+    if evaluation is not None:
+        write_json(bundle / EVALUATION, evaluation)
+    _write_text(bundle / "README.md", _card(bundle, str(bundle)))
+
+
+def push(bundle: Path, repo_id: str, private: bool) -> str:
+    """Uploads a bundle whose code and card name the repository instead of this machine's path.
+
+    Returns:
+        The repository's id, owner included.
+
+    Raises:
+        GraftError: no permission, or no connection.
+    """
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            copy = Path(directory) / "bundle"
+            own = shutil.ignore_patterns(RECORD, "README.md", "custom_generate")
+            shutil.copytree(bundle.resolve(), copy, ignore=own, copy_function=os.symlink)
+            _write_code(copy, repo_id)
+            _write_text(copy / "README.md", _card(bundle, repo_id))
+            url = api.upload_folder(repo_id=repo_id, folder_path=copy, commit_message="Graft bundle")
+    except Exception as error:  # the client's own kinds, and those of the HTTP library under it
+        raise GraftError(
+            f"the bundle in {bundle} could not be pushed to {repo_id} ({error}): check the connection and "
+            "`hf auth whoami`, then run recipes/export.py with the same settings again"
+        ) from error
+    say(f"export: pushed to {url}")
+    return repo_id
+
+
+def _build(config: "Config", out: Path, final: Path) -> None:
+    run_dir = Path(config.run_dir)
+    for file in ("config.json", "model.safetensors"):
+        _copy(run_dir / "head" / file, out)
+    _copy(run_dir / "corpus" / "successors.safetensors", out)
+    tokenizer = load_tokenizer(config)
+    path = target_path(config)
+    target_config = AutoConfig.from_pretrained(path).get_text_config()
+    name = config.target.name_or_path or str(path)
+    graft = {
+        "policy": read_json(run_dir / "policy" / "policy.json"),
+        "target": describe_target(name, target_config, tokenizer),
+    }
+    write_json(out / "graft.json", graft)
+    _write_code(out, str(final.resolve()))
+    _write_text(out / "README.md", _card(out, str(final)))
+    # A bundle that the engine would refuse must not appear.
+    load_bundle(out, target_config, tokenizer)
+
+
+def _copy(source: Path, directory: Path) -> None:
+    if not source.is_file():
+        raise GraftError(f"{source} is missing: delete {source.parent} and run its recipe again")
+    shutil.copyfile(source, directory / source.name)
+
+
+def _write_code(bundle: Path, location: str) -> None:
+    """Writes `custom_generate/`: the runtime's modules, and the one that leads transformers to them."""
+    directory = bundle / "custom_generate"
+    directory.mkdir(exist_ok=True)
+    source = Path(graft_inference.__file__).parent / "custom_generate.py"
+    for module in get_relative_import_files(source):
+        shutil.copyfile(module, directory / Path(module).name)
+    with (bundle / "model.safetensors").open("rb") as weights:
+        weights_hash = hashlib.file_digest(weights, "sha256").hexdigest()
+    code = source.read_text(encoding="utf-8")
+    for name, value in {"BUNDLE": location, "WEIGHTS_SHA256": weights_hash}.items():
+        before, after = code.split(f'\n{name} = ""\n')
+        code = f"{before}\n{name} = {value!r}\n{after}"
+    _write_text(directory / "generate.py", code)
+    _write_text(directory / "requirements.txt", "\n".join(REQUIREMENTS) + "\n")
+
+
+def _card(bundle: Path, location: str) -> str:
+    """The model card: what it is, how to use it from `location`, what the evaluation found."""
+    graft = read_json(bundle / "graft.json")
+    target = graft["target"]["name_or_path"]
+    evaluation = read_json(bundle / EVALUATION) if (bundle / EVALUATION).exists() else None
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=target if _is_hub_id(target) else None,
+        license=read_json(bundle / RECORD)["settings"]["license"],
+        tags=["speculative-decoding", "eagle3", "graft"],
+    )
+    return CARD.format(
+        front_matter=data.to_yaml(),
+        target=target,
+        location=location,
+        measured_on=_device_line(graft["policy"]["measured_on"].get("device")),
+        evaluation=_evaluation_section(evaluation) if evaluation else "Not evaluated yet.",
+    )
+
+
+def _evaluation_section(evaluation: dict[str, Any]) -> str:
+    lines = [
+        "| method | tokens/s | speed-up (95 %) | tau | equals the target's output |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name in METHODS:
+        found = evaluation["methods"].get(name)
+        if found:
+            same = {True: "yes", False: "**no**"}.get(evaluation["lossless"].get(name), "not checked")
+            low, high = found.get("speedup_interval", (found["speedup"],) * 2)
+            speedup = f"{found['speedup']:.2f}x ({low:.2f}-{high:.2f})"
+            lines.append(f"| {name} | {found['tokens_per_second']:.1f} | {speedup} | {found['tau']:.2f} | {same} |")
+    return "\n".join([_device_line(evaluation.get("device")), "", *lines])
+
+
+def _device_line(device: dict[str, Any] | None) -> str:
+    if not device:
+        return "Not measured on a device."
+    return "Measured on " + ", ".join(f"{name} {value}" for name, value in device.items()) + "."
+
+
+def _is_hub_id(target: str) -> bool:
+    try:
+        validate_repo_id(target)
+    except HFValidationError:
+        return False
+    return not Path(target).exists()
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Aside and renamed."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _evaluation_of(bundle: Path, directory: Path) -> dict[str, Any] | None:
+    """The finished evaluation of this very bundle, if there is one."""
+    if not (directory / RECORD).exists() or not (directory / EVALUATION).exists():
+        return None
+    evaluated = read_json(directory / RECORD)["inputs"].get("bundle")
+    same = evaluated == read_json(bundle / RECORD)["fingerprint"]
+    return read_json(directory / EVALUATION) if same else None
+
+
+def _check_repo_id(repo_id: str | None) -> None:
+    if not repo_id:
+        raise GraftError("export.push_to_hub=true needs export.repo_id=you/name")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise GraftError(f"export.repo_id={repo_id} is not a Hub id such as you/name: {error}") from error

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from graft_inference import GraftError
+from graft_inference.kv_cache import TreeCache
+from graft_inference.target import Target
+from graft_train.data import states as states_module
+from graft_train.data.states import TappedTarget
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_states_are_those_the_runtime_taps_and_padding_on_the_right_does_not_matter(monkeypatch):
+    monkeypatch.setattr(states_module, "CHUNK", 3)
+    tokens_BS = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(1))
+    states = TappedTarget(tiny(), (0, 3)).states(tokens_BS)
+    runtime = Target(tiny(), (0, 3))
+    for row, length in ((0, 7), (1, 4)):
+        with torch.no_grad():
+            served = runtime.prefill(tokens_BS[row, :length], TreeCache(4, 16))
+        torch.testing.assert_close(states.taps_BSE[row, :length], served.taps_NE, atol=1e-5, rtol=1e-4)
+        assert states.choice_BS[row, length - 1] == served.logits_NV[-1].argmax()
+
+
+def test_final_state_times_lm_head_gives_the_logits():
+    model = tiny()
+    tokens_BS = torch.randint(31, (2, 7))
+    target = TappedTarget(model, (1,))
+    logits_BSV = target.states(tokens_BS).final_BSH @ target.lm_head_VH.T
+    torch.testing.assert_close(logits_BSV, model(tokens_BS).logits.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_that_is_not_there_is_named():
+    with pytest.raises(GraftError, match=r"tapped_layers=\[1, 4\].*0\.\.3"):
+        TappedTarget(tiny(), (1, 4))
+
+
+def test_a_target_that_changes_its_logits_is_refused():
+    class Capped(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits / 3
+            return out
+
+    model = Capped(tiny().config).eval()
+    with pytest.raises(GraftError, match="Capped changes its logits"):
+        TappedTarget(model, (1,))
