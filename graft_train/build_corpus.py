@@ -35,9 +35,7 @@ class CorpusConfig:
 def build_corpus(config: "Config") -> Path:
     """Writes `corpus/successors.safetensors`: ids [V, k] int32 (-1 none), probs [V, k] fp16, counts [V]."""
     inputs = [target_path(config), Path(config.run_dir) / "data"]
-    return run_stage(
-        config, "build_corpus", "corpus", asdict(config.corpus), inputs, lambda out: _build(config, out)
-    )
+    return run_stage(config, "build_corpus", "corpus", asdict(config.corpus), inputs, lambda out: _build(config, out))
 
 
 def _build(config: "Config", out: Path) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from graft_inference import METHODS, GenerationStats, GraftEngine
+from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
+from graft_inference.bundle import read_json
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import DTYPES, resolve_device, target_path
 from graft_train.device import describe_device
@@ -41,11 +42,18 @@ class EvaluateConfig:
     temperature: float = 0.0
     repeats: int = 5
 
+    def __post_init__(self) -> None:
+        least = {"prompts": 1, "max_new_tokens": 2, "repeats": 1}  # the prefill gives the first token
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise GraftError(f"evaluation.{name}={getattr(self, name)} must be at least {bound}")
+
 
 @dataclass
 class Run:
-    """One timed generation: its statistics, and the wall time around it."""
+    """One timed generation: its new tokens, its statistics, and the wall time around it."""
 
+    tokens: list[int]
     stats: GenerationStats
     wall_seconds: float
 
@@ -56,7 +64,7 @@ def evaluate(config: "Config") -> Path:
     inputs = [target_path(config), run_dir / "data", run_dir / "bundle"]
     settings = {**asdict(config.evaluation), "seed": config.seed, "dtype": config.target.dtype}
     directory = run_stage(config, "evaluate", "evaluation", settings, inputs, lambda out: _build(config, out))
-    print((directory / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
+    print_table(read_json(directory / "evaluation.json"))
     return directory
 
 
@@ -66,6 +74,7 @@ def _build(config: "Config", out: Path) -> None:
     engine = GraftEngine.from_pretrained(
         run_dir / "bundle", target_path(config), str(resolve_device(config.target.device)), config.target.dtype
     )
+    _check_lengths(engine, samples, settings.max_new_tokens)
     runs = _interleaved(engine, samples, settings, config.seed)
     evaluation = {
         "methods": {name: _summary(runs[name], runs["autoregressive"]) for name in METHODS},
@@ -79,8 +88,17 @@ def _build(config: "Config", out: Path) -> None:
     write_json(out / "evaluation.json", evaluation)
     (out / "report.md").write_text(to_markdown(evaluation), encoding="utf-8")
     draw(evaluation, out / "report.png")
-    print_table(evaluation)
     write_card(run_dir / "bundle", evaluation)
+
+
+def _check_lengths(engine: GraftEngine, samples: list[Sample], max_new_tokens: int) -> None:
+    """Raises GraftError for a prompt that would only fail in the middle of the run."""
+    longest = max(samples, key=lambda sample: len(sample.prompt_ids))
+    if len(longest.prompt_ids) + max_new_tokens > engine.target.max_positions:
+        raise GraftError(
+            f"evaluation.max_new_tokens={max_new_tokens} after the {len(longest.prompt_ids)} tokens of prompt "
+            f"{longest.id} exceeds the target's {engine.target.max_positions} positions: ask for fewer"
+        )
 
 
 def settings_facts(config: "Config", samples: list[Sample]) -> dict[str, Any]:
@@ -115,48 +133,64 @@ def _interleaved(
                 for name in order if repeat % 2 else reversed(order):
                     start = time.perf_counter()
                     out = engine.generate(prompt, settings.max_new_tokens, settings.temperature, name, seed + index)
-                    runs[name][index].append(Run(out.stats, time.perf_counter() - start))
+                    wall_seconds = time.perf_counter() - start
+                    tokens = out.sequences[0, len(prompt) :].tolist()
+                    runs[name][index].append(Run(tokens, out.stats, wall_seconds))
                     bar.update()
     return runs
 
 
 def _summary(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any]:
-    """Sum of tokens over sum of each prompt's median decode time; ratios with a bootstrap over prompts."""
+    """Sum of tokens over sum of each prompt's median decode time; ratios with a bootstrap over prompts.
+
+    Raises:
+        GraftError: the target ended every prompt with its first token.
+    """
+    typical = [_typical(prompt).stats for prompt in runs]
+    rounds = sum(stats.rounds for stats in typical)
+    if not rounds:
+        raise GraftError("the target ended every evaluation prompt at once: evaluate on other data")
     tokens, seconds = _tokens(runs), _seconds(runs)
     speed = tokens.sum() / seconds.sum()
     ratios = _speedups(runs, baseline)
-    every = [run.stats for prompt in runs for run in prompt]
-    rounds = sum(stats.rounds for stats in every)
     phases: Counter[str] = Counter()
     accepted: Counter[str] = Counter()
     stages: Counter[str] = Counter()
-    for stats in every:
+    for stats in typical:
         phases.update(stats.seconds)
         accepted.update(stats.accepted)
         stages.update(stats.stages)
     prefill = phases.pop("prefill")
-    wall = sum(run.wall_seconds for prompt in runs for run in prompt)
+    every = [run for prompt in runs for run in prompt]
+    wall = sum(run.wall_seconds for run in every)
+    same = [ours[0].tokens == theirs[0].tokens for ours, theirs in zip(runs, baseline, strict=True)]
     return {
         "tokens_per_second": float(speed),
         "speedup": float(speed / (_tokens(baseline).sum() / _seconds(baseline).sum())),
-        "speedup_interval": [float(bound) for bound in np.percentile(ratios, [2.5, 97.5])],
-        "tau": sum(stats.emitted - 1 for stats in every) / max(rounds, 1),
-        "ms_per_round": {name: 1e3 * seconds / max(rounds, 1) for name, seconds in phases.items()},
-        "prefill_ms": 1e3 * prefill / len(every),
-        "accepted_per_round": {name: count / max(rounds, 1) for name, count in accepted.items()},
+        "speedup_interval": [float(bound) for bound in np.nanpercentile(ratios, [2.5, 97.5])],
+        "tau": sum(stats.emitted - 1 for stats in typical) / rounds,
+        "ms_per_round": {name: 1e3 * seconds / rounds for name, seconds in phases.items()},
+        "prefill_ms": 1e3 * prefill / len(typical),
+        "accepted_per_round": {name: count / rounds for name, count in accepted.items()},
         "stages": dict(sorted(stages.items())),
-        "time_outside_phases": float(1 - (sum(phases.values()) + prefill) / wall),
+        "same_tokens_as_autoregressive": sum(same) / len(same),
+        "time_outside_phases": 1 - sum(sum(run.stats.seconds.values()) for run in every) / wall,
     }
+
+
+def _typical(repeats: list[Run]) -> Run:
+    """The (lower) median by decode time: a real run, so its phases add up to its time."""
+    return sorted(repeats, key=lambda run: run.stats.decode_seconds)[(len(repeats) - 1) // 2]
 
 
 def _tokens(runs: list[list[Run]]) -> np.ndarray:
     """Decoded tokens per prompt; the prefill's own token is not among them."""
-    return np.array([prompt[0].stats.emitted - 1 for prompt in runs], dtype=float)
+    return np.array([_typical(prompt).stats.emitted - 1 for prompt in runs], dtype=float)
 
 
 def _seconds(runs: list[list[Run]]) -> np.ndarray:
     """Median decode time per prompt."""
-    return np.array([np.median([run.stats.decode_seconds for run in prompt]) for prompt in runs])
+    return np.array([_typical(prompt).stats.decode_seconds for prompt in runs])
 
 
 def _speedups(runs: list[list[Run]], baseline: list[list[Run]]) -> np.ndarray:
@@ -164,14 +198,20 @@ def _speedups(runs: list[list[Run]], baseline: list[list[Run]]) -> np.ndarray:
     columns = [_tokens(runs), _seconds(runs), _tokens(baseline), _seconds(baseline)]
     chosen = np.random.default_rng(0).integers(len(runs), size=(BOOTSTRAP, len(runs)))
     tokens, seconds, base_tokens, base_seconds = (column[chosen].sum(axis=1) for column in columns)
-    return (tokens / seconds) / (base_tokens / base_seconds)
+    # A prompt that ends at once has no decode time: a resample of such prompts alone says nothing.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (tokens / seconds) / (base_tokens / base_seconds)
 
 
 def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     """Greedy fp32 output of every method against transformers' own `generate` on an untouched model."""
     settings, device = config.evaluation, resolve_device(config.target.device)
     path = target_path(config)
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES["float32"]).to(device).eval()
+    reference: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES["float32"])
+    reference.to(device).eval()
+    # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
+    eos = reference.generation_config.eos_token_id
+    reference.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
     engine = GraftEngine.from_pretrained(Path(config.run_dir) / "bundle", path, str(device), "float32")
     divergences: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for sample in tqdm(samples, desc="evaluate: losslessness", unit="prompt"):
@@ -181,7 +221,6 @@ def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
-            pad_token_id=0,
         )[0]
         for name in METHODS:
             found = engine.generate(prompt, settings.max_new_tokens, method=name).sequences[0]

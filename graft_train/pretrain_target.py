@@ -59,9 +59,7 @@ class PretrainConfig:
 def pretrain_target(config: "Config") -> Path:
     """Writes `target/`: an ordinary transformers checkpoint, its tokenizer and pretraining.json."""
     if config.target.name_or_path:
-        raise GraftError(
-            f"target.name_or_path={config.target.name_or_path} is set: there is no target to pretrain"
-        )
+        raise GraftError(f"target.name_or_path={config.target.name_or_path} is set: there is no target to pretrain")
     settings = {"pretrain": asdict(config.pretrain_target), "data": document_settings(config.data)}
     return run_stage(config, "pretrain_target", "target", settings, [], lambda out: _build(config, out))
 
@@ -83,16 +81,12 @@ def _build(config: "Config", out: Path) -> None:
     loss = held_out_loss(model, held_out, settings.batch)
     bytes_per_token = sum(len((d.text or "").encode()) for d in held_out_documents) / held_out.numel()
     sample = _continue(model, tokenizer, "def ")
-    accelerator.print(
-        f"held-out loss {loss:.3f} nats/token, {loss / math.log(2) / bytes_per_token:.3f} bits/byte"
-    )
+    accelerator.print(f"held-out loss {loss:.3f} nats/token, {loss / math.log(2) / bytes_per_token:.3f} bits/byte")
     accelerator.print(sample)
     if accelerator.is_main_process:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        write_json(
-            out / "pretraining.json", {"held_out_loss": loss, "train_tokens": train.numel(), "sample": sample}
-        )
+        write_json(out / "pretraining.json", {"held_out_loss": loss, "train_tokens": train.numel(), "sample": sample})
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -148,17 +142,13 @@ def _train(
     out: Path,
 ) -> LlamaForCausalLM:
     matrices = [
-        p
-        for name, p in model.named_parameters()
-        if p.dim() == 2 and "embed" not in name and "lm_head" not in name
+        p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name and "lm_head" not in name
     ]
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, settings)) for o in (muon, adamw)
-    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, settings)) for o in (muon, adamw)]
     model, muon, adamw, *schedules = accelerator.prepare(model, muon, adamw, *schedules)
     first = _resume(accelerator, out / "checkpoint")
     share = settings.batch // accelerator.num_processes or 1

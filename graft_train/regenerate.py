@@ -43,9 +43,7 @@ def regenerate(config: "Config") -> Path:
         "prompt_tokens": config.data.prompt_tokens,
         "seed": config.seed,
     }
-    return run_stage(
-        config, "regenerate", "data", settings, [target_path(config)], lambda out: _build(config, out)
-    )
+    return run_stage(config, "regenerate", "data", settings, [target_path(config)], lambda out: _build(config, out))
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -108,9 +106,7 @@ def drop_torn_batch(path: Path, sizes: list[int]) -> int:
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
-    trained = sum(
-        parse_sample(line, f"{path}, line {n}").split == "train" for n, line in enumerate(whole, start=1)
-    )
+    trained = sum(parse_sample(line, f"{path}, line {n}").split == "train" for n, line in enumerate(whole, start=1))
     done, kept = 0, 0
     while done < len(sizes) and kept + sizes[done] <= trained:
         kept += sizes[done]
@@ -130,9 +126,7 @@ def answer(model: Any, tokenizer: Any, batch: list[Prompt], number: int, config:
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id
     length = max(len(prompt.ids) for prompt in batch)
-    ids = torch.tensor(
-        [[pad] * (length - len(prompt.ids)) + prompt.ids for prompt in batch], device=model.device
-    )
+    ids = torch.tensor([[pad] * (length - len(prompt.ids)) + prompt.ids for prompt in batch], device=model.device)
     mask = torch.tensor(
         [[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch], device=model.device
     )
@@ -141,9 +135,7 @@ def answer(model: Any, tokenizer: Any, batch: list[Prompt], number: int, config:
         if temperature
         else {"do_sample": False}
     )
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **sampling
-    )
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **sampling)
     eos = model.generation_config.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or [])
     return [

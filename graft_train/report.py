@@ -23,7 +23,7 @@ COLUMNS = (
 
 def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per method, in COLUMNS; times in ms per round, accepted tokens per round by source."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, method in evaluation["methods"].items():
         phases = method["ms_per_round"]
         low, high = method["speedup_interval"]
@@ -46,11 +46,13 @@ def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def print_table(evaluation: dict[str, Any]) -> None:
+    """The columns that fit a terminal."""
     table = Table(title="held-out prompts; draft, verify, other in ms per round", caption=_machine(evaluation))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
+    shown = [index for index, column in enumerate(COLUMNS) if column not in ("95 %", "drafted", "retrieved")]
+    for index in shown:
+        table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
     for row in rows_of(evaluation):
-        table.add_row(*row, style="bold" if row[0] == "graft" else None)
+        table.add_row(*(row[index] for index in shown), style="bold" if row[0] == "graft" else None)
     Console().print(table)
 
 

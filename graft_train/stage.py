@@ -134,9 +134,7 @@ def _matches(directory: Path, record: dict[str, Any]) -> bool:
     if not (directory / RECORD).is_file():
         if directory.suffix == ".partial" and not any(directory.iterdir()):
             return False  # interrupted before its first write
-        raise GraftError(
-            f"{directory} was not made by a stage (no {RECORD}); move it away or use another run_dir"
-        )
+        raise GraftError(f"{directory} was not made by a stage (no {RECORD}); move it away or use another run_dir")
     found = _read_record(directory / RECORD)
     if found["fingerprint"] == record["fingerprint"]:
         return True

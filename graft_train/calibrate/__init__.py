@@ -71,8 +71,7 @@ def _build(config: "Config", run_dir: Path, out: Path) -> None:
     measured = _race(engine, prompts, finalists, settings.max_new_tokens, settings.repeats)
     chosen = max(measured, key=lambda name: measured[name]["tokens_per_second"])
     predicted = {
-        name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True))
-        for name, plan in finalists.items()
+        name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True)) for name, plan in finalists.items()
     }
     _print(finalists, predicted, measured)
     policy = Policy(

@@ -61,9 +61,7 @@ def measure_latency(
         for key, plan in plans.items():
             stats = engine.generate(prompts[repeat % len(prompts)], 24, plan=plan).stats
             if repeat:  # the first is a warm-up
-                samples[key].append(
-                    {name: 1e3 * s / max(stats.rounds, 1) for name, s in stats.seconds.items()}
-                )
+                samples[key].append({name: 1e3 * s / max(stats.rounds, 1) for name, s in stats.seconds.items()})
 
     def typical(key: tuple[str, int], *phases: str) -> float:
         return median(sum(sample[phase] for phase in phases) for sample in samples[key])

@@ -133,9 +133,7 @@ def best_graft(replay: Replay, checkpoints: int) -> Plan:
     than `best_eagle3`, which is among the first.
     """
     singles = [
-        _plan(replay, stage)
-        for passes in range(1, replay.max_passes + 1)
-        for stage in _stages(replay, passes, 1.0)
+        _plan(replay, stage) for passes in range(1, replay.max_passes + 1) for stage in _stages(replay, passes, 1.0)
     ]
     best = max(singles, key=lambda plan: replay.run(plan)[0])
     speed = replay.run(best)[0]

@@ -91,17 +91,13 @@ def read_documents(config: DataConfig) -> list[Document]:
         if identity in where_of:
             if identity.startswith("sha256:"):
                 continue  # a repeated record: the hash of its content is its identity
-            raise GraftError(
-                f"{where} repeats the id {identity!r} of {where_of[identity]}; ids must be unique"
-            )
+            raise GraftError(f"{where} repeats the id {identity!r} of {where_of[identity]}; ids must be unique")
         where_of[identity] = where
         documents.append(_document(config, identity, content))
         if len(documents) == config.limit:
             break
     if not documents:
-        raise GraftError(
-            f"data.path={config.path} holds no text; check data.path and data.glob={config.glob}"
-        )
+        raise GraftError(f"data.path={config.path} holds no text; check data.path and data.glob={config.glob}")
     return documents
 
 
@@ -156,9 +152,7 @@ Content = str | tuple[dict[str, str], ...]
 def _contents(config: DataConfig) -> Iterator[tuple[str, str, Content]]:
     """(where it was found, id, content) of every document that is not empty."""
     if not _is_local(config.path):
-        yield from _records(
-            _load_dataset(config.path, split=config.hub_split), f"data set {config.path}, row"
-        )
+        yield from _records(_load_dataset(config.path, split=config.hub_split), f"data set {config.path}, row")
         return
     root, paths = _files(config)
     for path in paths:
@@ -195,9 +189,7 @@ def _files(config: DataConfig) -> tuple[Path, list[Path]]:
     if root.is_file():
         return root.parent, [root]
     paths = [path for path in root.glob(config.glob) if path.is_file()]
-    visible = [
-        path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
+    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     return root, sorted(visible)
 
 
@@ -273,9 +265,7 @@ def _record_content(row: Any, place: str) -> Content:
 
 
 def _message(turn: Any, role_key: str, content_key: str, place: str) -> dict[str, str]:
-    if not isinstance(turn, dict) or not all(
-        isinstance(turn.get(key), str) for key in (role_key, content_key)
-    ):
+    if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in (role_key, content_key)):
         raise GraftError(f"{place}: every turn needs the strings {role_key} and {content_key}")
     role = turn[role_key]
     if role_key == "from":

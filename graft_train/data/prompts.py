@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -74,9 +75,7 @@ def _places(document: Document, prompt_tokens: int) -> Iterator[tuple[Document, 
         start = newline + 1 if newline >= 0 else len(document.text)
 
 
-def _window_ids(
-    document: Document, start: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int
-) -> list[int]:
+def _window_ids(document: Document, start: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> list[int]:
     assert document.text is not None
     window = document.text[start : start + prompt_tokens * CHARACTERS_PER_TOKEN]
     return tokenizer(window).input_ids[:prompt_tokens]
@@ -91,5 +90,5 @@ def _conversation_ids(document: Document, tokenizer: PreTrainedTokenizerBase) ->
         )
     asked = max(i for i, message in enumerate(document.messages) if message["role"] != "assistant")
     turns = list(document.messages[: asked + 1])
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-    return list(ids["input_ids"])  # type: ignore[index]
+    encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])

@@ -46,9 +46,7 @@ class TappedTarget:
         self.lm_head_VH: Tensor = model.get_output_embeddings().weight
         layers = model.get_decoder().layers
         if tapped_layers[-1] >= len(layers) or tapped_layers[0] < 0:
-            raise GraftError(
-                f"head.tapped_layers={list(tapped_layers)}: the target has layers 0..{len(layers) - 1}"
-            )
+            raise GraftError(f"head.tapped_layers={list(tapped_layers)}: the target has layers 0..{len(layers) - 1}")
         self._taps: dict[int, Tensor] = {}
         for index in tapped_layers:
             layers[index].register_forward_hook(self._keep(index))

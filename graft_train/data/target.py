@@ -63,9 +63,7 @@ def load_target(config: "Config") -> PreTrainedModel:
     """
     path, device = _existing(config), resolve_device(config.target.device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[config.target.dtype], use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[config.target.dtype], use_safetensors=True)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise GraftError(f"cannot load the target from {path}: {error}") from error
     model.to(device)  # type: ignore[arg-type]

@@ -41,9 +41,7 @@ def distill(config: "Config") -> Path:
     """
     target, data = target_path(config), Path(config.run_dir) / "data"
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
-    return run_stage(
-        config, "distill", "head", settings, [target, data], lambda out: _build(config, data, out)
-    )
+    return run_stage(config, "distill", "head", settings, [target, data], lambda out: _build(config, data, out))
 
 
 def _build(config: "Config", data: Path, out: Path) -> None:
@@ -74,10 +72,8 @@ def _build(config: "Config", data: Path, out: Path) -> None:
         f"parameters on layers {list(shape.tapped_layers)}, "
         f"draft vocabulary {len(vocabulary.token_ids_D)} ({vocabulary.coverage:.2%} of the answers' tokens)"
     )
-    if settings.cache_states:
-        source = cached_states(target, rows, settings.batch_tokens)
-    else:
-        source = online_states(target)
+    cached = settings.cache_states
+    source = cached_states(target, rows, settings.batch_tokens) if cached else online_states(target)
 
     training = start_training(accelerator, head, target, source, rows, settings)
     progress = Progress(settings, out, accelerator.is_main_process)

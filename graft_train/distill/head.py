@@ -18,9 +18,7 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
     target = model.config.get_text_config()
     rope = getattr(target, "rope_parameters", None)
     if not rope or "rope_type" not in rope:
-        raise GraftError(
-            f"{type(model).__name__} has no single RoPE for all its layers, which a draft head needs"
-        )
+        raise GraftError(f"{type(model).__name__} has no single RoPE for all its layers, which a draft head needs")
     tapped = settings.tapped_layers
     return DraftHeadConfig(
         hidden_size=target.hidden_size,

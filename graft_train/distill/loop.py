@@ -34,9 +34,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.head = head
         self.steps = steps
-        self.register_buffer(
-            "teacher_DH", lm_head_VH[head.target_ids.to(lm_head_VH.device)], persistent=False
-        )
+        self.register_buffer("teacher_DH", lm_head_VH[head.target_ids.to(lm_head_VH.device)], persistent=False)
 
     def forward(
         self,
@@ -49,9 +47,7 @@ class Distiller(nn.Module):
         """The loss and `StepSums.stack()` of one batch."""
         dtype = self.head.fc.weight.dtype
         outputs = unroll(self.head, embedding_BSH.to(dtype), states.taps_BSE.to(dtype), self.steps, first)
-        loss, sums = distillation_loss(
-            self.head, outputs, states.final_BSH, self.teacher_DH, taught, coefficient_K
-        )
+        loss, sums = distillation_loss(self.head, outputs, states.final_BSH, self.teacher_DH, taught, coefficient_K)
         return loss, sums.stack()
 
 
@@ -95,9 +91,7 @@ class Training:
 
     def run(self, prepared: Prepared, coefficient_K: Tensor) -> tuple[Tensor, Tensor]:
         embedding_BSH = self.target.embed(prepared.batch.tokens_BS)
-        return self.distiller(
-            embedding_BSH, prepared.states, prepared.taught, prepared.batch.first, coefficient_K
-        )
+        return self.distiller(embedding_BSH, prepared.states, prepared.taught, prepared.batch.first, coefficient_K)
 
 
 def start_training(
@@ -128,8 +122,7 @@ def train(training: Training, chosen: list[int], seed: int, out: Path, progress:
     settings, accelerator = training.settings, training.accelerator
     subset = [training.rows[row] for row in chosen]
     plan = [
-        [chosen[row] for row in batch]
-        for batch in plan_batches(subset, settings.batch_tokens, settings.epochs, seed)
+        [chosen[row] for row in batch] for batch in plan_batches(subset, settings.batch_tokens, settings.epochs, seed)
     ]
     per_step = settings.gradient_accumulation * accelerator.num_processes
     total = min(len(plan) // per_step, settings.max_steps or math.inf)
@@ -144,9 +137,7 @@ def train(training: Training, chosen: list[int], seed: int, out: Path, progress:
     training.distiller.train()
     for step in range(first, total):
         started = time.perf_counter()
-        batches = plan[
-            step * per_step + accelerator.process_index : (step + 1) * per_step : accelerator.num_processes
-        ]
+        batches = plan[step * per_step + accelerator.process_index : (step + 1) * per_step : accelerator.num_processes]
         rate = learning_rate(step, total, settings)
         sums, tokens = train_step(training, batches, rate)
         progress.log(step + 1, sums, rate, tokens, time.perf_counter() - started)
@@ -208,9 +199,7 @@ def validate(training: Training, chosen: list[int]) -> StepSums:
     coefficient_K = torch.ones(settings.unroll_steps, device=training.accelerator.device)
     sums_5K = torch.zeros(5, settings.unroll_steps, dtype=torch.float64, device=coefficient_K.device)
     batches = pack(training.rows, by_length, settings.batch_tokens)
-    for batch in tqdm(
-        batches, desc="validate", leave=False, disable=not training.accelerator.is_main_process
-    ):
+    for batch in tqdm(batches, desc="validate", leave=False, disable=not training.accelerator.is_main_process):
         sums_5K += training.run(training.prepare(batch), coefficient_K)[1]
     return StepSums.unstack(sums_5K)
 

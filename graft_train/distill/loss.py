@@ -53,9 +53,7 @@ class StepSums:
     started_K: Tensor
 
     def stack(self) -> Tensor:
-        return torch.stack(
-            (self.loss_K, self.trained_K, self.matched_K, self.chained_K, self.started_K)
-        ).double()
+        return torch.stack((self.loss_K, self.trained_K, self.matched_K, self.chained_K, self.started_K)).double()
 
     @classmethod
     def unstack(cls, sums_5K: Tensor) -> "StepSums":

@@ -81,10 +81,9 @@ def describe_target(name_or_path: str, target_config: Any, tokenizer: Any | None
 
 def check_target(head: DraftHead, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
     """Raises GraftError unless the target has the sizes, and the tokenizer, the head was trained with."""
-    wanted = {name: made_for[name] for name in SIZES}
-    wanted |= {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
+    of_head = {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
     remedy = f"pass the target it was made for ({made_for['name_or_path']})"
-    for name, expected in wanted.items():
+    for name, expected in (*of_head.items(), *((name, made_for[name]) for name in SIZES)):
         actual = getattr(target_config, name)
         if actual != expected:
             raise GraftError(f"this bundle wants a target with {name}={expected}, but it has {actual}: {remedy}")

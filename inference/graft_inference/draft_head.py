@@ -41,16 +41,12 @@ class DraftHeadConfig:
     tapped_layers: tuple[int, ...]
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
-    rope_parameters: dict[str, Any] = field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
-    )
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     norm_before_residual: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.draft_vocab_size <= self.vocab_size:
-            raise GraftError(
-                f"draft_vocab_size={self.draft_vocab_size} must lie in 1..vocab_size={self.vocab_size}"
-            )
+            raise GraftError(f"draft_vocab_size={self.draft_vocab_size} must lie in 1..vocab_size={self.vocab_size}")
         if list(self.tapped_layers) != sorted(set(self.tapped_layers)) or not self.tapped_layers:
             raise GraftError(f"tapped_layers={self.tapped_layers} must be distinct and ascending")
 
@@ -199,9 +195,7 @@ class DraftHead(nn.Module):
         """Target's tapped states, concatenated, [B, S, taps*H] -> feature [B, S, H]."""
         return self.fc(taps_BSE)
 
-    def forward(
-        self, embedding_BSH: Tensor, feature_BSH: Tensor, positions_BS: Tensor, attend: Attend
-    ) -> Tensor:
+    def forward(self, embedding_BSH: Tensor, feature_BSH: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
         """One draft pass: the un-normed output, which is also the next pass's feature. [B, S, H]"""
         rope = self.rotary_emb(embedding_BSH, positions_BS)
         return self.midlayer(embedding_BSH, feature_BSH, rope, attend)

@@ -244,9 +244,7 @@ class GraftEngine:
                 f"limit of {limit} positions: shorten the prompt or ask for fewer tokens"
             )
         if int(prompt_S.min()) < 0 or int(prompt_S.max()) >= self.target.config.vocab_size:
-            raise GraftError(
-                f"the prompt has token ids outside the vocabulary of {self.target.config.vocab_size}"
-            )
+            raise GraftError(f"the prompt has token ids outside the vocabulary of {self.target.config.vocab_size}")
         if plan.retrieves and plan.max_rank >= self.successors.ids_VK.shape[1]:
             raise GraftError(
                 f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps "
@@ -334,9 +332,7 @@ class GraftEngine:
         self, state: DecodeState, tree: DraftTree, output: TargetOutput, acceptance: Acceptance
     ) -> tuple[list[int], list[str]]:
         """Keeps the accepted branch and teaches the matrix; the round's one host read is here."""
-        record = torch.cat(
-            (acceptance.count[None], acceptance.emitted_D, tree.sources_N[acceptance.path_D])
-        ).tolist()
+        record = torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N[acceptance.path_D])).tolist()
         depths = len(acceptance.path_D)
         count, tokens, sources = record[0], record[1 : 1 + depths], record[1 + depths :]
         path_A = acceptance.path_D[:count]

@@ -30,9 +30,7 @@ def save_head(head: DraftHead, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     config = head_config_to_dict(head.config, head.lm_head.weight.dtype)
-    _replace(
-        directory / WEIGHTS_FILE, lambda aside: save_file(tensors, str(aside), metadata={"format": "pt"})
-    )
+    _replace(directory / WEIGHTS_FILE, lambda aside: save_file(tensors, str(aside), metadata={"format": "pt"}))
     _replace(
         directory / CONFIG_FILE,
         lambda aside: aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
@@ -98,19 +96,14 @@ def head_config_from_dict(values: dict[str, Any]) -> DraftHeadConfig:
         GraftError: a key is missing, contradicts another, or describes a head that this module is not.
     """
     hidden_size, heads = values["hidden_size"], values["num_attention_heads"]
-    if (
-        values.get("num_hidden_layers", 1) != 1
-        or values.get("target_hidden_size", hidden_size) != hidden_size
-    ):
+    if values.get("num_hidden_layers", 1) != 1 or values.get("target_hidden_size", hidden_size) != hidden_size:
         raise GraftError("only heads of one layer that are as wide as their target can be loaded")
     eagle = values.get("eagle_config", {})
     if AUX_IDS not in eagle:
         raise GraftError(f"eagle_config.{AUX_IDS} is missing: which target layers feed the head is unknown")
     tapped = tuple(int(layer) for layer in eagle[AUX_IDS])
     if list(values.get(AUX_IDS, [layer + 1 for layer in tapped])) != [layer + 1 for layer in tapped]:
-        raise GraftError(
-            f"the top-level {AUX_IDS}={values[AUX_IDS]} must be eagle_config's {list(tapped)} plus one"
-        )
+        raise GraftError(f"the top-level {AUX_IDS}={values[AUX_IDS]} must be eagle_config's {list(tapped)} plus one")
     rope = values.get("rope_parameters") or {
         **(values.get("rope_scaling") or {"rope_type": "default"}),
         "rope_theta": values.get("rope_theta", 10000.0),

@@ -31,7 +31,7 @@ def pack_linears(module: nn.Module) -> list[str]:
         if shape not in faster:
             faster[shape] = _seconds(product, layer) < 0.9 * _seconds(layer.forward, layer)
         if faster[shape]:
-            layer.forward = product  # type: ignore[method-assign]
+            layer.forward = product  # type: ignore[method-assign, assignment]
             packed.append(name)
     return packed
 

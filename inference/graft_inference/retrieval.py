@@ -27,9 +27,7 @@ class Template:
         rows: dict[RankPath, int] = {(): 0}
         for path in rank_paths:
             if path[:-1] not in rows or path in rows:
-                raise GraftError(
-                    f"template path {list(path)} needs its parent before it, and to be there once"
-                )
+                raise GraftError(f"template path {list(path)} needs its parent before it, and to be there once")
             rows[path] = len(rows)
         paths = list(rows)
 

@@ -17,7 +17,7 @@ ATTENTION = "graft_tree"
 
 @dataclass
 class TargetOutput:
-    """What one pass over N tokens yields: logits_NV and the tapped states, concatenated, taps_NE (width 0 without taps)."""
+    """What one pass over N tokens yields: logits, and the tapped states concatenated (width 0 without taps)."""
 
     logits_NV: Tensor
     taps_NE: Tensor
@@ -45,9 +45,7 @@ def tree_attention(
     """
     for name in ("softcap", "s_aux", "sliding_window"):
         if unsupported.get(name) is not None:
-            raise GraftError(
-                f"this target's attention uses {name}, which graft_inference does not support yet"
-            )
+            raise GraftError(f"this target's attention uses {name}, which graft_inference does not support yet")
     rows, queries = query.shape[1], query.shape[2]
     groups = rows // key.shape[1]
     if tree_mask_NK is None:
@@ -134,9 +132,7 @@ class Target:
             mask_NK = torch.cat((prefix_NL, ancestors_NN), dim=1)
         return self._forward(tree.tokens_N, positions_N, cache, mask_NK)
 
-    def _forward(
-        self, tokens_N: Tensor, positions_N: Tensor, cache: TreeCache, mask_NK: Tensor | None
-    ) -> TargetOutput:
+    def _forward(self, tokens_N: Tensor, positions_N: Tensor, cache: TreeCache, mask_NK: Tensor | None) -> TargetOutput:
         output = self.model(
             input_ids=tokens_N[None],
             position_ids=positions_N[None],
@@ -153,12 +149,8 @@ def check_supported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise GraftError(
-            f"{type(model).__name__} has layers of kind {sorted(kinds)}; only full_attention works yet"
-        )
+        raise GraftError(f"{type(model).__name__} has layers of kind {sorted(kinds)}; only full_attention works yet")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise GraftError(f"{type(model).__name__} has a sliding_window of {config.sliding_window}, unsupported yet")
     if not getattr(config, "max_position_embeddings", None):
-        raise GraftError(
-            f"{type(model).__name__} has no max_position_embeddings: its length limit is unknown"
-        )
+        raise GraftError(f"{type(model).__name__} has no max_position_embeddings: its length limit is unknown")

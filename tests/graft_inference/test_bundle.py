@@ -82,6 +82,12 @@ def test_targets_of_another_size_are_refused(bundle, tmp_path, overrides, messag
         load(bundle, other)
 
 
+def test_a_head_and_a_policy_for_different_targets_are_refused(bundle, target):
+    edit_json(bundle / "graft.json", lambda graft: graft["target"].update(vocab_size=67))
+    with pytest.raises(GraftError, match="vocab_size=67, but it has 61"):
+        load(bundle, target)
+
+
 def test_another_tokenizer_is_refused(bundle, target):
     tiny_tokenizer(extra="§").save_pretrained(target)
     with pytest.raises(GraftError, match=r"tokenizer is not the one .* trained with: pass"):

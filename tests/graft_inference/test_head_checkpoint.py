@@ -86,9 +86,7 @@ def test_full_vocabulary_has_no_maps(tmp_path):
 def test_tensor_names_are_the_official_ones(saved):
     attention = {f"midlayer.self_attn.{name}_proj.weight" for name in "qkvo"}
     mlp = {f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    norms = {
-        f"midlayer.{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
-    }
+    norms = {f"midlayer.{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
     rest = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
     assert load_file(saved / "model.safetensors").keys() == attention | mlp | norms | rest
 

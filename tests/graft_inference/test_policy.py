@@ -35,9 +35,7 @@ def test_depth_template_is_prefix_closed_with_the_given_counts():
 def test_prune_leaves_retrieved_rows_empty():
     prune = paper_policy().plan("prune")
     assert not prune.retrieves
-    assert [stage.threshold for stage in prune.stages] == [
-        stage.threshold for stage in paper_policy().graft.stages
-    ]
+    assert [stage.threshold for stage in prune.stages] == [stage.threshold for stage in paper_policy().graft.stages]
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,7 @@ def test_committed_branch_equals_a_linear_cache(model):
     assert cache.length == linear.length
     for ours, plain in zip(cache.layers, linear.layers, strict=True):
         assert torch.allclose(ours.keys[:, :, : cache.length], plain.keys[:, :, : cache.length], atol=1e-4)
-        assert torch.allclose(
-            ours.values[:, :, : cache.length], plain.values[:, :, : cache.length], atol=1e-4
-        )
+        assert torch.allclose(ours.values[:, :, : cache.length], plain.values[:, :, : cache.length], atol=1e-4)
 
 
 def test_release_gives_the_model_back(model):

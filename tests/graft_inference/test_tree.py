@@ -129,9 +129,7 @@ def test_merge_refills_the_rows_of_duplicates():
         torch.tensor([Source.ROOT, Source.DRAFTED]),
         torch.stack((torch.tensor(0), child_paths(torch.tensor(0), torch.tensor(1)))),
     )
-    matrix = SuccessorMatrix(
-        torch.tensor([[1, 2], [3, 4], [5, 6], [0, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.int32)
-    )
+    matrix = SuccessorMatrix(torch.tensor([[1, 2], [3, 4], [5, 6], [0, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.int32))
     template = Template([(0,), (1,), (0, 0)], torch.device("cpu"))
     tree = merge(drafted, matrix.expand(torch.tensor([0]), template), rows=2)
     assert tree.tokens_N.tolist() == [0, 1, 2, 3]

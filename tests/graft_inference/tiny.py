@@ -86,6 +86,4 @@ def tiny_engine(model, policy: Policy | None = None, head: DraftHead | None = No
     vocab_size = model.config.vocab_size
     generator = torch.Generator().manual_seed(3)
     ids_VK = torch.rand(vocab_size, vocab_size, generator=generator).argsort(dim=1)[:, :4].to(torch.int32)
-    return GraftEngine(
-        Target(model, head.config.tapped_layers), policy or tiny_policy(), head, SuccessorMatrix(ids_VK)
-    )
+    return GraftEngine(Target(model, head.config.tapped_layers), policy or tiny_policy(), head, SuccessorMatrix(ids_VK))

@@ -22,9 +22,7 @@ def test_builds_once_and_then_reuses(tmp_path, capsys):
         assert stage(tmp_path, built.append) == tmp_path / "head"
     assert built == [tmp_path / "head.partial"]
     assert f"distill: reusing {tmp_path / 'head'}" in capsys.readouterr().out
-    assert {"fingerprint", "seconds", "versions"} <= json.loads(
-        (tmp_path / "head/stage.json").read_text()
-    ).keys()
+    assert {"fingerprint", "seconds", "versions"} <= json.loads((tmp_path / "head/stage.json").read_text()).keys()
 
 
 def test_resumes_inside_what_an_interruption_left(tmp_path):

@@ -14,9 +14,7 @@ def jsonl(path, *rows):
 def test_reads_text_messages_and_sharegpt(tmp_path):
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-    config = jsonl(
-        tmp_path / "a.jsonl", {"text": "x = 1"}, {"messages": chat}, {"id": "s", "conversations": shared}
-    )
+    config = jsonl(tmp_path / "a.jsonl", {"text": "x = 1"}, {"messages": chat}, {"id": "s", "conversations": shared})
     text, messages, conversations = read_documents(config)
     assert text.text == "x = 1"
     assert messages.messages == conversations.messages == tuple(chat)

@@ -57,6 +57,4 @@ def samples(count: int = 12) -> list[Sample]:
     def ids(high: int, length: int) -> list[int]:
         return torch.randint(1, high, (length,), generator=generator).tolist()
 
-    return [
-        Sample(f"s{n}", "train", ids(VOCAB, 2 + n % 3), ids(VOCAB // 3, 5 + n % 4), 0.0, 0) for n in range(count)
-    ]
+    return [Sample(f"s{n}", "train", ids(VOCAB, 2 + n % 3), ids(VOCAB // 3, 5 + n % 4), 0.0, 0) for n in range(count)]

@@ -1,0 +1,87 @@
+"""A packed product is the stock product. Which is faster depends on the machine, so tests decide it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from graft_inference import packed_linear
+from graft_inference.packed_linear import pack_linears
+
+from .tiny import tiny_model
+
+needs_operator = pytest.mark.skipif(not packed_linear._available(), reason="this build has no packed product")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Every packed product counts as the faster one."""
+    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: float(product == layer.forward))
+
+
+@pytest.fixture
+def never(monkeypatch):
+    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: 1.0)
+
+
+@needs_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 9), (3, 4), (1, 70)], ids=str)
+def test_packed_product_equals_the_stock_one(always, dtype, bias, shape):
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 37, bias=bias, dtype=dtype).requires_grad_(False)
+    input_BSH = torch.randn(*shape, 48, dtype=dtype)
+    expected = F.linear(input_BSH.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert pack_linears(nn.Sequential(layer)) == ["0"]
+    with torch.inference_mode():
+        out = layer(input_BSH)
+    assert out.dtype == dtype
+    assert out.shape == (*shape, 37)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_operator
+def test_packing_a_model_leaves_its_output_and_its_weights(always):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    ids = torch.arange(11)[None]
+    expected = model(ids).logits
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    linears = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    assert pack_linears(model) == linears
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@needs_operator
+def test_layers_that_packing_does_not_speed_up_stay_as_they_are(never):
+    model = tiny_model("llama")
+    assert pack_linears(model) == []
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@needs_operator
+def test_each_shape_is_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: timed.append(layer.weight.shape) or 1.0)
+    pack_linears(nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(4, 8)))
+    assert len(timed) == 2 * 2  # both products of both shapes
+
+
+@needs_operator
+def test_subclasses_keep_their_own_product(always):
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    layer = Doubled(8, 4)
+    assert pack_linears(nn.Sequential(layer)) == []
+
+
+def test_without_the_operator_nothing_changes(monkeypatch, always):
+    monkeypatch.setattr(packed_linear, "_available", lambda: False)
+    model = tiny_model("llama")
+    assert pack_linears(model) == []
+    assert not any("forward" in vars(module) for module in model.modules())
