@@ -1,6 +1,8 @@
 """What every recipe does before its stage: the schema for Hydra, threads, and errors people can read."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -13,16 +15,19 @@ register()
 
 def prepare(composed: DictConfig) -> Config:
     """The configuration, as dataclasses, applied to this process."""
-    # A user's mistake is told in one line; a bug keeps its traceback.
-    sys.excepthook = _print_error
     config = to_config(composed)
     if config.threads:
         torch.set_num_threads(config.threads)
     return config
 
 
-def _print_error(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    if issubclass(kind, GraftError):
+def run_recipe(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
+    """Runs stages one after the other. A user's mistake is told in one line; a bug keeps its traceback."""
+    try:
+        config = prepare(composed)
+        for stage in stages:
+            stage(config)
+    except GraftError as error:
+        # Hydra would add advice about its own traces to anything but an exit.
         print(f"error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
+        raise SystemExit(2) from None

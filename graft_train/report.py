@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from graft_inference import METHODS
 
 COLUMNS = (
     "method",
@@ -19,12 +22,14 @@ COLUMNS = (
     "retrieved",
     "lossless",
 )
+PALETTE = ("#0f766e", "#c2410c", "#334155", "#cbd5e1", "#5eead4", "#fdba74")
 
 
 def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per method, in COLUMNS; times in ms per round, accepted tokens per round by source."""
     rows: list[tuple[str, ...]] = []
-    for name, method in evaluation["methods"].items():
+    for name in METHODS:
+        method = evaluation["methods"][name]
         phases = method["ms_per_round"]
         low, high = method["speedup_interval"]
         rows.append(
@@ -47,7 +52,13 @@ def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def print_table(evaluation: dict[str, Any]) -> None:
     """The columns that fit a terminal."""
-    table = Table(title="held-out prompts; draft, verify, other in ms per round", caption=_machine(evaluation))
+    table = Table(
+        title="held-out prompts; draft, verify, other in ms per round",
+        caption=_machine(evaluation),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     shown = [index for index, column in enumerate(COLUMNS) if column not in ("95 %", "drafted", "retrieved")]
     for index in shown:
         table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
@@ -73,24 +84,34 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
         "- lossless: greedy fp32 tokens equal transformers' own `generate` on every prompt",
         f"- successor matrix: {settings['matrix']}",
     ]
-    stages = [f"- {name}: {_stages(method['stages'])}" for name, method in evaluation["methods"].items()]
+    stages = [f"- {name}: {_stages(evaluation['methods'][name]['stages'])}" for name in METHODS]
     outside = max(abs(method["time_outside_phases"]) for method in evaluation["methods"].values())
     facts.append(f"- wall time outside the phases: at most {outside:.1%}")
+    if not settings["temperature"]:
+        same = min(method["same_tokens_as_autoregressive"] for method in evaluation["methods"].values())
+        facts.append(f"- timed in {settings['dtype']}: the autoregressive tokens on at least {same:.0%} of the prompts")
+    for name, found in evaluation["divergences"].items():
+        facts.append(
+            f"- **{name} is not lossless**: first at token {found[0]['position']} of prompt {found[0]['prompt']}, "
+            f"where the target's two highest logits are {found[0]['top2_margin']:.1e} apart"
+        )
     return "\n".join(
         ["# Evaluation", "", *header, *body, "", "## How", "", *facts, "", "## Rounds by stage", "", *stages, ""]
     )
 
 
 def draw(evaluation: dict[str, Any], path: Path) -> None:
-    """Speed with intervals, where a round's time goes, and where its tokens come from."""
+    """Speed with intervals, a round's time by phase, its tokens by source, and where rounds stopped."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    methods = evaluation["methods"]
-    names = list(methods)
-    figure, (speed, time, tokens) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    methods, names = evaluation["methods"], list(METHODS)
+    figure, panels = plt.subplots(
+        1, 4, figsize=(15.5, 3.8), layout="constrained", width_ratios=(5, 4, 4, 3), sharey=True
+    )
+    speed, time, tokens, stopped = panels
     colors = ["#c2410c" if name == "graft" else "#94a3b8" for name in names]
     ratios = [methods[name]["speedup"] for name in names]
     below = [ratio - methods[name]["speedup_interval"][0] for ratio, name in zip(ratios, names, strict=True)]
@@ -114,11 +135,17 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
         },
         "tokens per round (tau)",
     )
-    for axes in (speed, time, tokens):
-        axes.invert_yaxis()
+    shares = {name: _shares(methods[name]["stages"]) for name in names}
+    stages = sorted({stage for share in shares.values() for stage in share}, key=_depth)
+    _stacked(
+        stopped,
+        names,
+        {stage: [100 * shares[name].get(stage, 0.0) for name in names] for stage in stages},
+        "% of rounds by stage",
+    )
+    speed.invert_yaxis()  # and, shared, every other one's
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-    time.set_yticklabels([])
-    tokens.set_yticklabels([])
     figure.suptitle(_machine(evaluation), fontsize=9, color="#475569")
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=150, format="png")
@@ -128,16 +155,26 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
 
 def _stacked(axes: Any, names: list[str], parts: dict[str, list[float]], title: str) -> None:
     left = [0.0] * len(names)
-    for (label, values), color in zip(parts.items(), ("#0f766e", "#c2410c", "#334155", "#cbd5e1"), strict=False):
-        axes.barh(names, values, left=left, label=label, color=color)
+    for index, (label, values) in enumerate(parts.items()):
+        axes.barh(names, values, left=left, label=label, color=PALETTE[index % len(PALETTE)])
         left = [start + value for start, value in zip(left, values, strict=True)]
     axes.set_title(title)
     axes.legend(frameon=False, ncols=len(parts), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def _stages(stages: dict[str, int]) -> str:
-    total = sum(stages.values()) or 1
-    return ", ".join(f"{name} {count / total:.0%}" for name, count in stages.items())
+    shares = _shares(stages)
+    return ", ".join(f"{name} {shares[name]:.0%}" for name in sorted(shares, key=_depth))
+
+
+def _shares(stages: dict[str, int]) -> dict[str, float]:
+    """Part of the rounds that stopped at each stage."""
+    total = sum(stages.values())
+    return {name: count / total for name, count in stages.items()}
+
+
+def _depth(stage: str) -> int:
+    return -1 if stage == "none" else int(stage[1:])
 
 
 def _machine(evaluation: dict[str, Any]) -> str:

@@ -4,12 +4,12 @@ import hydra
 from omegaconf import DictConfig
 
 from graft_train.calibrate import calibrate
-from graft_train.recipe import prepare
+from graft_train.recipe import run_recipe
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="calibrate")
 def main(composed: DictConfig) -> None:
-    calibrate(prepare(composed))
+    run_recipe(composed, calibrate)
 
 
 if __name__ == "__main__":

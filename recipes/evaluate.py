@@ -4,12 +4,12 @@ import hydra
 from omegaconf import DictConfig
 
 from graft_train.evaluate import evaluate
-from graft_train.recipe import prepare
+from graft_train.recipe import run_recipe
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
-    evaluate(prepare(composed))
+    run_recipe(composed, evaluate)
 
 
 if __name__ == "__main__":

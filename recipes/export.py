@@ -4,12 +4,12 @@ import hydra
 from omegaconf import DictConfig
 
 from graft_train.export import export
-from graft_train.recipe import prepare
+from graft_train.recipe import run_recipe
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="export")
 def main(composed: DictConfig) -> None:
-    export(prepare(composed))
+    run_recipe(composed, export)
 
 
 if __name__ == "__main__":

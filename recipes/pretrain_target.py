@@ -4,12 +4,12 @@ import hydra
 from omegaconf import DictConfig
 
 from graft_train.pretrain_target import pretrain_target
-from graft_train.recipe import prepare
+from graft_train.recipe import run_recipe
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="pretrain_target")
 def main(composed: DictConfig) -> None:
-    pretrain_target(prepare(composed))
+    run_recipe(composed, pretrain_target)
 
 
 if __name__ == "__main__":

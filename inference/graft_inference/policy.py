@@ -29,6 +29,14 @@ class Stage:
     retrieved: int = 0
     template: tuple[tuple[int, ...], ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("passes", "drafted", "retrieved"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise GraftError(f"a stage's {name} must be a count, not {value!r}")
+        if not isinstance(self.threshold, int | float):
+            raise GraftError(f"a stage's threshold must be a number, not {self.threshold!r}")
+
     @property
     def name(self) -> str:
         return f"d{self.passes - 1}" if self.passes else "none"

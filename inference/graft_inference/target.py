@@ -79,13 +79,13 @@ class Target:
         self.model = model
         self.config = model.config.get_text_config()
         self._implementation = self.config._attn_implementation
-        model.set_attn_implementation(ATTENTION)
         layers = model.get_decoder().layers
         if tapped_layers and tapped_layers[-1] >= len(layers):
             raise GraftError(
                 f"the head taps layer {tapped_layers[-1]}, but the target has {len(layers)} layers: "
                 "this head was trained for another target"
             )
+        model.set_attn_implementation(ATTENTION)
         self._taps: dict[int, Tensor] = {}
         self._tapped_layers = tapped_layers
         self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in tapped_layers]

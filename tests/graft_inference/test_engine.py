@@ -239,6 +239,33 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family):
     assert more > 10
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch, family):
+    """The head got the right states and tokens of the accepted branch, at the right positions."""
+    engine = small_engine(family)
+    draft = engine._draft
+    drafted = []
+
+    def kept(state):
+        stage, tree = draft(state)
+        drafted.append((state.stats.emitted, tree))
+        return stage, tree
+
+    monkeypatch.setattr(engine, "_draft", kept)
+    full = engine.generate(prompt(5, 1, SMALL), 40, method="eagle3").sequences[0]
+    monkeypatch.undo()
+    assert len(drafted) < 35  # of 39, had no branch been kept
+    for emitted, tree in drafted:
+        stats = engine_module.GenerationStats()
+        with torch.inference_mode():
+            before_root = full[: 5 + emitted - 1]
+            state, _ = engine._prefill(before_root, 20, 0.0, None, engine.policy.eagle3, stats)
+            _, fresh = engine._draft(state)
+        assert tree.tokens_N.tolist() == fresh.tokens_N.tolist()
+        assert tree.parents_N.tolist() == fresh.parents_N.tolist()
+        torch.testing.assert_close(tree.logp_N, fresh.logp_N, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 def test_no_verification_is_wider_than_its_stage_or_the_budget(monkeypatch, method, threshold):

@@ -1,0 +1,236 @@
+"""The comparison of the methods: fair arithmetic, and a losslessness check that can fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
+from graft_inference import engine as engine_module
+from graft_train import evaluate as evaluate_module
+from graft_train.config import Config
+from graft_train.data.samples import Sample, append_samples
+from graft_train.data.target import TargetConfig
+from graft_train.evaluate import EvaluateConfig, Run, evaluate
+from graft_train.stage import write_json
+
+from ..graft_inference.tiny import VOCAB
+from ..graft_inference.tiny_bundle import write_bundle, write_target
+
+PHASES = ("draft", "graft", "verify", "commit")
+
+
+def write_run(run_dir: Path, prompt_lengths: tuple[int, ...] = (5, 9, 7)) -> Path:
+    """A run directory whose stages before evaluate are done."""
+    target = write_target(run_dir / "target")
+    write_bundle(run_dir / "bundle", target)
+    (run_dir / "data").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    with (run_dir / "data" / "samples.jsonl").open("wb") as file:
+        for index, length in enumerate(prompt_lengths):
+            ids = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+            append_samples(file, [Sample(f"file{index}.py@0", "evaluation", ids, [], 0.0, 0)])
+    for stage in ("target", "data", "bundle"):
+        record = {"fingerprint": stage, "settings": {"license": "apache-2.0"}, "inputs": {}}
+        write_json(run_dir / stage / "stage.json", record)
+    return run_dir
+
+
+def config_for(run_dir: Path, **settings) -> Config:
+    settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2} | settings
+    return Config(
+        run_dir=str(run_dir),
+        target=TargetConfig(dtype="float32", device="cpu"),
+        evaluation=EvaluateConfig(**settings),
+    )
+
+
+def run_evaluate(run_dir: Path, **settings) -> dict:
+    return json.loads((evaluate(config_for(run_dir, **settings)) / "evaluation.json").read_text())
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    return write_run(tmp_path)
+
+
+def test_everything_is_measured_and_written(run_dir, capsys):
+    evaluation = run_evaluate(run_dir)
+    assert set(evaluation["methods"]) == set(METHODS)
+    assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
+    assert evaluation["divergences"] == {}
+    assert {"name", "threads", "torch", "transformers"} <= evaluation["device"].keys()
+    for found in evaluation["methods"].values():
+        round_ms = sum(found["ms_per_round"][phase] for phase in PHASES)
+        assert found["tokens_per_second"] == pytest.approx(1e3 * found["tau"] / round_ms)
+        assert sum(found["accepted_per_round"].values()) == pytest.approx(found["tau"])
+        assert found["speedup_interval"][0] <= found["speedup"] <= found["speedup_interval"][1]
+        assert found["same_tokens_as_autoregressive"] == 1
+        assert 0 <= found["time_outside_phases"] < 1
+    baseline = evaluation["methods"]["autoregressive"]
+    assert baseline["tau"] == baseline["speedup"] == 1
+    assert baseline["stages"] == {"none": 3 * 15}
+    assert evaluation["methods"]["graft"]["accepted_per_round"]["retrieved"] > 0
+    assert evaluation["methods"]["prune"]["accepted_per_round"]["retrieved"] == 0
+
+    report = (run_dir / "evaluation" / "report.md").read_text()
+    card = (run_dir / "bundle" / "README.md").read_text()
+    terminal = capsys.readouterr().out
+    for method in METHODS:
+        speed = f"{evaluation['methods'][method]['tokens_per_second']:.1f}"
+        for text in (report, card, terminal):
+            assert any(method in line and speed in line for line in text.splitlines())
+    assert json.loads((run_dir / "bundle" / "evaluation.json").read_text()) == evaluation
+    assert (run_dir / "evaluation" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_measures_nothing_and_prints_the_table_again(run_dir, capsys, monkeypatch):
+    run_evaluate(run_dir)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(GraftEngine, "generate", lambda *_, **__: pytest.fail("measured again"))
+    run_evaluate(run_dir)
+    second = capsys.readouterr().out
+    assert "evaluate: reusing" in second
+    rows = [line for line in first.splitlines() if line.lstrip().startswith(METHODS)]
+    assert len(rows) == len(METHODS)
+    assert all(row in second for row in rows)
+
+
+def test_wrong_tokens_are_found_and_told(run_dir, monkeypatch, capsys):
+    """Acceptance that spoils every bonus token below a tree: only autoregressive decoding stays right."""
+    accept = engine_module.accept
+
+    def spoiled(tree, *arguments):
+        acceptance = accept(tree, *arguments)
+        if len(tree) > 1:
+            last = acceptance.count - 1
+            acceptance.emitted_D[last] = (acceptance.emitted_D[last] + 1) % VOCAB
+        return acceptance
+
+    monkeypatch.setattr(engine_module, "accept", spoiled)
+    evaluation = run_evaluate(run_dir)
+    assert evaluation["lossless"] == {method: method == "autoregressive" for method in METHODS}
+    assert set(evaluation["divergences"]) == set(METHODS) - {"autoregressive"}
+    assert evaluation["methods"]["graft"]["same_tokens_as_autoregressive"] == 0
+    first = evaluation["divergences"]["graft"][0]
+    assert first["prompt"] == "file0.py@0"
+    assert 0 < first["position"] - 5 < 16  # behind the prompt and the prefill's token
+    assert first["top2_margin"] > 0
+    assert "graft is not lossless" in (run_dir / "evaluation" / "report.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("graft ")]
+    assert rows[0].rstrip().endswith("NO")
+
+
+def test_a_margin_is_the_gap_between_the_targets_two_best_tokens(run_dir):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "target")
+    expected, found = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([3, 1, 4, 2, 5])
+    divergence = evaluate_module._divergence(model, "x", expected, found)
+    with torch.no_grad():
+        best = model(torch.tensor([[3, 1, 4]])).logits[0, -1].sort(descending=True).values
+    assert divergence["position"] == 3
+    assert divergence["top2_margin"] == pytest.approx(float(best[0] - best[1]), abs=1e-5)
+    shorter = evaluate_module._divergence(model, "x", expected, found[:3])
+    assert shorter["position"] == 3
+
+
+def test_the_targets_own_sampling_settings_do_not_blur_the_check(run_dir):
+    """A checkpoint's penalties are not its greedy law; its end of sequence is."""
+    outputs = GraftEngine.from_pretrained(run_dir / "bundle", run_dir / "target").generate(torch.arange(5), 16)
+    eos = int(outputs.sequences[0, 9])
+    GenerationConfig(
+        repetition_penalty=5.0, do_sample=True, temperature=3.0, top_k=2, eos_token_id=[eos, 60]
+    ).save_pretrained(run_dir / "target")
+    assert run_evaluate(run_dir)["lossless"] == dict.fromkeys(METHODS, True)
+
+
+def test_a_sampled_run_is_still_checked_greedily(run_dir):
+    evaluation = run_evaluate(run_dir, temperature=1.0)
+    assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
+    assert evaluation["settings"]["temperature"] == 1.0
+
+
+def test_methods_are_interleaved_and_the_warm_up_is_left_out(run_dir, monkeypatch):
+    calls: list[str] = []
+    generate = GraftEngine.generate
+
+    def recorded(self, input_ids, max_new_tokens=128, temperature=0.0, method="graft", *rest, **named):
+        calls.append(method)
+        return generate(self, input_ids, max_new_tokens, temperature, method, *rest, **named)
+
+    monkeypatch.setattr(GraftEngine, "generate", recorded)
+    config = config_for(run_dir)
+    samples = evaluate_module.read_samples(run_dir / "data" / "samples.jsonl", "evaluation")
+    engine = GraftEngine.from_pretrained(run_dir / "bundle", run_dir / "target")
+    runs = evaluate_module._interleaved(engine, samples, config.evaluation, seed=0)
+    assert {method: [len(repeats) for repeats in runs[method]] for method in METHODS} == dict.fromkeys(METHODS, [2] * 3)
+    timed = calls[-2 * 3 * len(METHODS) :]
+    assert set(calls[: -len(timed)]) == set(METHODS)
+    blocks = [timed[start : start + len(METHODS)] for start in range(0, len(timed), len(METHODS))]
+    assert all(set(block) == set(METHODS) for block in blocks)
+    assert len({tuple(block) for block in blocks}) == len(blocks)
+
+
+def hand_made(tokens: int, seconds: float, rounds: int, prefill: float = 50.0) -> Run:
+    """A run whose decoding took `seconds`, a quarter of it drafting."""
+    stats = GenerationStats(rounds=rounds, emitted=tokens + 1)
+    stats.seconds |= {"prefill": prefill, "draft": seconds / 4, "verify": 3 * seconds / 4}
+    stats.accepted |= {"drafted": tokens - rounds, "bonus": rounds}
+    stats.stages["d0"] = rounds
+    return Run([0] * (tokens + 1), stats, prefill + seconds)
+
+
+def test_figures_are_sums_over_prompts_of_median_runs():
+    """By hand: 30 tokens in 3 s against 30 in 6 s; the slow repeats and the prefill do not count."""
+    runs = [
+        [hand_made(10, seconds, 5) for seconds in (1.0, 100.0, 0.9)],
+        [hand_made(20, seconds, 5) for seconds in (1.5, 2.0, 70.0)],
+    ]
+    baseline = [[hand_made(10, 2.0, 10)] * 3, [hand_made(20, 4.0, 20)] * 3]
+    found = evaluate_module._summary(runs, baseline)
+    assert found["tokens_per_second"] == pytest.approx(10)
+    assert found["speedup"] == pytest.approx(2)
+    assert found["speedup_interval"] == pytest.approx([2, 2])  # both prompts gained the same
+    assert found["tau"] == pytest.approx(3)
+    assert found["ms_per_round"]["draft"] == pytest.approx(75)
+    assert found["ms_per_round"]["verify"] == pytest.approx(225)
+    assert found["prefill_ms"] == pytest.approx(50_000)
+    assert found["accepted_per_round"] == pytest.approx({"drafted": 2, "retrieved": 0, "bonus": 1})
+    assert found["stages"] == {"d0": 10}
+    assert found["time_outside_phases"] == pytest.approx(0)
+
+
+def test_the_interval_spans_prompts_that_gain_differently():
+    runs = [[hand_made(10, 1.0, 5)], [hand_made(10, 2.0, 5)], [hand_made(10, 4.0, 5)]]
+    baseline = [[hand_made(10, 4.0, 10)]] * 3
+    low, high = evaluate_module._summary(runs, baseline)["speedup_interval"]
+    assert low == pytest.approx(1)
+    assert high == pytest.approx(4)
+
+
+def test_a_target_that_ends_at_once_is_told():
+    with pytest.raises(GraftError, match="ended every evaluation prompt at once"):
+        evaluate_module._summary([[hand_made(0, 0.0, 0)]], [[hand_made(0, 0.0, 0)]])
+
+
+def test_a_prompt_too_long_is_named_before_anything_runs(tmp_path, monkeypatch):
+    run_dir = write_run(tmp_path, prompt_lengths=(5, 250))
+    monkeypatch.setattr(GraftEngine, "generate", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(GraftError, match=r"250 tokens of prompt file1.py@0 exceeds the target's 256 positions"):
+        evaluate(config_for(run_dir))
+    assert not (run_dir / "evaluation").exists()
+
+
+@pytest.mark.parametrize("settings", [{"prompts": 0}, {"repeats": 0}, {"max_new_tokens": 1}], ids=str)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(GraftError, match=f"evaluation.{next(iter(settings))}=.* must be at least"):
+        EvaluateConfig(**settings)
+
+
+def test_a_missing_bundle_names_the_recipe(run_dir):
+    (run_dir / "bundle").rename(run_dir / "elsewhere")
+    with pytest.raises(GraftError, match=r"bundle is missing; run recipes/export.py"):
+        evaluate(config_for(run_dir))
