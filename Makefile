@@ -19,6 +19,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The speed table on the bundle of a finished run.
 bench: setup
 	$(BIN)/python recipes/evaluate.py
 

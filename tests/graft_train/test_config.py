@@ -1,0 +1,57 @@
+"""Every recipe composes, alike, and refuses what it does not know."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+
+from graft_train.config import Config, to_config
+from graft_train.recipe import register
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def composed(recipe: str, *overrides: str) -> Config:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return to_config(compose(recipe, list(overrides)))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_values_and_the_same_ones(recipe):
+    assert composed(recipe) == composed("quickstart")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment):
+    config = composed("distill", f"experiment={experiment}", "run_dir=runs/other")
+    assert isinstance(config, Config)
+    assert config.run_dir == "runs/other"
+
+
+def test_full_is_the_schemas_defaults():
+    assert composed("distill", "experiment=full", "run_dir=runs/mine") == Config(run_dir="runs/mine")
+
+
+def test_a_misspelt_key_fails_at_composition():
+    with pytest.raises(ConfigCompositionException, match="learning_rat"):
+        composed("distill", "head.learning_rat=1")
+
+
+def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "recipes/calibrate.py", f"run_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert "pretrain_target" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+import graft_train.pretrain_target as module
+from graft_inference import GraftError
+from graft_train.config import Config
+from graft_train.data.documents import DataConfig
+from graft_train.data.target import TargetConfig
+from graft_train.pretrain_target import PretrainConfig, batch_rows, pretrain_target, rate
+from tests.graft_train.tiny_run import tiny_config, write_sources
+
+
+def test_every_epoch_visits_every_row_once():
+    rows = torch.cat([batch_rows(step, rows=10, batch=4, seed=0) for step in range(5)])
+    assert sorted(rows[:10].tolist()) == list(range(10))
+    assert sorted(rows[10:].tolist()) == list(range(10))
+    assert rows[:10].tolist() != rows[10:].tolist()
+
+
+def test_rate_warms_up_holds_and_cools_down():
+    settings = PretrainConfig(steps=100, warmup=10, cooldown=0.5)
+    assert rate(0, settings) == pytest.approx(0.1)
+    assert rate(30, settings) == 1.0
+    assert rate(75, settings) == pytest.approx(0.5)
+    assert rate(99, settings) == pytest.approx(0.02)
+
+
+def test_resume_equals_no_interruption(tmp_path, monkeypatch):
+    write_sources(tmp_path / "sources")
+    whole = tiny_config(tmp_path / "whole", tmp_path / "sources")
+    expected = weights(pretrain_target(whole))
+
+    interrupted = tiny_config(tmp_path / "interrupted", tmp_path / "sources")
+    save = module._checkpoint
+
+    def die_after_saving(accelerator, directory, step):
+        save(accelerator, directory, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_checkpoint", die_after_saving)
+        pretrain_target(interrupted)
+    assert not (tmp_path / "interrupted" / "target").exists()
+    found = weights(pretrain_target(interrupted))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (tmp_path / "interrupted" / "target" / "checkpoint").exists()
+
+
+def weights(directory):
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_target_of_ones_own_is_not_pretrained(tmp_path):
+    config = Config(run_dir=str(tmp_path), target=TargetConfig(name_or_path="somewhere"), data=DataConfig())
+    with pytest.raises(GraftError, match="there is no target to pretrain"):
+        pretrain_target(config)

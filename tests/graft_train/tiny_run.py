@@ -1,0 +1,63 @@
+"""A run small enough for a test: made-up sources, a target of three layers, two steps of everything."""
+
+import random
+from pathlib import Path
+
+from graft_train.build_corpus import CorpusConfig
+from graft_train.calibrate.config import CalibrateConfig
+from graft_train.config import Config
+from graft_train.data.documents import DataConfig
+from graft_train.data.target import TargetConfig
+from graft_train.distill.config import HeadTrainConfig
+from graft_train.evaluate import EvaluateConfig
+from graft_train.pretrain_target import PretrainConfig
+from graft_train.regenerate import RegenerateConfig
+
+WORDS = ("alpha", "beta", "gamma", "delta", "for", "return", "if", "value", "index", "self")
+
+
+def write_sources(directory: Path, files: int = 40) -> None:
+    """Files of random words; enough that every split gets some."""
+    directory.mkdir(parents=True)
+    choose = random.Random(0)
+    for number in range(files):
+        lines = (" ".join(choose.choices(WORDS, k=8)) for _ in range(30))
+        (directory / f"file{number}.py").write_text("\n".join(lines))
+
+
+def tiny_config(run_dir: Path, sources: Path) -> Config:
+    return Config(
+        run_dir=str(run_dir),
+        threads=1,
+        target=TargetConfig(dtype="float32", device="cpu"),
+        data=DataConfig(path=str(sources), prompt_tokens=12, calibration_share=0.2, evaluation_share=0.2),
+        pretrain_target=PretrainConfig(
+            vocab_size=300,
+            hidden_size=32,
+            layers=3,
+            heads=4,
+            intermediate_size=48,
+            max_positions=128,
+            length=16,
+            batch=4,
+            steps=4,
+            warmup=1,
+            checkpoint_every=2,
+        ),
+        regenerate=RegenerateConfig(samples=12, held_out=3, max_new_tokens=8, batch=4),
+        head=HeadTrainConfig(
+            draft_vocab_size=100,
+            unroll_steps=2,
+            max_steps=2,
+            batch_tokens=128,
+            gradient_accumulation=1,
+            mixed_precision="no",
+            validation_samples=2,
+            wandb=False,
+        ),
+        corpus=CorpusConfig(successors=4),
+        policy=CalibrateConfig(
+            prompts=2, max_new_tokens=10, beam_width=3, max_passes=3, widths=[1, 4, 8], retrieval_depth=3, repeats=1
+        ),
+        evaluation=EvaluateConfig(prompts=2, max_new_tokens=10, repeats=2),
+    )

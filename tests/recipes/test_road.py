@@ -1,0 +1,41 @@
+"""Every stage for two steps, in a row, then again."""
+
+import json
+
+from graft_inference import METHODS, GraftEngine
+from graft_train.build_corpus import build_corpus
+from graft_train.calibrate import calibrate
+from graft_train.distill import distill
+from graft_train.evaluate import evaluate
+from graft_train.export import export
+from graft_train.pretrain_target import pretrain_target
+from graft_train.regenerate import regenerate
+from tests.graft_train.tiny_run import tiny_config, write_sources
+
+STAGES = (pretrain_target, regenerate, distill, build_corpus, calibrate, export, evaluate)
+DIRECTORIES = ["bundle", "corpus", "data", "evaluation", "head", "policy", "target"]
+
+
+def test_the_whole_road(tmp_path, capsys):
+    write_sources(tmp_path / "sources")
+    config = tiny_config(tmp_path / "run", tmp_path / "sources")
+    for stage in STAGES:
+        stage(config)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == DIRECTORIES
+
+    evaluation = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    assert set(evaluation["methods"]) == set(METHODS)
+    assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
+    for method in evaluation["methods"].values():
+        assert method["tau"] >= 1
+    assert (tmp_path / "run" / "evaluation" / "report.png").stat().st_size > 10_000
+    assert "graft" in (tmp_path / "run" / "bundle" / "README.md").read_text()
+
+    engine = GraftEngine.from_pretrained(tmp_path / "run" / "bundle", tmp_path / "run" / "target")
+    assert engine.policy.graft.budget == config.policy.widths[-1]
+
+    capsys.readouterr()
+    for stage in STAGES:
+        stage(config)
+    said = capsys.readouterr().out
+    assert [line.split(":")[1].split()[0] for line in said.splitlines() if ": reusing" in line] == ["reusing"] * 7
