@@ -82,6 +82,7 @@ def _build(config: "Config", out: Path) -> None:
         "device": describe_device(engine.target.device),
         "settings": {
             **settings_facts(config, samples),
+            "repetition": _repetition(samples, runs["autoregressive"]),
             "plans": {name: asdict(engine.policy.plan(name)) for name in METHODS},
         },
     }
@@ -114,6 +115,24 @@ def settings_facts(config: "Config", samples: list[Sample]) -> dict[str, Any]:
         "graphs": False,
         "matrix": "built from the training split; every request starts from it anew and updates its own copy",
     }
+
+
+def _repetition(samples: list[Sample], runs: list[list[Run]], length: int = 8) -> float:
+    """Share of the answers' windows of `length` tokens that repeat earlier text of the same request.
+
+    Retrieval thrives on repetition, and small targets are prone to it: a reader must know.
+    """
+    repeats = windows = 0
+    for sample, prompt_runs in zip(samples, runs, strict=True):
+        text = sample.prompt_ids + prompt_runs[0].tokens
+        seen: set[tuple[int, ...]] = set()
+        for end in range(length, len(text) + 1):
+            window = tuple(text[end - length : end])
+            if end - length >= len(sample.prompt_ids):
+                windows += 1
+                repeats += window in seen
+            seen.add(window)
+    return repeats / windows if windows else 0.0
 
 
 def _interleaved(

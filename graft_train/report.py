@@ -65,6 +65,8 @@ def print_table(evaluation: dict[str, Any]) -> None:
     for row in rows_of(evaluation):
         table.add_row(*(row[index] for index in shown), style="bold" if row[0] == "graft" else None)
     Console().print(table)
+    for name in _twins(evaluation["settings"]):
+        print(f"note: graft's calibrated plan is that of {name}; these rows show one method")
 
 
 def to_markdown(evaluation: dict[str, Any]) -> str:
@@ -90,6 +92,12 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     if not settings["temperature"]:
         same = min(method["same_tokens_as_autoregressive"] for method in evaluation["methods"].values())
         facts.append(f"- timed in {settings['dtype']}: the autoregressive tokens on at least {same:.0%} of the prompts")
+    facts.append(
+        f"- {settings['repetition']:.0%} of the answers' 8-token windows repeat earlier text of the same request"
+    )
+    facts += [
+        f"- **graft's calibrated plan is that of {name}**: these rows show one method" for name in _twins(settings)
+    ]
     for name, found in evaluation["divergences"].items():
         facts.append(
             f"- **{name} is not lossless**: first at token {found[0]['position']} of prompt {found[0]['prompt']}, "
@@ -160,6 +168,12 @@ def _stacked(axes: Any, names: list[str], parts: dict[str, list[float]], title: 
         left = [start + value for start, value in zip(left, values, strict=True)]
     axes.set_title(title)
     axes.legend(frameon=False, ncols=len(parts), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+
+
+def _twins(settings: dict[str, Any]) -> list[str]:
+    """Methods whose plan calibration also chose for graft, so that the hybrid itself was not measured."""
+    plans = settings["plans"]
+    return [name for name in METHODS if name != "graft" and plans[name]["stages"] == plans["graft"]["stages"]]
 
 
 def _stages(stages: dict[str, int]) -> str:

@@ -84,6 +84,7 @@ def test_everything_is_measured_and_written(run_dir, capsys):
         for text in (report, card, terminal):
             assert any(method in line and speed in line for line in text.splitlines())
     assert json.loads((run_dir / "bundle" / "evaluation.json").read_text()) == evaluation
+    assert "calibrated plan is that of" not in report
     assert (run_dir / "evaluation" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -173,6 +174,26 @@ def test_methods_are_interleaved_and_the_warm_up_is_left_out(run_dir, monkeypatc
     blocks = [timed[start : start + len(METHODS)] for start in range(0, len(timed), len(METHODS))]
     assert all(set(block) == set(METHODS) for block in blocks)
     assert len({tuple(block) for block in blocks}) == len(blocks)
+
+
+def test_repetition_is_the_share_of_windows_seen_before():
+    """By hand: of the answer's windows of two, (1, 2) and (2, 3) stood in the prompt, (9, 1) is new."""
+    sample = Sample("x", "evaluation", [1, 2, 3], [], 0.0, 0)
+    run = Run([1, 2, 3, 9, 1, 2], GenerationStats(), 0.0)
+    assert evaluate_module._repetition([sample], [[run]], length=2) == pytest.approx(3 / 5)
+    fresh = Run([4, 5, 6], GenerationStats(), 0.0)
+    assert evaluate_module._repetition([sample], [[fresh]], length=2) == 0
+
+
+def test_a_graft_plan_that_is_another_methods_is_told(run_dir, capsys):
+    """Calibration may find that plain retrieval is fastest; the table must not pass that off as the hybrid."""
+    path = run_dir / "bundle" / "graft.json"
+    graft = json.loads(path.read_text())
+    graft["policy"]["graft"] = graft["policy"]["retrieve"]
+    path.write_text(json.dumps(graft))
+    run_evaluate(run_dir)
+    assert "graft's calibrated plan is that of retrieve" in capsys.readouterr().out
+    assert "graft's calibrated plan is that of retrieve" in (run_dir / "evaluation" / "report.md").read_text()
 
 
 def hand_made(tokens: int, seconds: float, rounds: int, prefill: float = 50.0) -> Run:
