@@ -40,17 +40,17 @@ class PretrainConfig:
         checkpoint_every: steps between checkpoints.
     """
 
-    vocab_size: int = 2048
-    hidden_size: int = 192
+    vocab_size: int = 1024
+    hidden_size: int = 128
     layers: int = 12
-    heads: int = 6
-    intermediate_size: int = 512
+    heads: int = 4
+    intermediate_size: int = 344
     max_positions: int = 1024
     length: int = 128
     batch: int = 16
-    steps: int = 500
-    muon_lr: float = 0.01
-    adamw_lr: float = 0.005
+    steps: int = 800
+    muon_lr: float = 0.007
+    adamw_lr: float = 0.05
     warmup: int = 20
     cooldown: float = 0.4
     checkpoint_every: int = 100
@@ -74,7 +74,7 @@ def _build(config: "Config", out: Path) -> None:
     tokenizer = _tokenizer([document.text or "" for document in train_documents], settings.vocab_size)
     train = windows(train_documents, tokenizer, settings.length)
     held_out = windows(held_out_documents, tokenizer, settings.length)
-    model = LlamaForCausalLM(_model_config(settings, tokenizer))
+    model = new_model(_model_config(settings, tokenizer))
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     model = _train(model, train, settings, config.seed, accelerator, out)
 
@@ -111,6 +111,15 @@ def _model_config(settings: PretrainConfig, tokenizer: PreTrainedTokenizerFast) 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
+
+
+def new_model(config: LlamaConfig) -> LlamaForCausalLM:
+    """An untrained target whose layers add nothing yet: so deep a model then learns from its first steps."""
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
 
 
 def windows(documents: list[Document], tokenizer: Any, length: int) -> Tensor:
