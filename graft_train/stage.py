@@ -70,7 +70,7 @@ def run_stage(
     if is_main():
         seconds = round(time.perf_counter() - started, 1)
         write_json(partial / RECORD, record | {"seconds": seconds, "versions": _versions()})
-        _sync_tree(partial)
+        sync_tree(partial)
         partial.rename(final)
         _sync(final.parent)
         say(f"{name}: finished {final} in {seconds} s")
@@ -196,7 +196,7 @@ def _barrier() -> None:
         torch.distributed.barrier()
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         _sync(path)
     _sync(directory)

@@ -1,43 +1,133 @@
-"""What the frozen target makes of a batch: the states that feed a draft head, and those that teach it."""
+"""What the frozen target makes of a row: the states that feed a draft head, and those that teach it."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
 
 from graft_inference.errors import GraftError
 
 CHUNK = 2048
 """Positions whose logits over the whole vocabulary exist at a time."""
 
+ATTENTION = "graft_documents"
+LAYER_KINDS = {"full_attention", "sliding_attention"}
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    document_lengths: list[int] | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document of a row, registered with transformers as `graft_documents`.
+
+    Args:
+        query: [1, q_heads, S, D]; key, value: [1, kv_heads, S, D].
+        sliding_window: tokens a query sees, itself included.
+        softcap: scores are capped smoothly at it (Gemma 2).
+        s_aux: a score per head that takes part in the softmax but has no value (GPT-OSS).
+        document_lengths: None for one document.
+    """
+    lengths = document_lengths or [query.shape[2]]
+    out = []
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    for query_BQLD, key_BQLD, value_BQLD in zip(*split, strict=True):
+        window = sliding_window if sliding_window and sliding_window < query_BQLD.shape[2] else None
+        if softcap is None and s_aux is None:
+            mask_LL = None if window is None else _causal(query_BQLD, window)
+            causal = mask_LL is None
+            out.append(
+                F.scaled_dot_product_attention(
+                    query_BQLD, key_BQLD, value_BQLD, mask_LL, is_causal=causal, scale=scaling
+                )
+            )
+        else:
+            out.append(_plain(query_BQLD, key_BQLD, value_BQLD, scaling, window, softcap, s_aux))
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, document_attention)
+
+
+def _causal(query_BQLD: Tensor, window: int | None) -> Tensor:
+    length = query_BQLD.shape[2]
+    mask_LL = torch.ones(length, length, dtype=torch.bool, device=query_BQLD.device).tril()
+    return mask_LL if window is None else mask_LL.triu(1 - window)
+
+
+def _plain(
+    query_BQLD: Tensor,
+    key_BQLD: Tensor,
+    value_BQLD: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sink_Q: Tensor | None,
+) -> Tensor:
+    scores_BQLL = query_BQLD @ key_BQLD.transpose(2, 3) * (scaling or query_BQLD.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores_BQLL = softcap * torch.tanh(scores_BQLL / softcap)
+    scores_BQLL = scores_BQLL.float().masked_fill(~_causal(query_BQLD, window), -torch.inf)
+    if sink_Q is not None:
+        sink_BQL1 = sink_Q.float().view(1, -1, 1, 1).expand(*scores_BQLL.shape[:3], 1)
+        scores_BQLL = torch.cat((scores_BQLL, sink_BQL1), dim=-1)
+    weights_BQLL = scores_BQLL.softmax(dim=-1)[..., : key_BQLD.shape[2]]
+    return weights_BQLL.to(value_BQLD.dtype) @ value_BQLD
+
 
 @dataclass
 class TargetStates:
     """Attributes:
-    taps_BSE: outputs of the tapped layers, concatenated, before any final norm.
-    final_BSH: what the target's lm_head reads, after the final norm.
-    choice_BS: the target's likeliest next token, over its whole vocabulary, int64.
+    taps_SE: outputs of the tapped layers, concatenated, before any final norm.
+    final_SH: what the target's lm_head reads, after the final norm.
+    choice_S: the target's likeliest next token, over its whole vocabulary, int64.
     """
 
-    taps_BSE: Tensor
-    final_BSH: Tensor
-    choice_BS: Tensor
+    taps_SE: Tensor
+    final_SH: Tensor
+    choice_S: Tensor
 
     def to(self, device: torch.device) -> "TargetStates":
-        return TargetStates(self.taps_BSE.to(device), self.final_BSH.to(device), self.choice_BS.to(device))
+        return TargetStates(self.taps_SE.to(device), self.final_SH.to(device), self.choice_S.to(device))
+
+    def slice(self, start: int, end: int) -> "TargetStates":
+        """A copy, for a view would keep the whole row alive."""
+        tensors = (self.taps_SE, self.final_SH, self.choice_S)
+        return TargetStates(*(tensor[start:end].clone() for tensor in tensors))
+
+    @classmethod
+    def cat(cls, states: list["TargetStates"]) -> "TargetStates":
+        return cls(
+            torch.cat([one.taps_SE for one in states]),
+            torch.cat([one.final_SH for one in states]),
+            torch.cat([one.choice_S for one in states]),
+        )
 
 
 class TappedTarget:
-    """A frozen causal LM with taps on some of its layers.
+    """A frozen causal LM with taps on some of its layers. Its attention is switched to ours.
 
     Args:
         tapped_layers: layers whose outputs are kept, 0-based.
 
     Raises:
-        GraftError: a layer the target does not have, or a target whose logits are not simply
-            `final state @ lm_head rows`, from which a teacher over a draft vocabulary could be made.
+        GraftError: a layer the target does not have; layers that look at earlier tokens by other means than
+            attention; or logits that are not simply `final state @ lm_head rows`, from which a teacher over
+            a draft vocabulary could be made.
     """
 
     def __init__(self, model: PreTrainedModel, tapped_layers: tuple[int, ...]) -> None:
@@ -47,23 +137,32 @@ class TappedTarget:
         layers = model.get_decoder().layers
         if tapped_layers[-1] >= len(layers) or tapped_layers[0] < 0:
             raise GraftError(f"head.tapped_layers={list(tapped_layers)}: the target has layers 0..{len(layers) - 1}")
+        check_packable(model)
+        self._check_logits()
         self._taps: dict[int, Tensor] = {}
         for index in tapped_layers:
             layers[index].register_forward_hook(self._keep(index))
-        self._check_logits()
 
     @torch.no_grad()
-    def states(self, tokens_BS: Tensor) -> TargetStates:
-        """Reads rows padded on the right. Causal attention keeps the padding out of the real positions."""
-        final_BSH = self.model.get_decoder()(input_ids=tokens_BS, use_cache=False).last_hidden_state
-        taps_BSE = torch.cat([self._taps[index] for index in self.tapped_layers], dim=-1)
+    def states(self, tokens_S: Tensor, lengths: list[int]) -> TargetStates:
+        """Reads documents of these lengths that lie in a row; none sees another."""
+        positions_S = torch.cat([torch.arange(length) for length in lengths]).to(tokens_S.device)
+        if self.model.config.get_text_config()._attn_implementation != ATTENTION:
+            self.model.set_attn_implementation(ATTENTION)
+        output = self.model.get_decoder()(
+            input_ids=tokens_S[None], position_ids=positions_S[None], use_cache=False, document_lengths=lengths
+        )
+        final_SH = output.last_hidden_state[0]
+        # A target spread over several devices ends on another one than it began on.
+        device = tokens_S.device
+        final_SH = final_SH.to(self.lm_head_VH.device)
+        taps_SE = torch.cat([self._taps[index][0].to(device) for index in self.tapped_layers], dim=-1)
         self._taps.clear()
-        flat_NH = final_BSH.flatten(0, 1)
-        choices = [(chunk_CH @ self.lm_head_VH.T).argmax(dim=-1) for chunk_CH in flat_NH.split(CHUNK)]
-        return TargetStates(taps_BSE, final_BSH, torch.cat(choices).view(tokens_BS.shape))
+        choices = [(chunk_CH @ self.lm_head_VH.T).argmax(dim=-1) for chunk_CH in final_SH.split(CHUNK)]
+        return TargetStates(taps_SE, final_SH.to(device), torch.cat(choices).to(device))
 
-    def embed(self, tokens_BS: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(tokens_BS)
+    def embed(self, tokens_S: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(tokens_S[None])[0]
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -75,10 +174,24 @@ class TappedTarget:
     def _check_logits(self) -> None:
         tokens_BS = torch.arange(4, device=self.model.device)[None]
         expected_BSV = self.model(input_ids=tokens_BS, use_cache=False).logits.float()
-        logits_BSV = (self.states(tokens_BS).final_BSH @ self.lm_head_VH.T).float()
+        final_BSH = self.model.get_decoder()(input_ids=tokens_BS, use_cache=False).last_hidden_state
+        logits_BSV = (final_BSH @ self.lm_head_VH.T).float()
         tolerance = 0.02 * expected_BSV.abs().max().item()
         if not torch.allclose(logits_BSV, expected_BSV, atol=tolerance, rtol=0):
             raise GraftError(
                 f"{type(self.model).__name__} changes its logits after lm_head (a cap, a scale or a bias), "
                 "which distillation does not support yet"
             )
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Raises GraftError for a target whose documents cannot be kept apart in one row."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= LAYER_KINDS:
+        raise GraftError(
+            f"{type(model).__name__} has layers of kind {sorted(kinds - LAYER_KINDS)}; "
+            f"distillation knows {sorted(LAYER_KINDS)}"
+        )
+    if not model._supports_attention_backend:
+        raise GraftError(f"{type(model).__name__} does not let its attention be replaced, which distillation needs")

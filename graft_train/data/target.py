@@ -23,15 +23,19 @@ class TargetConfig:
         name_or_path: a local directory or a Hub id; null means the one that `pretrain_target` made.
         dtype: float32, bfloat16 or float16.
         device: auto (CUDA where there is one, else the CPU), or a device as torch writes it.
+        device_map: "auto" spreads a target that is larger than one GPU over all that the process sees.
     """
 
     name_or_path: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise GraftError(f"target.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.device_map not in (None, "auto"):
+            raise GraftError(f"target.device_map={self.device_map} must be auto or null")
 
 
 def target_path(config: "Config") -> Path:
@@ -62,11 +66,15 @@ def load_target(config: "Config") -> PreTrainedModel:
         GraftError: no checkpoint there, a damaged one, or no such device.
     """
     path, device = _existing(config), resolve_device(config.target.device)
+    spread = config.target.device_map
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[config.target.dtype], use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[config.target.dtype], use_safetensors=True, device_map=spread
+        )
     except Exception as error:  # transformers and safetensors raise many kinds
         raise GraftError(f"cannot load the target from {path}: {error}") from error
-    model.to(device)  # type: ignore[arg-type]
+    if spread is None:
+        model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
 
 

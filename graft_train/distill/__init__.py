@@ -1,33 +1,41 @@
 """`distill`: trains the EAGLE-3 draft head on the target's own answers.
 
-Shape suffixes: B batch, S sequence, C columns in which drafts start, K unroll steps, N taught positions,
-V target vocabulary, D draft vocabulary, H hidden size, E tapped states concatenated; in attention
-Q query heads, K key/value heads, D head size, J later steps.
+Shape suffixes: S tokens of a packed row, C columns in which drafts start, K unroll steps, N taught
+positions, V target vocabulary, D draft vocabulary, H hidden size, E tapped states concatenated; in attention
+B batch (always 1), Q query heads, K key/value heads, G queries per key head, D head size, P softmax parts.
 """
 
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from graft_inference.head_checkpoint import save_head
-from graft_train.data.samples import read_samples
+from graft_train.data.samples import Sample, read_samples
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import load_target, resolve_device, target_path
-from graft_train.distill.batches import cached_states, online_states, to_rows
-from graft_train.distill.draft_vocabulary import choose_draft_vocabulary
-from graft_train.distill.head import head_config, new_head
-from graft_train.distill.loop import start_training, train, validate
+from graft_train.distill.batches import Row, to_rows
+from graft_train.distill.checkpoint import vocabulary_hash
+from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
+from graft_train.distill.estimate import as_graft_error, describe, estimate_training, speed_of
+from graft_train.distill.head import head_config, new_head, published_head
+from graft_train.distill.loop import Training, plan_training, start_training, train, validate
+from graft_train.distill.measure import held_out_prompts, measure_tau
+from graft_train.distill.parallel import make_accelerator, whole
 from graft_train.distill.progress import Progress
-from graft_train.stage import run_stage, say, write_json
+from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
+from graft_train.stage import fingerprint_of, run_stage, say, write_json
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from graft_inference.draft_head import DraftHead
     from graft_train.config import Config
 
 __all__ = ["distill"]
@@ -37,7 +45,8 @@ def distill(config: "Config") -> Path:
     """Writes `head/`: the checkpoint, metrics.jsonl and training.json.
 
     Raises:
-        GraftError: no samples or none to train on, or a head that this target cannot have.
+        GraftError: no samples or none to train on, a head that this target cannot have, or what stopped the
+            training: no memory, no disk, a checkpoint of another head.
     """
     target, data = target_path(config), Path(config.run_dir) / "data"
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
@@ -47,39 +56,40 @@ def distill(config: "Config") -> Path:
 def _build(config: "Config", data: Path, out: Path) -> None:
     started, settings = time.perf_counter(), config.head
     samples = read_samples(data / "samples.jsonl", "train")
-    # An earlier stage of this process may have run in another precision, which accelerate keeps for good.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=resolve_device(config.target.device).type == "cpu",
-        mixed_precision=settings.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = make_accelerator(settings, resolve_device(config.target.device))
     set_seed(config.seed)
     model = load_target(config)
-    shape = head_config(model, settings)
-    rows = to_rows(samples, settings.max_length, shape.vocab_size)
+    rows = to_rows(samples, settings.max_length, model.config.get_text_config().vocab_size)
     held_out = min(settings.validation_samples, len(rows) // 10)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     validation, training_rows = order[:held_out], order[held_out:]
+    plan, steps = plan_training(rows, training_rows, settings, config.seed, accelerator.num_processes)
 
-    vocabulary = choose_draft_vocabulary(
-        [samples[row] for row in training_rows], shape.vocab_size, shape.draft_vocab_size
-    )
-    target = TappedTarget(model, shape.tapped_layers)
-    head = new_head(shape, vocabulary.token_ids_D, target.lm_head_VH)
+    head, covered = _head(model, config, [samples[row] for row in training_rows])
+    target = TappedTarget(model, head.config.tapped_layers)
     say(
         f"distill: {len(training_rows)} samples, head of {sum(p.numel() for p in head.parameters()):,} "
-        f"parameters on layers {list(shape.tapped_layers)}, "
-        f"draft vocabulary {len(vocabulary.token_ids_D)} ({vocabulary.coverage:.2%} of the answers' tokens)"
+        f"parameters on layers {list(head.config.tapped_layers)}, "
+        f"draft vocabulary {len(head.target_ids)} ({covered:.2%} of the answers' tokens)"
     )
-    cached = settings.cache_states
-    source = cached_states(target, rows, settings.batch_tokens) if cached else online_states(target)
-
-    training = start_training(accelerator, head, target, source, rows, settings)
+    _announce(config, accelerator, head, model, rows, plan, steps)
+    source = _source(config, target, rows, accelerator)
+    training = start_training(accelerator, head, target, source, rows, settings, config.seed)
+    prompts = held_out_prompts(target, rows, validation, settings.measure_prompts, settings.measure_tokens)
+    if prompts:
+        training.measure = partial(
+            measure_tau, accelerator, target, head, prompts, settings.unroll_steps, settings.measure_tokens
+        )
     progress = Progress(settings, out, accelerator.is_main_process)
     try:
-        steps = train(training, training_rows, config.seed, out, progress)
+        train(training, plan, steps, out, progress)
         result = validate(training, validation).metrics() if validation else None
+        measured = training.measure() if training.measure else None
+    except RuntimeError as error:
+        told = as_graft_error(error, settings)
+        if told is None:
+            raise
+        raise told from error
     finally:
         progress.end()
     if result is not None:
@@ -87,16 +97,79 @@ def _build(config: "Config", data: Path, out: Path) -> None:
             f"distill: {held_out} held-out answers: tau {result.tau:.2f} as a chain of "
             f"{settings.unroll_steps}, acceptance by step " + " ".join(f"{a:.2f}" for a in result.acceptance)
         )
+    if measured is not None:
+        say(f"distill: {len(prompts)} held-out prompts decoded with chains: tau {measured:.2f}")
+    summary = {
+        "steps": steps,
+        "samples": len(training_rows),
+        "coverage": covered,
+        "draft_vocabulary": vocabulary_hash(head),
+        "validation_samples": held_out,
+        "validation": asdict(result) if result else None,
+        "measured_tau": measured,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    _finish(training, out, summary)
+
+
+def _head(model: "PreTrainedModel", config: "Config", samples: list[Sample]) -> tuple["DraftHead", float]:
+    """The head to train, and the share of the answers' tokens that it can propose."""
+    settings = config.head
+    if settings.init_from is not None:
+        head = published_head(settings.init_from, model)
+        return head, coverage(samples, head.target_ids, head.config.vocab_size)
+    shape = head_config(model, settings)
+    vocabulary = choose_draft_vocabulary(samples, shape.vocab_size, shape.draft_vocab_size)
+    return new_head(shape, vocabulary.token_ids_D, model.get_output_embeddings().weight), vocabulary.coverage
+
+
+def _source(config: "Config", target: TappedTarget, rows: list[Row], accelerator: "Accelerator") -> StateSource:
+    settings = config.head
+    match settings.states:
+        case "memory":
+            return memory_states(target, rows, settings.batch_tokens)
+        case "disk":
+            directory, fingerprint = Path(config.run_dir) / "states", fingerprint_of(target_path(config))
+            dtype = settings.states_dtype
+            return disk_states(target, rows, settings.batch_tokens, directory, fingerprint, dtype, accelerator)
+    return online_states(target)
+
+
+def _announce(
+    config: "Config",
+    accelerator: "Accelerator",
+    head: "DraftHead",
+    model: "PreTrainedModel",
+    rows: list[Row],
+    plan: list[list[int]],
+    steps: int,
+) -> None:
+    """How full the batches are, and what the training will take."""
+    settings = config.head
+    tokens = sum(len(rows[row].tokens_S) for batch in plan for row in batch)
+    answered = sum(int(rows[row].answer_S.sum()) for batch in plan for row in batch)
+    say(
+        f"distill: {len(plan)} packed rows of {tokens / len(plan):.0f} tokens on average "
+        f"({tokens / len(plan) / settings.batch_tokens:.1%} of head.batch_tokens), 0 % padding"
+    )
+    estimated = estimate_training(
+        head,
+        model.num_parameters(),
+        sum(parameter.nbytes for parameter in model.parameters()),
+        settings,
+        settings.batches_per_step // accelerator.num_processes,
+        answered / tokens,
+    )
+    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+    say(describe(estimated, accelerator.device, speed_of(accelerator.device, dtype), steps))
+
+
+def _finish(training: Training, out: Path, summary: dict[str, Any]) -> None:
+    accelerator = training.accelerator
+    with whole(accelerator, training.head):
+        if accelerator.is_main_process:
+            save_head(training.head, out)
     if accelerator.is_main_process:
-        save_head(training.head, out)
-        summary = {
-            "steps": steps,
-            "samples": len(training_rows),
-            "coverage": vocabulary.coverage,
-            "validation_samples": held_out,
-            "validation": asdict(result) if result else None,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
         write_json(out / "training.json", summary)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()

@@ -1,15 +1,16 @@
-"""From samples to padded batches, each decided by its number alone, so that training resumes anywhere."""
+"""From samples to packed rows, each decided by its number alone, so that training resumes anywhere."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from graft_inference import GraftError
 from graft_train.data.samples import Sample
-from graft_train.data.states import TappedTarget, TargetStates
+from graft_train.distill.layout import Layout, make_layout
+
+OPEN_BATCHES = 64
+"""Batches that still take rows while packing; more would fill little better, and slower."""
 
 
 @dataclass
@@ -18,32 +19,26 @@ class Row:
 
     Attributes:
         tokens_S: prompt and answer, int64.
-        answer_start: column of the answer's first token.
+        answer_S: bool, the tokens of the answer or answers, the end-of-sequence tokens included.
     """
 
     tokens_S: Tensor
-    answer_start: int
+    answer_S: Tensor
 
 
 @dataclass
 class Batch:
-    """Rows padded on the right.
+    """Rows one behind the other, without padding.
 
     Attributes:
         rows: which rows these are.
-        answer_BS: bool, the tokens of the answers.
-        first: the leftmost column in which a draft starts.
+        answer_tokens: how many of the tokens are the answers'.
     """
 
     rows: list[int]
-    tokens_BS: Tensor
-    answer_BS: Tensor
-    first: int
-
-    @property
-    def tokens(self) -> int:
-        """Answer tokens."""
-        return int(self.answer_BS.sum())
+    tokens_S: Tensor
+    layout: Layout
+    answer_tokens: int
 
 
 def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row]:
@@ -54,86 +49,49 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
     """
     rows = []
     for sample in samples:
-        tokens = (sample.prompt_ids + sample.answer_ids)[:max_length]
-        if len(tokens) <= len(sample.prompt_ids):
+        tokens_S = torch.tensor((sample.prompt_ids + sample.answer_ids)[:max_length])
+        answer_S = torch.arange(len(tokens_S)) >= len(sample.prompt_ids)
+        if not answer_S.any():
             raise GraftError(
                 f"the prompt of sample {sample.id} has {len(sample.prompt_ids)} tokens and fills "
                 f"head.max_length={max_length}: nothing to train on; raise it or remove the sample"
             )
-        if max(tokens) >= vocab_size:
+        if int(tokens_S.max()) >= vocab_size:
             raise GraftError(
-                f"sample {sample.id} holds token {max(tokens)}, but the target has {vocab_size} tokens: "
+                f"sample {sample.id} holds token {int(tokens_S.max())}, but the target has {vocab_size} tokens: "
                 "these answers were regenerated with another target"
             )
-        rows.append(Row(torch.tensor(tokens), len(sample.prompt_ids)))
+        rows.append(Row(tokens_S, answer_S))
     return rows
 
 
-def plan_batches(rows: list[Row], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
-    """Row numbers of every batch of the training. Rows of like length share one; else the order is random."""
+def plan_batches(lengths: list[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
+    """Row numbers of every batch of the training, each epoch in an order of its own."""
     plan = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        shuffled = torch.randperm(len(rows), generator=generator).tolist()
-        batches = pack(rows, sorted(shuffled, key=lambda row: len(rows[row].tokens_S)), batch_tokens)
-        plan += [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+        plan += pack(lengths, torch.randperm(len(lengths), generator=generator).tolist(), batch_tokens)
     return plan
 
 
-def pack(rows: list[Row], order: list[int], batch_tokens: int) -> list[list[int]]:
-    """Cuts rows ordered by length into batches of at most `batch_tokens` padded tokens, or of one row."""
+def pack(lengths: list[int], order: list[int], batch_tokens: int) -> list[list[int]]:
+    """First fit: batches of at most `batch_tokens` tokens, or of one longer row, in about this order."""
     batches: list[list[int]] = []
+    used: list[int] = []
     for row in order:
-        if batches and len(rows[row].tokens_S) * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(row)
+        for place in range(max(0, len(batches) - OPEN_BATCHES), len(batches)):
+            if used[place] + lengths[row] <= batch_tokens:
+                batches[place].append(row)
+                used[place] += lengths[row]
+                break
         else:
             batches.append([row])
+            used.append(lengths[row])
     return batches
 
 
 def collate(rows: list[Row], chosen: list[int], device: torch.device) -> Batch:
-    tokens_BS = pad_sequence([rows[row].tokens_S for row in chosen], batch_first=True)
-    column_S = torch.arange(tokens_BS.shape[1])
-    starts_B1 = torch.tensor([[rows[row].answer_start] for row in chosen])
-    ends_B1 = torch.tensor([[len(rows[row].tokens_S)] for row in chosen])
-    answer_BS = (column_S >= starts_B1) & (column_S < ends_B1)
-    first = max(int(starts_B1.min()) - 1, 0)
-    return Batch(chosen, tokens_BS.to(device), answer_BS.to(device), first)
-
-
-StateSource = Callable[[Batch], TargetStates]
-
-
-def cached_states(target: TappedTarget, rows: list[Row], batch_tokens: int) -> StateSource:
-    """Runs the target once over all rows and keeps what it made of them in host memory.
-
-    The batches of this pass are fixed, so that the states are the same to the bit when training resumes.
-    """
-    device = target.model.device
-    cache: dict[int, TargetStates] = {}
-    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens_S))
-    for chosen in pack(rows, by_length, batch_tokens):
-        states = target.states(collate(rows, chosen, device).tokens_BS).to(torch.device("cpu"))
-        for place, row in enumerate(chosen):
-            end = len(rows[row].tokens_S)
-            # Cloned, for a view would keep the whole batch with its padding alive.
-            cache[row] = TargetStates(
-                states.taps_BSE[place, :end].clone(),
-                states.final_BSH[place, :end].clone(),
-                states.choice_BS[place, :end].clone(),
-            )
-
-    def look_up(batch: Batch) -> TargetStates:
-        found = [cache[row] for row in batch.rows]
-        return TargetStates(
-            pad_sequence([states.taps_BSE for states in found], batch_first=True),
-            pad_sequence([states.final_BSH for states in found], batch_first=True),
-            pad_sequence([states.choice_BS for states in found], batch_first=True),
-        ).to(device)
-
-    return look_up
-
-
-def online_states(target: TappedTarget) -> StateSource:
-    """Runs the target over every batch."""
-    return lambda batch: target.states(batch.tokens_BS)
+    tokens_S = torch.cat([rows[row].tokens_S for row in chosen])
+    answer_S = torch.cat([rows[row].answer_S for row in chosen])
+    layout = make_layout([len(rows[row].tokens_S) for row in chosen], answer_S)
+    return Batch(chosen, tokens_S.to(device), layout.to(device), int(answer_S.sum()))

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from graft_inference import GraftError
+from graft_train.distill.divergence import LOSSES
 
 POSITIVE = (
     "intermediate_size",
@@ -13,12 +14,34 @@ POSITIVE = (
     "epochs",
     "max_steps",
     "batch_tokens",
-    "gradient_accumulation",
+    "batches_per_step",
     "learning_rate",
     "clip",
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
+    "measure_every",
+    "measure_prompts",
+    "measure_tokens",
+)
+CHOICES = {
+    "loss": LOSSES,
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "linear", "wsd"),
+    "states": ("online", "memory", "disk"),
+    "states_dtype": (None, "float32", "bfloat16", "float16"),
+    "mixed_precision": ("bf16", "no"),
+    "resume": ("auto", "never"),
+}
+BOOKKEEPING = (
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "wandb",
+    "measure_every",
+    "measure_prompts",
+    "measure_tokens",
 )
 
 
@@ -27,45 +50,65 @@ class HeadTrainConfig:
     """The draft head and its training; what is not set here (width, heads, RoPE) is the target's.
 
     Attributes:
+        init_from: directory or Hub id of a head to go on from; its shape and draft vocabulary then stand.
         tapped_layers: target layers whose outputs feed the head; None: EAGLE-3's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
         draft_vocab_size: most frequent answer tokens that can be drafted; at most the target's vocabulary.
         unroll_steps: draft steps trained at every position.
-        step_decay: step k weighs step_decay**k in the loss.
+        step_weights: weight of each step in the loss; None: step_decay**k.
+        loss: forward_kl, reverse_kl, total_variation, or survival: the forward KL weighted by the probability
+            that the draft's earlier tokens survive.
         skip_out_of_vocabulary: leave positions whose target choice cannot be drafted out of the loss.
+        feature_noise: uniform noise on the tapped states, up to this share of their root mean square.
         max_length: longer samples lose the end of their answer.
         epochs: passes over the samples, unless max_steps ends training earlier.
-        batch_tokens: padded tokens of a batch, on each device.
-        gradient_accumulation: batches per optimizer step, on each device.
-        learning_rate: at the end of the warm-up; then a cosine to zero.
-        warmup_share: of all optimizer steps.
+        batch_tokens: samples are packed into rows of at most so many tokens; one row a device at a time.
+        batches_per_step: rows of an optimizer step, over all devices: a multiple of their number.
+        optimizer: adamw, or muon for the layers' matrices and AdamW for the rest.
+        learning_rate: at the end of the warm-up.
+        schedule: what follows: cosine or linear to zero, or wsd: constant, then linear to zero.
+        warmup_share, decay_share: of all optimizer steps; the latter for wsd.
         mixed_precision: "bf16" or "no".
-        cache_states: run the target once over all samples and keep its states in host memory (taps + 1
-            vectors of the hidden size a token), instead of once per batch and epoch.
+        states: "online" runs the target over every batch; "memory" once over all samples, whose states stay
+            in host memory; "disk" writes them once to {run_dir}/states, for any number of processes and runs.
+        states_dtype: of the states on disk; None: the target's.
         validation_samples: held out of training (at most a tenth), measured at the end.
+        measure_every: optimizer steps between measurements of the acceptance length on `measure_prompts`
+            held-out prompts, `measure_tokens` each, with the engine that serves the head.
         resume: "auto" continues from the last checkpoint, "never" starts again.
         keep_checkpoints: older ones are deleted.
         wandb: also log to wandb, offline unless WANDB_MODE says otherwise.
     """
 
+    init_from: str | None = None
     tapped_layers: list[int] | None = None
     intermediate_size: int | None = None
     draft_vocab_size: int = 32000
     norm_before_residual: bool = False
     unroll_steps: int = 7
     step_decay: float = 0.8
+    step_weights: list[float] | None = None
+    loss: str = "forward_kl"
     skip_out_of_vocabulary: bool = True
+    feature_noise: float = 0.0
     max_length: int = 2048
     epochs: int = 2
     max_steps: int | None = None
     batch_tokens: int = 4096
-    gradient_accumulation: int = 4
+    batches_per_step: int = 4
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
+    schedule: str = "cosine"
     warmup_share: float = 0.015
+    decay_share: float = 0.2
     clip: float = 0.5
     mixed_precision: str = "bf16"
-    cache_states: bool = False
+    states: str = "online"
+    states_dtype: str | None = None
     validation_samples: int = 64
+    measure_every: int | None = 500
+    measure_prompts: int = 8
+    measure_tokens: int = 64
     resume: str = "auto"
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -77,14 +120,29 @@ class HeadTrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise GraftError(f"head.{name}={value} must be positive")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join("null" if choice is None else choice for choice in choices)
+                raise GraftError(f"head.{name}={getattr(self, name)} must be one of {known}")
         if self.max_length < 3:
             raise GraftError(f"head.max_length={self.max_length} leaves nothing to train on; set at least 3")
-        if self.mixed_precision not in ("bf16", "no"):
-            raise GraftError(f"head.mixed_precision={self.mixed_precision} must be bf16 or no")
-        if self.resume not in ("auto", "never"):
-            raise GraftError(f"head.resume={self.resume} must be auto or never")
+        if self.feature_noise < 0:
+            raise GraftError(f"head.feature_noise={self.feature_noise} must not be negative")
+        weights = self.weights()
+        if len(weights) != self.unroll_steps or min(weights) < 0 or not any(weights):
+            raise GraftError(
+                f"head.step_weights={weights} must be head.unroll_steps={self.unroll_steps} weights, "
+                "none negative and not all zero"
+            )
+
+    def weights(self) -> list[float]:
+        """Of the unroll steps in the loss."""
+        return (
+            self.step_weights
+            if self.step_weights is not None
+            else [self.step_decay**step for step in range(self.unroll_steps)]
+        )
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide which head comes out."""
-        bookkeeping = ("resume", "checkpoint_every", "keep_checkpoints", "log_every", "wandb")
-        return {name: value for name, value in asdict(self).items() if name not in bookkeeping}
+        return {name: value for name, value in asdict(self).items() if name not in BOOKKEEPING}

@@ -25,8 +25,19 @@ def choose_draft_vocabulary(samples: list[Sample], vocab_size: int, size: int) -
     Args:
         size: tokens wanted; a smaller target vocabulary is taken whole.
     """
+    counts_V = _counts(samples, vocab_size)
+    kept_D = counts_V.argsort(descending=True, stable=True)[: min(size, vocab_size)].sort().values
+    return DraftVocabulary(kept_D, coverage(samples, kept_D, vocab_size))
+
+
+def coverage(samples: list[Sample], token_ids_D: Tensor, vocab_size: int) -> float:
+    """Share of the answers' tokens that are among `token_ids_D`."""
+    counts_V = _counts(samples, vocab_size)
+    return counts_V[token_ids_D.cpu()].sum().item() / max(1, counts_V.sum().item())
+
+
+def _counts(samples: list[Sample], vocab_size: int) -> Tensor:
     counts_V = torch.zeros(vocab_size, dtype=torch.long)
     for sample in samples:
         counts_V += torch.bincount(torch.tensor(sample.answer_ids), minlength=vocab_size)
-    kept_D = counts_V.argsort(descending=True, stable=True)[: min(size, vocab_size)].sort().values
-    return DraftVocabulary(kept_D, counts_V[kept_D].sum().item() / max(1, counts_V.sum().item()))
+    return counts_V

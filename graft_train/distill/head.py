@@ -1,11 +1,14 @@
 """The untrained draft head of a target."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft_inference import GraftError
 from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
+from graft_inference.head_checkpoint import load_head
 from graft_train.distill.config import HeadTrainConfig
 
 
@@ -16,9 +19,11 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
         GraftError: a target no head can be made for, or settings it cannot have.
     """
     target = model.config.get_text_config()
-    rope = getattr(target, "rope_parameters", None)
+    rope = getattr(target, "rope_parameters", None) or {}
+    # Where layers differ in their RoPE, those that see everything decide: the head does, too.
+    rope = rope.get("full_attention", rope)
     if not rope or "rope_type" not in rope:
-        raise GraftError(f"{type(model).__name__} has no single RoPE for all its layers, which a draft head needs")
+        raise GraftError(f"{type(model).__name__} has no RoPE, which a draft head needs")
     tapped = settings.tapped_layers
     return DraftHeadConfig(
         hidden_size=target.hidden_size,
@@ -45,4 +50,31 @@ def new_head(config: DraftHeadConfig, token_ids_D: Tensor, lm_head_VH: Tensor) -
     head.set_draft_vocabulary(token_ids_D)
     with torch.no_grad():
         head.lm_head.weight.copy_(lm_head_VH[token_ids_D.to(lm_head_VH.device)])
+    return head
+
+
+def published_head(place: str, model: PreTrainedModel) -> DraftHead:
+    """A trained head to go on from, in fp32.
+
+    Args:
+        place: a directory, or a Hub id.
+
+    Raises:
+        GraftError: no head there, or one of another target.
+    """
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError) as error:
+            raise GraftError(f"head.init_from={place} is neither a directory nor a head on the Hub: {error}") from error
+    head, target = load_head(path).float(), model.config.get_text_config()
+    for name in ("hidden_size", "vocab_size"):
+        own, wanted = getattr(head.config, name), getattr(target, name)
+        if own != wanted:
+            raise GraftError(
+                f"head.init_from={place} has {name}={own}, but the target {wanted}: it is another target's"
+            )
     return head

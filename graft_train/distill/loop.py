@@ -1,10 +1,11 @@
 """The training loop: from an untrained head to a trained one, resumable at every checkpoint."""
 
 import math
-import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +15,14 @@ from tqdm import tqdm
 from graft_inference import GraftError
 from graft_inference.draft_head import DraftHead
 from graft_train.data.states import TappedTarget, TargetStates
-from graft_train.distill.batches import Batch, Row, StateSource, collate, pack, plan_batches
+from graft_train.distill.batches import Batch, Row, collate, pack, plan_batches
+from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.config import HeadTrainConfig
+from graft_train.distill.layout import Layout
 from graft_train.distill.loss import StepSums, TaughtPositions, distillation_loss, taught_positions
+from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.progress import Progress
+from graft_train.distill.state_source import StateSource
 from graft_train.distill.unroll import unroll
 
 
@@ -30,24 +35,21 @@ class Distiller(nn.Module):
 
     teacher_DH: Tensor
 
-    def __init__(self, head: DraftHead, lm_head_VH: Tensor, steps: int) -> None:
+    def __init__(self, head: DraftHead, lm_head_VH: Tensor, steps: int, loss: str) -> None:
         super().__init__()
         self.head = head
         self.steps = steps
+        self.loss = loss
         self.register_buffer("teacher_DH", lm_head_VH[head.target_ids.to(lm_head_VH.device)], persistent=False)
 
     def forward(
-        self,
-        embedding_BSH: Tensor,
-        states: TargetStates,
-        taught: TaughtPositions,
-        first: int,
-        coefficient_K: Tensor,
+        self, embedding_SH: Tensor, states: TargetStates, taught: TaughtPositions, layout: Layout, coefficient_K: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss and `StepSums.stack()` of one batch."""
         dtype = self.head.fc.weight.dtype
-        outputs = unroll(self.head, embedding_BSH.to(dtype), states.taps_BSE.to(dtype), self.steps, first)
-        loss, sums = distillation_loss(self.head, outputs, states.final_BSH, self.teacher_DH, taught, coefficient_K)
+        outputs = unroll(self.head, embedding_SH.to(dtype), states.taps_SE.to(dtype), layout, self.steps)
+        final_SH = states.final_SH.to(self.teacher_DH.dtype)
+        loss, sums = distillation_loss(self.head, outputs, final_SH, self.teacher_DH, taught, coefficient_K, self.loss)
         return loss, sums.stack()
 
 
@@ -62,36 +64,40 @@ class Prepared:
 
 @dataclass
 class Training:
-    """What training needs to go on: everything but the weights follows from the step's number."""
+    """What training needs to go on: everything but weights and optimizers follows from the step's number.
+
+    Attributes:
+        measure: the acceptance length in the engine; None where it is not measured.
+    """
 
     accelerator: Accelerator
     distiller: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     target: TappedTarget
     source: StateSource
     rows: list[Row]
     settings: HeadTrainConfig
+    seed: int = 0
+    measure: Callable[[], float] | None = field(default=None)
 
     @property
     def head(self) -> DraftHead:
         return self.accelerator.unwrap_model(self.distiller).head
 
-    def prepare(self, chosen: list[int]) -> Prepared:
+    def prepare(self, chosen: list[int], number: int | None = None) -> Prepared:
+        """Runs the target; a training batch's number draws its noise, on whatever process it falls."""
         batch = collate(self.rows, chosen, self.accelerator.device)
         states = self.source(batch)
+        if number is not None and self.settings.feature_noise:
+            states.taps_SE = noisy(states.taps_SE, self.settings.feature_noise, self.seed * 1_000_003 + number)
         kept_V = getattr(self.head, "t2d", None)
-        taught = taught_positions(
-            batch.answer_BS,
-            states.choice_BS,
-            kept_V,
-            self.settings.unroll_steps,
-            self.settings.skip_out_of_vocabulary,
-        )
-        return Prepared(batch, states, taught)
+        skip, steps = self.settings.skip_out_of_vocabulary, self.settings.unroll_steps
+        return Prepared(batch, states, taught_positions(batch.layout, states.choice_S, kept_V, steps, skip))
 
     def run(self, prepared: Prepared, coefficient_K: Tensor) -> tuple[Tensor, Tensor]:
-        embedding_BSH = self.target.embed(prepared.batch.tokens_BS)
-        return self.distiller(embedding_BSH, prepared.states, prepared.taught, prepared.batch.first, coefficient_K)
+        embedding_SH = self.target.embed(prepared.batch.tokens_S).to(self.accelerator.device)
+        layout = prepared.batch.layout
+        return self.distiller(embedding_SH, prepared.states, prepared.taught, layout, coefficient_K)
 
 
 def start_training(
@@ -101,52 +107,61 @@ def start_training(
     source: StateSource,
     rows: list[Row],
     settings: HeadTrainConfig,
+    seed: int = 0,
 ) -> Training:
-    distiller = Distiller(head, target.lm_head_VH, settings.unroll_steps).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        distiller.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    distiller, optimizer = accelerator.prepare(distiller, optimizer)
-    return Training(accelerator, distiller, optimizer, target, source, rows, settings)
+    distiller = Distiller(head, target.lm_head_VH, settings.unroll_steps, settings.loss).to(accelerator.device)
+    frequencies: Any = head.rotary_emb.inv_freq.clone()
+    wrapped, *optimizers = accelerator.prepare(distiller, *make_optimizers(head, settings))
+    # DeepSpeed casts buffers to bf16 too, and RoPE would lose its positions.
+    head.rotary_emb.inv_freq = frequencies.to(accelerator.device)
+    return Training(accelerator, wrapped, optimizers, target, source, rows, settings, seed)
 
 
-def train(training: Training, chosen: list[int], seed: int, out: Path, progress: Progress) -> int:
-    """Trains on the chosen rows, from the last checkpoint in `out` if there is one.
-
-    Returns:
-        Optimizer steps of the whole training.
+def plan_training(
+    rows: list[Row], chosen: list[int], settings: HeadTrainConfig, seed: int, processes: int
+) -> tuple[list[list[int]], int]:
+    """The batches of the whole training on the chosen rows, and how many optimizer steps they make.
 
     Raises:
-        GraftError: fewer batches than one optimizer step takes.
+        GraftError: batches that cannot be shared out evenly, or fewer than one optimizer step takes.
     """
-    settings, accelerator = training.settings, training.accelerator
-    subset = [training.rows[row] for row in chosen]
-    plan = [
-        [chosen[row] for row in batch] for batch in plan_batches(subset, settings.batch_tokens, settings.epochs, seed)
-    ]
-    per_step = settings.gradient_accumulation * accelerator.num_processes
-    total = min(len(plan) // per_step, settings.max_steps or math.inf)
+    if settings.batches_per_step % processes:
+        raise GraftError(
+            f"head.batches_per_step={settings.batches_per_step} batches cannot be shared by {processes} processes: "
+            "set a multiple of their number"
+        )
+    lengths = [len(rows[row].tokens_S) for row in chosen]
+    plan = plan_batches(lengths, settings.batch_tokens, settings.epochs, seed)
+    total = min(len(plan) // settings.batches_per_step, settings.max_steps or math.inf)
     if total < 1:
         raise GraftError(
-            f"{len(chosen)} samples make {len(plan)} batches, fewer than the {per_step} of one optimizer "
-            "step: lower head.batch_tokens or head.gradient_accumulation, or regenerate more"
+            f"{len(chosen)} samples make {len(plan)} batches, fewer than the {settings.batches_per_step} of one "
+            "optimizer step: lower head.batch_tokens or head.batches_per_step, or regenerate more"
         )
-    total = int(total)
-    first = _resume(training, out / "checkpoints")
+    return [[chosen[row] for row in batch] for batch in plan], int(total)
+
+
+def train(training: Training, plan: list[list[int]], total: int, out: Path, progress: Progress) -> None:
+    """Takes `total` optimizer steps, from the last checkpoint in `out` if there is one."""
+    settings, accelerator = training.settings, training.accelerator
+    per_step = settings.batches_per_step
+    first = resume_checkpoint(accelerator, training.head, out / "checkpoints", settings.resume)
     progress.begin(first, total)
     training.distiller.train()
     for step in range(first, total):
         started = time.perf_counter()
-        batches = plan[step * per_step + accelerator.process_index : (step + 1) * per_step : accelerator.num_processes]
+        mine = range(step * per_step + accelerator.process_index, (step + 1) * per_step, accelerator.num_processes)
         rate = learning_rate(step, total, settings)
-        sums, tokens = train_step(training, batches, rate)
-        progress.log(step + 1, sums, rate, tokens, time.perf_counter() - started)
+        sums, tokens = train_step(training, {number: plan[number] for number in mine}, rate)
+        seconds = time.perf_counter() - started
+        due = training.measure and settings.measure_every and (step + 1) % settings.measure_every == 0
+        measured = training.measure() if training.measure and due else None
+        progress.log(step + 1, sums, rate, tokens, seconds, measured)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-            _checkpoint(training, out / "checkpoints", step + 1)
-    return total
+            save_checkpoint(accelerator, training.head, out / "checkpoints", step + 1, settings.keep_checkpoints)
 
 
-def train_step(training: Training, batches: list[list[int]], rate: float) -> tuple[StepSums, int]:
+def train_step(training: Training, batches: dict[int, list[int]], rate: float) -> tuple[StepSums, int]:
     """One optimizer step over this process's batches.
 
     Every position trained in the whole step, of all batches and processes, weighs the same, however
@@ -156,38 +171,42 @@ def train_step(training: Training, batches: list[list[int]], rate: float) -> tup
         Sums over all processes, and the answer tokens behind them.
     """
     accelerator, settings = training.accelerator, training.settings
-    prepared = [training.prepare(chosen) for chosen in batches]
+    prepared = [training.prepare(chosen, number) for number, chosen in batches.items()]
     trained_K = torch.stack([one.taught.trained_NK.sum(0) for one in prepared]).sum(0)
     trained_K = accelerator.reduce(trained_K, "sum")
-    decay_K = settings.step_decay ** torch.arange(settings.unroll_steps, device=trained_K.device)
+    weight_K = torch.tensor(settings.weights(), device=trained_K.device)
     # Data-parallel gradients are means over the processes, and this is a sum.
-    coefficient_K = decay_K / trained_K.clamp(min=1) * accelerator.num_processes
+    coefficient_K = weight_K / trained_K.clamp(min=1) * accelerator.num_processes
 
-    for group in training.optimizer.param_groups:
-        group["lr"] = rate
-    sums_5K = torch.zeros(5, settings.unroll_steps, dtype=torch.float64, device=trained_K.device)
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    sums_6K = torch.zeros(6, settings.unroll_steps, dtype=torch.float64, device=trained_K.device)
     for one in prepared:
-        if one is prepared[-1]:
-            loss, batch_sums_5K = training.run(one, coefficient_K)
+        last = one is prepared[-1]
+        # DeepSpeed takes the optimizer step within the last backward, and asks accelerate which that is.
+        accelerator.gradient_state._set_sync_gradients(last)
+        if last:
+            loss, batch_sums_6K = training.run(one, coefficient_K)
             accelerator.backward(loss)
         else:
             with accelerator.no_sync(training.distiller):
-                loss, batch_sums_5K = training.run(one, coefficient_K)
+                loss, batch_sums_6K = training.run(one, coefficient_K)
                 accelerator.backward(loss)
-        sums_5K += batch_sums_5K
+        sums_6K += batch_sums_6K
     accelerator.clip_grad_norm_(training.distiller.parameters(), settings.clip)
-    training.optimizer.step()
-    training.optimizer.zero_grad()
-    tokens = torch.tensor(float(sum(one.batch.tokens for one in prepared)), device=sums_5K.device)
-    return StepSums.unstack(accelerator.reduce(sums_5K, "sum")), int(accelerator.reduce(tokens, "sum"))
+    for optimizer in training.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    tokens = torch.tensor(float(sum(one.batch.answer_tokens for one in prepared)), device=sums_6K.device)
+    return StepSums.unstack(accelerator.reduce(sums_6K, "sum")), int(accelerator.reduce(tokens, "sum"))
 
 
-def learning_rate(step: int, total: int, settings: HeadTrainConfig) -> float:
-    """Linear warm-up, then a cosine that would reach zero at step `total`."""
-    warmup = max(1, round(settings.warmup_share * total))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def noisy(taps_SE: Tensor, share: float, seed: int) -> Tensor:
+    """Uniform noise up to `share` of each position's root mean square."""
+    generator = torch.Generator(taps_SE.device).manual_seed(seed)
+    noise_SE = torch.rand(taps_SE.shape, generator=generator, device=taps_SE.device, dtype=taps_SE.dtype) * 2 - 1
+    return taps_SE + noise_SE * share * taps_SE.float().square().mean(-1, keepdim=True).sqrt().to(taps_SE.dtype)
 
 
 @torch.no_grad()
@@ -195,45 +214,9 @@ def validate(training: Training, chosen: list[int]) -> StepSums:
     """Teacher-forced loss and acceptance on rows that were not trained on. Every process measures all."""
     settings = training.settings
     training.distiller.eval()
-    by_length = sorted(chosen, key=lambda row: len(training.rows[row].tokens_S))
     coefficient_K = torch.ones(settings.unroll_steps, device=training.accelerator.device)
-    sums_5K = torch.zeros(5, settings.unroll_steps, dtype=torch.float64, device=coefficient_K.device)
-    batches = pack(training.rows, by_length, settings.batch_tokens)
+    sums_6K = torch.zeros(6, settings.unroll_steps, dtype=torch.float64, device=coefficient_K.device)
+    batches = pack([len(row.tokens_S) for row in training.rows], chosen, settings.batch_tokens)
     for batch in tqdm(batches, desc="validate", leave=False, disable=not training.accelerator.is_main_process):
-        sums_5K += training.run(training.prepare(batch), coefficient_K)[1]
-    return StepSums.unstack(sums_5K)
-
-
-def _checkpoint(training: Training, directory: Path, step: int) -> None:
-    """What accelerate saves (weights, optimizer, RNG), aside and then renamed; the step is in the name."""
-    accelerator = training.accelerator
-    final = directory / f"step-{step:08d}"
-    aside = directory / f"{final.name}.partial"
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        aside.replace(final)
-        for old in _checkpoints(directory)[: -training.settings.keep_checkpoints]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def _resume(training: Training, directory: Path) -> int:
-    """Loads the last whole checkpoint. Returns the steps it had done; 0 without one."""
-    accelerator = training.accelerator
-    if accelerator.is_main_process and directory.exists():
-        if training.settings.resume == "never":
-            shutil.rmtree(directory)
-        for torn in directory.glob("*.partial"):
-            shutil.rmtree(torn)
-    accelerator.wait_for_everyone()
-    found = _checkpoints(directory)
-    if not found:
-        return 0
-    accelerator.load_state(str(found[-1]))
-    return int(found[-1].name.removeprefix("step-"))
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.suffix != ".partial")
+        sums_6K += training.run(training.prepare(batch), coefficient_K)[1]
+    return StepSums.unstack(sums_6K)

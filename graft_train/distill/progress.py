@@ -41,12 +41,14 @@ class Progress:
         if self.settings.wandb:
             self.wandb = start_wandb(self.settings, self.out)
 
-    def log(self, step: int, sums: StepSums, rate: float, tokens: int, seconds: float) -> None:
-        """Takes every step, writes each `log_every`-th and the last."""
+    def log(
+        self, step: int, sums: StepSums, rate: float, tokens: int, seconds: float, measured: float | None = None
+    ) -> None:
+        """Takes every step, writes each `log_every`-th, the last, and those with a measured acceptance length."""
         if not self.main:
             return
         self.bar.update(1)
-        if step % self.settings.log_every and step != self.bar.total:
+        if step % self.settings.log_every and step != self.bar.total and measured is None:
             return
         metrics = sums.metrics()
         record = {
@@ -55,6 +57,8 @@ class Progress:
             "learning_rate": rate,
             "tokens_per_second": round(tokens / seconds),
         }
+        if measured is not None:
+            record["measured_tau"] = measured
         self.bar.set_postfix(loss=f"{metrics.loss[0]:.3f}", tau=f"{metrics.tau:.2f}")
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -78,10 +78,10 @@ class DraftAttention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
 
     def forward(self, input_BSW: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        shape = (*input_BSW.shape[:2], -1, self.head_dim)
-        query_BQSD = self.q_proj(input_BSW).view(shape).transpose(1, 2)
-        key_BKSD = self.k_proj(input_BSW).view(shape).transpose(1, 2)
-        value_BKSD = self.v_proj(input_BSW).view(shape).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        query_BQSD = self.q_proj(input_BSW).unflatten(-1, heads).transpose(1, 2)
+        key_BKSD = self.k_proj(input_BSW).unflatten(-1, heads).transpose(1, 2)
+        value_BKSD = self.v_proj(input_BSW).unflatten(-1, heads).transpose(1, 2)
         query_BQSD, key_BKSD = apply_rotary_pos_emb(query_BQSD, key_BKSD, *rope)
         attended_BQSD = attend(query_BQSD, key_BKSD, value_BKSD)
         return self.o_proj(attended_BQSD.transpose(1, 2).flatten(2))

@@ -50,7 +50,7 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
             unroll_steps=2,
             max_steps=2,
             batch_tokens=128,
-            gradient_accumulation=1,
+            batches_per_step=1,
             mixed_precision="no",
             validation_samples=2,
             wandb=False,

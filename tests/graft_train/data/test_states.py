@@ -17,24 +17,25 @@ def tiny() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def test_states_are_those_the_runtime_taps_and_padding_on_the_right_does_not_matter(monkeypatch):
+def test_states_are_those_the_runtime_taps_whatever_stands_beside_them(monkeypatch):
     monkeypatch.setattr(states_module, "CHUNK", 3)
-    tokens_BS = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(1))
-    states = TappedTarget(tiny(), (0, 3)).states(tokens_BS)
+    tokens_S = torch.randint(31, (11,), generator=torch.Generator().manual_seed(1))
+    states = TappedTarget(tiny(), (0, 3)).states(tokens_S, [7, 4])
     runtime = Target(tiny(), (0, 3))
-    for row, length in ((0, 7), (1, 4)):
+    for start, end in ((0, 7), (7, 11)):
         with torch.no_grad():
-            served = runtime.prefill(tokens_BS[row, :length], TreeCache(4, 16))
-        torch.testing.assert_close(states.taps_BSE[row, :length], served.taps_NE, atol=1e-5, rtol=1e-4)
-        assert states.choice_BS[row, length - 1] == served.logits_NV[-1].argmax()
+            served = runtime.prefill(tokens_S[start:end], TreeCache(4, 16))
+        torch.testing.assert_close(states.taps_SE[start:end], served.taps_NE, atol=1e-5, rtol=1e-4)
+        assert states.choice_S[end - 1] == served.logits_NV[-1].argmax()
 
 
 def test_final_state_times_lm_head_gives_the_logits():
     model = tiny()
-    tokens_BS = torch.randint(31, (2, 7))
+    tokens_S = torch.randint(31, (9,))
+    expected_SV = model(tokens_S[None]).logits[0].detach()
     target = TappedTarget(model, (1,))
-    logits_BSV = target.states(tokens_BS).final_BSH @ target.lm_head_VH.T
-    torch.testing.assert_close(logits_BSV, model(tokens_BS).logits.detach(), atol=1e-5, rtol=1e-4)
+    logits_SV = target.states(tokens_S, [9]).final_SH @ target.lm_head_VH.T
+    torch.testing.assert_close(logits_SV, expected_SV, atol=1e-5, rtol=1e-4)
 
 
 def test_a_layer_that_is_not_there_is_named():

@@ -4,40 +4,45 @@ import pytest
 import torch
 
 from graft_inference import GraftError
-from graft_train.data.states import TappedTarget
-from graft_train.distill.batches import cached_states, collate, online_states, plan_batches, to_rows
+from graft_train.distill.batches import collate, pack, plan_batches, to_rows
 
-from .pair import VOCAB, samples, tiny_target
+from .pair import VOCAB, samples
 
 ROWS = to_rows(samples(), 64, VOCAB)
+LENGTHS = [len(row.tokens_S) for row in ROWS]
 
 
 def test_every_epoch_has_every_row_once_within_the_budget():
-    plan = plan_batches(ROWS, 30, epochs=2, seed=0)
-    assert all(len(batch) * max(len(ROWS[row].tokens_S) for row in batch) <= 30 for batch in plan)
+    plan = plan_batches(LENGTHS, 30, epochs=2, seed=0)
+    assert all(sum(LENGTHS[row] for row in batch) <= 30 for batch in plan)
     assert sorted(row for batch in plan for row in batch) == sorted(list(range(12)) * 2)
-    assert plan == plan_batches(ROWS, 30, epochs=2, seed=0)
-    assert plan != plan_batches(ROWS, 30, epochs=2, seed=1)
+    assert plan == plan_batches(LENGTHS, 30, epochs=2, seed=0)
+    assert plan != plan_batches(LENGTHS, 30, epochs=2, seed=1)
+
+
+def test_gaps_are_filled_by_later_rows_that_fit():
+    assert pack([6, 6, 4, 3, 1], [0, 1, 2, 3, 4], 10) == [[0, 2], [1, 3, 4]]
 
 
 def test_a_row_longer_than_the_budget_is_a_batch_of_its_own():
-    assert sorted(plan_batches(ROWS, 1, epochs=1, seed=0)) == [[row] for row in range(12)]
+    assert sorted(plan_batches(LENGTHS, 1, epochs=1, seed=0)) == [[row] for row in range(12)]
 
 
-def test_rows_of_unequal_length_are_padded_right_and_masked():
+def test_rows_lie_side_by_side_without_padding():
     batch = collate(ROWS, [0, 5], torch.device("cpu"))
-    for place, sample in enumerate((samples()[0], samples()[5])):
-        prompt, answer = len(sample.prompt_ids), len(sample.answer_ids)
-        end = prompt + answer
-        assert batch.tokens_BS[place, :end].tolist() == sample.prompt_ids + sample.answer_ids
-        expected = [False] * prompt + [True] * answer + [False] * (batch.tokens_BS.shape[1] - end)
-        assert batch.answer_BS[place].tolist() == expected
-    assert batch.first == 1  # the shorter prompt has two tokens
+    first, second = samples()[0], samples()[5]
+    parts = (first.prompt_ids, first.answer_ids, second.prompt_ids, second.answer_ids)
+    assert batch.tokens_S.tolist() == [token for part in parts for token in part]
+    assert batch.layout.lengths == [LENGTHS[0], LENGTHS[5]]
+    assert batch.answer_tokens == len(first.answer_ids) + len(second.answer_ids)
+    begins = [len(first.prompt_ids) - 1, LENGTHS[0] + len(second.prompt_ids) - 1]
+    assert batch.layout.columns_C[batch.layout.depth_C == 0].tolist() == begins
 
 
 def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
     sample = replace(samples()[0], id="long", prompt_ids=[1] * 6)
-    assert len(to_rows([sample], 8, VOCAB)[0].tokens_S) == 8
+    row = to_rows([sample], 8, VOCAB)[0]
+    assert row.answer_S.tolist() == [False] * 6 + [True] * 2
     with pytest.raises(GraftError, match=r"sample long .*head.max_length=6"):
         to_rows([sample], 6, VOCAB)
 
@@ -45,15 +50,3 @@ def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
 def test_tokens_of_another_target_are_named():
     with pytest.raises(GraftError, match=f"sample s0 holds token {VOCAB}"):
         to_rows([replace(samples()[0], answer_ids=[VOCAB])], 64, VOCAB)
-
-
-def test_cached_states_are_the_online_ones():
-    target = TappedTarget(tiny_target(), (0, 2, 3))
-    batch = collate(ROWS, [3, 8, 1], torch.device("cpu"))
-    real = torch.zeros_like(batch.answer_BS)
-    for place, row in enumerate(batch.rows):
-        real[place, : len(ROWS[row].tokens_S)] = True
-    cached, online = cached_states(target, ROWS, 40)(batch), online_states(target)(batch)
-    torch.testing.assert_close(cached.taps_BSE[real], online.taps_BSE[real], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(cached.final_BSH[real], online.final_BSH[real], atol=1e-5, rtol=1e-4)
-    assert torch.equal(cached.choice_BS[real], online.choice_BS[real])

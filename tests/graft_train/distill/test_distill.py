@@ -1,9 +1,8 @@
 """The stage: what it writes, resuming to the bit, exact gradient accumulation, and bad input."""
 
 import json
-import os
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,23 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from graft_inference import GraftError
+from graft_inference import GraftEngine, GraftError
 from graft_inference.head_checkpoint import load_head
+from graft_inference.policy import Plan, Policy, Stage
+from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.target import Target
 from graft_train.config import Config
 from graft_train.data.samples import append_samples
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import TargetConfig
 from graft_train.distill import distill, loop
-from graft_train.distill.batches import online_states, to_rows
+from graft_train.distill import estimate as estimate_module
+from graft_train.distill.batches import to_rows
+from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.loop import start_training, train_step
+from graft_train.distill.optimizer import learning_rate, make_optimizers
+from graft_train.distill.state_source import online_states
 
 from .pair import VOCAB, samples, tiny_head, tiny_target
 
@@ -29,7 +35,7 @@ SETTINGS = {
     "unroll_steps": 3,
     "epochs": 4,
     "batch_tokens": 40,
-    "gradient_accumulation": 2,
+    "batches_per_step": 2,
     "learning_rate": 3e-3,
     "mixed_precision": "no",
     "checkpoint_every": 3,
@@ -82,10 +88,10 @@ def test_a_run_writes_a_head_that_learned(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("killed_after", "cache_states"), [(2, False), (4, False), (8, True)])
-def test_killed_and_run_again_equals_no_interruption(tmp_path, monkeypatch, killed_after, cache_states):
-    whole = distill(make_run(tmp_path / "whole", cache_states=cache_states))
-    config, steps = make_run(tmp_path / "killed", cache_states=cache_states), 0
+@pytest.mark.parametrize(("killed_after", "states"), [(2, "online"), (4, "disk"), (8, "memory")])
+def test_killed_and_run_again_equals_no_interruption(tmp_path, monkeypatch, killed_after, states):
+    whole = distill(make_run(tmp_path / "whole", states=states))
+    config, steps = make_run(tmp_path / "killed", states=states), 0
 
     def dying(*arguments):
         nonlocal steps
@@ -123,7 +129,7 @@ def test_a_torn_checkpoint_is_not_resumed_from(tmp_path):
         distill(config)
     accelerator = Accelerator(cpu=True)
     training = start_training(accelerator, *parts(), HeadTrainConfig(**SETTINGS))
-    assert loop._resume(training, torn.parent) == 0
+    assert resume_checkpoint(accelerator, training.head, torn.parent, "auto") == 0
     assert not torn.exists()
 
 
@@ -141,8 +147,8 @@ def accumulate(batches: list[list[int]]) -> tuple[dict[str, torch.Tensor], objec
     def keep(*unused):
         gradients.update({name: p.grad.clone() for name, p in training.head.named_parameters()})
 
-    training.optimizer.optimizer.register_step_pre_hook(keep)
-    sums, _ = train_step(training, batches, 1e-3)
+    training.optimizers[0].optimizer.register_step_pre_hook(keep)
+    sums, _ = train_step(training, dict(enumerate(batches)), 1e-3)
     return gradients, sums
 
 
@@ -156,7 +162,7 @@ def test_accumulated_batches_of_unequal_counts_equal_one_batch():
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     settings = HeadTrainConfig(learning_rate=1.0, warmup_share=0.1)
-    rates = [loop.learning_rate(step, 100, settings) for step in range(100)]
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == pytest.approx(1)
     assert rates[55] == pytest.approx(0.5)
@@ -165,11 +171,11 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_resume_never_starts_again(tmp_path):
-    training = start_training(Accelerator(cpu=True), *parts(), HeadTrainConfig(**SETTINGS))
-    loop._checkpoint(training, tmp_path, 3)
-    assert loop._resume(training, tmp_path) == 3
-    training.settings.resume = "never"
-    assert loop._resume(training, tmp_path) == 0
+    accelerator = Accelerator(cpu=True)
+    training = start_training(accelerator, *parts(), HeadTrainConfig(**SETTINGS))
+    save_checkpoint(accelerator, training.head, tmp_path, 3, keep=2)
+    assert resume_checkpoint(accelerator, training.head, tmp_path, "auto") == 3
+    assert resume_checkpoint(accelerator, training.head, tmp_path, "never") == 0
 
 
 def test_bf16_trains(tmp_path):
@@ -192,6 +198,10 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
         ({"mixed_precision": "fp16"}, "head.mixed_precision=fp16"),
         ({"resume": "yes"}, "head.resume=yes"),
         ({"max_length": 2}, "head.max_length=2"),
+        ({"loss": "kl"}, "head.loss=kl must be one of forward_kl"),
+        ({"states": "cache"}, "head.states=cache"),
+        ({"step_weights": [1.0]}, r"head.step_weights=\[1.0\] must be head.unroll_steps=7 weights"),
+        ({"feature_noise": -0.1}, "head.feature_noise=-0.1"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
@@ -205,7 +215,7 @@ def test_impossible_settings_are_named(changes, message):
         ({"tapped_layers": [0, 2, 9]}, r"head.tapped_layers=\[0, 2, 9\].*layers 0\.\.3"),
         ({"tapped_layers": [2, 0, 3]}, "ascending"),
         ({"max_length": 3}, "head.max_length=3"),
-        ({"gradient_accumulation": 500}, "lower head.batch_tokens or head.gradient_accumulation"),
+        ({"batches_per_step": 500}, "lower head.batch_tokens or head.batches_per_step"),
     ],
 )
 def test_heads_that_cannot_be_trained_are_refused_and_nothing_is_left(tmp_path, changes, message):
@@ -222,30 +232,131 @@ def test_data_of_another_target_is_refused(tmp_path):
         distill(config)
 
 
-def test_two_processes_equal_one_that_accumulates(tmp_path):
-    """Two ranks of one batch each take the step that one process takes over two."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from graft_train.distill import distill\n"
-        "from tests.graft_train.distill.test_distill import make_run\n"
-        "distill(make_run(Path(sys.argv[1]), gradient_accumulation=1, max_steps=4))\n"
+def test_a_checkpoint_of_another_head_is_refused(tmp_path):
+    accelerator, settings = Accelerator(cpu=True), HeadTrainConfig(**SETTINGS)
+    training = start_training(accelerator, *parts(), settings)
+    save_checkpoint(accelerator, training.head, tmp_path, 3, keep=2)
+    other = tiny_head(list(range(1, VOCAB, 2)) + [VOCAB - 1])
+    with pytest.raises(GraftError, match="belongs to another head: its draft_vocabulary"):
+        resume_checkpoint(accelerator, other, tmp_path, "auto")
+
+
+def test_what_cannot_be_saved_is_said_and_the_last_checkpoint_stays(tmp_path):
+    """The kernel refuses files beyond a size, as it would on a full disk."""
+    accelerator = Accelerator(cpu=True)
+    training = start_training(accelerator, *parts(), HeadTrainConfig(**SETTINGS))
+    save_checkpoint(accelerator, training.head, tmp_path, 3, keep=2)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(GraftError, match=r"cannot save .*step-00000006.*step-00000003 is intact"):
+            save_checkpoint(accelerator, training.head, tmp_path, 6, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    assert resume_checkpoint(accelerator, training.head, tmp_path, "auto") == 3
+
+
+def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    with pytest.raises(GraftError, match=r"head.batch_tokens=40.*lower head.batch_tokens"):
+        distill(make_run(tmp_path))
+
+
+def test_online_and_offline_states_train_to_the_same_losses(tmp_path):
+    curves = {
+        states: metrics(distill(make_run(tmp_path / states, states=states))) for states in ("online", "disk", "memory")
+    }
+    for states in ("disk", "memory"):
+        for one, two in zip(curves["online"], curves[states], strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_a_trained_head_can_be_gone_on_from(tmp_path):
+    """It starts where the first one stopped, with its draft vocabulary, though the settings name another."""
+    first = distill(make_run(tmp_path, epochs=20))
+    second = make_run(tmp_path / "again", init_from=str(first), draft_vocab_size=5, learning_rate=1e-6)
+    head = load_head(distill(second))
+    assert torch.equal(head.target_ids, load_head(first).target_ids)
+    assert sum(metrics(Path(second.run_dir) / "head")[0]["loss"]) < 0.9 * sum(metrics(first)[0]["loss"])
+
+
+def test_a_head_of_another_target_is_not_gone_on_from(tmp_path):
+    first = distill(make_run(tmp_path, max_steps=1))
+    config = make_run(tmp_path / "again", init_from=str(first))
+    tiny_target(hidden_size=8).save_pretrained(config.target.name_or_path)
+    with pytest.raises(GraftError, match=r"head.init_from=.*hidden_size=16, but the target 8"):
+        distill(config)
+    with pytest.raises(GraftError, match=r"head.init_from=.*neither a directory nor a head"):
+        distill(make_run(tmp_path / "third", init_from="nobody/nothing"))
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"loss": "total_variation"}, {"feature_noise": 0.2}])
+def test_options_of_the_training_learn(tmp_path, changes):
+    curve = metrics(distill(make_run(tmp_path, epochs=20, **changes)))
+    assert sum(curve[-1]["loss"]) < 0.97 * sum(curve[0]["loss"])
+
+
+def test_noise_follows_the_batch_and_is_bounded():
+    taps_SE = torch.randn(50, 8)
+    noise = loop.noisy(taps_SE, 0.1, 7) - taps_SE
+    assert torch.equal(noise, loop.noisy(taps_SE, 0.1, 7) - taps_SE)
+    assert not torch.equal(noise, loop.noisy(taps_SE, 0.1, 8) - taps_SE)
+    share = noise.abs() / taps_SE.square().mean(-1, keepdim=True).sqrt()
+    assert 0.09 < share.max() <= 0.1001
+
+
+def test_muon_takes_the_matrices_within_and_adamw_the_rest():
+    muon, adamw = make_optimizers(tiny_head(), HeadTrainConfig(optimizer="muon"))
+    head = dict(tiny_head().named_parameters())
+    assert sum(len(group["params"]) for group in muon.param_groups) == len(
+        [name for name, p in head.items() if p.dim() == 2 and name != "lm_head.weight"]
     )
-    alone = distill(make_run(tmp_path / "one", gradient_accumulation=2, max_steps=4))
-    make_run(tmp_path / "two")
-    root = Path(__file__).parents[3]
-    paths = [str(root), str(root / "inference"), os.environ.get("PYTHONPATH", "")]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-        + [str(script), str(tmp_path / "two")],
-        check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    together = tmp_path / "two" / "run" / "head"
-    for one, two in zip(metrics(alone), metrics(together), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
-    expected = load_file(alone / "model.safetensors")
-    for name, tensor in load_file(together / "model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(head) - 8
+
+
+def test_the_acceptance_length_is_measured_in_the_engine_that_serves(tmp_path):
+    """On the way and at the end; it is the engine's own tau for the saved head."""
+    config = make_run(tmp_path, measure_every=3, measure_tokens=6, measure_prompts=2, epochs=4)
+    directory = distill(config)
+    curve = metrics(directory)
+    assert [line["step"] for line in curve if "measured_tau" in line] == list(range(3, len(curve) + 1, 3))
+    rows = to_rows(samples(30), 64, VOCAB)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
+    chain = Plan((Stage(passes=3, drafted=3),), beam_width=1, budget=4)
+    target = Target(tiny_target(), (0, 2, 3))
+    engine = GraftEngine(target, Policy(chain, chain, chain), load_head(directory), SuccessorMatrix(torch.zeros(1, 1)))
+    stats = [engine.generate(rows[row].tokens_S[~rows[row].answer_S], 6, method="eagle3").stats for row in order[:2]]
+    expected = sum(one.emitted - 1 for one in stats) / sum(one.rounds for one in stats)
+    assert json.loads((directory / "training.json").read_text())["measured_tau"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "late"), [("linear", 0.5, 0.1), ("wsd", 1.0, 0.5), ("cosine", 0.5, 0.0245)]
+)
+def test_schedules(schedule, middle, late):
+    settings = HeadTrainConfig(learning_rate=1.0, warmup_share=0.0001, schedule=schedule, decay_share=0.2)
+    rates = [learning_rate(step, 1001, settings) for step in range(1001)]
+    assert rates[501] == pytest.approx(middle, abs=0.002)
+    assert rates[901] == pytest.approx(late, abs=0.002)
+
+
+def test_what_it_takes_is_told_before_the_first_step(tmp_path, capsys):
+    distill(make_run(tmp_path, max_steps=1))
+    said = capsys.readouterr().out
+    assert "0 % padding" in said
+    assert "GiB of" in said
+    assert "hours for 1 steps" in said
+
+
+def test_a_training_that_cannot_fit_says_what_to_lower(monkeypatch):
+    monkeypatch.setattr(estimate_module, "memory_of", lambda device: 2**20)
+    estimated = estimate_module.estimate_training(tiny_head(), 1000, 4000, HeadTrainConfig(), 2, 0.5)
+    assert estimated.states == 2 * 4096 * 4 * 16 * 2  # batches, tokens, three taps and the final state, width, bf16
+    line = estimate_module.describe(estimated, torch.device("cpu"), 1e9, 10)
+    assert "may not fit: lower head.batch_tokens" in line

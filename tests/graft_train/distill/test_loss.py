@@ -1,132 +1,136 @@
-"""Masks, shifts and denominators on hand-made samples, and the chunked loss against the plain one."""
+"""Masks, shifts and denominators on hand-made samples, and the chunked losses against the plain ones."""
 
 import pytest
 import torch
 
 from graft_train.data.states import TappedTarget
 from graft_train.distill import loss as loss_module
+from graft_train.distill.divergence import LOSSES
+from graft_train.distill.layout import make_layout
 from graft_train.distill.loss import StepSums, distillation_loss, reference_loss, taught_positions
 from graft_train.distill.unroll import unroll
 
 from .pair import VOCAB, tiny_head, tiny_target
 
-# Row 0: prompt 0..2, answer 3..6, padding 7. Row 1: prompt 0, answer 1..7.
-ANSWER_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+# Document 0: prompt 0..2, answer 3..6, then a user's turn. Document 1, at 8: prompt 8, answer 9..15.
+# Document 2, at 16: answers 17..19 and, after one token, 21..23.
+LENGTHS = [8, 8, 8]
+ANSWER_S = torch.tensor(
+    [0, 0, 0, 1, 1, 1, 1, 0] + [0, 1, 1, 1, 1, 1, 1, 1] + [0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool
+)
+LAYOUT = make_layout(LENGTHS, ANSWER_S)
 
 
-def drafts(taught, rows_length=8):
-    """{(row, t, step)} of everything that counts."""
-    found = set()
-    for place, step in taught.started_NK.nonzero().tolist():
-        row, j = divmod(taught.index_N[place].item(), rows_length)
-        found.add((row, j - 1 - step, step))
-    return found
+def drafts(taught):
+    """{(t, step)} of everything that counts."""
+    return {(taught.index_N[place].item() - 1 - step, step) for place, step in taught.started_NK.nonzero().tolist()}
 
 
-def test_mask_is_shifted_with_the_targets():
-    taught = taught_positions(ANSWER_BS, torch.zeros(2, 8, dtype=torch.long), None, steps=3)
-    m = ANSWER_BS.int()
+def test_mask_is_shifted_with_the_targets_and_stays_in_one_answer():
+    taught = taught_positions(LAYOUT, torch.zeros(24, dtype=torch.long), None, steps=3)
+    answers = [(3, 6), (9, 15), (17, 19), (21, 23)]
     expected = {
-        (row, t, k)
-        for row in range(2)
-        for k in range(3)
-        for t in range(8)
-        if t + 2 + k < 8 and m[row, t + 1] * m[row, t + 2 + k]
+        (t, k) for first, last in answers for k in range(3) for t in range(24) if first <= t + 1 and t + 2 + k <= last
     }
     assert drafts(taught) == expected
     # The server's first draft, right before the answer, is taught; drafts that start in the prompt are not.
-    assert {t for row, t, k in expected if row == 0} == {2, 3, 4}
-    assert (0, 2, 2) in drafts(taught)  # token 3 -> 6, the end of the answer
-    assert (0, 3, 2) not in drafts(taught)  # 7 is padding
+    assert {t for t, k in expected if t < 8} == {2, 3, 4}
+    assert (2, 2) in drafts(taught)  # token 3 -> 6, the end of the answer
+    assert (3, 2) not in drafts(taught)  # 7 is the user's
+    assert (17, 2) not in drafts(taught)  # from one answer of a document to its next
 
 
-def test_without_a_prompt_no_draft_starts_before_the_row():
-    taught = taught_positions(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.long), None, 2)
-    assert drafts(taught, 4) == {(0, 0, 0), (0, 1, 0), (0, 0, 1)}
+def test_without_a_prompt_no_draft_starts_before_the_document():
+    layout = make_layout([4], torch.ones(4, dtype=torch.bool))
+    taught = taught_positions(layout, torch.zeros(4, dtype=torch.long), None, 2)
+    assert drafts(taught) == {(0, 0), (1, 0), (0, 1)}
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_out_of_vocabulary_choices_leave_the_loss_but_not_the_metrics(skip):
     kept_V = torch.tensor([True, True, False])
-    choice_BS = torch.zeros(2, 8, dtype=torch.long)
-    choice_BS[0, 4] = 2  # position j=4 of row 0 is the teacher of steps 0 and 1
-    taught = taught_positions(ANSWER_BS, choice_BS, kept_V, steps=2, skip_out_of_vocabulary=skip)
+    choice_S = torch.zeros(24, dtype=torch.long)
+    choice_S[4] = 2  # position j=4 is the teacher of steps 0 and 1
+    taught = taught_positions(LAYOUT, choice_S, kept_V, steps=2, skip_out_of_vocabulary=skip)
     lost = taught.started_NK & ~taught.trained_NK
-    assert taught.started_NK.sum(0).tolist() == [3 + 6, 2 + 5]
+    assert taught.started_NK.sum(0).tolist() == [3 + 6 + 2 + 2, 2 + 5 + 1 + 1]
     assert lost.sum(0).tolist() == ([1, 1] if skip else [0, 0])
     assert taught.index_N[lost.any(1)].tolist() == ([4] if skip else [])
 
 
 def test_empty_mask_gives_zero_and_no_nan():
-    loss, sums, _ = run(torch.zeros(2, 8, dtype=torch.bool))
+    loss, sums, gradients = run(torch.zeros(24, dtype=torch.bool))
     assert loss.item() == 0
     assert sums.metrics().tau == 1
     assert sums.metrics().loss == [0, 0, 0]
+    assert not any(gradient.any() for gradient in gradients.values() if gradient is not None)
 
 
-def run(answer_BS, first=0, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1)):
+def run(answer_S=ANSWER_S, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl"):
     """The loss, its sums, and gradients of all head parameters."""
     target, head = TappedTarget(tiny_target(), (0, 2, 3)), tiny_head(kept)
-    tokens_BS = torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(4))
-    states = target.states(tokens_BS)
-    taught = taught_positions(answer_BS, states.choice_BS, getattr(head, "t2d", None), 3, skip)
-    outputs = unroll(head, target.embed(tokens_BS), states.taps_BSE, 3, first)
-    loss, sums = distillation_loss(
-        head, outputs, states.final_BSH, target.lm_head_VH[head.target_ids], taught, torch.tensor(coefficient)
-    )
+    tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
+    states, layout = target.states(tokens_S, LENGTHS), make_layout(LENGTHS, answer_S)
+    taught = taught_positions(layout, states.choice_S, getattr(head, "t2d", None), 3, skip)
+    outputs = unroll(head, target.embed(tokens_S), states.taps_SE, layout, 3)
+    teacher_DH = target.lm_head_VH[head.target_ids]
+    loss, sums = distillation_loss(head, outputs, states.final_SH, teacher_DH, taught, torch.tensor(coefficient), name)
     loss.backward()
-    return loss, sums, {name: p.grad for name, p in head.named_parameters()}
+    return loss, sums, {parameter: p.grad for parameter, p in head.named_parameters()}
 
 
-def run_reference(answer_BS, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1)):
+def run_reference(kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl"):
+    """The target's logits of each document alone."""
     model = tiny_target()
+    tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
+    logits_SV = torch.cat([model(tokens[None]).logits[0] for tokens in tokens_S.split(LENGTHS)])
     target, head = TappedTarget(model, (0, 2, 3)), tiny_head(kept)
-    tokens_BS = torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(4))
-    outputs = unroll(head, target.embed(tokens_BS), target.states(tokens_BS).taps_BSE, 3)
-    loss = reference_loss(head, outputs, model(tokens_BS).logits, answer_BS, list(coefficient), skip)
+    outputs = unroll(head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).taps_SE, LAYOUT, 3)
+    loss = reference_loss(head, outputs, logits_SV, LAYOUT, ANSWER_S, list(coefficient), name, skip)
     loss.backward()
-    return loss, {name: p.grad for name, p in head.named_parameters()}
+    return loss, {parameter: p.grad for parameter, p in head.named_parameters()}
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 512])
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("kept", [None, list(range(VOCAB))])
-def test_chunked_loss_is_the_plain_one_with_its_gradients(monkeypatch, chunk, skip, kept):
+@pytest.mark.parametrize("name", LOSSES)
+def test_chunked_loss_is_the_plain_one_with_its_gradients(monkeypatch, chunk, skip, kept, name):
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
-    loss, _, gradients = run(ANSWER_BS, kept=kept, skip=skip)
-    expected, expected_gradients = run_reference(ANSWER_BS, kept, skip)
+    loss, _, gradients = run(kept=kept, skip=skip, name=name)
+    expected, expected_gradients = run_reference(kept, skip, name=name)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    for parameter, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[parameter], gradient, atol=1e-5, rtol=1e-4, msg=parameter)
 
 
-def test_prompt_columns_may_be_left_out():
-    # The first draft of these rows starts at t = 0, of row 0 alone at t = 2.
-    loss, sums, _ = run(ANSWER_BS & torch.tensor([[True], [False]]), first=2)
-    whole, whole_sums, _ = run(ANSWER_BS & torch.tensor([[True], [False]]))
-    torch.testing.assert_close(loss, whole)
-    torch.testing.assert_close(sums.stack(), whole_sums.stack())
+def test_survival_weighs_the_first_step_in_full_and_later_ones_less():
+    alone = {name: run(coefficient=(1.0, 0.0, 0.0), name=name)[0] for name in ("forward_kl", "survival")}
+    torch.testing.assert_close(alone["survival"], alone["forward_kl"])
+    later = {name: run(coefficient=(0.0, 1.0, 1.0), name=name)[0] for name in ("forward_kl", "survival")}
+    assert 0 < later["survival"] < 0.9 * later["forward_kl"]
 
 
-def test_prompts_and_padding_never_contribute():
+def test_prompts_and_documents_ends_never_contribute():
     """Teachers, outputs and choices outside the answer may be anything."""
     head = tiny_head()
     torch.manual_seed(6)
-    outputs = [torch.randn(2, 8, 16) for _ in range(3)]
-    final_BSH, choice_BS = torch.randn(2, 8, 16), torch.randint(VOCAB, (2, 8))
+    outputs = [torch.randn(len(LAYOUT.columns_C), 16) for _ in range(3)]
+    final_SH, choice_S = torch.randn(24, 16), torch.randint(VOCAB, (24,))
     teacher_DH = torch.randn(len(head.target_ids), 16)
 
     def total():
-        taught = taught_positions(ANSWER_BS, choice_BS, head.t2d, 3)
-        return distillation_loss(head, outputs, final_BSH, teacher_DH, taught, torch.ones(3))[0]
+        taught = taught_positions(LAYOUT, choice_S, head.t2d, 3)
+        return distillation_loss(head, outputs, final_SH, teacher_DH, taught, torch.ones(3))[0]
 
     before = total()
-    for step, output in enumerate(outputs):
-        output[0, :2] = 1e3  # starts in the prompt
-        output[0, 5 - step :] = 1e3  # reaches beyond the answer
-    final_BSH[0, :3], final_BSH[0, 6:] = 1e3, 1e3
-    choice_BS[0, :3], choice_BS[0, 6:] = 1, 1
+    # Document 0 drafts in columns 2, 3, 4: step 1 of column 4 and step 2 of 3 and 4 reach beyond its answer.
+    outputs[1][2] = outputs[2][1] = outputs[2][2] = 1e3
+    final_SH[:3], final_SH[6:9] = 1e3, 1e3
+    choice_S[:3], choice_S[6:9] = 1, 1
     torch.testing.assert_close(total(), before)
+    outputs[1][1] = 1e3
+    assert not torch.isclose(total(), before)
 
 
 def test_acceptance_by_hand():
@@ -141,19 +145,21 @@ def test_acceptance_by_hand():
         return torch.nn.functional.one_hot(torch.tensor(rows), 16).float()
 
     # One row: prompt 0, answer 1..4. Teachers j = 1, 2, 3 choose 3, 5, 9 (out of vocabulary).
-    answer_BS = torch.tensor([[0, 1, 1, 1, 1]], dtype=torch.bool)
-    choice_BS = torch.tensor([[0, 3, 5, 9, 0]])
+    layout = make_layout([5], torch.tensor([0, 1, 1, 1, 1], dtype=torch.bool))
+    choice_S = torch.tensor([0, 3, 5, 9, 0])
     # Step 0 at t = 0, 1, 2 proposes 3 (match), 3 (miss), 3 (no match possible).
     # Step 1 at t = 0, 1 proposes 5 (match, and chained to the match before), 5 (no match possible).
-    outputs = [says([[0, 0, 0, 0, 0]]), says([[1, 1, 0, 0, 0]])]
-    taught = taught_positions(answer_BS, choice_BS, head.t2d, 2)
-    _, sums = distillation_loss(head, outputs, torch.zeros(1, 5, 16), torch.zeros(2, 16), taught, torch.ones(2))
+    outputs = [says([0, 0, 0]), says([1, 1, 0])]
+    taught = taught_positions(layout, choice_S, head.t2d, 2)
+    _, sums = distillation_loss(head, outputs, torch.zeros(5, 16), torch.zeros(2, 16), taught, torch.ones(2))
     assert sums.started_K.tolist() == [3, 2]
     assert sums.trained_K.tolist() == [2, 1]
     assert sums.matched_K.tolist() == [1, 1]
     assert sums.chained_K.tolist() == [1, 1]
+    assert sums.reached_K.tolist() == [3, 1]
     metrics = sums.metrics()
     assert metrics.acceptance == pytest.approx([1 / 3, 1 / 2])
+    assert metrics.conditional_acceptance == pytest.approx([1 / 3, 1])
     assert metrics.tau == pytest.approx(1 + 1 / 3 + 1 / 2)
 
 
@@ -162,18 +168,19 @@ def test_a_chain_breaks_at_its_first_miss():
     with torch.no_grad():
         head.lm_head.weight.zero_()
         head.lm_head.weight[0, 0] = head.lm_head.weight[1, 1] = 1
-    answer_BS = torch.tensor([[0, 1, 1, 1, 1]], dtype=torch.bool)
-    choice_BS = torch.tensor([[0, 3, 3, 3, 0]])
-    wrong, right = torch.eye(16)[1].expand(1, 5, 16), torch.eye(16)[0].expand(1, 5, 16)
-    taught = taught_positions(answer_BS, choice_BS, head.t2d, 2)
-    arguments = (torch.zeros(1, 5, 16), torch.zeros(2, 16), taught, torch.ones(2))
+    layout = make_layout([5], torch.tensor([0, 1, 1, 1, 1], dtype=torch.bool))
+    choice_S = torch.tensor([0, 3, 3, 3, 0])
+    wrong, right = torch.eye(16)[1].expand(3, 16), torch.eye(16)[0].expand(3, 16)
+    taught = taught_positions(layout, choice_S, head.t2d, 2)
+    arguments = (torch.zeros(5, 16), torch.zeros(2, 16), taught, torch.ones(2))
     _, sums = distillation_loss(head, [wrong, right], *arguments)
     assert sums.matched_K.tolist() == [0, 2]
     assert sums.chained_K.tolist() == [0, 0]
 
 
 def test_sums_add_up_over_batches():
-    both = run(ANSWER_BS)[1].stack()
-    rows = [run(ANSWER_BS & torch.tensor([[row == 0], [row == 1]]))[1].stack() for row in range(2)]
-    torch.testing.assert_close(rows[0] + rows[1], both, atol=1e-5, rtol=1e-5)
-    assert StepSums.unstack(both).metrics().tau >= 1
+    whole = run()[1].stack()
+    document_S = LAYOUT.document_S
+    parts = [run(ANSWER_S & (document_S == document))[1].stack() for document in range(3)]
+    torch.testing.assert_close(sum(parts), whole, atol=1e-5, rtol=1e-5)
+    assert StepSums.unstack(whole).metrics().tau >= 1

@@ -1,134 +1,191 @@
-"""The unroll: its attention, its shifts, and that it trains what a server's draft chain runs."""
+"""The unroll: its attention, its shifts, its documents, and that it trains what a server's draft chain runs."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from graft_inference.drafting import Drafter
 from graft_inference.target import Target
 from graft_train.data.states import TappedTarget
-from graft_train.distill.unroll import merged_attention, reference_attention, unroll
+from graft_train.distill.attention import flex_attention, merged_attention, reference_attention
+from graft_train.distill.layout import make_layout
+from graft_train.distill.unroll import unroll
 
 from .pair import VOCAB, tiny_head, tiny_target
 
+# Three documents: two answers in the second, one that is answer from its first token on.
+LENGTHS = [6, 8, 4]
+ANSWER_S = torch.tensor([0, 0, 1, 1, 1, 1] + [0, 1, 1, 1, 0, 1, 1, 1] + [1, 1, 1, 1], dtype=torch.bool)
+LAYOUT = make_layout(LENGTHS, ANSWER_S)
+START = [0] * 6 + [6] * 8 + [14] * 4
+
 
 def loop_attention(query_QCD, keys, values):
-    """One query at a time, one row of the batch: the words of the contract."""
+    """One query at a time: the words of the contract."""
     queries, columns, size = query_QCD.shape
-    length, groups = keys[0].shape[1], queries // keys[0].shape[0]
+    groups = queries // keys[0].shape[0]
     out = torch.empty_like(query_QCD)
     for head in range(queries):
         for place in range(columns):
-            column = length - columns + place
-            seen_k = [keys[0][head // groups, : column + 1]] + [k[head // groups, place][None] for k in keys[1:]]
-            seen_v = [values[0][head // groups, : column + 1]] + [v[head // groups, place][None] for v in values[1:]]
+            column = int(LAYOUT.columns_C[place])
+            seen = slice(START[column], column + 1)
+            seen_k = [keys[0][head // groups, seen]] + [k[head // groups, place][None] for k in keys[1:]]
+            seen_v = [values[0][head // groups, seen]] + [v[head // groups, place][None] for v in values[1:]]
             scores = torch.cat(seen_k) @ query_QCD[head, place] / size**0.5
             out[head, place] = scores.softmax(0) @ torch.cat(seen_v)
     return out
 
 
-def random_attention_inputs(later: int, columns: int, dtype=torch.float64):
+def random_attention_inputs(later: int, dtype=torch.float64):
     torch.manual_seed(later)
-    rows, length, size = 2, 7, 8
-    query = torch.randn(rows, 4, columns, size, dtype=dtype, requires_grad=True)
-    widths = [length] + [columns] * later
-    keys = [torch.randn(rows, 2, width, size, dtype=dtype, requires_grad=True) for width in widths]
-    values = [torch.randn(rows, 2, width, size, dtype=dtype, requires_grad=True) for width in widths]
+    size, columns = 8, len(LAYOUT.columns_C)
+    query = torch.randn(1, 4, columns, size, dtype=dtype, requires_grad=True)
+    widths = [sum(LENGTHS)] + [columns] * later
+    keys = [torch.randn(1, 2, width, size, dtype=dtype, requires_grad=True) for width in widths]
+    values = [torch.randn(1, 2, width, size, dtype=dtype, requires_grad=True) for width in widths]
     return query, keys, values
 
 
-@pytest.mark.parametrize(("later", "columns"), [(0, 7), (1, 7), (3, 7), (3, 4), (1, 1)])
-def test_reference_sees_causal_step_0_and_its_own_column(later, columns):
-    query, keys, values = random_attention_inputs(later, columns)
-    out = reference_attention(query, keys, values)
-    for row in range(2):
-        expected = loop_attention(query[row], [k[row] for k in keys], [v[row] for v in values])
-        torch.testing.assert_close(out[row], expected)
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_reference_sees_its_document_causally_and_its_own_column(later):
+    query, keys, values = random_attention_inputs(later)
+    out = reference_attention(query, keys, values, LAYOUT)
+    expected = loop_attention(query[0], [k[0] for k in keys], [v[0] for v in values])
+    torch.testing.assert_close(out[0], expected)
 
 
-@pytest.mark.parametrize(("later", "columns"), [(0, 7), (1, 7), (3, 7), (3, 4), (1, 1)])
-def test_merged_attention_is_the_reference_forward_and_backward(later, columns):
-    query, keys, values = random_attention_inputs(later, columns, torch.float32)
-    upstream = torch.randn_like(query)
-    results = []
-    for attention in (reference_attention, merged_attention):
-        out = attention(query, keys, values)
-        results.append((out, *torch.autograd.grad(out, [query, *keys, *values], upstream)))
-    for fast, plain in zip(results[1], results[0], strict=True):
+def forward_and_gradients(attention, query, keys, values, layout=LAYOUT):
+    out = attention(query, keys, values, layout)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    return (out, *torch.autograd.grad(out, [query, *keys, *values], upstream))
+
+
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_merged_attention_is_the_reference_forward_and_backward(later):
+    inputs = random_attention_inputs(later, torch.float32)
+    expected = forward_and_gradients(reference_attention, *inputs)
+    for got, plain in zip(forward_and_gradients(merged_attention, *inputs), expected, strict=True):
+        torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_flex_attention_is_the_reference_forward(later):
+    """Its backward runs on a GPU only."""
+    inputs = random_attention_inputs(later, torch.float32)
+    with torch.no_grad():
+        query, *rest = (
+            inputs[0].detach(),
+            [key.detach() for key in inputs[1]],
+            [value.detach() for value in inputs[2]],
+        )
+        expected = reference_attention(query, *rest, LAYOUT)
+        torch.testing.assert_close(flex_attention(query, *rest, LAYOUT), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merged_attention_in_long_documents_is_the_reference():
+    """Longer than flash attention's blocks, with a prompt and an answer that end inside one."""
+    lengths = [700, 90, 333]
+    answer_S = torch.zeros(sum(lengths), dtype=torch.bool)
+    answer_S[300:700] = answer_S[750:790] = answer_S[1000:1100] = True
+    layout = make_layout(lengths, answer_S)
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, len(layout.columns_C), 16, requires_grad=True)
+    widths = [sum(lengths), len(layout.columns_C)]
+    keys = [torch.randn(1, 1, width, 16, requires_grad=True) for width in widths]
+    values = [torch.randn(1, 1, width, 16, requires_grad=True) for width in widths]
+    expected = forward_and_gradients(reference_attention, query, keys, values, layout)
+    got = forward_and_gradients(merged_attention, query, keys, values, layout)
+    for fast, plain in zip(got, expected, strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("columns", [7, 4])
-def test_merged_attention_in_bf16_stays_near_fp32(columns):
-    query, keys, values = random_attention_inputs(3, columns, torch.float32)
+def test_merged_attention_in_bf16_stays_near_fp32():
+    query, keys, values = random_attention_inputs(3, torch.float32)
     results = []
     for dtype, attention in ((torch.float32, reference_attention), (torch.bfloat16, merged_attention)):
         inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (query, *keys, *values)]
-        out = attention(inputs[0], inputs[1:5], inputs[5:])
+        out = attention(inputs[0], inputs[1:5], inputs[5:], LAYOUT)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
     for fast, plain in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(fast.float(), plain, atol=0.06, rtol=0.06)
 
 
-def head_inputs(rows: int = 2, length: int = 9):
+@pytest.mark.gpu
+@pytest.mark.parametrize("later", [0, 3])
+def test_compiled_flex_attention_is_the_reference(later):
+    layout = LAYOUT.to(torch.device("cuda"))
+    query, keys, values = random_attention_inputs(later, torch.float32)
+    moved = [tensor.detach().cuda().requires_grad_() for tensor in (query, *keys, *values)]
+    inputs = (moved[0], moved[1 : 2 + later], moved[2 + later :])
+    expected = forward_and_gradients(reference_attention, *inputs, layout)
+    for got, plain in zip(forward_and_gradients(flex_attention, *inputs, layout), expected, strict=True):
+        torch.testing.assert_close(got, plain, atol=1e-4, rtol=1e-4)
+
+
+def head_inputs():
     target, head = TappedTarget(tiny_target(), (0, 2, 3)), tiny_head()
-    tokens_BS = torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(4))
-    return head, tokens_BS, target.embed(tokens_BS), target.states(tokens_BS).taps_BSE
+    tokens_S = torch.randint(VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(4))
+    return head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).taps_SE
 
 
-@pytest.mark.parametrize("first", [0, 1, 4])
-def test_columns_before_the_first_draft_only_lend_their_keys(first):
-    head, _, embedding_BSH, taps_BSE = head_inputs()
-    whole = unroll(head, embedding_BSH, taps_BSE, 4, attention=reference_attention)
-    cut = unroll(head, embedding_BSH, taps_BSE, 4, first)
-    for step in range(4):
-        torch.testing.assert_close(cut[step], whole[step][:, first:], atol=1e-5, rtol=1e-4)
+def test_each_document_unrolls_as_if_it_were_alone():
+    """Documents before and after it, and the columns in which no draft starts, change nothing."""
+    head, embedding_SH, taps_SE = head_inputs()
+    packed = unroll(head, embedding_SH, taps_SE, LAYOUT, 3)
+    for document, start in enumerate((0, 6, 14)):
+        part = slice(start, start + LENGTHS[document])
+        layout = make_layout([LENGTHS[document]], ANSWER_S[part])
+        alone = unroll(head, embedding_SH[part], taps_SE[part], layout, 3, reference_attention)
+        chosen = LAYOUT.document_S[LAYOUT.columns_C] == document
+        for step in range(3):
+            # Later steps read past the document's end in columns that no longer count.
+            counts = layout.columns_C + 1 + step < LENGTHS[document]
+            torch.testing.assert_close(packed[step][chosen][counts], alone[step][counts], atol=1e-5, rtol=1e-4)
 
 
 def test_step_k_reads_the_token_and_position_k_further_on():
-    head, _, embedding_BSH, taps_BSE = head_inputs()
+    head, embedding_SH, taps_SE = head_inputs()
     seen = []
     head.midlayer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    outputs = unroll(head, embedding_BSH, taps_BSE, 3)
-    features = [head.fuse(taps_BSE), *outputs]
+    outputs = unroll(head, embedding_SH, taps_SE, LAYOUT, 3)
+    columns = LAYOUT.columns_C
+    inside = columns[columns < sum(LENGTHS) - 3]
+    count = len(inside)
     for step, (embedding, feature, rope, _) in enumerate(seen):
-        # Token t+1+k beside the head's previous output at t, at RoPE position t+k.
-        torch.testing.assert_close(embedding[:, : 8 - step], embedding_BSH[:, 1 + step :])
-        torch.testing.assert_close(feature, features[step])
-        expected = head.rotary_emb(embedding_BSH, torch.arange(step, 9 + step)[None])
-        torch.testing.assert_close(rope[0], expected[0])
+        # Token t+1+k beside the head's previous output at t, at RoPE position t+k within the document.
+        where = inside if step == 0 else torch.arange(count)
+        torch.testing.assert_close(embedding[0, where], embedding_SH[inside + 1 + step])
+        expected = head.fuse(taps_SE)[inside] if step == 0 else outputs[step - 1][:count]
+        torch.testing.assert_close(feature[0, where], expected)
+        position = torch.tensor([[int(column) - START[int(column)] + step for column in inside]])
+        torch.testing.assert_close(rope[0][0, where], head.rotary_emb(embedding_SH[None], position)[0][0])
 
 
-def test_one_token_rows_and_steps_past_the_end_keep_their_shape():
-    head, _, embedding_BSH, taps_BSE = head_inputs(length=2)
-    assert [tuple(out.shape) for out in unroll(head, embedding_BSH, taps_BSE, 5)] == [(2, 2, 16)] * 5
-
-
-def test_padding_on_the_right_changes_nothing():
-    head, _, embedding_BSH, taps_BSE = head_inputs(rows=1)
-    alone = unroll(head, embedding_BSH, taps_BSE, 2)
-    padded = unroll(head, F.pad(embedding_BSH, (0, 0, 0, 5), value=3.0), F.pad(taps_BSE, (0, 0, 0, 5), value=-2.0), 2)
-    for step in range(2):
-        real = 9 - 1 - step  # later columns read past the end of the row
-        torch.testing.assert_close(padded[step][:, :real], alone[step][:, :real], atol=1e-5, rtol=1e-5)
+def test_a_row_without_drafts_trains_nothing_and_does_not_fail():
+    head, embedding_SH, taps_SE = head_inputs()
+    layout = make_layout(LENGTHS, torch.zeros(sum(LENGTHS), dtype=torch.bool))
+    outputs = unroll(head, embedding_SH, taps_SE, layout, 3)
+    assert [tuple(output.shape) for output in outputs] == [(0, 16)] * 3
+    sum(output.sum() for output in outputs).backward()
+    assert all(p.grad is None or not p.grad.any() for p in head.parameters())
 
 
 def test_unroll_equals_the_chain_that_a_server_drafts():
     """From t, drafting the row's own tokens: trained states and served states are the same."""
     model, head = tiny_target(), tiny_head(list(range(VOCAB))).eval()
     tapped = TappedTarget(model, (0, 2, 3))
-    tokens_1S = torch.randint(VOCAB, (1, 12), generator=torch.Generator().manual_seed(5))
-    taps_BSE = tapped.states(tokens_1S).taps_BSE
-    outputs = unroll(head, tapped.embed(tokens_1S), taps_BSE, 4)
+    tokens_S = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(5))
+    taps_SE = tapped.states(tokens_S, [12]).taps_SE
     start = 6  # the last position whose states the server has
+    layout = make_layout([12], torch.arange(12) > start)
+    outputs = unroll(head, tapped.embed(tokens_S), taps_SE, layout, 4)
     with torch.no_grad():
         drafter = Drafter(head, Target(model, (0, 2, 3)), beam_width=1, capacity=32)
-        draft = drafter.begin(tokens_1S[0, 1 : start + 2], taps_BSE[0, : start + 1])
+        draft = drafter.begin(tokens_S[1 : start + 2], taps_SE[: start + 1])
         features = [draft.features_kH]
         for step in range(1, 4):
             # Force the row's own token into the beam, as teacher forcing does.
-            draft.candidates.tokens_N[draft.beam_k] = tokens_1S[0, start + 1 + step]
+            draft.candidates.tokens_N[draft.beam_k] = tokens_S[start + 1 + step]
             draft = drafter.deepen(draft)
             features.append(draft.features_kH)
     for step in range(4):
-        torch.testing.assert_close(features[step][0], outputs[step][0, start], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(features[step][0], outputs[step][0], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Distils on several nodes: sbatch --nodes 4 conf/accelerate/slurm.sh experiment=qwen3_8b data.path=chats.jsonl
+# One launcher a node, one process a GPU. CONFIG chooses ddp (default), zero2 or zero3.
+#SBATCH --job-name=distill
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --signal=B:TERM@60
+#SBATCH --requeue
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
+
+export MAIN_ADDRESS GPUS CONFIG
+MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+GPUS=${SLURM_GPUS_ON_NODE:-8}
+CONFIG=${CONFIG:-ddp}
+
+# In single quotes: each node fills in its own SLURM_NODEID. run_dir must lie on a disk that all nodes see.
+# Requeued after a time limit, the same command goes on from the last checkpoint.
+srun bash -c 'exec accelerate launch \
+  --config_file "conf/accelerate/$CONFIG.yaml" \
+  --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" \
+  --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 --deepspeed_multinode_launcher standard \
+  recipes/distill.py "$@"' distill "$@"

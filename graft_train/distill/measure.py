@@ -1,0 +1,55 @@
+"""The acceptance length that the head reaches in the engine that will serve it."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from graft_inference import GraftEngine, GraftError
+from graft_inference.draft_head import DraftHead
+from graft_inference.policy import Plan, Policy, Stage
+from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.target import Target, check_supported
+from graft_train.data.states import TappedTarget
+from graft_train.distill.batches import Row
+from graft_train.distill.parallel import whole
+from graft_train.stage import say
+
+
+def held_out_prompts(target: TappedTarget, rows: list[Row], chosen: list[int], count: int, tokens: int) -> list[Tensor]:
+    """The first prompts of the chosen rows that leave room for `tokens` more; none if the engine refuses the target."""
+    try:
+        check_supported(target.model)
+    except GraftError as error:
+        say(f"distill: the acceptance length in the engine is not measured: {error}")
+        return []
+    limit = target.model.config.get_text_config().max_position_embeddings - tokens
+    prompts = [rows[row].tokens_S[: int(rows[row].answer_S.nonzero()[0])] for row in chosen]
+    return [prompt for prompt in prompts if 0 < len(prompt) <= limit][:count]
+
+
+def measure_tau(
+    accelerator: Accelerator, target: TappedTarget, head: DraftHead, prompts: list[Tensor], steps: int, tokens: int
+) -> float:
+    """Decodes the prompts greedily with chains of `steps` drafts, shared out over the processes.
+
+    Returns:
+        Tokens per target pass, the bonus token included, over all prompts.
+    """
+    chain = Plan((Stage(passes=steps, drafted=steps),), beam_width=1, budget=steps + 1)
+    with whole(accelerator, head):
+        # Not a copy of the module, which DeepSpeed has put its hooks on.
+        served = DraftHead(head.config)
+        served.load_checkpoint({name: tensor.detach().cpu() for name, tensor in head.state_dict().items()})
+    served = served.to(device=target.model.device, dtype=target.model.dtype).eval()
+    engine_target = Target(target.model, head.config.tapped_layers)
+    nothing = SuccessorMatrix(torch.full((1, 1), -1, device=target.model.device))
+    engine = GraftEngine(engine_target, Policy(chain, chain, chain), served, nothing)
+    sums = torch.zeros(2, device=accelerator.device)
+    try:
+        for prompt_S in prompts[accelerator.process_index :: accelerator.num_processes]:
+            stats = engine.generate(prompt_S, tokens, method="eagle3").stats
+            sums += torch.tensor([stats.emitted - 1, stats.rounds], device=sums.device)
+    finally:
+        engine_target.release()
+    emitted, rounds = accelerator.reduce(sums, "sum").tolist()
+    return emitted / max(1, rounds)

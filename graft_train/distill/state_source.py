@@ -1,0 +1,219 @@
+"""Where a batch's target states come from: the target itself, host memory, or shards on disk.
+
+On disk: `index.json` and `shard-NNNNN.safetensors` with `taps`, `final` and `choice` of some rows, one behind
+the other, read memory-mapped. The index names the target (its tokenizer included) and the samples they are
+of, and each row's shard and place; it is written last, so that what has an index is whole.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from graft_inference import GraftError
+from graft_train.data.states import TappedTarget, TargetStates
+from graft_train.data.target import DTYPES
+from graft_train.distill.batches import Batch, Row, pack
+from graft_train.stage import say, write_json
+
+StateSource = Callable[[Batch], TargetStates]
+INDEX = "index.json"
+SHARD_TOKENS = 1 << 15
+PARTS = {"taps": "taps_SE", "final": "final_SH", "choice": "choice_S"}
+
+
+def online_states(target: TappedTarget) -> StateSource:
+    """Runs the target over every batch."""
+    return lambda batch: target.states(batch.tokens_S, batch.layout.lengths)
+
+
+def memory_states(target: TappedTarget, rows: list[Row], batch_tokens: int) -> StateSource:
+    """Runs the target once over all rows and keeps what it made of them in host memory.
+
+    The batches of this pass are fixed, so that the states are the same to the bit when training resumes.
+    """
+    device, memory = target.model.device, torch.device("cpu")
+    cache: dict[int, TargetStates] = {}
+    for chosen in tqdm(_packs(rows, range(len(rows)), batch_tokens), desc="states", unit="batch", leave=False):
+        states, start = _run(target, rows, chosen).to(memory), 0
+        for row in chosen:
+            cache[row] = states.slice(start, start + len(rows[row].tokens_S))
+            start += len(rows[row].tokens_S)
+    return lambda batch: TargetStates.cat([cache[row] for row in batch.rows]).to(device)
+
+
+def disk_states(
+    target: TappedTarget,
+    rows: list[Row],
+    batch_tokens: int,
+    directory: Path,
+    fingerprint: str,
+    dtype: str | None,
+    accelerator: Accelerator,
+) -> StateSource:
+    """Writes what the target makes of all rows to `directory`, unless it is there, and reads it from there.
+
+    Every process writes its share of the shards; one that is there whole is not written again. Any number of
+    processes reads them.
+
+    Args:
+        fingerprint: of the target's directory.
+        dtype: of what is stored; None: the target's.
+
+    Raises:
+        GraftError: the states there are of another target, tokenizer or samples, or the disk is too small.
+    """
+    stored = DTYPES[dtype] if dtype else target.model.dtype
+    identity = {
+        "target": fingerprint,
+        "samples": _hash(rows),
+        "tapped_layers": list(target.tapped_layers),
+        "dtype": str(stored).removeprefix("torch."),
+    }
+    partial = directory.with_name(f"{directory.name}.partial")
+    if not (directory / INDEX).exists():
+        _write(target, rows, batch_tokens, partial, identity, stored, accelerator)
+        if accelerator.is_main_process:
+            partial.rename(directory)
+        accelerator.wait_for_everyone()
+    places = _read_index(directory, identity, len(rows))
+    files: dict[int, Any] = {}
+    device = target.model.device
+
+    def read(row: int) -> TargetStates:
+        shard, start, end = places[row]
+        if shard not in files:
+            files[shard] = _open(directory, shard)
+        taps, final, choice = (files[shard].get_slice(name)[start:end] for name in PARTS)
+        return TargetStates(taps.to(target.model.dtype), final.to(target.model.dtype), choice.long())
+
+    return lambda batch: TargetStates.cat([read(row) for row in batch.rows]).to(device)
+
+
+def _packs(rows: list[Row], chosen: Any, batch_tokens: int) -> list[list[int]]:
+    return pack([len(row.tokens_S) for row in rows], list(chosen), batch_tokens)
+
+
+def _run(target: TappedTarget, rows: list[Row], chosen: list[int]) -> TargetStates:
+    tokens_S = torch.cat([rows[row].tokens_S for row in chosen]).to(target.model.device)
+    return target.states(tokens_S, [len(rows[row].tokens_S) for row in chosen])
+
+
+def _write(
+    target: TappedTarget,
+    rows: list[Row],
+    batch_tokens: int,
+    partial: Path,
+    identity: dict[str, Any],
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+) -> None:
+    shards = _packs(rows, range(len(rows)), max(SHARD_TOKENS, batch_tokens))
+    if accelerator.is_main_process:
+        _check_disk(target, rows, partial, dtype)
+        begun = partial / "identity.json"
+        if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != identity:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(begun, identity)
+    accelerator.wait_for_everyone()
+    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
+    for number in tqdm(mine, desc="states", unit="shard", disable=not accelerator.is_main_process):
+        path = _shard(partial, number)
+        if path.exists():
+            continue
+        states = [_run(target, rows, chosen) for chosen in _cut(rows, shards[number], batch_tokens)]
+        whole = TargetStates.cat([one.to(torch.device("cpu")) for one in states])
+        tensors = {"taps": whole.taps_SE.to(dtype), "final": whole.final_SH.to(dtype), "choice": whole.choice_S.int()}
+        aside = path.with_suffix(".new")
+        try:
+            save_file(tensors, str(aside))
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise GraftError(
+                f"cannot write {path} ({error}); free some space and run again, it goes on there"
+            ) from error
+        aside.replace(path)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(partial / INDEX, identity | {"shards": shards, "lengths": [len(row.tokens_S) for row in rows]})
+    accelerator.wait_for_everyone()
+
+
+def _cut(rows: list[Row], chosen: list[int], batch_tokens: int) -> list[list[int]]:
+    """The rows of a shard in their order, cut into what the target reads at a time."""
+    batches: list[list[int]] = [[]]
+    used = 0
+    for row in chosen:
+        used += len(rows[row].tokens_S)
+        if batches[-1] and used > batch_tokens:
+            batches.append([])
+            used = len(rows[row].tokens_S)
+        batches[-1].append(row)
+    return batches
+
+
+def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: torch.dtype) -> None:
+    tokens = sum(len(row.tokens_S) for row in rows)
+    width = (len(target.tapped_layers) + 1) * target.lm_head_VH.shape[1]
+    needed = tokens * (width * dtype.itemsize + 4)
+    done = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(partial.parent).free
+    say(
+        f"distill: target states of {tokens:,} tokens need {needed / 2**30:.2f} GiB on disk; "
+        f"{free / 2**30:.1f} are free"
+    )
+    if needed - done > free:
+        raise GraftError(
+            f"{partial.parent} has {free / 2**30:.1f} GiB free, but the target states need "
+            f"{(needed - done) / 2**30:.1f}: set head.states=online, head.states_dtype=bfloat16, or another run_dir"
+        )
+
+
+def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[tuple[int, int, int]]:
+    """Each row's shard, start and end."""
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        differing = [f"{name}: {index[name]} -> {identity[name]}" for name in identity if index[name] != identity[name]]
+        shards, lengths = index["shards"], index["lengths"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GraftError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
+    if differing:
+        raise GraftError(
+            f"the target states in {directory} are stale ({', '.join(differing)}); delete {directory} to make them anew"
+        )
+    places = [(0, 0, 0)] * count
+    for shard, chosen in enumerate(shards):
+        start = 0
+        for row in chosen:
+            places[row] = (shard, start, start + lengths[row])
+            start += lengths[row]
+    return places
+
+
+def _open(directory: Path, shard: int) -> Any:
+    path = _shard(directory, shard)
+    try:
+        return safe_open(path, framework="pt").__enter__()
+    except (OSError, SafetensorError) as error:
+        raise GraftError(f"{path} is missing or damaged ({error}); delete {directory} to make it anew") from error
+
+
+def _shard(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:05d}.safetensors"
+
+
+def _hash(rows: list[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row.tokens_S).to_bytes(8, "little") + row.tokens_S.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,68 @@
+"""Runs `distill` in processes of its own, some of which are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+from graft_train.distill import checkpoint, distill, loop
+from tests.graft_train.distill.test_distill import make_run
+
+directory, changes, step, saving = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "saving"
+real_step, real_json, taken = loop.train_step, checkpoint.write_json, 0
+
+def counted_step(*arguments):
+    global taken
+    if taken == step and not saving:
+        os.kill(os.getpid(), signal.SIGKILL)
+    taken += 1
+    return real_step(*arguments)
+
+def dying_write(path, value):
+    # The last file of a checkpoint, before it gets its name.
+    if taken == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_json(path, value)
+
+loop.train_step = counted_step
+if saving:
+    checkpoint.write_json = dying_write
+distill(make_run(directory, **changes))
+"""
+
+
+def run_ranks(
+    directory: Path, changes: str = "{}", launcher: tuple[str, ...] = (), kill: int = -1, saving: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs the stage on `make_run(directory, **changes)`; `kill`: the step before, or whose saving, it dies."""
+    script = directory / "distill_here.py"
+    script.write_text(SCRIPT)
+    paths = [str(ROOT), str(ROOT / "inference"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), str(directory), changes, str(kill), "saving" if saving else "step"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=directory,
+    )
+
+
+def was_killed(run: subprocess.CompletedProcess[str]) -> bool:
+    return run.returncode == -signal.SIGKILL
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone")
+
+
+def deepspeed(stage: int, processes: int) -> tuple[str, ...]:
+    config = str(ROOT / "conf" / "accelerate" / f"zero{stage}.yaml")
+    launch = ("-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes))
+    return (*launch, "--main_process_port", "0")

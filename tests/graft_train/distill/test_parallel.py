@@ -1,0 +1,74 @@
+"""Killed processes, several processes, and DeepSpeed: the same losses as one process left alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from graft_train.distill import distill
+
+from .ranks import deepspeed, run_ranks, torchrun, was_killed
+from .test_distill import make_run, metrics
+
+CHANGES = {"max_steps": 4, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The head that one process makes, uninterrupted."""
+    return distill(make_run(tmp_path_factory.mktemp("alone"), **CHANGES))
+
+
+def head_of(directory: Path, changes: dict = CHANGES, **how) -> Path:
+    make_run(directory, **changes)
+    run = run_ranks(directory, json.dumps(changes), **how)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return directory / "run" / "head"
+
+
+def assert_same_training(head: Path, alone: Path, tolerance: float) -> None:
+    for one, two in zip(metrics(alone), metrics(head), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    expected = load_file(alone / "model.safetensors")
+    for name, tensor in load_file(head / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=10 * tolerance, msg=name)
+
+
+@pytest.mark.parametrize(("kill", "saving"), [(3, False), (2, True)])
+def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, saving):
+    """Killed between two checkpoints, and in the midst of writing the first one."""
+    make_run(tmp_path, **CHANGES)
+    assert was_killed(run_ranks(tmp_path, json.dumps(CHANGES), kill=kill, saving=saving))
+    saved = sorted(path.name for path in (tmp_path / "run" / "head.partial" / "checkpoints").iterdir())
+    assert saved == ["step-00000002.partial" if saving else "step-00000002"]
+    head = distill(make_run(tmp_path, **CHANGES))
+    assert metrics(head) == metrics(alone)
+    for name, tensor in load_file(alone / "model.safetensors").items():
+        assert torch.equal(load_file(head / "model.safetensors")[name], tensor), name
+
+
+def test_two_processes_train_as_one(tmp_path, alone):
+    assert_same_training(head_of(tmp_path, launcher=torchrun(2)), alone, 1e-4)
+
+
+def test_one_process_goes_on_from_two(tmp_path, alone):
+    make_run(tmp_path, **CHANGES)
+    killed = run_ranks(tmp_path, json.dumps(CHANGES), torchrun(2), kill=3)
+    assert killed.returncode != 0
+    assert (tmp_path / "run" / "head.partial" / "checkpoints" / "step-00000002").exists()
+    assert_same_training(distill(make_run(tmp_path, **CHANGES)), alone, 1e-4)
+
+
+def test_zero_3_trains_as_one_process(tmp_path, alone):
+    assert_same_training(head_of(tmp_path, launcher=deepspeed(3, 2)), alone, 1e-4)
+
+
+def test_zero_2_killed_goes_on_as_one_process_would_but_with_as_many_processes_only(tmp_path, alone):
+    make_run(tmp_path, **CHANGES)
+    killed = run_ranks(tmp_path, json.dumps(CHANGES), deepspeed(2, 2), kill=3)
+    assert killed.returncode != 0
+    other = run_ranks(tmp_path, json.dumps(CHANGES), deepspeed(2, 1))
+    assert "written by 2 processes at ZeRO stage 2; this is 1" in other.stderr
+    assert_same_training(head_of(tmp_path, launcher=deepspeed(2, 2)), alone, 1e-4)

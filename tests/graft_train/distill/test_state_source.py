@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from graft_inference import GraftError
+from graft_train.data.states import TappedTarget
+from graft_train.distill import state_source
+from graft_train.distill.batches import collate, to_rows
+from graft_train.distill.state_source import disk_states, memory_states, online_states
+
+from .pair import VOCAB, samples, tiny_target
+
+ROWS = to_rows(samples(), 64, VOCAB)
+
+
+def target():
+    return TappedTarget(tiny_target(), (0, 2, 3))
+
+
+def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target"):
+    return disk_states(target(), rows, 40, directory / "states", fingerprint, dtype, Accelerator(cpu=True))
+
+
+def batch():
+    return collate(ROWS, [3, 8, 1], torch.device("cpu"))
+
+
+def assert_same(got, expected, atol=1e-5):
+    torch.testing.assert_close(got.taps_SE, expected.taps_SE, atol=atol, rtol=atol)
+    torch.testing.assert_close(got.final_SH, expected.final_SH, atol=atol, rtol=atol)
+    assert torch.equal(got.choice_S, expected.choice_S)
+
+
+def test_states_kept_in_memory_or_on_disk_are_the_online_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_source, "SHARD_TOKENS", 50)
+    expected = online_states(target())(batch())
+    assert_same(memory_states(target(), ROWS, 40)(batch()), expected)
+    assert_same(on_disk(tmp_path)(batch()), expected)
+    assert len(list((tmp_path / "states").glob("*.safetensors"))) > 1
+
+
+def test_states_on_disk_are_written_once_and_in_the_dtype_asked_for(tmp_path, monkeypatch, capsys):
+    exact = on_disk(tmp_path, dtype="bfloat16")(batch())
+    assert "GiB on disk" in capsys.readouterr().out
+    assert_same(exact, online_states(target())(batch()), atol=0.02)
+    monkeypatch.setattr(TappedTarget, "states", None)
+    assert_same(on_disk(tmp_path, dtype="bfloat16")(batch()), exact, atol=0)
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_source, "SHARD_TOKENS", 50)
+    whole, counted = TappedTarget.states, []
+
+    def dying(self, *arguments):
+        counted.append(1)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(TappedTarget, "states", dying)
+    with pytest.raises(KeyboardInterrupt):
+        on_disk(tmp_path)
+    assert not (tmp_path / "states").exists()
+    source = on_disk(tmp_path)
+    shards = len(list((tmp_path / "states").glob("*.safetensors")))
+    assert len(counted) < 2 * shards + 1
+    monkeypatch.setattr(TappedTarget, "states", whole)
+    assert_same(source(batch()), online_states(target())(batch()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "of another"}, "stale .target: of the target -> of another"),
+        ({"rows": ROWS[:-1]}, "stale .samples"),
+        ({"dtype": "bfloat16"}, "stale .dtype: float32 -> bfloat16"),
+    ],
+)
+def test_states_of_something_else_are_refused(tmp_path, changes, message):
+    on_disk(tmp_path)
+    with pytest.raises(GraftError, match=message):
+        on_disk(tmp_path, **changes)
+
+
+def test_a_disk_too_small_stops_it_before_the_target_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_source.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(TappedTarget, "states", None)
+    with pytest.raises(GraftError, match=r"head\.states=online"):
+        on_disk(tmp_path)
+
+
+def test_a_damaged_index_or_shard_is_named(tmp_path):
+    on_disk(tmp_path)
+    shard = next((tmp_path / "states").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(GraftError, match=f"{shard.name} is missing or damaged"):
+        on_disk(tmp_path)(batch())
+    index = tmp_path / "states" / "index.json"
+    index.write_text(json.dumps({"target": "x"}))
+    with pytest.raises(GraftError, match=r"index\.json is damaged"):
+        on_disk(tmp_path)

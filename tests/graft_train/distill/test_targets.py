@@ -1,0 +1,129 @@
+"""Every ready-made setting, on a tiny random target of the same family and as many layers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from graft_inference import GraftError
+from graft_train.data.states import TappedTarget
+from graft_train.distill.batches import collate, to_rows
+from graft_train.distill.head import head_config, new_head
+from graft_train.distill.loss import distillation_loss, taught_positions
+from graft_train.distill.unroll import unroll
+from tests.graft_train.test_config import composed
+
+from .pair import VOCAB, samples
+
+CONF = Path(__file__).parents[3] / "conf"
+TARGETS = sorted(path.stem for path in (CONF / "target").glob("*.yaml"))
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES = {
+    "llama3_1_8b": lambda: LlamaConfig(**SIZES, num_hidden_layers=32, rope_parameters=LLAMA_ROPE),
+    "llama3_1_70b": lambda: LlamaConfig(**SIZES, num_hidden_layers=80, rope_parameters=LLAMA_ROPE),
+    "qwen3_8b": lambda: Qwen3Config(**SIZES, num_hidden_layers=36),
+    "qwen3_32b": lambda: Qwen3Config(**SIZES, num_hidden_layers=64),
+    "qwen3_30b_a3b": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=48),
+    "qwen3_235b_a22b": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=94),
+    "mistral_7b": lambda: MistralConfig(**SIZES, num_hidden_layers=32, sliding_window=None),
+    # Windows shorter than the samples, so that they matter.
+    "gemma3_12b": lambda: Gemma3TextConfig(**SIZES, num_hidden_layers=48, sliding_window=4, query_pre_attn_scalar=4),
+    "gpt_oss_20b": lambda: GptOssConfig(
+        **SIZES, num_hidden_layers=24, sliding_window=4, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
+
+
+def tiny(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "sinks" in name or "self_attn" in name:
+            parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_setting_trains_a_head(name):
+    config = composed("distill", f"experiment={name}", "data.path=chats.jsonl")
+    assert config.run_dir == f"runs/{name}"
+    model = tiny(FAMILIES[name]())
+    settings = config.head
+    shape = head_config(model, settings)
+    assert list(shape.tapped_layers) == settings.tapped_layers
+    rows = to_rows(samples(3), settings.max_length, VOCAB)
+    batch = collate(rows, [0, 1, 2], torch.device("cpu"))
+
+    # The target's own attention, one document at a time, is what packing must not change.
+    with torch.no_grad():
+        natives = [model(row.tokens_S[None], output_hidden_states=True) for row in rows]
+    target = TappedTarget(model, shape.tapped_layers)
+    states = target.states(batch.tokens_S, batch.layout.lengths)
+    expected = torch.cat([native.logits[0] for native in natives])
+    torch.testing.assert_close(states.final_SH @ target.lm_head_VH.T, expected, atol=2e-4, rtol=1e-3)
+    first = shape.tapped_layers[0] + 1
+    expected = torch.cat([native.hidden_states[first][0] for native in natives])
+    torch.testing.assert_close(states.taps_SE[:, : shape.hidden_size], expected, atol=1e-4, rtol=1e-3)
+
+    head = new_head(shape, torch.arange(shape.draft_vocab_size), target.lm_head_VH)
+    taught = taught_positions(batch.layout, states.choice_S, getattr(head, "t2d", None), settings.unroll_steps)
+    outputs = unroll(head, target.embed(batch.tokens_S), states.taps_SE, batch.layout, settings.unroll_steps)
+    weights_K = torch.tensor(settings.weights())
+    loss, _ = distillation_loss(head, outputs, states.final_SH, target.lm_head_VH, taught, weights_K, settings.loss)
+    loss.backward()
+    assert loss > 0
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
+def test_sliding_windows_of_a_mistral_hold_inside_each_document():
+    model = tiny(MistralConfig(**SIZES, num_hidden_layers=4, sliding_window=3))
+    tokens_S = torch.randint(VOCAB, (15,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = torch.cat([model(part[None]).logits[0] for part in tokens_S.split([9, 6])])
+    target = TappedTarget(model, (1,))
+    got = target.states(tokens_S, [9, 6]).final_SH @ target.lm_head_VH.T
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_target_with_capped_logits_is_refused_by_name():
+    model = tiny(Gemma2Config(**SIZES, num_hidden_layers=4, final_logit_softcapping=0.01))
+    with pytest.raises(GraftError, match="Gemma2ForCausalLM changes its logits"):
+        TappedTarget(model, (1,))
+
+
+def test_a_target_that_remembers_by_other_means_is_refused_by_name():
+    config = Qwen3Config(**SIZES, num_hidden_layers=4)
+    model = tiny(config)
+    model.config.layer_types = ["linear_attention", "full_attention"] * 2
+    with pytest.raises(GraftError, match=r"Qwen3ForCausalLM has layers of kind \['linear_attention'\]"):
+        TappedTarget(model, (1,))
