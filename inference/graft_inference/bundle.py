@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .draft_head import DraftHead
 from .errors import GraftError
 from .head_checkpoint import load_head
+from .ngrams import SLOTS, NgramTable
 from .policy import Policy
 from .retrieval import SuccessorMatrix
 
@@ -52,7 +53,8 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
     head = load_head(directory)
     policy, made_for = load_graft(directory / "graft.json")
     check_target(head, made_for, target_config, tokenizer)
-    successors = load_successors(directory / "successors.safetensors", head.config.vocab_size)
+    here = describe_target(made_for["name_or_path"], target_config, tokenizer)
+    successors = load_successors(directory / "successors.safetensors", head.config.vocab_size, here)
     return Bundle(head, policy, successors)
 
 
@@ -97,17 +99,70 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
-def load_successors(path: Path, vocab_size: int) -> SuccessorMatrix:
-    """Reads and checks a successor matrix: `ids` [V, k] int32 (with `probs` and `counts` beside it)."""
-    tensors = read_safetensors(path)
+def load_successors(path: Path, vocab_size: int, made_for: dict[str, Any] | None = None) -> SuccessorMatrix:
+    """Reads and checks a successor matrix: `ids` [V, k] int32, `probs` [V, k] fp16, `counts` [V] int64.
+
+    Args:
+        made_for: what is known of the target at hand; what the file says otherwise is an error.
+
+    Raises:
+        GraftError: names the file, and the tensor or the property of the target that is wrong.
+    """
+    tensors, built_for = read_table(path, made_for)
     if set(tensors) != {"ids", "probs", "counts"}:
         raise GraftError(f"{path} must hold ids, probs and counts, not {sorted(tensors)}")
-    ids = tensors["ids"]
+    ids, probs, counts = tensors["ids"], tensors["probs"], tensors["counts"]
     if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != vocab_size:
         raise GraftError(f"{path}: ids must be int32 [{vocab_size}, k], not {ids.dtype} {list(ids.shape)}")
+    if probs.dtype != torch.float16 or probs.shape != ids.shape:
+        raise GraftError(f"{path}: probs must be float16 {list(ids.shape)}, not {probs.dtype} {list(probs.shape)}")
+    if counts.dtype != torch.int64 or counts.shape != (vocab_size,):
+        raise GraftError(f"{path}: counts must be int64 [{vocab_size}], not {counts.dtype} {list(counts.shape)}")
     if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab_size):
         raise GraftError(f"{path}: ids must lie in -1..{vocab_size - 1}; the file is corrupt")
-    return SuccessorMatrix(ids)
+    return SuccessorMatrix(ids, probs, made_for=built_for)
+
+
+def load_ngrams(path: Path, vocab_size: int, made_for: dict[str, Any] | None = None) -> NgramTable:
+    """Reads and checks an n-gram table, see `NgramTable`; arguments and errors as `load_successors`."""
+    tensors, built_for = read_table(path, made_for)
+    if set(tensors) != {"tags", "successors", "counts", "totals"}:
+        raise GraftError(f"{path} must hold tags, successors, counts and totals, not {sorted(tensors)}")
+    buckets = len(tensors["tags"]) if tensors["tags"].dim() else 0
+    k = tensors["successors"].shape[-1] if tensors["successors"].dim() == 3 else 0
+    for name, tensor in tensors.items():
+        shape = (buckets, SLOTS) if name in ("tags", "totals") else (buckets, SLOTS, k)
+        if tensor.dtype != torch.int32 or tensor.shape != shape or 0 in shape:
+            raise GraftError(f"{path}: {name} must be int32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    successors = tensors["successors"]
+    if int(successors.min()) < -1 or int(successors.max()) >= vocab_size:
+        raise GraftError(f"{path}: successors must lie in -1..{vocab_size - 1}; the file is corrupt")
+    try:
+        return NgramTable(tensors["tags"], successors, tensors["counts"], tensors["totals"], built_for)
+    except GraftError as error:
+        raise GraftError(f"{path}: {error}; build the corpus again") from error
+
+
+def read_table(
+    path: Path, made_for: dict[str, Any] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """The tensors of a corpus, and what it says of the target it was built for (None: nothing).
+
+    Raises:
+        GraftError: an unreadable file, or one built for a target that differs from `made_for`.
+    """
+    tensors = read_safetensors(path)
+    with safe_open(path, "pt") as file:
+        recorded = (file.metadata() or {}).get("made_for")
+    built_for = json.loads(recorded) if recorded else None
+    for name, actual in (made_for or {}).items():
+        expected = (built_for or {}).get(name)
+        if expected is not None and actual is not None and actual != expected:
+            raise GraftError(
+                f"{path} was built for another target: its {name} is {expected}, not {actual}; "
+                "run recipes/build_corpus.py for this one"
+            )
+    return tensors, built_for
 
 
 def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, Any | None]:

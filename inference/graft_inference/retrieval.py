@@ -1,14 +1,38 @@
 """Retrieval from the successor matrix (Graft section 3.3; Token Recycling, arXiv 2408.08696)."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import GraftError
-from .tree import DraftTree, Source, child_paths
+from .tree import PATH_BASE, DraftTree, Source
 
 RankPath = tuple[int, ...]
+LEAST = 2.0**-24
+"""Smallest positive fp16 number: the probability of a successor that is known but rounds to zero."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """The nodes of one depth, as rows of the template.
+
+    Attributes:
+        rows, parents, ranks: of each node: its row, its parent's, its rank among the parent's successors.
+        inner: the distinct parents.
+        places: place of each node's parent in `inner`.
+    """
+
+    rows: Tensor
+    parents: Tensor
+    ranks: Tensor
+    inner: Tensor
+    places: Tensor
 
 
 class Template:
@@ -36,21 +60,50 @@ class Template:
 
         self.parents_T = column([rows[path[:-1]] for path in paths])
         self.depths_T = column([len(path) for path in paths])
+        self.ranks_T = column([path[-1] if path else 0 for path in paths])
         self.depth = max(map(len, paths))
         self.levels = []
         for depth in range(1, self.depth + 1):
             level = [path for path in paths if len(path) == depth]
+            inner = sorted({rows[path[:-1]] for path in level})
             self.levels.append(
-                (
-                    column([rows[path] for path in level]),
-                    column([rows[path[:-1]] for path in level]),
-                    column([path[-1] for path in level]),
+                Level(
+                    rows=column([rows[path] for path in level]),
+                    parents=column([rows[path[:-1]] for path in level]),
+                    ranks=column([path[-1] for path in level]),
+                    inner=column(inner),
+                    places=column([inner.index(rows[path[:-1]]) for path in level]),
                 )
             )
         self.max_rank = max((path[-1] for path in rank_paths), default=-1)
+        powers = torch.zeros((len(paths), len(paths)), dtype=torch.long)
+        for path in rank_paths:
+            for depth in range(1, len(path) + 1):
+                power = pow(PATH_BASE, len(path) - depth, 1 << 64)
+                powers[rows[path], rows[path[:depth]]] = power - (power >> 63 << 64)
+        self.powers_TT = powers.to(device)
+        self.lineage_TT = (powers != 0).to(device)
 
     def __len__(self) -> int:
         return len(self.parents_T)
+
+    def tree(self, tokens_T: Tensor, step_logp_T: Tensor | None) -> DraftTree:
+        """The retrieved tree of these tokens.
+
+        Args:
+            tokens_T: int64, -1 where nothing was found.
+            step_logp_T: log-probability of each node after its parent; None: not scored, all 0.
+        """
+        found_T = tokens_T >= 0
+        sources_T = torch.where(found_T, Source.RETRIEVED, Source.EMPTY)
+        sources_T[0] = Source.ROOT
+        if step_logp_T is None:
+            logp_T = torch.zeros_like(tokens_T, dtype=torch.float32)
+        else:
+            logp_T = torch.where(self.lineage_TT, step_logp_T, 0.0).sum(dim=1)
+        # child_paths level by level, as the polynomial that it is.
+        paths_T = (self.powers_TT * (tokens_T + 1)).sum(dim=1)
+        return DraftTree(tokens_T.clamp(min=0), self.parents_T, self.depths_T, logp_T, sources_T, paths_T)
 
 
 @dataclass
@@ -59,54 +112,122 @@ class SuccessorMatrix:
 
     Attributes:
         ids_VK: int32 [V, k].
+        probs_VK: fp16 [V, k], their probabilities; None: only ids are kept, and nodes are not scored.
+        learned_V: int64, observations behind each row since the matrix was loaded.
+        decay: weight of a row's old probabilities when an observation comes; 0 forgets them at once, as
+            the paper does (Eq. 12). Needs `probs_VK`.
+        made_for: the target it belongs to, as its file says it.
     """
 
     ids_VK: Tensor
+    probs_VK: Tensor | None = None
+    learned_V: Tensor | None = None
+    decay: float = 0.0
+    made_for: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise GraftError(f"a matrix's decay must lie in 0..1, 1 excluded, not {self.decay}")
+        if self.probs_VK is None and self.decay:
+            raise GraftError("decayed updates need a matrix with probabilities: build the corpus again")
+        if self.probs_VK is not None and self.learned_V is None:
+            self.learned_V = torch.zeros(len(self.ids_VK), dtype=torch.long, device=self.ids_VK.device)
 
     @classmethod
     def empty(cls, vocab_size: int, k: int, device: torch.device) -> "SuccessorMatrix":
         return cls(torch.full((vocab_size, k), -1, dtype=torch.int32, device=device))
 
+    @property
+    def k(self) -> int:
+        return self.ids_VK.shape[1]
+
     def clone(self) -> "SuccessorMatrix":
-        return SuccessorMatrix(self.ids_VK.clone())
+        return self._each(Tensor.clone)
+
+    def to(self, device: torch.device) -> "SuccessorMatrix":
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "SuccessorMatrix":
+        probs_VK = None if self.probs_VK is None else change(self.probs_VK)
+        learned_V = None if self.learned_V is None else change(self.learned_V)
+        return replace(self, ids_VK=change(self.ids_VK), probs_VK=probs_VK, learned_V=learned_V)
 
     def expand(self, root_1: Tensor, template: Template) -> DraftTree:
         """Retrieved nodes below the root: one gather per depth (Graft Eq. 10).
+
+        Their `logp_N` is the cumulative log-probability where the matrix has probabilities (-inf for
+        EMPTY rows), else 0.
 
         Args:
             root_1: the root's token, [1] int64.
         """
         tokens_T = root_1.expand(len(template)).clone()
-        paths_T = torch.zeros_like(tokens_T)
-        for rows, parents, ranks in template.levels:
-            parent_tokens = tokens_T[parents]
+        for level in template.levels:
+            parent_tokens = tokens_T[level.parents]
             # An unknown successor is -1, and so are all its descendants.
-            known = parent_tokens >= 0
-            child = self.ids_VK[parent_tokens.clamp(min=0), ranks].long()
-            tokens_T[rows] = torch.where(known, child, -1)
-            paths_T[rows] = child_paths(paths_T[parents], tokens_T[rows])
-        sources_T = torch.where(tokens_T >= 0, Source.RETRIEVED, Source.EMPTY)
-        sources_T[0] = Source.ROOT
-        return DraftTree(
-            tokens_T.clamp(min=0),
-            template.parents_T,
-            template.depths_T,
-            torch.zeros_like(tokens_T, dtype=torch.float32),
-            sources_T,
-            paths_T,
-        )
+            child = self.ids_VK[parent_tokens.clamp(min=0), level.ranks]
+            tokens_T[level.rows] = torch.where(parent_tokens >= 0, child, -1).long()
+        if self.probs_VK is None:
+            return template.tree(tokens_T, None)
+        parent_tokens_T = tokens_T[template.parents_T].clamp(min=0)
+        step_T = self.probs_VK[parent_tokens_T, template.ranks_T].float().clamp(min=LEAST).log()
+        return template.tree(tokens_T, step_T.where(tokens_T >= 0, -torch.inf))
 
     def update(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
         """M[x] <- argtopk p(. | path to x) for every token the target has just read (Graft Eq. 12).
 
         The paper leaves conflicts open: where a token occurs twice, its later row wins.
+        With `decay` d the row becomes the top k of d * old + (1 - d) * observed probabilities instead.
 
         Args:
             tokens_M: tokens just read by the target, int64.
             logits_MV: its logits after each of them.
         """
-        successors_MK = logits_MV.topk(self.ids_VK.shape[1], dim=-1).indices.to(torch.int32)
+        top = logits_MV.topk(self.k, dim=-1)
         row_M = torch.arange(len(tokens_M), device=tokens_M.device)
         last_V = torch.zeros(len(self.ids_VK), dtype=torch.long, device=tokens_M.device)
         last_V.scatter_reduce_(0, tokens_M, row_M, "amax")
-        self.ids_VK[tokens_M] = successors_MK[last_V[tokens_M]]
+        last_M = last_V[tokens_M]
+        ids_MK = top.indices[last_M].to(torch.int32)
+        if self.probs_VK is not None and self.learned_V is not None:
+            seen_MK = (top.values.float() - logits_MV.float().logsumexp(dim=-1, keepdim=True)).exp()[last_M]
+            if self.decay:
+                ids_MK, seen_MK = self._decayed(tokens_M, ids_MK, seen_MK)
+            self.probs_VK[tokens_M] = seen_MK.to(self.probs_VK.dtype)
+            self.learned_V.index_add_(0, tokens_M, torch.ones_like(tokens_M))
+        self.ids_VK[tokens_M] = ids_MK
+
+    def _decayed(self, tokens_M: Tensor, ids_MK: Tensor, seen_MK: Tensor) -> tuple[Tensor, Tensor]:
+        """The top k of the mixture of what the rows held and what was observed."""
+        assert self.probs_VK is not None
+        old_ids_MK, old_MK = self.ids_VK[tokens_M], self.probs_VK[tokens_M].float()
+        known_M1 = old_ids_MK[:, :1] >= 0  # nothing to mix with in an empty row
+        old_MK = old_MK * torch.where(known_M1, self.decay, 0.0)
+        seen_MK = seen_MK * torch.where(known_M1, 1 - self.decay, 1.0)
+        same_MKK = ids_MK[:, :, None] == old_ids_MK[:, None]
+        mixed_MK = seen_MK + (same_MKK * old_MK[:, None]).sum(dim=2)
+        # What was observed again counts there; an empty place never wins against an observation.
+        old_MK = old_MK.masked_fill(same_MKK.any(dim=1) | (old_ids_MK < 0), -1.0)
+        best = torch.cat((mixed_MK, old_MK), dim=1).topk(self.k, dim=1)
+        return torch.cat((ids_MK, old_ids_MK), dim=1).gather(1, best.indices), best.values
+
+    def save(self, path: Path) -> None:
+        """Writes what was learned since loading, for `corpus.merge` of build_corpus: `ids`, `probs`, `counts`.
+
+        `counts` are the observations since loading; a row without any adds nothing when merged.
+
+        Raises:
+            GraftError: the matrix keeps no probabilities.
+        """
+        if self.probs_VK is None or self.learned_V is None:
+            raise GraftError("this matrix keeps no probabilities, so there is nothing to merge: build the corpus again")
+        tensors = {"ids": self.ids_VK, "probs": self.probs_VK, "counts": self.learned_V}
+        save_table(path, tensors, self.made_for)
+
+
+def save_table(path: Path, tensors: dict[str, Tensor], made_for: dict[str, Any] | None) -> None:
+    """Writes a safetensors file, aside and renamed; `made_for` goes into its metadata as JSON."""
+    aside = path.with_name(f".{path.name}.tmp")
+    metadata = {"made_for": json.dumps(made_for, sort_keys=True)} if made_for else None
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+    aside.replace(path)

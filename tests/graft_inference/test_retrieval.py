@@ -1,8 +1,14 @@
 import pytest
 import torch
+from safetensors import safe_open
 
 from graft_inference import GraftError
+from graft_inference.bundle import load_successors
+from graft_inference.policy import depth_template
 from graft_inference.retrieval import SuccessorMatrix, Template
+from graft_inference.tree import Source, child_paths
+
+CPU = torch.device("cpu")
 
 
 def one_hot_logits(rows):
@@ -29,3 +35,106 @@ def test_later_rows_win_conflicts():
 def test_template_refuses_a_path_before_its_parent():
     with pytest.raises(GraftError, match=r"\[0, 1\] needs its parent"):
         Template([(0, 1), (0,)], torch.device("cpu"))
+
+
+def random_matrix(seed: int, vocab: int = 9, k: int = 4, **settings) -> SuccessorMatrix:
+    """Rows of distinct successors, some of them short, with falling probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_VK = torch.rand(vocab, vocab, generator=generator).argsort(dim=1)[:, :k].to(torch.int32)
+    probs_VK = torch.rand(vocab, k, generator=generator).sort(descending=True).values / k
+    short_VK = torch.arange(k) >= torch.randint(0, k + 1, (vocab, 1), generator=generator)
+    return SuccessorMatrix(ids_VK.masked_fill(short_VK, -1), probs_VK.masked_fill(short_VK, 0).half(), **settings)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expand_equals_walking_the_rank_paths(seed):
+    matrix = random_matrix(seed)
+    paths = list(depth_template((4, 3, 3, 2, 1)))
+    paths = [path for path in paths if max(path) < 4 and all(path[:n] in paths for n in range(1, len(path)))]
+    template = Template(paths, CPU)
+    tree = matrix.expand(torch.tensor([3]), template)
+    for row, path in enumerate([(), *paths]):
+        token, logp, key = 3, 0.0, torch.tensor(0)
+        for rank in path:
+            if token >= 0:
+                logp += float(matrix.probs_VK[token, rank].float().clamp(min=2**-24).log())
+                token = int(matrix.ids_VK[token, rank])
+            key = child_paths(key, torch.tensor(token))
+        assert int(tree.paths_N[row]) == int(key)
+        if token < 0:
+            assert tree.sources_N[row] == Source.EMPTY
+            assert tree.logp_N[row] == -torch.inf
+        else:
+            assert tree.sources_N[row] == (Source.RETRIEVED if path else Source.ROOT)
+            assert tree.tokens_N[row] == token
+            assert float(tree.logp_N[row]) == pytest.approx(logp, abs=1e-5)
+
+
+def test_without_probabilities_nothing_is_scored():
+    tree = SuccessorMatrix(random_matrix(0).ids_VK).expand(torch.tensor([3]), Template([(0,), (0, 0)], CPU))
+    assert tree.logp_N.tolist() == [0, 0, 0]
+
+
+def test_update_keeps_the_observed_probabilities():
+    matrix = random_matrix(1, k=2)
+    logits_MV = torch.tensor([[0.1, 0.2, 0.6, 0.1, 0, 0, 0, 0, 0], [0.5, 0, 0, 0.4, 0.1, 0, 0, 0, 0]]).log()
+    matrix.update(torch.tensor([7, 2]), logits_MV)
+    assert matrix.ids_VK[[7, 2]].tolist() == [[2, 1], [0, 3]]
+    torch.testing.assert_close(
+        matrix.probs_VK[[7, 2]].float(), torch.tensor([[0.6, 0.2], [0.5, 0.4]]), atol=1e-3, rtol=0
+    )
+    assert matrix.learned_V.tolist() == [0, 0, 1, 0, 0, 0, 0, 1, 0]
+
+
+def test_decay_mixes_old_and_observed_probabilities():
+    ids_VK = torch.tensor([[3, 1], [-1, -1], [4, -1]], dtype=torch.int32)
+    probs_VK = torch.tensor([[0.8, 0.1], [0, 0], [0.9, 0]]).half()
+    matrix = SuccessorMatrix(ids_VK, probs_VK, decay=0.5)
+    observed = torch.tensor([[0, 0.6, 0.3, 0, 0.1]]).log().expand(3, -1)
+    matrix.update(torch.arange(3), observed)
+    # token 0: 3 keeps 0.5 * 0.8; 1 gets 0.5 * 0.1 + 0.5 * 0.6. token 1 had nothing. token 2: 4 is not observed anew.
+    assert matrix.ids_VK.tolist() == [[3, 1], [1, 2], [4, 1]]
+    expected = torch.tensor([[0.4, 0.35], [0.6, 0.3], [0.45, 0.3]])
+    torch.testing.assert_close(matrix.probs_VK.float(), expected, atol=1e-3, rtol=0)
+
+
+def test_decay_zero_is_the_papers_rule():
+    plain, mixed = random_matrix(2), random_matrix(2)
+    ids_only = SuccessorMatrix(plain.ids_VK.clone())
+    mixed.decay = 1e-9
+    tokens_M, logits_MV = torch.tensor([3, 3, 1]), torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    for matrix in (plain, mixed, ids_only):
+        matrix.update(tokens_M, logits_MV)
+    assert torch.equal(plain.ids_VK, ids_only.ids_VK)
+    assert torch.equal(plain.ids_VK, mixed.ids_VK)
+
+
+def test_decay_needs_probabilities():
+    with pytest.raises(GraftError, match="build the corpus again"):
+        SuccessorMatrix(torch.zeros(2, 2, dtype=torch.int32), decay=0.5)
+    with pytest.raises(GraftError, match=r"not 1\.0"):
+        random_matrix(0, decay=1.0)
+
+
+def test_clones_are_apart():
+    matrix = random_matrix(3)
+    copy, before = matrix.clone(), matrix.ids_VK.clone()
+    copy.update(torch.tensor([3]), torch.eye(9)[:1])
+    assert torch.equal(matrix.ids_VK, before)
+    assert matrix.learned_V.sum() == 0
+    assert copy.learned_V.sum() == 1
+
+
+def test_save_writes_only_what_was_learned(tmp_path):
+    matrix = random_matrix(4, made_for={"tokenizer": "abc"})
+    matrix.update(torch.tensor([3, 3, 5]), torch.randn(3, 9))
+    matrix.save(tmp_path / "learned.safetensors")
+    with safe_open(tmp_path / "learned.safetensors", "pt") as file:
+        assert file.metadata() == {"made_for": '{"tokenizer": "abc"}'}
+        assert file.get_tensor("counts").tolist() == [0, 0, 0, 2, 0, 1, 0, 0, 0]
+    loaded = load_successors(tmp_path / "learned.safetensors", 9)
+    assert torch.equal(loaded.ids_VK, matrix.ids_VK)
+    assert torch.equal(loaded.probs_VK, matrix.probs_VK)
+    assert loaded.learned_V.sum() == 0
+    with pytest.raises(GraftError, match="no probabilities"):
+        SuccessorMatrix(matrix.ids_VK).save(tmp_path / "none.safetensors")
