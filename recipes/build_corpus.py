@@ -1,4 +1,4 @@
-"""Builds the successor matrix."""
+"""Builds the retrieval corpora, and prints what they hold."""
 
 import hydra
 from omegaconf import DictConfig

@@ -80,6 +80,9 @@ def _build(config: "Config", out: Path) -> None:
     made_for = describe_corpus(config)
     samples = Path(config.run_dir) / "data" / "samples.jsonl"
     runs = out / "runs"
+    if (out / "inspection.json").exists():  # written last: a kill came between here and the directory's name
+        shutil.rmtree(runs, ignore_errors=True)
+        return
     runs.mkdir(exist_ok=True)
     gather_runs(config, samples, runs, made_for, processes.process_index, processes.num_processes)
     processes.wait_for_everyone()

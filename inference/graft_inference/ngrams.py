@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ def _coefficient(order: int, place: int) -> int:
     return int.from_bytes(digest[:8], "little", signed=True) | 1
 
 
-COEFFICIENTS_OC = torch.tensor(
-    [[_coefficient(o, c) if c >= LONGEST - o else 0 for c in range(LONGEST)] for o in ORDERS]
-)
-"""Odd random multipliers; a context of o tokens reads the last o columns."""
-SALTS_O = torch.tensor([_coefficient(o, LONGEST) for o in ORDERS])
+@cache
+def _multipliers(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Odd random multipliers [O, C], of which a context of o tokens has the last o columns, and salts [O]."""
+    rows = [[_coefficient(o, c) if c >= LONGEST - o else 0 for c in range(LONGEST)] for o in ORDERS]
+    salts = [_coefficient(o, LONGEST) for o in ORDERS]
+    return torch.tensor(rows, device=device), torch.tensor(salts, device=device)
 
 
 def context_keys(windows_MC: Tensor) -> Tensor:
@@ -41,8 +43,8 @@ def context_keys(windows_MC: Tensor) -> Tensor:
     Args:
         windows_MC: the last LONGEST tokens, int64; -1 before the first.
     """
-    products_MOC = windows_MC[:, None] * COEFFICIENTS_OC.to(windows_MC.device)
-    sums_MO = products_MOC.sum(dim=-1) + SALTS_O.to(windows_MC.device)
+    coefficients_OC, salts_O = _multipliers(windows_MC.device)
+    sums_MO = (windows_MC[:, None] * coefficients_OC).sum(dim=-1) + salts_O
     return sums_MO >> (64 - KEY_BITS) & ((1 << KEY_BITS) - 1)
 
 
@@ -115,7 +117,7 @@ class RequestNgrams:
     def read(self, tokens_A: Tensor) -> None:
         """Continues the request's text. tokens_A: int64, behind those of the last call."""
         text = torch.cat((self.recent_C, tokens_A))
-        self.recent_C = text[-LONGEST:].clone()
+        self.recent_C.copy_(text[-LONGEST:])
         windows_AC = text[:-1].unfold(0, LONGEST, 1)
         keys_Q = context_keys(windows_AC).flatten()
         place_Q = keys_Q % len(self.keys_X)

@@ -155,7 +155,7 @@ def test_a_corpus_for_another_target_is_refused(config, tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("tags", torch.zeros(4, 7, dtype=torch.int32), r"tags must be int32 \[4, 8\], not torch.int32 \[4, 7\]"),
+        ("tags", torch.zeros(512, 7, dtype=torch.int32), r"tags must be int32 \[512, 8\], not torch.int32 \[512, 7\]"),
         ("counts", torch.zeros(2, 8, 4), r"counts must be int32 .* not torch.float32"),
         ("successors", torch.tensor(VOCAB, dtype=torch.int32), f"must lie in -1..{VOCAB - 1}"),
         ("odd", torch.zeros(1), "must hold tags, successors, counts and totals"),
