@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ def _model_config(settings: PretrainConfig, tokenizer: PreTrainedTokenizerFast) 
     )
 
 
-def windows(documents: list[Document], tokenizer: Any, length: int) -> Tensor:
+def windows(documents: Sequence[Document], tokenizer: Any, length: int) -> Tensor:
     """All documents one behind the other, each ended, cut into rows. [rows, length] int64
 
     Raises:

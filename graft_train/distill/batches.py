@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from graft_inference import GraftError
 from graft_train.data.samples import Sample
 from graft_train.data.states import TappedTarget, TargetStates
+from graft_train.stage import say
 
 
 @dataclass
@@ -17,12 +18,12 @@ class Row:
     """A sample as one sequence.
 
     Attributes:
-        tokens_S: prompt and answer, int64.
-        answer_start: column of the answer's first token.
+        tokens_S: prompt and answer, or a conversation, int64.
+        answer_S: bool, the tokens of the answer or answers, the end-of-sequence tokens included.
     """
 
     tokens_S: Tensor
-    answer_start: int
+    answer_S: Tensor
 
 
 @dataclass
@@ -47,25 +48,28 @@ class Batch:
 
 
 def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row]:
-    """One row a sample.
+    """One row a sample; longer ones are cut (see `Sample.cut`), which is said.
 
     Raises:
         GraftError: names the sample that leaves nothing to train on, or holds a token the target lacks.
     """
-    rows = []
+    rows, cut = [], 0
     for sample in samples:
-        tokens = (sample.prompt_ids + sample.answer_ids)[:max_length]
-        if len(tokens) <= len(sample.prompt_ids):
+        kept = sample.cut(max_length)
+        if kept is None:
             raise GraftError(
                 f"the prompt of sample {sample.id} has {len(sample.prompt_ids)} tokens and fills "
                 f"head.max_length={max_length}: nothing to train on; raise it or remove the sample"
             )
-        if max(tokens) >= vocab_size:
+        if max(kept.ids) >= vocab_size:
             raise GraftError(
-                f"sample {sample.id} holds token {max(tokens)}, but the target has {vocab_size} tokens: "
+                f"sample {sample.id} holds token {max(kept.ids)}, but the target has {vocab_size} tokens: "
                 "these answers were regenerated with another target"
             )
-        rows.append(Row(torch.tensor(tokens), len(sample.prompt_ids)))
+        cut += kept is not sample
+        rows.append(Row(torch.tensor(kept.ids), kept.answer_S))
+    if cut:
+        say(f"distill: {cut} of {len(samples)} samples are longer than head.max_length={max_length} and were cut")
     return rows
 
 
@@ -93,11 +97,8 @@ def pack(rows: list[Row], order: list[int], batch_tokens: int) -> list[list[int]
 
 def collate(rows: list[Row], chosen: list[int], device: torch.device) -> Batch:
     tokens_BS = pad_sequence([rows[row].tokens_S for row in chosen], batch_first=True)
-    column_S = torch.arange(tokens_BS.shape[1])
-    starts_B1 = torch.tensor([[rows[row].answer_start] for row in chosen])
-    ends_B1 = torch.tensor([[len(rows[row].tokens_S)] for row in chosen])
-    answer_BS = (column_S >= starts_B1) & (column_S < ends_B1)
-    first = max(int(starts_B1.min()) - 1, 0)
+    answer_BS = pad_sequence([rows[row].answer_S for row in chosen], batch_first=True)
+    first = max(int(answer_BS.any(dim=0).nonzero()[0]) - 1, 0)
     return Batch(chosen, tokens_BS.to(device), answer_BS.to(device), first)
 
 

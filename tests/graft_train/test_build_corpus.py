@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graft_train.build_corpus import SuccessorTally, _batches, _pad
-from graft_train.data.samples import Sample
+from graft_train.data.samples import answered
 
 VOCAB, K = 11, 3
 
@@ -55,7 +55,7 @@ def test_order_and_batching_do_not_matter():
 
 
 def test_batches_hold_every_sequence_within_the_padded_budget():
-    samples = [Sample(str(n), "train", [1] * n, [2] * 3, 0.0, 0) for n in (9, 1, 4, 2, 7, 30)]
+    samples = [answered(str(n), [1] * n, [2] * 3, {}) for n in (9, 1, 4, 2, 7, 30)]
     batches = list(_batches(samples, batch_tokens=24))
     assert sorted(len(row) for batch in batches for row in batch) == [4, 5, 7, 10, 12, 33]
     assert all(len(batch) == 1 or max(map(len, batch)) * len(batch) <= 24 for batch in batches)

@@ -1,9 +1,8 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
 from graft_inference import GraftError
+from graft_train.data.samples import Sample, answered
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import cached_states, collate, online_states, plan_batches, to_rows
 
@@ -35,8 +34,17 @@ def test_rows_of_unequal_length_are_padded_right_and_masked():
     assert batch.first == 1  # the shorter prompt has two tokens
 
 
+def test_all_answers_of_a_conversation_are_masked_and_it_is_cut_at_a_turns_end():
+    chat = Sample("chat", "train", [1, 2, 3, 4, 5, 6, 7, 8], [[2, 4], [6, 8]])
+    batch = collate(to_rows([chat], 8, VOCAB), [0], torch.device("cpu"))
+    assert batch.answer_BS.long().tolist() == [[0, 0, 1, 1, 0, 0, 1, 1]]
+    cut = collate(to_rows([chat], 7, VOCAB), [0], torch.device("cpu"))
+    assert cut.tokens_BS.tolist() == [[1, 2, 3, 4]]
+    assert cut.answer_BS.long().tolist() == [[0, 0, 1, 1]]
+
+
 def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
-    sample = replace(samples()[0], id="long", prompt_ids=[1] * 6)
+    sample = answered("long", [1] * 6, samples()[0].answer_ids, {})
     assert len(to_rows([sample], 8, VOCAB)[0].tokens_S) == 8
     with pytest.raises(GraftError, match=r"sample long .*head.max_length=6"):
         to_rows([sample], 6, VOCAB)
@@ -44,7 +52,7 @@ def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
 
 def test_tokens_of_another_target_are_named():
     with pytest.raises(GraftError, match=f"sample s0 holds token {VOCAB}"):
-        to_rows([replace(samples()[0], answer_ids=[VOCAB])], 64, VOCAB)
+        to_rows([answered("s0", [1], [VOCAB], {})], 64, VOCAB)
 
 
 def test_cached_states_are_the_online_ones():
