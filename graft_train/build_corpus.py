@@ -102,7 +102,7 @@ class SuccessorTally:
 
 def _batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[list[int]]]:
     """Sequences by length, as many at a time as fit the padded budget (at least one)."""
-    rows = sorted((sample.ids for sample in samples), key=len)
+    rows = sorted((list(sample.ids) for sample in samples), key=len)
     batch: list[list[int]] = []
     for row in rows:
         if batch and len(row) * (len(batch) + 1) > batch_tokens:

@@ -34,9 +34,9 @@ def trained_tokens(samples: Sequence[Sample]) -> tuple[int, int]:
 
 def _coloured(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Runs are decoded whole: a token alone may be half a character."""
-    text, place = Text(), 0
-    for start, end in [*sample.answers, [len(sample.ids)] * 2]:
-        text.append(str(tokenizer.decode(sample.ids[place:start])), "dim")
-        text.append(str(tokenizer.decode(sample.ids[start:end])), TRAINED)
+    text, place, ids = Text(), 0, list(sample.ids)
+    for start, end in [*sample.answers, [len(ids)] * 2]:
+        text.append(str(tokenizer.decode(ids[place:start])), "dim")
+        text.append(str(tokenizer.decode(ids[start:end])), TRAINED)
         place = end
     return text

@@ -67,7 +67,7 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
                 "these answers were regenerated with another target"
             )
         cut += kept is not sample
-        rows.append(Row(torch.tensor(kept.ids), kept.answer_S))
+        rows.append(Row(torch.tensor(kept.ids, dtype=torch.long), kept.answer_S))
     if cut:
         say(f"distill: {cut} of {len(samples)} samples are longer than head.max_length={max_length} and were cut")
     return rows

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from graft_inference.errors import GraftError
-from graft_train.data.samples import Sample, answered, append_samples, read_samples
+from graft_train.data.samples import Sample, answered, append_samples, read_samples, to_line
 
 TRAIN = answered("a", [1, 2], [3], {"temperature": 0.8, "seed": 7})
 HELD_OUT = Sample("b", "evaluation", [4])
@@ -64,7 +64,7 @@ def test_cut_to_less_than_the_prompt_leaves_nothing():
 )
 def test_bad_lines_are_named(tmp_path, change, complaint):
     path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps(vars(TRAIN) | part) + "\n" for part in ({}, change)))
+    path.write_text("".join(json.dumps(json.loads(to_line(TRAIN)) | part) + "\n" for part in ({}, change)))
     with pytest.raises(GraftError, match=complaint):
         read_samples(path, "train")
 
@@ -76,6 +76,6 @@ def test_torn_missing_and_empty_files(tmp_path):
     path.touch()
     with pytest.raises(GraftError, match="is empty"):
         read_samples(path, "train")
-    path.write_text(json.dumps(vars(TRAIN))[:-5])
+    path.write_bytes(to_line(TRAIN)[:-5])
     with pytest.raises(GraftError, match="line 1 is not a JSON object"):
         read_samples(path, "train")
