@@ -1,6 +1,6 @@
 """Chat: conversations as token ids, and which of these are answers, both by the tokenizer's own template."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 from graft_inference.errors import GraftError
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.documents import Document
-from graft_train.data.records import Conversation, Message
+from graft_train.data.records import UNASKING, Conversation, Message
 from graft_train.data.samples import Sample
 
 
@@ -26,15 +26,18 @@ class Chat:
         self.end_ids = end_ids
         self._marks: bool | None = None
 
-    def prompt_ids(self, document: Document) -> list[int]:
-        """The turns up to the last that is not the assistant's, and the beginning of an answer.
+    def prompts(self, document: Document) -> Iterator[list[int]]:
+        """The turns up to the last that asks for an answer, and that answer's beginning; then up to the one
+        before, and so on, shorter each time.
 
         Raises:
             GraftError: no chat template; a BadRecord: one that refuses this conversation.
         """
         messages = _conversation(document).messages
-        asked = max(turn for turn, message in enumerate(messages) if message["role"] != "assistant")
-        return self._render(document, messages[: asked + 1], add_generation_prompt=True)["input_ids"]
+        first, roles = _first_asked(messages), [message["role"] for message in messages]
+        for asked in range(len(messages) - 1, first - 1, -1):
+            if roles[asked] != "assistant" and roles[asked + 1 : asked + 2] in ([], ["assistant"]):
+                yield self._render(document, messages[: asked + 1], add_generation_prompt=True)["input_ids"]
 
     def answered(self, document: Document) -> list[Sample]:
         """The conversation with its own answers marked: one row, where the template marks them (generation
@@ -76,7 +79,7 @@ class Chat:
 
     def _by_prefixes(self, document: Document) -> list[Sample]:
         messages = _conversation(document).messages
-        first = next(turn for turn, message in enumerate(messages) if message["role"] not in ("system", "assistant"))
+        first = _first_asked(messages)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn > first]
         if not turns:
             raise BadRecord(f"the conversation {document.id} has no answer: nothing to train on (a zero mask)")
@@ -115,6 +118,10 @@ def spans(mask: Sequence[int]) -> list[list[int]]:
             found.append([place, place + length])
         place += length
     return found
+
+
+def _first_asked(messages: Sequence[Message]) -> int:
+    return next(turn for turn, message in enumerate(messages) if message["role"] not in UNASKING)
 
 
 def _conversation(document: Document) -> Conversation:

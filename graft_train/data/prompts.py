@@ -32,20 +32,30 @@ def build_prompts(
     """Up to `count` prompts, spread over the documents in an order that only `seed` decides.
 
     Text gives windows of `data.prompt_tokens` tokens that start at a line's start and do not overlap;
-    a conversation gives one prompt, the turns up to the last that is not the assistant's.
+    a conversation gives one prompt, the turns up to the last that asks for an answer.
 
     Args:
-        max_tokens: conversations whose prompt is longer are left out.
+        max_tokens: longer conversations are cut at an earlier turn's end, and counted.
 
     Raises:
         GraftError: no prompt could be made, or a conversation meets a tokenizer without chat template.
     """
+    cut = left_out = 0
+
+    def fitting(document: Document) -> list[int]:
+        nonlocal cut, left_out
+        for shorter, ids in enumerate(chat.prompts(document)):
+            if len(ids) <= max_tokens:
+                cut += shorter > 0
+                return ids
+        left_out += 1
+        return []
 
     def make(place: tuple[int, int]) -> list[Prompt]:
         document, start = documents[place[0]], place[1]
         if document.text is None:
-            ids = chat.prompt_ids(document)
-            usable = len(ids) <= max_tokens
+            ids = fitting(document)
+            usable = bool(ids)
         else:
             ids = _window_ids(document.text, start, chat.tokenizer, data.prompt_tokens)
             usable = data.prompt_tokens // 2 < len(ids) <= max_tokens
@@ -55,6 +65,11 @@ def build_prompts(
     bad = data.new_bad_records()
     prompts = list(islice(_mixed(starts, documents, data, seed, make, bad), count))
     bad.report(f"{len(documents)} documents")
+    if cut or left_out:
+        say(
+            f"data: {cut + left_out} conversations ask with more than {max_tokens} tokens: {cut} were cut at "
+            f"an earlier turn's end, {left_out} left out"
+        )
     if not prompts:
         raise GraftError(
             f"none of {len(documents)} documents gives a prompt: texts are shorter than half of "

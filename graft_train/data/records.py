@@ -18,6 +18,8 @@ SHAREGPT_ROLES = {
 }
 # The order matters: sets with messages often hold them rendered as text, or their first turn as a prompt, too.
 FIELDS = ("messages", "conversations", "data", "text", "prompt")
+# Roles whose turns the target does not answer.
+UNASKING = ("system", "developer", "assistant")
 Message = dict[str, Any]
 
 
@@ -62,7 +64,7 @@ def to_content(row: Any, place: str) -> Content:
     messages = _turns(field, value, f"{place}: the field {field}")
     if not messages:
         raise BadRecord(f"{place} is empty: its conversation has no turn")
-    if all(message["role"] in ("system", "developer", "assistant") for message in messages):
+    if all(message["role"] in UNASKING for message in messages):
         raise BadRecord(f"{place}: the conversation has no turn that the target could answer")
     return Conversation(messages, _tools(row.get("tools"), place))
 

@@ -52,9 +52,10 @@ def test_a_template_without_spans_gives_one_row_an_answer():
 
 def test_prompts_end_where_the_answer_begins():
     last = document("a", "b", "c", "d")
-    prompt = chat(PLAIN).prompt_ids(last)
+    prompt, earlier = chat(PLAIN).prompts(last)
     assert words(prompt) == "<user> a <end> gap <assistant> b <end> gap <user> c <end> gap <assistant>"
-    assert chat(PLAIN).answered(last)[-1].prompt_ids == prompt
+    assert words(earlier) == "<user> a <end> gap <assistant>"
+    assert [row.prompt_ids for row in chat(PLAIN).answered(last)] == [earlier, prompt]
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
@@ -69,7 +70,7 @@ def test_tools_and_thoughts_reach_the_template_and_thoughts_are_trained(template
 def test_answers_after_a_tools_result_are_answers_too():
     rows = chat(PLAIN).answered(document("user: a", "assistant: b", "tool: c", "assistant: d"))
     assert shown(rows[1]).endswith("<tool> c <end> gap <assistant> [d <end>]")
-    assert words(chat(PLAIN).prompt_ids(document("user: a", "assistant: b", "tool: c"))).endswith(
+    assert words(next(chat(PLAIN).prompts(document("user: a", "assistant: b", "tool: c")))).endswith(
         "c <end> gap <assistant>"
     )
 
@@ -88,6 +89,9 @@ def test_every_row_shows_its_own_thought_as_when_the_target_wrote_it():
 def test_what_comes_before_the_first_question_is_no_answer():
     rows = chat(PLAIN).answered(document("system: s", "assistant: hello", "user: a", "assistant: b"))
     assert len(rows) == 1
+    assert len(list(chat(PLAIN).prompts(document("system: s", "assistant: hello", "user: a", "assistant: b")))) == 1
+    doubled = document("user: a", "user: b", "assistant: c", "assistant: d")
+    assert [words(ids) for ids in chat(PLAIN).prompts(doubled)] == ["<user> a <end> gap <user> b <end> gap <assistant>"]
 
 
 def test_without_an_end_token_the_answer_runs_to_the_end():
@@ -122,7 +126,7 @@ def test_an_answer_that_the_template_swallows_is_a_zero_mask():
 def test_refusals_of_the_template_and_missing_ones_are_named():
     strict = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(BadRecord, match="conversation doc: roles must alternate"):
-        chat(strict).prompt_ids(document("a"))
+        next(chat(strict).prompts(document("a")))
     with pytest.raises(GraftError, match="no chat template"):
         chat(None).answered(document("a", "b"))
     with pytest.raises(BadRecord, match="doc is plain text"):

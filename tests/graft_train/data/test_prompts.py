@@ -46,12 +46,16 @@ def test_prompts_of_several_sources_follow_the_weights(tmp_path):
     assert len(everything) == 16
 
 
-def test_long_prompts_are_left_out(tmp_path):
-    config = chats(tmp_path / "a.jsonl", ["a"], ["b c d e f"])
-    assert [words(prompt.ids) for prompt in made(build_prompts, config, max_tokens=6)] == [
-        "<user> a <end> gap <assistant>"
-    ]
-    with pytest.raises(GraftError, match="none of 2 documents gives a prompt"):
+def test_long_conversations_ask_with_fewer_turns_or_are_left_out_and_counted(tmp_path, capsys):
+    config = chats(tmp_path / "a.jsonl", ["a"], ["b c d e f"], ["g", "h", "i j", "k"])
+    prompts = made(build_prompts, config, max_tokens=6)
+    assert {words(prompt.ids) for prompt in prompts} == {
+        "<user> a <end> gap <assistant>",
+        "<user> g <end> gap <assistant>",
+    }
+    said = capsys.readouterr().out
+    assert "2 conversations ask with more than 6 tokens: 1 were cut at an earlier turn's end, 1 left out" in said
+    with pytest.raises(GraftError, match="none of 3 documents gives a prompt"):
         made(build_prompts, config, max_tokens=4)
 
 
