@@ -22,7 +22,7 @@ from rich.table import Table
 from graft_train.build_corpus import gather_runs, write_tables
 from graft_train.build_corpus.config import CorpusConfig
 from graft_train.config import Config
-from graft_train.data.samples import Sample, append_samples
+from graft_train.data.samples import answered, append_samples
 
 VOCAB = 32_000
 SAMPLE = 512
@@ -36,7 +36,7 @@ def write_samples(path: Path, tokens: int) -> None:
             count = min(PER_WRITE, tokens // SAMPLE - start)
             ids = generator.zipf(1.2, (count, SAMPLE)) % VOCAB
             rows = enumerate(ids.tolist(), start=start)
-            append_samples(file, [Sample(str(n), "train", row[:64], row[64:], 0.0, 0) for n, row in rows])
+            append_samples(file, [answered(str(n), row[:64], row[64:], {}) for n, row in rows])
 
 
 def work(directory: Path, settings: CorpusConfig, process: int, processes: int) -> None:

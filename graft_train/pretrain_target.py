@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def new_model(config: LlamaConfig) -> LlamaForCausalLM:
     return model
 
 
-def windows(documents: list[Document], tokenizer: Any, length: int) -> Tensor:
+def windows(documents: Sequence[Document], tokenizer: Any, length: int) -> Tensor:
     """All documents one behind the other, each ended, cut into rows. [rows, length] int64
 
     Raises:

@@ -62,7 +62,7 @@ def _held_out(path: Path, share: float, vocab_size: int) -> list[Sample]:
         for sample in samples_of(window, path, vocab_size):
             if tokens < HELD_OUT_TOKENS and is_held_out(sample.id, share):
                 chosen.append(sample)
-                tokens += len(sample.prompt_ids) + len(sample.answer_ids)
+                tokens += len(sample.ids)
         if tokens >= HELD_OUT_TOKENS:
             break
     return chosen

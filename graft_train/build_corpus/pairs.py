@@ -102,16 +102,15 @@ class Text:
 
 def join_samples(samples: list[Sample], prompts: bool) -> Text:
     """Args:
-    prompts: whether prompt tokens count as successors; if not, the prompt's last token is the first
-        whose successor counts.
+    prompts: whether the tokens of prompts count as successors; if not, those of answers alone do, so that
+        the token before an answer is the first whose successor counts.
     """
-    lengths = np.array([len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples])
-    asked = np.array([len(sample.prompt_ids) for sample in samples])
-    parts = chain.from_iterable(part for sample in samples for part in (sample.prompt_ids, sample.answer_ids))
-    tokens_P = np.fromiter(parts, dtype=np.int64, count=int(lengths.sum()))
+    lengths = np.array([len(sample.ids) for sample in samples])
+    ids = chain.from_iterable(sample.ids for sample in samples)
+    tokens_P = np.fromiter(ids, dtype=np.int64, count=int(lengths.sum()))
     place_P = np.arange(len(tokens_P)) - np.repeat(lengths.cumsum() - lengths, lengths)
     left_P = np.repeat(lengths, lengths) - place_P - 1
-    counted_P = place_P >= (0 if prompts else np.repeat(asked, lengths) - 1)
+    counted_P = np.ones(len(tokens_P), dtype=bool) if prompts else np.concatenate([counted(one) for one in samples])
     return Text(tokens_P, place_P, left_P, counted_P)
 
 
@@ -195,10 +194,16 @@ def pad(batch: list[Sample], prompts: bool, device: torch.device) -> tuple[Tenso
     ids_BS = torch.full((len(batch), max(map(_length, batch))), -1)
     counted_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
     for row, sample in enumerate(batch):
-        ids_BS[row, : _length(sample)] = torch.tensor(sample.prompt_ids + sample.answer_ids)
-        counted_BS[row, 0 if prompts else len(sample.prompt_ids) - 1 : _length(sample)] = True
+        ids_BS[row, : _length(sample)] = torch.tensor(sample.ids)
+        counted_BS[row, : _length(sample)] = True if prompts else torch.from_numpy(counted(sample))
     return ids_BS.to(device), counted_BS.to(device)
 
 
+def counted(sample: Sample) -> np.ndarray:
+    """bool, the tokens before an answer's; and an answer's last where the sample ends with it."""
+    answer_S = sample.answer_S.numpy()
+    return np.append(answer_S[1:], answer_S[-1:])
+
+
 def _length(sample: Sample) -> int:
-    return len(sample.prompt_ids) + len(sample.answer_ids)
+    return len(sample.ids)

@@ -1,1 +1,1 @@
-"""What several stages share: documents, prompts, samples, and the target with its tokenizer."""
+"""What several stages share: sources, documents, chat, prompts, samples, and the target with its tokenizer."""

@@ -6,30 +6,18 @@ in training, whatever the order, the limit or the machine.
 
 import hashlib
 import json
-import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, overload
+
+from tqdm import tqdm
 
 from graft_inference.errors import GraftError
+from graft_train.data.bad_records import BadRecord, BadRecords
+from graft_train.data.records import Content, Conversation, to_content
+from graft_train.data.sources import Row, Source, files_of, is_local, rows_of
 
 SPLITS = ("train", "calibration", "evaluation")
-RECORD_FIELDS = ("text", "messages", "conversations")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-# Not program text: tests repeat themselves, charset tables and help topics are one literal per file.
-STDLIB_LEFT_OUT = {
-    "site-packages", "test", "tests", "idle_test", "lib2to3", "ensurepip", "encodings", "pydoc_data",
-}  # fmt: skip
 
 
 @dataclass
@@ -37,23 +25,33 @@ class DataConfig:
     """Where documents come from and how they are divided.
 
     Attributes:
-        path: "stdlib" (the Python standard library's sources), a JSONL or Parquet file of records, a
-            directory of text files, or the id of a data set that `datasets` can load.
+        path: "stdlib" (the Python standard library's sources), a JSONL, JSON or Parquet file of records, a
+            directory of text files and such, or the id of a data set that `datasets` can load.
+        sources: several paths with weights, read in place of `path`.
         hub_split: which split of a data set from the Hub is read.
+        hub_subset: which subset (`datasets` calls it name), where it has several.
+        streaming: read the first `limit` rows of a data set from the Hub without downloading the rest.
         glob: which files of a directory are read.
         calibration_share: part of the documents kept for calibrating the policy.
         evaluation_share: part of the documents kept for the final measurement and the held-out loss.
-        limit: read at most this many documents; null reads all.
+        limit: read at most this many documents of each source; null reads all.
         prompt_tokens: length of a prompt that is cut from plain text; conversations keep their own.
+        on_error: raise (the first bad record is an error) or skip (bad records are left out and counted).
+        preview: show a few samples with their trained tokens coloured, and stop before the target runs.
     """
 
     path: str = "stdlib"
+    sources: list[Source] = field(default_factory=list)
     hub_split: str = "train"
+    hub_subset: str | None = None
+    streaming: bool = False
     glob: str = "**/*"
     calibration_share: float = 0.05
     evaluation_share: float = 0.05
     limit: int | None = None
     prompt_tokens: int = 256
+    on_error: str = "raise"
+    preview: bool = False
 
     def __post_init__(self) -> None:
         shares = self.calibration_share, self.evaluation_share
@@ -64,56 +62,107 @@ class DataConfig:
             )
         if self.limit is not None and self.limit < 1:
             raise GraftError(f"data.limit={self.limit} must be at least 1, or null for all documents")
+        if self.streaming and self.limit is None:
+            raise GraftError("data.streaming=true reads only the first documents: say how many with data.limit")
         if self.prompt_tokens < 1:
             raise GraftError(f"data.prompt_tokens={self.prompt_tokens} must be at least 1")
+        if self.on_error not in ("raise", "skip"):
+            raise GraftError(f"data.on_error={self.on_error} is unknown; choose raise or skip")
+
+    def all_sources(self) -> list[Source]:
+        return self.sources or [Source(path=self.path)]
+
+    def new_bad_records(self) -> BadRecords:
+        return BadRecords(self.on_error == "skip")
+
+    def __str__(self) -> str:
+        return "data.path=" + ", ".join(source.path for source in self.all_sources())
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text, or a conversation as OpenAI messages ({"role", "content"}); exactly one of the two."""
+    """Plain text or a conversation; exactly one of the two.
+
+    Attributes:
+        source: which of the configured sources it comes from.
+    """
 
     id: str
     split: str
+    source: int = 0
     text: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
+    conversation: Conversation | None = None
 
 
-def read_documents(config: DataConfig) -> list[Document]:
-    """All documents of `config.path`, in its own order, each with its split.
+class Place(NamedTuple):
+    """Where a document lies: all that is held of it."""
+
+    id: str
+    split: str
+    source: int
+    read: Callable[[], Any]
+
+
+class Documents(Sequence[Document]):
+    """Documents that are read from the disk when they are asked for, so that a set may exceed the memory."""
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+        self._last: Document | None = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Documents": ...
+
+    def __getitem__(self, index: int | slice) -> "Document | Documents":
+        if isinstance(index, slice):
+            return Documents(self.places[index])
+        identity, split, source, read = self.places[index]
+        # A long text gives many prompts, one after the other.
+        if self._last is None or self._last.id != identity:
+            content = to_content(read(), f"document {identity}")
+            if isinstance(content, str):
+                self._last = Document(identity, split, source, text=content)
+            else:
+                self._last = Document(identity, split, source, conversation=content)
+        return self._last
+
+
+def read_documents(config: DataConfig) -> Documents:
+    """All documents of every source, in its own order, each with its split. Every record is checked here.
 
     Raises:
-        GraftError: unknown path, no document in it, text that is not UTF-8, or a record without the
-            expected fields; names the file and the line.
+        GraftError: unknown path, no document in it, or, unless data.on_error=skip, text that is not UTF-8
+            or a record without the expected fields; names the file and the line.
     """
-    documents: list[Document] = []
-    where_of: dict[str, str] = {}
-    for where, identity, content in _contents(config):
-        if identity in where_of:
-            if identity.startswith("sha256:"):
-                continue  # a repeated record: the hash of its content is its identity
-            raise GraftError(f"{where} repeats the id {identity!r} of {where_of[identity]}; ids must be unique")
-        where_of[identity] = where
-        documents.append(_document(config, identity, content))
-        if len(documents) == config.limit:
-            break
-    if not documents:
-        raise GraftError(f"data.path={config.path} holds no text; check data.path and data.glob={config.glob}")
-    return documents
+    places: list[Place] = []
+    taken: set[str] = set()
+    for number, source in enumerate(config.all_sources()):
+        found = _places(config, number, source, taken)
+        if not found:
+            raise GraftError(f"data.path={source.path} holds no text; check data.path and data.glob={config.glob}")
+        places += found
+    return Documents(places)
 
 
-def of_split(documents: Iterable[Document], split: str, config: DataConfig) -> list[Document]:
+def of_split(documents: Documents, split: str, config: DataConfig) -> Documents:
     """The documents of one split.
 
     Raises:
         GraftError: there is none, which a larger share or more documents would mend.
     """
-    chosen = [document for document in documents if document.split == split]
+    chosen = [place for place in documents.places if place.split == split]
     if not chosen:
         raise GraftError(
-            f"no document of data.path={config.path} falls into the {split} split; give more documents, "
+            f"no document of {config} falls into the {split} split; give more documents, "
             "or raise data.calibration_share or data.evaluation_share"
         )
-    return chosen
+    return Documents(chosen)
 
 
 def split_of(identity: str, config: DataConfig) -> str:
@@ -129,154 +178,70 @@ def split_of(identity: str, config: DataConfig) -> str:
 def document_settings(config: DataConfig) -> dict[str, Any]:
     """What determines the documents and their splits, the files' contents included, for fingerprints."""
     digest = hashlib.sha256()
-    if _is_local(config.path):
-        root, paths = _files(config)
-        for path in paths:
-            digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for source in config.all_sources():
+        if is_local(source.path):
+            root, paths = files_of(source.path, config.glob)
+            for path in paths:
+                digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
     return {
-        "path": config.path,
+        "sources": [asdict(source) for source in config.all_sources()],
         "hub_split": config.hub_split,
+        "hub_subset": config.hub_subset,
+        "streaming": config.streaming,
         "glob": config.glob,
         "calibration_share": config.calibration_share,
         "evaluation_share": config.evaluation_share,
         "limit": config.limit,
+        "on_error": config.on_error,
         "contents": digest.hexdigest()[:16],
     }
 
 
-Content = str | tuple[dict[str, str], ...]
+def _places(config: DataConfig, number: int, source: Source, taken: set[str]) -> list[Place]:
+    """Every document of one source that is whole.
 
-
-def _contents(config: DataConfig) -> Iterator[tuple[str, str, Content]]:
-    """(where it was found, id, content) of every document that is not empty."""
-    if not _is_local(config.path):
-        yield from _records(_load_dataset(config.path, split=config.hub_split), f"data set {config.path}, row")
-        return
-    root, paths = _files(config)
-    for path in paths:
-        single = len(paths) == 1
-        if single and path.stat().st_size == 0:
-            raise GraftError(f"{path} is empty; give a file with records or text")
-        if path.suffix == ".jsonl":
-            yield from _records(_jsonl(path), f"{path}, line")
-        elif path.suffix == ".parquet":
-            rows = _load_dataset("parquet", data_files=str(path), split="train")
-            yield from _records(rows, f"{path}, row")
-        elif (text := _read_text(path)).strip():
-            yield str(path), path.relative_to(root).as_posix(), text
-
-
-def _is_local(path: str) -> bool:
-    looks_like_file = path.startswith((".", "/", "~")) or Path(path).suffix in (".jsonl", ".parquet", ".json")
-    return path == "stdlib" or looks_like_file or Path(path).exists()
-
-
-def _files(config: DataConfig) -> tuple[Path, list[Path]]:
-    """The directory that ids are relative to, and the files, sorted."""
-    if config.path == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [path for path in root.rglob("*.py") if not STDLIB_LEFT_OUT & {*path.relative_to(root).parts}]
-        # Build settings of this very interpreter, different on every machine.
-        return root, sorted(path for path in paths if not path.name.startswith("_sysconfigdata"))
-    root = Path(config.path).expanduser()
-    if not root.exists():
-        raise GraftError(
-            f"data.path={config.path} does not exist; give a JSONL or Parquet file, a directory, a "
-            "`datasets` id, or stdlib"
-        )
-    if root.is_file():
-        return root.parent, [root]
-    paths = [path for path in root.glob(config.glob) if path.is_file()]
-    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    return root, sorted(visible)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise GraftError(
-            f"{path} is not UTF-8 (byte {error.start}); convert it, or leave it out with data.glob, "
-            "for example data.glob='**/*.py'"
-        ) from error
-
-
-def _jsonl(path: Path) -> Iterator[Any]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line.decode("utf-8")) if line.strip() else None
-            except UnicodeDecodeError as error:
-                raise GraftError(f"{path}, line {number} is not UTF-8; convert the file") from error
-            except json.JSONDecodeError as error:
-                raise GraftError(f"{path}, line {number} is not a JSON object: {error}") from error
-
-
-def _load_dataset(name: str, **options: Any) -> Iterable[Any]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, **options)
-    except Exception as error:  # its errors share no base class
-        what = options.get("data_files", name)
-        raise GraftError(
-            f"`datasets` cannot load {what}: {error}. Give a JSONL or Parquet file, a directory, a "
-            "`datasets` id, or stdlib as data.path, and an existing data.hub_split"
-        ) from error
-
-
-def _records(rows: Iterable[Any], where: str) -> Iterator[tuple[str, str, Content]]:
-    """Validated records; blank lines and empty texts are passed over."""
-    for number, row in enumerate(rows, start=1):
-        if row is None:
+    Args:
+        taken: ids that earlier sources gave away; those of this one are added.
+    """
+    bad, seen, places = config.new_bad_records(), 0, []
+    streamed = config.limit if config.streaming else None
+    rows = rows_of(source.path, config.glob, source.hub_split or config.hub_split, config.hub_subset, streamed)
+    for row in tqdm(rows, desc=f"documents of {source.path}", unit="document", leave=False, delay=2):
+        seen += 1
+        try:
+            place = _place(config, number, row, taken)
+        except BadRecord as error:
+            bad.add(error)
             continue
-        place = f"{where} {number}"
-        if content := _record_content(row, place):
-            yield place, _record_id(row, content), content
+        if place is not None:
+            taken.add(place.id)
+            places.append(place)
+        if len(places) == config.limit:
+            break
+    bad.report(f"{seen} records of {source.path}")
+    return places
 
 
-def _record_id(row: dict[str, Any], content: Content) -> str:
-    if isinstance(row.get("id"), str | int):
-        return str(row["id"])
-    # The content's hash keeps a record that is repeated in the data within one split.
-    return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def _place(config: DataConfig, source: int, row: Row, taken: set[str]) -> Place | None:
+    """None for an empty text file, and for a record that another one repeats."""
+    record = row.now()
+    if row.file and not record["text"].strip():
+        return None
+    content = to_content(record, row.place)
+    given = record.get("id")
+    if not isinstance(given, str | int):
+        # The content's hash keeps a record that is repeated in the data, whatever its source, within one split.
+        identity = "sha256:" + _hash(content)
+        return None if identity in taken else Place(identity, split_of(identity, config), source, row.later)
+    # Sources number their records alike.
+    identity = str(given) if source == 0 else f"{source}:{given}"
+    if identity in taken:
+        raise BadRecord(f"{row.place} repeats the id {str(given)!r} of an earlier one; ids must be unique")
+    return Place(identity, split_of(str(given), config), source, row.later)
 
 
-def _record_content(row: Any, place: str) -> Content:
-    if not isinstance(row, dict):
-        raise GraftError(f"{place} is not a JSON object with one of the fields {', '.join(RECORD_FIELDS)}")
-    field = next((name for name in RECORD_FIELDS if row.get(name) is not None), None)
-    if field is None:
-        raise GraftError(f"{place} has none of the fields {', '.join(RECORD_FIELDS)}; it has {sorted(row)}")
-    if field == "text":
-        if not isinstance(row["text"], str):
-            raise GraftError(f"{place}: the field text must be a string")
-        return row["text"] if row["text"].strip() else ""
-    turns = row[field]
-    if not isinstance(turns, list):
-        raise GraftError(f"{place}: the field {field} must be a list of turns")
-    role_key, content_key = ("role", "content") if field == "messages" else ("from", "value")
-    messages = tuple(_message(turn, role_key, content_key, place) for turn in turns)
-    if all(message["role"] in ("system", "assistant") for message in messages):
-        raise GraftError(f"{place}: the conversation has no turn that the target could answer")
-    return messages
-
-
-def _message(turn: Any, role_key: str, content_key: str, place: str) -> dict[str, str]:
-    if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in (role_key, content_key)):
-        raise GraftError(f"{place}: every turn needs the strings {role_key} and {content_key}")
-    role = turn[role_key]
-    if role_key == "from":
-        if role not in SHAREGPT_ROLES:
-            raise GraftError(f"{place}: unknown speaker {role!r}; known are {sorted(SHAREGPT_ROLES)}")
-        role = SHAREGPT_ROLES[role]
-    return {"role": role, "content": turn[content_key]}
-
-
-def _document(config: DataConfig, identity: str, content: Content) -> Document:
-    split = split_of(identity, config)
-    if isinstance(content, str):
-        return Document(identity, split, text=content)
-    return Document(identity, split, messages=content)
+def _hash(content: Content) -> str:
+    plain: Any = content if isinstance(content, str) else asdict(content)
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]

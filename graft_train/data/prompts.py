@@ -1,17 +1,23 @@
-"""Prompts: what the target is asked to continue or to answer."""
+"""Prompts: what the target is asked to continue or to answer; and conversations with answers of their own."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from graft_inference.errors import GraftError
-from graft_train.data.documents import Document
+from graft_train.data.bad_records import BadRecord, BadRecords
+from graft_train.data.chat import Chat
+from graft_train.data.documents import DataConfig, Document, Documents
+from graft_train.data.samples import Sample
+from graft_train.stage import say
 
 # A window's tokens are found within this many characters each; longer tokens are hardly ever that long.
 CHARACTERS_PER_TOKEN = 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,74 +27,139 @@ class Prompt:
 
 
 def build_prompts(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    count: int,
-    prompt_tokens: int,
-    max_tokens: int,
-    seed: int,
+    documents: Documents, chat: Chat, data: DataConfig, *, count: int, max_tokens: int, seed: int
 ) -> list[Prompt]:
     """Up to `count` prompts, spread over the documents in an order that only `seed` decides.
 
-    Text gives windows of `prompt_tokens` tokens that start at a line's start and do not overlap;
-    a conversation gives one prompt, the turns up to the last that is not the assistant's.
+    Text gives windows of `data.prompt_tokens` tokens that start at a line's start and do not overlap;
+    a conversation gives one prompt, the turns up to the last that asks for an answer.
 
     Args:
-        max_tokens: conversations whose prompt is longer are left out.
+        max_tokens: longer conversations are cut at an earlier turn's end, and counted.
 
     Raises:
         GraftError: no prompt could be made, or a conversation meets a tokenizer without chat template.
     """
-    candidates = [place for document in documents for place in _places(document, prompt_tokens)]
-    random.Random(seed).shuffle(candidates)
-    prompts: list[Prompt] = []
-    for document, start in candidates:
-        if len(prompts) == count:
-            break
-        if document.messages is not None:
-            ids = _conversation_ids(document, tokenizer)
-            usable = len(ids) <= max_tokens
+    cut = left_out = 0
+
+    def fitting(document: Document) -> list[int]:
+        nonlocal cut, left_out
+        for shorter, ids in enumerate(chat.prompts(document)):
+            if len(ids) <= max_tokens:
+                cut += shorter > 0
+                return ids
+        left_out += 1
+        return []
+
+    def make(place: tuple[int, int]) -> list[Prompt]:
+        document, start = documents[place[0]], place[1]
+        if document.text is None:
+            ids = fitting(document)
+            usable = bool(ids)
         else:
-            ids = _window_ids(document, start, tokenizer, prompt_tokens)
-            usable = prompt_tokens // 2 < len(ids) <= max_tokens
-        if usable:
-            prompts.append(Prompt(f"{document.id}@{start}", ids))
+            ids = _window_ids(document.text, start, chat.tokenizer, data.prompt_tokens)
+            usable = data.prompt_tokens // 2 < len(ids) <= max_tokens
+        return [Prompt(f"{document.id}@{start}", ids)] if usable else []
+
+    starts = [(index, start) for index in range(len(documents)) for start in _starts(documents[index], data)]
+    bad = data.new_bad_records()
+    prompts = list(islice(_mixed(starts, documents, data, seed, make, bad), count))
+    bad.report(f"{len(documents)} documents")
+    if cut or left_out:
+        say(
+            f"data: {cut + left_out} conversations ask with more than {max_tokens} tokens: {cut} were cut at "
+            f"an earlier turn's end, {left_out} left out"
+        )
     if not prompts:
         raise GraftError(
             f"none of {len(documents)} documents gives a prompt: texts are shorter than half of "
-            f"data.prompt_tokens={prompt_tokens}, or prompts are longer than the {max_tokens} tokens the "
+            f"data.prompt_tokens={data.prompt_tokens}, or prompts are longer than the {max_tokens} tokens the "
             "target can take; change data.prompt_tokens or the data"
         )
     return prompts
 
 
-def _places(document: Document, prompt_tokens: int) -> Iterator[tuple[Document, int]]:
+def answered_samples(
+    documents: Documents, chat: Chat, data: DataConfig, *, count: int, max_tokens: int, seed: int
+) -> Iterator[Sample]:
+    """Up to `count` training samples from the conversations' own answers, in the order of `build_prompts`.
+
+    Args:
+        max_tokens: longer conversations are cut at a turn's end, and counted.
+
+    Raises:
+        GraftError: no conversation has an answer, or, unless data.on_error=skip, one of them has none.
+    """
+    made, cut, bad = 0, 0, data.new_bad_records()
+
+    def make(place: tuple[int, int]) -> list[Sample]:
+        nonlocal cut
+        rows = chat.answered(documents[place[0]])
+        whole = [row for row in rows if len(row.ids) <= max_tokens]
+        cut += len(whole) < len(rows)
+        shortened = rows[0].cut(max_tokens)
+        return whole or ([shortened] if shortened else [])
+
+    places = [(index, 0) for index in range(len(documents))]
+    for sample in islice(_mixed(places, documents, data, seed, make, bad), count):
+        made += 1
+        yield sample
+    bad.report(f"{len(documents)} documents")
+    if cut:
+        say(f"data: {cut} conversations are longer than {max_tokens} tokens and were cut at a turn's end")
+    if not made:
+        raise GraftError(f"none of {len(documents)} documents has an answer to train on within {max_tokens} tokens")
+
+
+def _mixed(
+    places: list[tuple[int, int]],
+    documents: Documents,
+    data: DataConfig,
+    seed: int,
+    make: Callable[[tuple[int, int]], list[T]],
+    bad: BadRecords,
+) -> Iterator[T]:
+    """What `make` makes of the places, shuffled, and the sources in the proportion of their weights."""
+    random.Random(seed).shuffle(places)
+
+    def of_source(source: int) -> Iterator[T]:
+        for place in places:
+            if documents.places[place[0]].source == source:
+                try:
+                    yield from make(place)
+                except BadRecord as error:
+                    bad.add(error)
+
+    weights = [source.weight for source in data.all_sources()]
+    return in_proportion([of_source(source) for source in range(len(weights))], weights)
+
+
+def in_proportion(streams: Sequence[Iterator[T]], weights: Sequence[float]) -> Iterator[T]:
+    """Every item; while all last, as many of each stream as its weight says. Always the stream furthest behind."""
+    taken, alive = [0] * len(streams), set(range(len(streams)))
+    while alive:
+        behind = min(alive, key=lambda stream: ((taken[stream] + 1) / weights[stream], stream))
+        try:
+            item = next(streams[behind])
+        except StopIteration:
+            alive.discard(behind)
+            continue
+        taken[behind] += 1
+        yield item
+
+
+def _starts(document: Document, data: DataConfig) -> Iterator[int]:
     """Where windows of a text start: line starts, far enough apart not to overlap. 0 for a conversation."""
     if document.text is None:
-        yield document, 0
+        yield 0
         return
-    start, stride = 0, prompt_tokens * CHARACTERS_PER_TOKEN
+    start, stride = 0, data.prompt_tokens * CHARACTERS_PER_TOKEN
     while start < len(document.text):
-        yield document, start
+        yield start
         newline = document.text.find("\n", start + stride - 1)
         start = newline + 1 if newline >= 0 else len(document.text)
 
 
-def _window_ids(document: Document, start: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> list[int]:
-    assert document.text is not None
-    window = document.text[start : start + prompt_tokens * CHARACTERS_PER_TOKEN]
+def _window_ids(text: str, start: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> list[int]:
+    window = text[start : start + prompt_tokens * CHARACTERS_PER_TOKEN]
     return tokenizer(window).input_ids[:prompt_tokens]
-
-
-def _conversation_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    assert document.messages is not None
-    if tokenizer.chat_template is None:
-        raise GraftError(
-            f"document {document.id} is a conversation, but the target's tokenizer has no chat template; "
-            "use an instruction-tuned target, or records with the field text"
-        )
-    asked = max(i for i, message in enumerate(document.messages) if message["role"] != "assistant")
-    turns = list(document.messages[: asked + 1])
-    encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])

@@ -2,10 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 from graft_inference.errors import GraftError
 from graft_train.data.documents import SPLITS
@@ -13,28 +17,71 @@ from graft_train.data.documents import SPLITS
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what the target itself answered; no answer outside the train split.
+    """A sequence of tokens and which of them are answers; none are outside the train split.
 
     Attributes:
-        answer_ids: generated tokens, the end-of-sequence token included when it came.
-        seed: of the batch in which the answer was drawn.
+        ids: prompt and answer, or a whole conversation with several answers; kept as an array, which takes a
+            tenth of a list's memory.
+        answers: [start, end) of each answer, ascending, apart from each other; the end-of-sequence token is
+            part of an answer where it came.
+        sampling: how the target drew the answer (temperature, seed, ...); empty where it did not.
     """
 
     id: str
     split: str
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    temperature: float
-    seed: int
+    ids: Sequence[int]
+    answers: list[list[int]] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", array("i", self.ids))
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What comes before the first answer."""
+        return list(self.ids[: self.answers[0][0]] if self.answers else self.ids)
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The tokens of all answers."""
+        return [token for start, end in self.answers for token in self.ids[start:end]]
+
+    @property
+    def answer_S(self) -> Tensor:
+        """bool, the tokens of the answers."""
+        answer_S = torch.zeros(len(self.ids), dtype=torch.bool)
+        for start, end in self.answers:
+            answer_S[start:end] = True
+        return answer_S
+
+    def cut(self, length: int) -> "Sample | None":
+        """At most `length` tokens: it ends with the last answer that fits whole. Where not even the first
+        does, that one loses its end; None if nothing of it is left.
+        """
+        if len(self.ids) <= length:
+            return self
+        whole = [[start, end] for start, end in self.answers if end <= length]
+        if not whole and self.answers and self.answers[0][0] < length:
+            whole = [[self.answers[0][0], length]]
+        return replace(self, ids=self.ids[: whole[-1][1]], answers=whole) if whole else None
+
+
+def answered(identity: str, prompt_ids: list[int], answer_ids: list[int], sampling: dict[str, Any]) -> Sample:
+    """A training sample of one prompt and what the target wrote behind it."""
+    ids = prompt_ids + answer_ids
+    return Sample(identity, "train", ids, [[len(prompt_ids), len(ids)]] if answer_ids else [], sampling)
 
 
 FIELDS = {field.name for field in fields(Sample)}
 
 
+def to_line(sample: Sample) -> bytes:
+    return (json.dumps(asdict(sample) | {"ids": list(sample.ids)}, separators=(",", ":")) + "\n").encode()
+
+
 def append_samples(file: BinaryIO, samples: Iterable[Sample]) -> None:
     """Appends in a single write that has reached the disk when this returns."""
-    lines = "".join(json.dumps(asdict(sample), separators=(",", ":")) + "\n" for sample in samples)
-    file.write(lines.encode())
+    file.write(b"".join(map(to_line, samples)))
     file.flush()
     os.fsync(file.fileno())
 
@@ -65,15 +112,22 @@ def parse_sample(line: bytes, place: str) -> Sample:
     except ValueError as error:
         raise GraftError(f"{place} is not a JSON object: {error}") from error
     if not isinstance(row, dict) or row.keys() != FIELDS:
-        raise GraftError(f"{place} is not a sample: its fields must be {', '.join(sorted(FIELDS))}")
-    sample = Sample(**row)
-    if not isinstance(sample.id, str) or sample.split not in SPLITS:
+        raise GraftError(
+            f"{place} is not a sample: its fields must be {', '.join(sorted(FIELDS))}; if an earlier version "
+            "wrote it, run recipes/regenerate.py again"
+        )
+    if not isinstance(row["id"], str) or row["split"] not in SPLITS:
         raise GraftError(f"{place}: id must be a string and split one of {', '.join(SPLITS)}")
-    if not _are_ids(sample.prompt_ids) or not _are_ids(sample.answer_ids):
-        raise GraftError(f"{place}: prompt_ids and answer_ids of {sample.id} must be lists of token ids")
+    if not _are_ids(row["ids"]):
+        raise GraftError(f"{place}: ids of {row['id']} must be a list of token ids")
+    sample = Sample(**row)
+    if not _are_spans(sample.answers, len(sample.ids)):
+        raise GraftError(
+            f"{place}: answers of {sample.id} must be ascending pairs [start, end) within its {len(sample.ids)} tokens"
+        )
     if not sample.prompt_ids:
         raise GraftError(f"{place}: the prompt of sample {sample.id} is empty")
-    if sample.split == "train" and not sample.answer_ids:
+    if sample.split == "train" and not sample.answers:
         raise GraftError(
             f"{place}: sample {sample.id} has no answer, so nothing to train on (an empty loss mask); "
             "remove it or generate it again"
@@ -82,4 +136,12 @@ def parse_sample(line: bytes, place: str) -> Sample:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+    return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**31 for token in value)
+
+
+def _are_spans(value: Any, length: int) -> bool:
+    """Whether no span is empty, and each begins behind the one before: two that touch are one."""
+    if not isinstance(value, list) or not all(_are_ids(span) and len(span) == 2 for span in value):
+        return False
+    ends = [-1, *(end for _, end in value)]
+    return ends[-1] <= length and all(ends[n] < start < end for n, (start, end) in enumerate(value))

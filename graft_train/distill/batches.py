@@ -8,6 +8,7 @@ from torch import Tensor
 from graft_inference import GraftError
 from graft_train.data.samples import Sample
 from graft_train.distill.layout import Layout, make_layout
+from graft_train.stage import say
 
 OPEN_BATCHES = 64
 """Batches that still take rows while packing; more would fill little better, and slower."""
@@ -18,7 +19,7 @@ class Row:
     """A sample as one sequence.
 
     Attributes:
-        tokens_S: prompt and answer, int64.
+        tokens_S: prompt and answer, or a conversation, int64.
         answer_S: bool, the tokens of the answer or answers, the end-of-sequence tokens included.
     """
 
@@ -42,26 +43,28 @@ class Batch:
 
 
 def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row]:
-    """One row a sample.
+    """One row a sample; longer ones are cut (see `Sample.cut`), which is said.
 
     Raises:
         GraftError: names the sample that leaves nothing to train on, or holds a token the target lacks.
     """
-    rows = []
+    rows, cut = [], 0
     for sample in samples:
-        tokens_S = torch.tensor((sample.prompt_ids + sample.answer_ids)[:max_length])
-        answer_S = torch.arange(len(tokens_S)) >= len(sample.prompt_ids)
-        if not answer_S.any():
+        kept = sample.cut(max_length)
+        if kept is None:
             raise GraftError(
                 f"the prompt of sample {sample.id} has {len(sample.prompt_ids)} tokens and fills "
                 f"head.max_length={max_length}: nothing to train on; raise it or remove the sample"
             )
-        if int(tokens_S.max()) >= vocab_size:
+        if max(kept.ids) >= vocab_size:
             raise GraftError(
-                f"sample {sample.id} holds token {int(tokens_S.max())}, but the target has {vocab_size} tokens: "
+                f"sample {sample.id} holds token {max(kept.ids)}, but the target has {vocab_size} tokens: "
                 "these answers were regenerated with another target"
             )
-        rows.append(Row(tokens_S, answer_S))
+        cut += kept is not sample
+        rows.append(Row(torch.tensor(kept.ids, dtype=torch.long), kept.answer_S))
+    if cut:
+        say(f"distill: {cut} of {len(samples)} samples are longer than head.max_length={max_length} and were cut")
     return rows
 
 

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from graft_train.config import Config, to_config
+from graft_train.data.sources import Source
 from graft_train.recipe import register
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,22 @@ def test_every_experiment_composes(experiment):
 
 def test_full_is_the_schemas_defaults():
     assert composed("distill", "experiment=full", "run_dir=runs/mine") == Config(run_dir="runs/mine")
+
+
+def test_sources_and_servers_are_written_on_the_command_line():
+    config = composed(
+        "regenerate",
+        "data.sources=[{path:chats/a.jsonl,weight:3},{path:org/name,hub_split:train_sft}]",
+        "regenerate.base_url=[http://a:8000/v1,http://b:8000/v1]",
+    )
+    assert config.data.all_sources() == [
+        Source(path="chats/a.jsonl", weight=3.0),
+        Source(path="org/name", hub_split="train_sft"),
+    ]
+    assert config.regenerate.servers() == ["http://a:8000/v1", "http://b:8000/v1"]
+    one = composed("regenerate", "data.path=a.jsonl", "regenerate.base_url=http://a:8000/v1")
+    assert one.data.all_sources() == [Source(path="a.jsonl")]
+    assert one.regenerate.servers() == ["http://a:8000/v1"]
 
 
 def test_a_misspelt_key_fails_at_composition():

@@ -31,7 +31,7 @@ def write_run(run_dir: Path, prompt_lengths: tuple[int, ...] = (5, 9, 7)) -> Pat
     with (run_dir / "data" / "samples.jsonl").open("wb") as file:
         for index, length in enumerate(prompt_lengths):
             ids = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
-            append_samples(file, [Sample(f"file{index}.py@0", "evaluation", ids, [], 0.0, 0)])
+            append_samples(file, [Sample(f"file{index}.py@0", "evaluation", ids)])
     for stage in ("target", "data", "bundle"):
         record = {"fingerprint": stage, "settings": {"license": "apache-2.0"}, "inputs": {}}
         write_json(run_dir / stage / "stage.json", record)
@@ -178,7 +178,7 @@ def test_methods_are_interleaved_and_the_warm_up_is_left_out(run_dir, monkeypatc
 
 def test_repetition_is_the_share_of_windows_seen_before():
     """By hand: of the answer's windows of two, (1, 2) and (2, 3) stood in the prompt, (9, 1) is new."""
-    sample = Sample("x", "evaluation", [1, 2, 3], [], 0.0, 0)
+    sample = Sample("x", "evaluation", [1, 2, 3])
     run = Run([1, 2, 3, 9, 1, 2], GenerationStats(), 0.0)
     assert evaluate_module._repetition([sample], [[run]], length=2) == pytest.approx(3 / 5)
     fresh = Run([4, 5, 6], GenerationStats(), 0.0)

@@ -11,7 +11,7 @@ from graft_inference import GraftError
 from graft_inference.bundle import load_ngrams, load_successors
 from graft_train.build_corpus import build_corpus, describe_corpus, gather_runs, pairs, write_tables
 from graft_train.build_corpus.config import CorpusConfig
-from graft_train.data.samples import Sample, append_samples
+from graft_train.data.samples import Sample, answered, append_samples
 from graft_train.stage import write_json
 from tests.graft_inference.tiny import VOCAB
 from tests.graft_inference.tiny_bundle import write_target
@@ -31,9 +31,9 @@ def config(tmp_path, monkeypatch):
     def ids(count):
         return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
 
-    samples = [Sample(f"s{n}", "train", ids(5 + n % 7), ids(12 - n % 5), 0.0, 0) for n in range(60)]
+    samples = [answered(f"s{n}", ids(5 + n % 7), ids(12 - n % 5), {}) for n in range(60)]
     with (data / "samples.jsonl").open("wb") as file:
-        append_samples(file, [*samples, Sample("held", "evaluation", ids(9), [], 0.0, 0)])
+        append_samples(file, [*samples, Sample("held", "evaluation", ids(9))])
     write_json(data / "stage.json", {"fingerprint": "made"})
     config.corpus = CorpusConfig(successors=4, held_out=0.1, batch_tokens=100)
     return config
@@ -104,7 +104,7 @@ def test_the_stage_writes_a_corpus_that_loads_and_tells_about_it(config, tmp_pat
 def test_recall_is_measured_on_what_was_held_out(config, tmp_path):
     """Text that repeats one cycle is foreseen entirely; random text hardly."""
     cycle = [(n * 7) % VOCAB for n in range(VOCAB)]
-    lines = [Sample(f"s{n}", "train", cycle[n % 50 :][:4], (cycle * 2)[n % 50 + 4 :][:20], 0.0, 0) for n in range(60)]
+    lines = [answered(f"s{n}", cycle[n % 50 :][:4], (cycle * 2)[n % 50 + 4 :][:20], {}) for n in range(60)]
     with (tmp_path / "run" / "data" / "samples.jsonl").open("wb") as file:
         append_samples(file, lines)
     config.corpus = replace(config.corpus, text_only=True)

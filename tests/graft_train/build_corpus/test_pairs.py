@@ -15,6 +15,7 @@ from graft_train.build_corpus.pairs import (
     NGRAM,
     Window,
     batches,
+    counted,
     is_held_out,
     join_samples,
     matrix_pairs,
@@ -27,7 +28,7 @@ from graft_train.build_corpus.pairs import (
 )
 from graft_train.build_corpus.runs import ONE, OTHER, SUCCESSOR_BITS, sum_pairs
 from graft_train.build_corpus.tables import rows_of, successor_matrix
-from graft_train.data.samples import Sample, append_samples
+from graft_train.data.samples import Sample, answered, append_samples
 
 VOCAB, K = 11, 3
 
@@ -36,9 +37,7 @@ def samples(count=12, seed=0, shortest=1):
     generator = np.random.default_rng(seed)
     lengths = [(int(a), int(b)) for a, b in generator.integers(shortest, 9, (count, 2))]
     return [
-        Sample(
-            str(n), "train", generator.integers(0, VOCAB, a).tolist(), generator.integers(0, VOCAB, b).tolist(), 0.0, 0
-        )
+        answered(str(n), generator.integers(0, VOCAB, a).tolist(), generator.integers(0, VOCAB, b).tolist(), {})
         for n, (a, b) in enumerate(lengths)
     ]
 
@@ -49,6 +48,11 @@ def follows(sample, prompts):
     for end in range(1, len(text)):
         if prompts or end >= len(sample.prompt_ids):
             yield text[:end], text[end]
+
+
+def test_of_a_conversation_only_what_becomes_an_answer_counts():
+    chat = Sample("chat", "train", [1, 2, 3, 4, 5, 6, 7], [[2, 4], [6, 7]])
+    assert counted(chat).tolist() == [False, True, True, False, False, True, True]
 
 
 class Oracle(torch.nn.Module):
@@ -151,7 +155,7 @@ def test_bad_samples_are_named(tmp_path):
     with pytest.raises(GraftError, match=r"does not exist; run recipes/regenerate\.py"):
         list(windows(path))
     with path.open("wb") as file:
-        append_samples(file, [Sample("s", "train", [1], [VOCAB], 0.0, 0)])
+        append_samples(file, [answered("s", [1], [VOCAB], {})])
     window = next(windows(path))
     with pytest.raises(GraftError, match=r"line 1: sample s has token ids outside .* of 11"):
         samples_of(window, path, VOCAB)

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
-from graft_train.data.samples import Sample
+from graft_train.data.samples import Sample, answered
 
 VOCAB, WIDTH = 31, 16
 
@@ -57,4 +57,4 @@ def samples(count: int = 12) -> list[Sample]:
     def ids(high: int, length: int) -> list[int]:
         return torch.randint(1, high, (length,), generator=generator).tolist()
 
-    return [Sample(f"s{n}", "train", ids(VOCAB, 2 + n % 3), ids(VOCAB // 3, 5 + n % 4), 0.0, 0) for n in range(count)]
+    return [answered(f"s{n}", ids(VOCAB, 2 + n % 3), ids(VOCAB // 3, 5 + n % 4), {}) for n in range(count)]

@@ -1,9 +1,8 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
 from graft_inference import GraftError
+from graft_train.data.samples import Sample, answered
 from graft_train.distill.batches import collate, pack, plan_batches, to_rows
 
 from .pair import VOCAB, samples
@@ -39,8 +38,16 @@ def test_rows_lie_side_by_side_without_padding():
     assert batch.layout.columns_C[batch.layout.depth_C == 0].tolist() == begins
 
 
+def test_all_answers_of_a_conversation_are_masked_and_it_is_cut_at_a_turns_end():
+    chat = Sample("chat", "train", [1, 2, 3, 4, 5, 6, 7, 8], [[2, 4], [6, 8]])
+    assert to_rows([chat], 8, VOCAB)[0].answer_S.long().tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    cut = to_rows([chat], 7, VOCAB)[0]
+    assert cut.tokens_S.tolist() == [1, 2, 3, 4]
+    assert cut.answer_S.long().tolist() == [0, 0, 1, 1]
+
+
 def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
-    sample = replace(samples()[0], id="long", prompt_ids=[1] * 6)
+    sample = answered("long", [1] * 6, samples()[0].answer_ids, {})
     row = to_rows([sample], 8, VOCAB)[0]
     assert row.answer_S.tolist() == [False] * 6 + [True] * 2
     with pytest.raises(GraftError, match=r"sample long .*head.max_length=6"):
@@ -49,4 +56,4 @@ def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
 
 def test_tokens_of_another_target_are_named():
     with pytest.raises(GraftError, match=f"sample s0 holds token {VOCAB}"):
-        to_rows([replace(samples()[0], answer_ids=[VOCAB])], 64, VOCAB)
+        to_rows([answered("s0", [1], [VOCAB], {})], 64, VOCAB)

@@ -1,13 +1,11 @@
-from dataclasses import replace
-
-from graft_train.data.samples import Sample
+from graft_train.data.samples import answered
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary
 
-SAMPLE = Sample("a", "train", [7, 7, 7, 7, 7], [5, 5, 2, 2, 2, 9], 0.0, 0)
+SAMPLE = answered("a", [7, 7, 7, 7, 7], [5, 5, 2, 2, 2, 9], {})
 
 
 def test_answers_alone_are_counted_and_ids_ascend():
-    vocabulary = choose_draft_vocabulary([SAMPLE, replace(SAMPLE, answer_ids=[9, 9])], 10, 2)
+    vocabulary = choose_draft_vocabulary([SAMPLE, answered("b", [7], [9, 9], {})], 10, 2)
     assert vocabulary.token_ids_D.tolist() == [2, 9]
     assert vocabulary.coverage == 6 / 8
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-import graft_train.regenerate as module
+import graft_train.regenerate.in_process as module
 from graft_train.data.samples import read_samples
 from graft_train.data.target import load_target
 from graft_train.pretrain_target import pretrain_target
-from graft_train.regenerate import drop_torn_batch, regenerate
+from graft_train.regenerate import regenerate
+from graft_train.regenerate.in_process import drop_torn_batch
 from tests.graft_train.tiny_run import tiny_config, write_sources
 
 
@@ -51,9 +52,9 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
 def test_greedy_answers_are_generates(config):
     samples = read_samples(regenerate(config) / "samples.jsonl", "train")
     assert len(samples) == 12
-    assert {sample.temperature for sample in samples} == {0.0, 0.8}
+    assert {sample.sampling["temperature"] for sample in samples} == {0.0, 0.8}
     model = load_target(config)
-    for sample in [sample for sample in samples if sample.temperature == 0][:4]:
+    for sample in [sample for sample in samples if sample.sampling["temperature"] == 0][:4]:
         prompt = torch.tensor([sample.prompt_ids])
         plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
         assert sample.answer_ids == plain[0, prompt.shape[1] :].tolist()

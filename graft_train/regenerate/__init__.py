@@ -1,0 +1,121 @@
+"""`regenerate`: the target answers the training prompts itself, so that the head learns its habits."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from graft_train.data.chat import Chat
+from graft_train.data.documents import document_settings, of_split, read_documents
+from graft_train.data.preview import show
+from graft_train.data.prompts import Prompt, answered_samples, build_prompts
+from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
+from graft_train.data.target import load_tokenizer, target_path
+from graft_train.regenerate.config import RegenerateConfig
+from graft_train.regenerate.in_process import answer_in_process
+from graft_train.regenerate.servers import ask_servers
+from graft_train.stage import run_stage, say
+
+if TYPE_CHECKING:
+    from graft_train.config import Config
+
+__all__ = ["RegenerateConfig", "regenerate"]
+PREVIEWED = 256
+"""Samples whose share of trained tokens is shown."""
+
+
+def regenerate(config: "Config") -> Path:
+    """Writes `data/samples.jsonl`; see `data/samples.py` for a line's fields.
+
+    Raises:
+        SystemExit: data.preview=true, when the samples have been shown. Nothing is written then.
+    """
+    if config.data.preview:
+        _preview(config)
+        raise SystemExit(0)
+    settings = {
+        **config.regenerate.decisive(),
+        "data": document_settings(config.data),
+        "prompt_tokens": config.data.prompt_tokens,
+        "seed": config.seed,
+    }
+    return run_stage(config, "regenerate", "data", settings, [target_path(config)], lambda out: _build(config, out))
+
+
+def _build(config: "Config", out: Path) -> None:
+    settings, path = config.regenerate, out / "samples.jsonl"
+    work = _Work(config)
+    held_out = [
+        Sample(prompt.id, split, prompt.ids)
+        for split in ("calibration", "evaluation")
+        for prompt in work.prompts(split, settings.held_out)
+    ]
+    if settings.answers == "data":
+        with path.open("wb") as file:
+            for sample in tqdm(work.answered(settings.samples), desc="regenerate", unit="sample"):
+                file.write(to_line(sample))
+    elif settings.servers():
+        ask_servers(work.prompts("train", settings.samples), path, settings, config.seed, work.chat)
+    else:
+        answer_in_process(work.prompts("train", settings.samples), path, config)
+    with path.open("ab") as file:
+        append_samples(file, held_out)
+
+
+class _Work:
+    """Documents, template and limits, read once."""
+
+    def __init__(self, config: "Config") -> None:
+        self.config = config
+        path = target_path(config)
+        tokenizer = load_tokenizer(config)
+        self.chat = Chat(tokenizer, end_ids(path, tokenizer))
+        self.max_positions = AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+        self.documents = read_documents(config.data)
+
+    def prompts(self, split: str, count: int) -> list[Prompt]:
+        """Prompts of a split; an answer must fit behind each."""
+        room = self.max_positions - self.config.regenerate.max_new_tokens
+        return self._make(build_prompts, split, count, room)
+
+    def answered(self, count: int) -> Iterator[Sample]:
+        return self._make(answered_samples, "train", count, self.max_positions)
+
+    def _make(self, make: Callable[..., Any], split: str, count: int, max_tokens: int) -> Any:
+        documents = of_split(self.documents, split, self.config.data)
+        return make(documents, self.chat, self.config.data, count=count, max_tokens=max_tokens, seed=self.config.seed)
+
+
+def end_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which the target stops: those of its generation settings, and its tokenizer's."""
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # it has no such file
+        ids = AutoConfig.from_pretrained(path).get_text_config().eos_token_id
+    return {tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])}
+
+
+def _preview(config: "Config") -> None:
+    """Shows what there is: samples of a finished or interrupted run, the data's own answers, or prompts."""
+    tokenizer, run = load_tokenizer(config), Path(config.run_dir)
+    for path in (run / "data" / "samples.jsonl", run / "data.partial" / "samples.jsonl"):
+        if path.is_file() and (samples := list(islice(_trained(path), PREVIEWED))):
+            say(f"{path}:")
+            show(samples, tokenizer)
+            return
+    work = _Work(config)
+    if config.regenerate.answers == "data":
+        show(list(work.answered(PREVIEWED)), tokenizer)
+        return
+    show([Sample(prompt.id, "train", prompt.ids) for prompt in work.prompts("train", PREVIEWED)], tokenizer)
+    say("these are prompts; what the target answers them, once regenerate has run, is trained on")
+
+
+def _trained(path: Path) -> Iterator[Sample]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n") and (sample := parse_sample(line, f"{path}, line {number}")).split == "train":
+                yield sample

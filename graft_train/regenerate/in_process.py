@@ -1,0 +1,93 @@
+"""In process: transformers answers batches of prompts of like length."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from graft_train.data.prompts import Prompt
+from graft_train.data.samples import Sample, answered, append_samples, parse_sample
+from graft_train.data.target import load_target, load_tokenizer
+
+if TYPE_CHECKING:
+    from graft_train.config import Config
+
+
+def answer_in_process(prompts: list[Prompt], path: Path, config: "Config") -> None:
+    """Appends the target's answers to `path`, whole batches at a time, from the first that is not there."""
+    model, tokenizer = load_target(config), load_tokenizer(config)
+    batches = list(_batches(prompts, config.regenerate.batch))
+    done = drop_torn_batch(path, [len(batch) for batch in batches])
+    finished = sum(map(len, batches[:done]))
+    with (
+        path.open("ab") as file,
+        tqdm(total=len(prompts), initial=finished, desc="regenerate", unit="answer") as bar,
+    ):
+        for number, batch in enumerate(batches[done:], start=done):
+            append_samples(file, answer(model, tokenizer, batch, number, config))
+            bar.update(len(batch))
+
+
+def _batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Prompts of like length together, fixed before anything is generated."""
+    ordered = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.id))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def drop_torn_batch(path: Path, sizes: list[int]) -> int:
+    """Cuts what a kill left of an unfinished batch (or of the prompts behind the last one).
+
+    Returns:
+        Whole batches in the file.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    trained = sum(parse_sample(line, f"{path}, line {n}").split == "train" for n, line in enumerate(whole, start=1))
+    done, kept = 0, 0
+    while done < len(sizes) and kept + sizes[done] <= trained:
+        kept += sizes[done]
+        done += 1
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_bytes(b"".join(lines[:kept]))
+    aside.replace(path)
+    return done
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, batch: list[Prompt], number: int, config: "Config") -> list[Sample]:
+    """The target's answers to one batch. Its seed follows from its number: a resumed run is the same."""
+    settings = config.regenerate
+    temperature = settings.temperatures[number % len(settings.temperatures)]
+    seed = config.seed + number
+    torch.manual_seed(seed)
+    pad = tokenizer.pad_token_id
+    length = max(len(prompt.ids) for prompt in batch)
+    ids = torch.tensor([[pad] * (length - len(prompt.ids)) + prompt.ids for prompt in batch], device=model.device)
+    mask = torch.tensor(
+        [[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch], device=model.device
+    )
+    # A target's own generation settings would change its distribution, which the head is to learn.
+    sampling = {"repetition_penalty": 1.0, "do_sample": bool(temperature)}
+    if temperature:
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **sampling)
+    eos = model.generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos or [])
+    drawn = {"temperature": temperature, "seed": seed, "max_new_tokens": settings.max_new_tokens}
+    return [
+        answered(prompt.id, prompt.ids, until_end(row, ends), drawn)
+        for prompt, row in zip(batch, out[:, length:].tolist(), strict=True)
+    ]
+
+
+def until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Up to and with the first end-of-sequence token; what follows is padding."""
+    for index, token in enumerate(ids):
+        if token in ends:
+            return ids[: index + 1]
+    return ids

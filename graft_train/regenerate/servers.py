@@ -1,0 +1,216 @@
+"""Servers: the target answers through OpenAI-compatible servers, many requests at a time.
+
+Prompts go out as token ids and answers come back as such where the server can (vLLM, SGLang): a text that is
+tokenised again may give other tokens than the target drew.
+"""
+
+import asyncio
+import os
+import random
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import httpx2
+from tqdm import tqdm
+
+from graft_inference.errors import GraftError
+from graft_train.data.chat import Chat
+from graft_train.data.prompts import Prompt
+from graft_train.data.samples import answered, parse_sample, to_line
+from graft_train.regenerate.config import RegenerateConfig
+from graft_train.regenerate.in_process import until_end
+from graft_train.stage import say
+
+PAUSE_SECONDS = 1.0
+"""Before the second attempt; doubled before each later one, up to a minute."""
+EXTENSIONS = {
+    "return_token_ids": True,
+    "skip_special_tokens": False,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""The plain distribution, and the tokens drawn from it: a server may default to the model's generation settings."""
+PASSING = {408, 425, 429}
+"""Refusals worth another attempt, as are all of 500 and above."""
+TIMEOUT = httpx2.Timeout(3600.0, connect=10.0)
+
+
+class Unreachable(Exception):
+    """A server that has failed every attempt of a request."""
+
+
+def ask_servers(prompts: list[Prompt], path: Path, settings: RegenerateConfig, seed: int, chat: Chat) -> None:
+    """Appends an answer to every prompt that has none in `path` yet, in the order in which they come.
+
+    Raises:
+        GraftError: a server refuses a request, or none is left that answers. What was answered is kept.
+    """
+    done = keep_whole_answers(path)
+    pending = deque((number, prompt) for number, prompt in enumerate(prompts) if prompt.id not in done)
+    with (
+        path.open("ab") as file,
+        tqdm(total=len(prompts), initial=len(prompts) - len(pending), desc="regenerate", unit="answer") as bar,
+    ):
+        asyncio.run(_Questions(pending, file, bar, settings, seed, chat).ask_all())
+
+
+def keep_whole_answers(path: Path) -> set[str]:
+    """Cuts a line that a kill left torn, and the prompts behind the answers.
+
+    Returns:
+        Ids of the answered prompts.
+    """
+    if not path.exists():
+        return set()
+    kept, aside = set(), path.with_name(f".{path.name}.tmp")
+    with path.open("rb") as lines, aside.open("wb") as file:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n") and (sample := parse_sample(line, f"{path}, line {number}")).split == "train":
+                kept.add(sample.id)
+                file.write(line)
+    aside.replace(path)
+    return kept
+
+
+@dataclass
+class _Questions:
+    """What is still to be asked, and where the answers go."""
+
+    pending: deque[tuple[int, Prompt]]
+    file: BinaryIO
+    bar: Any
+    settings: RegenerateConfig
+    seed: int
+    chat: Chat
+    retokenised: int = 0
+
+    async def ask_all(self) -> None:
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(timeout=TIMEOUT, limits=limits, headers=headers) as client:
+            while self.pending:
+                before = len(self.pending)
+                troubles = await self._round(client)
+                if len(self.pending) >= before:
+                    raise GraftError(
+                        f"no server answers ({'; '.join(troubles)}); {before} prompts are left. Start one, set "
+                        "regenerate.base_url to it, and run again: what was answered is kept"
+                    )
+        if self.retokenised:
+            say(
+                f"regenerate: {self.retokenised} answers came back as text and were tokenised again, which may not "
+                "give the tokens that the target drew; a server that knows return_token_ids is better"
+            )
+
+    async def _round(self, client: httpx2.AsyncClient) -> list[str]:
+        """Until nothing is pending, or every server has failed; what went wrong with those that did.
+
+        A worker whose request fails hands its prompt back, for another server's to take, and stops.
+        """
+        troubles: dict[str, str] = {}
+        urls = [url.rstrip("/") for url in self.settings.servers()]
+        models = await asyncio.gather(*(self._model(client, url, troubles) for url in urls))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for url, model in zip(urls, models, strict=True):
+                    for _ in range(self.settings.batch if model else 0):
+                        group.create_task(self._work(client, url, model, troubles))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [f"{url}: {trouble}" for url, trouble in troubles.items()]
+
+    async def _model(self, client: httpx2.AsyncClient, url: str, troubles: dict[str, str]) -> str | None:
+        """The name under which the server knows its (first) model; None if it does not answer."""
+        try:
+            return str((await self._request(client, "GET", f"{url}/models"))["data"][0]["id"])
+        except Unreachable as error:
+            troubles[url] = str(error)
+            return None
+        except (KeyError, IndexError, TypeError) as error:
+            raise GraftError(f"{url}/models names no model; is this an OpenAI-compatible server?") from error
+
+    async def _work(self, client: httpx2.AsyncClient, url: str, model: str | None, troubles: dict[str, str]) -> None:
+        while self.pending:
+            number, prompt = self.pending.popleft()
+            temperatures = self.settings.temperatures
+            drawn = {
+                **(EXTENSIONS if self.settings.server_extensions else {}),
+                "temperature": temperatures[number % len(temperatures)],
+                "top_p": 1.0,
+                "seed": self.seed + number,
+                "max_tokens": self.settings.max_new_tokens,
+            }
+            try:
+                body = {"model": model, "prompt": prompt.ids, **drawn}
+                response = await self._request(client, "POST", f"{url}/completions", body)
+            except Unreachable as error:
+                self.pending.append((number, prompt))
+                troubles[url] = str(error)
+                return
+            sample = answered(prompt.id, prompt.ids, self._answer(url, prompt, response), drawn)
+            # Flushed, a line outlives this process; should the machine fail, what is lost is asked again.
+            self.file.write(to_line(sample))
+            self.file.flush()
+            self.bar.update(1)
+
+    def _answer(self, url: str, prompt: Prompt, response: Any) -> list[int]:
+        """The tokens of the answer, the one that ended it included.
+
+        Raises:
+            GraftError: the response is no answer to this prompt.
+        """
+        try:
+            choice = response["choices"][0]
+            ids, finish = choice.get("token_ids"), choice["finish_reason"]
+            if ids is None:
+                ids = self._tokenise(url, choice["text"])
+                self.retokenised += 1
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise GraftError(f"{url} sent no completion for {prompt.id}: {str(response)[:300]}") from error
+        if choice.get("prompt_token_ids") not in (None, prompt.ids):
+            raise GraftError(f"{url} changed the tokens of prompt {prompt.id}; it must take them as they are")
+        ids = until_end(ids, self.chat.end_ids)
+        if finish == "stop" and (not ids or ids[-1] not in self.chat.end_ids):
+            stop = choice.get("matched_stop", choice.get("stop_reason"))  # SGLang's and vLLM's names for it
+            ids = [*ids, stop if isinstance(stop, int) else self.chat.tokenizer.eos_token_id]
+        if not ids or finish not in ("stop", "length"):
+            raise GraftError(
+                f"{url} did not finish the answer to {prompt.id}: finish_reason {finish}, {len(ids)} tokens"
+            )
+        return ids
+
+    def _tokenise(self, url: str, text: str) -> list[int]:
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that the limit cut in two
+        ids = self.chat.tokenizer(text, add_special_tokens=False).input_ids
+        if self.chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+            raise GraftError(
+                f"{url} sends text, which the target's tokenizer cannot give back: {text[:80]!r}; use a server that "
+                "knows return_token_ids, and the same target on both sides"
+            )
+        return ids
+
+    async def _request(self, client: httpx2.AsyncClient, method: str, url: str, body: Any = None) -> Any:
+        """Raises Unreachable after the last attempt, GraftError for a refusal that would repeat itself."""
+        trouble = ""
+        for attempt in range(self.settings.retries + 1):
+            if attempt:
+                pause = min(60.0, PAUSE_SECONDS * 2 ** (attempt - 1))
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at the same moment
+            try:
+                response = await client.request(method, url, json=body)
+                if response.status_code == 200:
+                    return response.json()
+            except (httpx2.TransportError, ValueError) as error:
+                trouble = f"{type(error).__name__} {error}"
+                continue
+            trouble = f"{response.status_code} {response.text[:300]}"
+            if response.status_code not in PASSING and response.status_code < 500:
+                raise GraftError(
+                    f"{url} refuses: {trouble}. See regenerate.base_url (it ends in /v1 as a rule) and "
+                    "regenerate.server_extensions (false sends OpenAI's fields alone)"
+                )
+        raise Unreachable(trouble)

@@ -1,0 +1,194 @@
+"""Answers from OpenAI-compatible servers: exact tokens, and none lost or doubled whatever fails."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+import graft_train.regenerate.servers as module
+from graft_inference.errors import GraftError
+from graft_train.data.chat import Chat
+from graft_train.data.prompts import Prompt
+from graft_train.data.samples import read_samples
+from graft_train.regenerate import RegenerateConfig
+from graft_train.regenerate.servers import ask_servers
+from tests.graft_train.regenerate.server import END, Server, answer_to, serving
+from tests.graft_train.tiny_chat import word_tokenizer, words
+
+PROMPTS = [Prompt(f"p{n}", [3, 9 + n % 20, 1, 4 + n // 20]) for n in range(24)]
+LIMIT = 4
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.001)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def settings(*servers, **changes):
+    urls = [server.url for server in servers]
+    return RegenerateConfig(base_url=urls, max_new_tokens=LIMIT, batch=4, temperatures=[0.0, 0.7], **changes)
+
+
+def ask(path, *servers, prompts=PROMPTS, **changes):
+    ask_servers(prompts, path, settings(*servers, **changes), 100, Chat(word_tokenizer(None), {END}))
+
+
+def assert_complete(path, prompts=PROMPTS):
+    samples = read_samples(path, "train")
+    assert sorted(sample.id for sample in samples) == sorted(prompt.id for prompt in prompts)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    for sample in samples:
+        assert sample.prompt_ids == by_id[sample.id].ids
+        assert sample.answer_ids == answer_to(sample.prompt_ids, LIMIT)
+
+
+def test_exact_tokens_come_back_and_sampling_parameters_are_sent_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving(Server()) as server:
+        ask(tmp_path / "s", server)
+    assert_complete(tmp_path / "s")
+    sent = {tuple(request["prompt"]): request for request in server.requests}
+    for number, prompt in enumerate(PROMPTS):
+        request = sent[tuple(prompt.ids)]
+        assert request["temperature"] == [0.0, 0.7][number % 2]
+        assert request["seed"] == 100 + number
+        assert (request["top_p"], request["top_k"], request["return_token_ids"]) == (1.0, -1, True)
+        assert request["authorization"] == "Bearer secret"
+    for sample in read_samples(tmp_path / "s", "train"):
+        assert sample.sampling.items() <= sent[tuple(sample.prompt_ids)].items()
+        assert sample.sampling["max_tokens"] == LIMIT
+
+
+def test_failing_requests_are_repeated(tmp_path):
+    def refuse(number):
+        return {0: (503, "loading"), 1: (429, "busy"), 5: (0, ""), 9: (500, "oops"), 10: (500, "oops")}.get(number)
+
+    with serving(Server(refuse=refuse)) as server:
+        ask(tmp_path / "s", server)
+    assert_complete(tmp_path / "s")
+    assert len(server.requests) == len(PROMPTS) + 5
+
+
+def test_many_servers_share_the_prompts_and_take_over_from_one_that_fails(tmp_path):
+    failing = Server(refuse=lambda number: (503, "gone") if number >= 5 else None)
+    with serving(Server()) as one, serving(failing) as two:
+        ask(tmp_path / "s", one, two, retries=1)
+    assert_complete(tmp_path / "s")
+    assert (one.answers, two.answers) == (len(PROMPTS) - 5, 5)
+
+
+def test_without_a_server_that_answers_the_error_says_why_and_what_was_answered_is_kept(tmp_path):
+    path = tmp_path / "s"
+    with (
+        serving(Server(refuse=lambda number: (503, "out of memory") if number >= 7 else None)) as server,
+        pytest.raises(GraftError, match=r"no server answers .*503 .*out of memory.* 17 prompts are left"),
+    ):
+        ask(path, server, retries=1)
+    assert len(read_samples(path, "train")) == 7
+    with serving(Server()) as server:
+        ask(path, server)
+    assert_complete(path)
+    assert server.answers == 17
+
+
+def test_a_closed_port_is_no_server(tmp_path):
+    with serving(Server()) as server:
+        pass
+    with pytest.raises(GraftError, match=r"no server answers .*Connect"):
+        ask(tmp_path / "s", server, retries=1)
+
+
+def test_refusals_that_would_repeat_themselves_end_it_at_once(tmp_path):
+    with (
+        serving(Server(refuse=lambda number: (400, "unknown field top_k"))) as server,
+        pytest.raises(GraftError, match=r"refuses: 400 .*unknown field top_k.*regenerate\.server_extensions"),
+    ):
+        ask(tmp_path / "s", server)
+    assert len(server.requests) <= 4  # what was in flight
+    server.url = server.url.removesuffix("/v1")
+    with serving(Server()) as live, pytest.raises(GraftError, match=r"/models refuses: 404.*ends in /v1"):
+        live.url = live.url.removesuffix("/v1")
+        ask(tmp_path / "s", live)
+
+
+def test_a_kill_in_the_middle_loses_and_doubles_nothing(tmp_path):
+    path = tmp_path / "s"
+
+    def slow(number):
+        time.sleep(0.01)
+
+    with serving(Server(refuse=slow)) as server:
+        killed = multiprocessing.get_context("fork").Process(target=ask, args=(path, server))
+        killed.start()
+        deadline = time.monotonic() + 60
+        while (not path.exists() or path.read_bytes().count(b"\n") < 7) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.join()
+    kept = len(read_samples(path, "train"))
+    assert 7 <= kept < len(PROMPTS)
+    with path.open("ab") as file:  # what a kill in the middle of a write leaves
+        file.write(path.read_bytes().splitlines()[0][:50])
+    with serving(Server()) as server:
+        ask(path, server)
+    assert_complete(path)
+    assert server.answers == len(PROMPTS) - kept
+
+
+@pytest.mark.parametrize("stop", ["matched_stop", "stop_reason", None])
+def test_text_is_tokenised_again_where_no_tokens_come(tmp_path, stop, capsys):
+    def as_text(prompt, ids):
+        text = words([token for token in ids if token != END])
+        return {"text": text} | ({stop: END} if stop and ids[-1] == END else {})
+
+    with serving(Server(completion=as_text)) as server:
+        ask(tmp_path / "s", server)
+    assert_complete(tmp_path / "s")
+    assert f"{len(PROMPTS)} answers came back as text" in capsys.readouterr().out
+
+
+def test_a_plain_server_is_sent_openais_fields_alone(tmp_path):
+    with serving(Server()) as server:
+        ask(tmp_path / "s", server, prompts=PROMPTS[:1], server_extensions=False)
+    assert server.requests[0].keys() - {"authorization"} == {
+        "model", "prompt", "temperature", "top_p", "seed", "max_tokens",
+    }  # fmt: skip
+
+
+def test_an_end_that_is_not_among_the_tokens_is_added(tmp_path):
+    with serving(Server(completion=lambda prompt, ids: {"token_ids": [t for t in ids if t != END]})) as server:
+        ask(tmp_path / "s", server)
+    assert_complete(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("completion", "complaint"),
+    [
+        (lambda prompt, ids: {"text": "no such word"}, "cannot give back: 'no such word'"),
+        (lambda prompt, ids: {"token_ids": ids, "prompt_token_ids": [0, *prompt]}, "changed the tokens of prompt p"),
+        (lambda prompt, ids: {"token_ids": ids, "finish_reason": "abort"}, "did not finish .* abort"),
+        (lambda prompt, ids: {"token_ids": [], "finish_reason": "length"}, "did not finish .* 0 tokens"),
+        (lambda prompt, ids: {"text": None, "finish_reason": None}, "sent no completion"),
+    ],
+)
+def test_what_is_no_answer_is_named(tmp_path, completion, complaint):
+    with serving(Server(completion=completion)) as server, pytest.raises(GraftError, match=complaint):
+        ask(tmp_path / "s", server)
+    assert (tmp_path / "s").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"base_url": "localhost:8000"}, "must be one http"),
+        ({"answers": "mine"}, "choose target or data"),
+        ({"temperatures": []}, "must be a list of numbers"),
+        ({"batch": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings_are_named(changes, complaint):
+    with pytest.raises(GraftError, match=complaint):
+        RegenerateConfig(**changes)
