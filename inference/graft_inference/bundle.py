@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .draft_head import DraftHead
 from .errors import GraftError
 from .head_checkpoint import load_head
+from .ngrams import SLOTS, NgramTable
 from .policy import Policy
 from .retrieval import SuccessorMatrix
 
@@ -120,6 +121,26 @@ def load_successors(path: Path, vocab_size: int, made_for: dict[str, Any] | None
     if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab_size):
         raise GraftError(f"{path}: ids must lie in -1..{vocab_size - 1}; the file is corrupt")
     return SuccessorMatrix(ids, probs, made_for=built_for)
+
+
+def load_ngrams(path: Path, vocab_size: int, made_for: dict[str, Any] | None = None) -> NgramTable:
+    """Reads and checks an n-gram table, see `NgramTable`; arguments and errors as `load_successors`."""
+    tensors, built_for = read_table(path, made_for)
+    if set(tensors) != {"tags", "successors", "counts", "totals"}:
+        raise GraftError(f"{path} must hold tags, successors, counts and totals, not {sorted(tensors)}")
+    buckets = len(tensors["tags"]) if tensors["tags"].dim() else 0
+    k = tensors["successors"].shape[-1] if tensors["successors"].dim() == 3 else 0
+    for name, tensor in tensors.items():
+        shape = (buckets, SLOTS) if name in ("tags", "totals") else (buckets, SLOTS, k)
+        if tensor.dtype != torch.int32 or tensor.shape != shape or 0 in shape:
+            raise GraftError(f"{path}: {name} must be int32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    successors = tensors["successors"]
+    if int(successors.min()) < -1 or int(successors.max()) >= vocab_size:
+        raise GraftError(f"{path}: successors must lie in -1..{vocab_size - 1}; the file is corrupt")
+    try:
+        return NgramTable(tensors["tags"], successors, tensors["counts"], tensors["totals"], built_for)
+    except GraftError as error:
+        raise GraftError(f"{path}: {error}; build the corpus again") from error
 
 
 def read_table(

@@ -1,6 +1,7 @@
 """Retrieval from the successor matrix (Graft section 3.3; Token Recycling, arXiv 2408.08696)."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,23 @@ from .tree import PATH_BASE, DraftTree, Source
 RankPath = tuple[int, ...]
 LEAST = 2.0**-24
 """Smallest positive fp16 number: the probability of a successor that is known but rounds to zero."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """The nodes of one depth, as rows of the template.
+
+    Attributes:
+        rows, parents, ranks: of each node: its row, its parent's, its rank among the parent's successors.
+        inner: the distinct parents.
+        places: place of each node's parent in `inner`.
+    """
+
+    rows: Tensor
+    parents: Tensor
+    ranks: Tensor
+    inner: Tensor
+    places: Tensor
 
 
 class Template:
@@ -47,11 +65,14 @@ class Template:
         self.levels = []
         for depth in range(1, self.depth + 1):
             level = [path for path in paths if len(path) == depth]
+            inner = sorted({rows[path[:-1]] for path in level})
             self.levels.append(
-                (
-                    column([rows[path] for path in level]),
-                    column([rows[path[:-1]] for path in level]),
-                    column([path[-1] for path in level]),
+                Level(
+                    rows=column([rows[path] for path in level]),
+                    parents=column([rows[path[:-1]] for path in level]),
+                    ranks=column([path[-1] for path in level]),
+                    inner=column(inner),
+                    places=column([inner.index(rows[path[:-1]]) for path in level]),
                 )
             )
         self.max_rank = max((path[-1] for path in rank_paths), default=-1)
@@ -126,9 +147,10 @@ class SuccessorMatrix:
     def to(self, device: torch.device) -> "SuccessorMatrix":
         return self._each(lambda tensor: tensor.to(device))
 
-    def _each(self, change: Any) -> "SuccessorMatrix":
-        tensors = {"ids_VK": self.ids_VK, "probs_VK": self.probs_VK, "learned_V": self.learned_V}
-        return replace(self, **{name: None if tensor is None else change(tensor) for name, tensor in tensors.items()})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "SuccessorMatrix":
+        probs_VK = None if self.probs_VK is None else change(self.probs_VK)
+        learned_V = None if self.learned_V is None else change(self.learned_V)
+        return replace(self, ids_VK=change(self.ids_VK), probs_VK=probs_VK, learned_V=learned_V)
 
     def expand(self, root_1: Tensor, template: Template) -> DraftTree:
         """Retrieved nodes below the root: one gather per depth (Graft Eq. 10).
@@ -140,11 +162,11 @@ class SuccessorMatrix:
             root_1: the root's token, [1] int64.
         """
         tokens_T = root_1.expand(len(template)).clone()
-        for rows, parents, ranks in template.levels:
-            parent_tokens = tokens_T[parents]
+        for level in template.levels:
+            parent_tokens = tokens_T[level.parents]
             # An unknown successor is -1, and so are all its descendants.
-            child = self.ids_VK[parent_tokens.clamp(min=0), ranks]
-            tokens_T[rows] = torch.where(parent_tokens >= 0, child, -1).long()
+            child = self.ids_VK[parent_tokens.clamp(min=0), level.ranks]
+            tokens_T[level.rows] = torch.where(parent_tokens >= 0, child, -1).long()
         if self.probs_VK is None:
             return template.tree(tokens_T, None)
         parent_tokens_T = tokens_T[template.parents_T].clamp(min=0)

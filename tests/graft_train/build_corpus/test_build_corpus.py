@@ -1,0 +1,182 @@
+"""The stage: any number of processes, interrupted or not, gives the same corpus, bit for bit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graft_inference import GraftError
+from graft_inference.bundle import load_ngrams, load_successors
+from graft_train.build_corpus import build_corpus, describe_corpus, gather_runs, pairs, write_tables
+from graft_train.build_corpus.config import CorpusConfig
+from graft_train.data.samples import Sample, append_samples
+from graft_train.stage import write_json
+from tests.graft_inference.tiny import VOCAB
+from tests.graft_inference.tiny_bundle import write_target
+from tests.graft_train.tiny_run import tiny_config
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A run with a target and samples in a dozen windows."""
+    monkeypatch.setattr(pairs, "WINDOW_BYTES", 700)
+    config = tiny_config(tmp_path / "run", tmp_path)
+    write_target(tmp_path / "run" / "target")
+    data = tmp_path / "run" / "data"
+    data.mkdir()
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
+
+    samples = [Sample(f"s{n}", "train", ids(5 + n % 7), ids(12 - n % 5), 0.0, 0) for n in range(60)]
+    with (data / "samples.jsonl").open("wb") as file:
+        append_samples(file, [*samples, Sample("held", "evaluation", ids(9), [], 0.0, 0)])
+    write_json(data / "stage.json", {"fingerprint": "made"})
+    config.corpus = CorpusConfig(successors=4, held_out=0.1, batch_tokens=100)
+    return config
+
+
+def build(config, tmp_path, name, processes=1, finished=()):
+    """The tables' bytes, with the processes one after the other."""
+    runs = tmp_path / name / "runs"
+    runs.mkdir(parents=True)
+    for file in finished:
+        (runs / file.name).write_bytes(file.read_bytes())
+    samples, made_for = tmp_path / "run" / "data" / "samples.jsonl", describe_corpus(config)
+    for process in reversed(range(processes)):
+        gather_runs(config, samples, runs, made_for, process, processes)
+    write_tables(config.corpus, runs, tmp_path / name, made_for)
+    return {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_processes_and_memory_do_not_change_a_bit(config, tmp_path, monkeypatch, text_only):
+    config.corpus = replace(config.corpus, text_only=text_only)
+    one = build(config, tmp_path, "one")
+    assert sorted(one) == ["ngrams.safetensors", "successors.safetensors"]
+    assert build(config, tmp_path, "three", processes=3) == one
+    monkeypatch.setattr("graft_train.build_corpus.BYTES_PER_PAIR", 1 << 14)  # a run every 32 pairs
+    config.corpus = replace(config.corpus, memory_mb=1)
+    assert build(config, tmp_path, "small") == one
+    assert len(list((tmp_path / "small" / "runs").iterdir())) > 5
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_a_killed_build_resumes_to_the_same_bits(config, tmp_path, monkeypatch, text_only):
+    """Some runs of three processes are there; two processes do the rest, and read nothing twice."""
+    monkeypatch.setattr("graft_train.build_corpus.BYTES_PER_PAIR", 1 << 14)
+    config.corpus = replace(config.corpus, text_only=text_only, memory_mb=1)
+    whole = build(config, tmp_path, "whole", processes=3)
+    finished = sorted((tmp_path / "whole" / "runs").iterdir())[1::2]
+    read = []
+    original = pairs.samples_of
+    monkeypatch.setattr("graft_train.build_corpus.samples_of", lambda *args: read.append(args[0]) or original(*args))
+    assert build(config, tmp_path, "resumed", processes=2, finished=finished) == whole
+    total = len(list(pairs.windows(tmp_path / "run" / "data" / "samples.jsonl")))
+    assert 0 < len(read) < total
+    assert len({window.number for window in read}) == len(read)
+
+
+def test_the_stage_writes_a_corpus_that_loads_and_tells_about_it(config, tmp_path, capsys):
+    corpus = build_corpus(config)
+    made_for = describe_corpus(config)
+    matrix = load_successors(corpus / "successors.safetensors", VOCAB, made_for)
+    table = load_ngrams(corpus / "ngrams.safetensors", VOCAB, made_for)
+    assert matrix.made_for == table.made_for == made_for
+    assert not list(corpus.glob("runs*"))
+    inspection = json.loads((corpus / "inspection.json").read_text())
+    assert inspection["rows_filled"] == int((matrix.ids_VK[:, 0] >= 0).sum()) > 50
+    assert inspection["contexts"] == int((table.tags_RS >= 0).sum()) > 500
+    assert [row["source"] for row in inspection["recall"]] == ["matrix", "3 tokens", "2 tokens", "together"]
+    assert all(0 <= row["top_1"] <= row["top_k"] <= 1 for row in inspection["recall"])
+    said = capsys.readouterr().out
+    assert "held-out tokens" in said
+    assert "successors of the most frequent tokens" in said
+    build_corpus(config)
+    said = capsys.readouterr().out
+    assert "reusing" in said
+    assert "held-out tokens" in said
+
+
+def test_recall_is_measured_on_what_was_held_out(config, tmp_path):
+    """Text that repeats one cycle is foreseen entirely; random text hardly."""
+    cycle = [(n * 7) % VOCAB for n in range(VOCAB)]
+    lines = [Sample(f"s{n}", "train", cycle[n % 50 :][:4], (cycle * 2)[n % 50 + 4 :][:20], 0.0, 0) for n in range(60)]
+    with (tmp_path / "run" / "data" / "samples.jsonl").open("wb") as file:
+        append_samples(file, lines)
+    config.corpus = replace(config.corpus, text_only=True)
+    inspection = json.loads((build_corpus(config) / "inspection.json").read_text())
+    assert inspection["held_out_tokens"] > 20
+    assert [row["top_1"] for row in inspection["recall"]] == [1.0] * 4
+
+
+def test_learned_rows_are_merged_back(config, tmp_path):
+    config.corpus = replace(config.corpus, text_only=True)
+    before = load_file(build_corpus(config) / "successors.safetensors")
+    served = load_successors(tmp_path / "run" / "corpus" / "successors.safetensors", VOCAB)
+    seen = torch.full((1000, VOCAB), -20.0)
+    seen[:, 7] = 0
+    served.update(torch.full((1000,), 3), seen)
+    served.save(tmp_path / "learned.safetensors")
+    config.run_dir = str(tmp_path / "again")
+    (tmp_path / "run").rename(tmp_path / "again")
+    (tmp_path / "again" / "corpus").rename(tmp_path / "old")
+    config.corpus = replace(config.corpus, merge=[str(tmp_path / "learned.safetensors")])
+    after = load_file(build_corpus(config) / "successors.safetensors")
+    others = torch.arange(VOCAB) != 3
+    assert all(torch.equal(after[name][others], before[name][others]) for name in before)
+    assert int(after["counts"][3]) == int(before["counts"][3]) + 1000
+    assert int(after["ids"][3, 0]) == 7
+    assert float(after["probs"][3, 0]) == pytest.approx(1000 / int(after["counts"][3]), abs=0.02)
+
+
+def edited(path, metadata, **tensors):
+    save_file(load_file(path) | tensors, path, {"made_for": json.dumps(metadata)})
+
+
+def test_a_corpus_for_another_target_is_refused(config, tmp_path):
+    corpus, made_for = build_corpus(config), describe_corpus(config)
+    for name in ("tokenizer", "fingerprint", "hidden_size"):
+        edited(corpus / "ngrams.safetensors", made_for | {name: "other"})
+        edited(corpus / "successors.safetensors", made_for | {name: "other"})
+        for load, file in ((load_ngrams, "ngrams"), (load_successors, "successors")):
+            with pytest.raises(GraftError, match=f"{file}.*another target: its {name} is other"):
+                load(corpus / f"{file}.safetensors", VOCAB, made_for)
+    config.run_dir = str((tmp_path / "run").rename(tmp_path / "again"))
+    (tmp_path / "again" / "corpus").rename(tmp_path / "old")
+    config.corpus = replace(config.corpus, merge=[str(tmp_path / "old" / "successors.safetensors")])
+    with pytest.raises(GraftError, match=r"old/successors\.safetensors was built for another target"):
+        build_corpus(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("tags", torch.zeros(4, 7, dtype=torch.int32), r"tags must be int32 \[4, 8\], not torch.int32 \[4, 7\]"),
+        ("counts", torch.zeros(2, 8, 4), r"counts must be int32 .* not torch.float32"),
+        ("successors", torch.tensor(VOCAB, dtype=torch.int32), f"must lie in -1..{VOCAB - 1}"),
+        ("odd", torch.zeros(1), "must hold tags, successors, counts and totals"),
+    ],
+)
+def test_a_damaged_table_is_refused(config, name, tensor, message):
+    config.corpus = replace(config.corpus, text_only=True)
+    path = build_corpus(config) / "ngrams.safetensors"
+    if tensor.dim() == 0:
+        tensor = torch.full_like(load_file(path)[name], int(tensor))
+    edited(path, {}, **{name: tensor})
+    with pytest.raises(GraftError, match=message):
+        load_ngrams(path, VOCAB)
+
+
+def test_bad_settings_are_refused(config, tmp_path):
+    with pytest.raises(GraftError, match=r"corpus\.successors=0 must be at least 1"):
+        CorpusConfig(successors=0)
+    with pytest.raises(GraftError, match=r"corpus\.held_out=1"):
+        CorpusConfig(held_out=1.0)
+    config.corpus = replace(config.corpus, merge=["nowhere.safetensors"])
+    with pytest.raises(GraftError, match=r"nowhere\.safetensors does not exist"):
+        build_corpus(config)
+    assert not (tmp_path / "run" / "corpus.partial").exists()

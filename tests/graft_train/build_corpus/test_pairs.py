@@ -1,0 +1,165 @@
+"""Pairs from samples against loops over their tokens."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from graft_inference import GraftError
+from graft_inference.ngrams import LONGEST, ORDERS, context_keys
+from graft_inference.retrieval import SuccessorMatrix
+from graft_train.build_corpus import pairs
+from graft_train.build_corpus.pairs import (
+    NGRAM,
+    Window,
+    batches,
+    is_held_out,
+    join_samples,
+    matrix_pairs,
+    ngram_pairs,
+    pad,
+    predicted_pairs,
+    samples_of,
+    text_pairs,
+    windows,
+)
+from graft_train.build_corpus.runs import ONE, OTHER, SUCCESSOR_BITS, sum_pairs
+from graft_train.build_corpus.tables import rows_of, successor_matrix
+from graft_train.data.samples import Sample, append_samples
+
+VOCAB, K = 11, 3
+
+
+def samples(count=12, seed=0, shortest=1):
+    generator = np.random.default_rng(seed)
+    lengths = [(int(a), int(b)) for a, b in generator.integers(shortest, 9, (count, 2))]
+    return [
+        Sample(
+            str(n), "train", generator.integers(0, VOCAB, a).tolist(), generator.integers(0, VOCAB, b).tolist(), 0.0, 0
+        )
+        for n, (a, b) in enumerate(lengths)
+    ]
+
+
+def follows(sample, prompts):
+    """(tokens up to here, the next one) wherever the next one counts."""
+    text = sample.prompt_ids + sample.answer_ids
+    for end in range(1, len(text)):
+        if prompts or end >= len(sample.prompt_ids):
+            yield text[:end], text[end]
+
+
+class Oracle(torch.nn.Module):
+    """A model whose logits after a token are a fixed row, so that rounding cannot differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits_VV = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        assert input_ids.shape == attention_mask.shape
+        return SimpleNamespace(logits=self.logits_VV[input_ids])
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_text_pairs_equal_a_loop(prompts):
+    data = samples()
+    found = Counter(text_pairs(join_samples(data, prompts)).tolist())
+    assert found == Counter(
+        before[-1] << SUCCESSOR_BITS | after for sample in data for before, after in follows(sample, prompts)
+    )
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+@pytest.mark.parametrize("data", [samples(), samples(1)], ids=["many", "one"])
+def test_ngram_pairs_equal_a_loop(prompts, data):
+    expected = Counter()
+    for sample in data:
+        for before, after in follows(sample, prompts):
+            window = torch.tensor([([-1] * LONGEST + before)[-LONGEST:]])
+            for order, key in zip(ORDERS, context_keys(window)[0].tolist(), strict=True):
+                if len(before) >= order:
+                    expected[key + NGRAM << SUCCESSOR_BITS | after] += 1
+    assert Counter(ngram_pairs(join_samples(data, prompts)).tolist()) == expected
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_predictions_equal_a_loop(prompts, monkeypatch):
+    """Every counted position weighs ONE: the model's top k, and all others together."""
+    monkeypatch.setattr(pairs, "CHUNK", 5)
+    data, model = samples(), Oracle()
+    keys, weights = sum_pairs(list(predicted_pairs(model, data, K, 40, prompts)))
+    probs_VV = model.logits_VV.double().softmax(dim=-1)
+    expected, seen = Counter(), Counter()
+    for sample in data:
+        text = sample.prompt_ids + sample.answer_ids
+        for token in text[0 if prompts else len(sample.prompt_ids) - 1 :]:
+            seen[token] += 1
+            for successor in probs_VV[token].topk(K).indices.tolist():
+                expected[token << SUCCESSOR_BITS | successor] += float(probs_VV[token, successor])
+    for key, weight in zip(keys.tolist(), weights.tolist(), strict=True):
+        if key & OTHER != OTHER:
+            assert weight / ONE == pytest.approx(expected.pop(key), rel=1e-4)
+    assert not expected
+    rows = rows_of(keys, weights, K)
+    assert dict(zip(rows.contexts_C.tolist(), rows.totals_C.tolist(), strict=True)) == {
+        token: count * ONE for token, count in seen.items()
+    }
+
+
+def test_a_saved_matrix_gives_back_its_rows():
+    ids_VK = torch.tensor([[3, 1], [2, -1], [0, 4], [1, 2], [-1, -1]], dtype=torch.int32)
+    probs_VK = torch.tensor([[0.5, 0.25], [1, 0], [0.3, 0.3], [0.6, 0.4], [0, 0]]).half()
+    counts_V = torch.tensor([5, 2, 1, 0, 0])
+    summed = sum_pairs([matrix_pairs(SuccessorMatrix(ids_VK, probs_VK), counts_V)])
+    matrix = successor_matrix(iter([summed]), 5, 2)
+    assert matrix["counts"].tolist() == counts_V.tolist()
+    assert matrix["ids"].tolist() == [[3, 1], [2, -1], [0, 4], [-1, -1], [-1, -1]]
+    torch.testing.assert_close(matrix["probs"][:3], probs_VK[:3], atol=1e-3, rtol=0)
+
+
+def test_batches_hold_every_sample_within_the_padded_budget():
+    data = samples(20)
+    dealt = list(batches(data, 40))
+    assert sorted(sample.id for batch in dealt for sample in batch) == sorted(sample.id for sample in data)
+    for batch in dealt:
+        ids_BS, counted_BS = pad(batch, False, torch.device("cpu"))
+        assert len(batch) == 1 or ids_BS.numel() <= 40
+        for row, sample in enumerate(batch):
+            assert ids_BS[row][ids_BS[row] >= 0].tolist() == sample.prompt_ids + sample.answer_ids
+            assert ids_BS[row][counted_BS[row]].tolist() == [sample.prompt_ids[-1], *sample.answer_ids]
+
+
+def test_windows_hold_every_line_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "WINDOW_BYTES", 300)
+    path, data = tmp_path / "samples.jsonl", samples(30)
+    with path.open("wb") as file:
+        append_samples(file, data)
+    dealt = list(windows(path))
+    assert len(dealt) > 3
+    assert [window.number for window in dealt] == list(range(len(dealt)))
+    assert [sample for window in dealt for sample in samples_of(window, path, VOCAB)] == data
+    for window in dealt:
+        assert window.line == 1 + sum(len(earlier.lines) for earlier in dealt[: window.number])
+
+
+def test_bad_samples_are_named(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    with pytest.raises(GraftError, match=r"does not exist; run recipes/regenerate\.py"):
+        list(windows(path))
+    with path.open("wb") as file:
+        append_samples(file, [Sample("s", "train", [1], [VOCAB], 0.0, 0)])
+    window = next(windows(path))
+    with pytest.raises(GraftError, match=r"line 1: sample s has token ids outside .* of 11"):
+        samples_of(window, path, VOCAB)
+    with pytest.raises(GraftError, match="line 8 is not a JSON object"):
+        samples_of(Window(0, 7, [*window.lines, b"torn"]), path, VOCAB + 1)
+
+
+def test_held_out_is_a_share_of_all():
+    chosen = sum(is_held_out(str(number), 0.1) for number in range(2000))
+    assert 150 < chosen < 250
+    assert not any(is_held_out(str(number), 0.0) for number in range(50))
