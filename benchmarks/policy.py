@@ -23,9 +23,9 @@ from transformers import AutoTokenizer
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_successors, load_target_model
 from graft_inference.head_checkpoint import load_head
-from graft_train.calibrate import learn
+from graft_train.calibrate import learn, plan_of
 from graft_train.calibrate.config import CalibrateConfig
-from graft_train.calibrate.latency import Latency, measure_latency
+from graft_train.calibrate.latency import measure_latency
 from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.report import PIECES, calibration, describe
@@ -139,16 +139,16 @@ def measure(
         settings.repeats,
         traces[first].template[: 2 * max(settings.widths)],
     )
-    learned = {name: learn(settings, traces[name], latency) for name in domains}
+    replays = {name: Replay(traces[name], latency, max(settings.widths)) for name in domains}
+    learned = {name: learn(settings, replay) for name, replay in replays.items()}
     found = []
     for name, prompts in domains.items():
-        plans = contenders(settings, traces[name], latency, learned, name)
+        replay = replays[name]
+        plans = contenders(settings, replay, learned, name)
         raced = race(engine, prompts["evaluation"], plans, settings.max_new_tokens, temperature, settings.repeats)
-        replay = Replay(traces[name], latency, max(settings.widths))
-        predicted = {plan: replay.run(plans[plan])[0] for plan in learned[name] if plan in plans}
+        predicted = {plan: replay.run(learned[name][plan])[0] for plan in learned[name]}
         # The prediction is of the calibration prompts: it is held against the speed on those.
-        judged = {plan: plans[plan] for plan in predicted}
-        seen = race(engine, prompts["calibration"], judged, settings.max_new_tokens, temperature, 1)
+        seen = race(engine, prompts["calibration"], learned[name], settings.max_new_tokens, temperature, 1)
         found.append(
             {
                 "domain": name,
@@ -179,14 +179,10 @@ def trace(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor])
 
 
 def contenders(
-    settings: CalibrateConfig,
-    traces: Traces,
-    latency: Latency,
-    learned: dict[str, dict[str, Plan]],
-    domain: str,
+    settings: CalibrateConfig, replay: Replay, learned: dict[str, dict[str, Plan]], domain: str
 ) -> dict[str, Plan]:
     """The plans of one race by name. Plans that came out equal are raced once each all the same."""
-    plans = {name: plan for name, plan in learned[domain].items() if name != "graft"}
+    plans = dict(learned[domain])
     plans["prune of learned"] = plans["learned"].without_retrieval()
     plans["paper as printed"] = paper_policy().graft
     for other in learned:
@@ -194,7 +190,7 @@ def contenders(
             plans[f"learned on {other}"] = learned[other]["learned"]
     for piece, change in PIECES.items():
         if change:
-            plans[piece] = learn(replace(settings, **change), traces, latency)["learned"]
+            plans[piece] = plan_of("learned", replace(settings, **change), replay)
     plans["matrix learns from all"] = replace(plans["learned"], learns_accepted=False)
     return plans
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from graft_train.calibrate.latency import Latency, measure_latency
 from graft_train.calibrate.race import race
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.report import ablation, calibration, draw_frontier, frontier, print_report, to_markdown
-from graft_train.calibrate.scale import fit_scale, raw_scale
+from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.data.samples import read_samples
@@ -26,6 +26,10 @@ from graft_train.stage import fingerprint_of, run_stage, say, write_json
 
 if TYPE_CHECKING:
     from graft_train.config import Config
+
+PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
+SPECIAL_CASES = ("learned", "eagle3", "prune_only", "retrieve_only")
+"""What the learned policy must not be slower than, the learned plan itself first."""
 
 
 def calibrate(config: "Config") -> Path:
@@ -43,34 +47,32 @@ def calibrate(config: "Config") -> Path:
     return run_stage(config, "calibrate", "policy", values, inputs, lambda out: _build(config, out))
 
 
-def learn(settings: CalibrateConfig, traces: Traces, latency: Latency) -> dict[str, Plan]:
-    """The best plan of each kind, by replay.
+def learn(settings: CalibrateConfig, replay: Replay) -> dict[str, Plan]:
+    """The best plan of each of PLANS, by replay."""
+    return {name: plan_of(name, settings, replay) for name in PLANS}
 
-    Returns:
-        `graft` as `settings.kind` says, and `eagle3`, `prune_only`, `retrieve_only`, `paper` and `learned`.
-    """
-    replay = Replay(traces, latency, max(settings.widths))
-    scale = _scale(settings, traces)
+
+def plan_of(name: str, settings: CalibrateConfig, replay: Replay) -> Plan:
+    """The best plan of one of PLANS under these settings."""
     allowed = Allowed(
         tuple(sorted({*settings.widths})), settings.checkpoints, settings.retrieve_first, settings.width_by_gain
     )
-    most_rank = max(max(path) for path in traces.template)
-    prune_only = best_learned(replay, replace(scale, template=()), allowed)
-    retrieve_only = best_learned(replay, replace(scale, drafted=()), allowed)
-    both = best_learned(replay, scale, allowed)
-    plans = {
-        "eagle3": best_eagle3(replay, settings.widths),
-        "prune_only": prune_only,
-        "retrieve_only": retrieve_only,
-        "paper": best_paper(replay, settings.widths, most_rank),
-        # Either source alone is a special case of both.
-        "learned": max((both, prune_only, retrieve_only), key=lambda plan: replay.run(plan)[0]),
-    }
-    return plans | {"graft": plans[settings.kind]}
+    scale = _scale(settings, replay)
+    match name:
+        case "eagle3":
+            return best_eagle3(replay, settings.widths)
+        case "paper":
+            return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
+        case "prune_only":
+            return best_learned(replay, replace(scale, template=()), allowed)
+        case "retrieve_only":
+            return best_learned(replay, replace(scale, drafted=()), allowed)
+    return best_learned(replay, scale, allowed)
 
 
-def _scale(settings: CalibrateConfig, traces: Traces) -> Scale:
-    scale = fit_scale(traces) if settings.calibrated else raw_scale(traces)
+def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
+    traces = replay.traces
+    scale = replay.fitted if settings.calibrated else raw_scale(traces)
     # Twice the widest tree: what both sources propose leaves room for more.
     paths = traces.template[: 2 * max(settings.widths)]
     if not settings.learned_template:
@@ -101,35 +103,33 @@ def _build(config: "Config", out: Path) -> None:
         traces.save(file, made_of)
     _check_enough(settings, len(traces))
     latency = _latency(config, engine, prompts, traces)
-    plans = learn(settings, traces, latency)
-    finalists = {name: plan for name, plan in plans.items() if name != "graft"}
-    measured = race(engine, prompts, finalists, settings.max_new_tokens, settings.temperature, settings.repeats)
+    replay = Replay(traces, latency, max(settings.widths))
+    plans = learn(settings, replay)
+    measured = race(engine, prompts, plans, settings.max_new_tokens, settings.temperature, settings.repeats)
     graft = settings.kind
     if settings.kind == "learned":  # never slower than a method it has in it, as far as this device tells
         graft = max(
             ("learned", "eagle3", "prune_only", "retrieve_only"), key=lambda n: measured[n]["tokens_per_second"]
         )
-    replay = Replay(traces, latency, max(settings.widths))
     report = {
         "device": describe_device(engine.target.device),
         "positions": len(traces),
         "prompts": len(prompts),
         "graft_is": graft,
         "predicted": {
-            name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True))
-            for name, plan in finalists.items()
+            name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True)) for name, plan in plans.items()
         },
         "measured": measured,
         "calibration_error": calibration(traces),
-        "ablation": ablation(settings, traces, latency, learn),
-        "frontier": frontier(settings, traces, latency, learn),
+        "ablation": ablation(settings, replay, plan_of),
+        "frontier": frontier(settings, replay, plan_of),
         "latency_ms": latency.to_dict(),
     }
     draw_frontier(report, out / "frontier.png")
-    (out / "report.md").write_text(to_markdown(report, finalists), encoding="utf-8")
+    (out / "report.md").write_text(to_markdown(report, plans), encoding="utf-8")
     write_json(out / "report.json", report)
-    print_report(report, finalists)
-    _write(config, out, latency, plans | {"graft": finalists[graft]}, report)
+    print_report(report, plans)
+    _write(config, out, latency, plans, graft, report)
 
 
 def _renew(config: "Config", directory: Path) -> Path:
@@ -138,23 +138,30 @@ def _renew(config: "Config", directory: Path) -> Path:
     traces = Traces.load(directory / "traces.safetensors", _made_of(config))
     engine = _engine(config)
     latency = _latency(config, engine, _prompts(config), traces)
-    plans = learn(settings, traces, latency)
     replay = Replay(traces, latency, max(settings.widths))
-    names = ("graft", "eagle3", "retrieve_only")
-    predicted = {name: dict(zip(("tokens_per_second", "tau"), replay.run(plans[name]), strict=True)) for name in names}
-    report = {"device": describe_device(engine.target.device), "positions": len(traces), "predicted": predicted}
-    _write(config, directory, latency, plans, report)
+    plans = learn(settings, replay)
+    speeds = {name: replay.run(plan)[0] for name, plan in plans.items()}
+    graft = max(SPECIAL_CASES, key=speeds.__getitem__) if settings.kind == "learned" else settings.kind
+    report = {
+        "device": describe_device(engine.target.device),
+        "positions": len(traces),
+        "graft_is": graft,
+        "predicted": speeds,
+    }
+    _write(config, directory, latency, plans, graft, report)
     say(
         f"calibrate: {directory} is chosen anew for this device; delete the bundle and run recipes/export.py to ship it"
     )
     return directory
 
 
-def _write(config: "Config", out: Path, latency: Latency, plans: dict[str, Plan], report: dict[str, object]) -> None:
+def _write(
+    config: "Config", out: Path, latency: Latency, plans: dict[str, Plan], graft: str, report: dict[str, Any]
+) -> None:
     write_json(out / "latency.json", latency.to_dict())
     names = ("device", "positions", "prompts", "graft_is", "predicted", "measured")
     measured_on = {name: report[name] for name in names if name in report} | {"dtype": config.target.dtype}
-    policy = Policy(plans["graft"], plans["eagle3"], plans["retrieve_only"], measured_on)
+    policy = Policy(plans[graft], plans["eagle3"], plans["retrieve_only"], measured_on)
     write_json(out / "policy.json", policy.to_dict())
 
 

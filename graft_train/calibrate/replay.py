@@ -1,6 +1,7 @@
 """Replays plans over traces, without the models."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from graft_inference.grafting import score
 from graft_inference.policy import Plan, Scale, Stage
 from graft_train.calibrate.latency import Latency
+from graft_train.calibrate.scale import fit_scale
 from graft_train.calibrate.traces import Traces
 
 NEVER = torch.iinfo(torch.int32).max
@@ -68,6 +70,11 @@ class Replay:
         self._true_TC, self._true_TR = self._on_path()
         self._twin_TR = self._twins()
         self._tables: dict[Scale, Table] = {}
+
+    @cached_property
+    def fitted(self) -> Scale:
+        """The scale that these traces make likeliest."""
+        return fit_scale(self.traces)
 
     def outcome(self, plan: Plan) -> Outcome:
         """Every position as the root of a round of this plan.

@@ -11,13 +11,14 @@ from rich.table import Table
 
 from graft_inference import Plan
 from graft_train.calibrate.config import CalibrateConfig
-from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.race import ratio
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.scale import Nodes, calibration_error, drafted_nodes, fit_scale, retrieved_nodes
 from graft_train.calibrate.traces import Traces
 
-Learn = Callable[[CalibrateConfig, Traces, Latency], dict[str, Plan]]
+PlanOf = Callable[[str, CalibrateConfig, Replay], Plan]
+POINTS = 4
+"""Widths at which the frontier is drawn."""
 WORTH = 0.02
 """Calibration is judged on nodes that claim at least this; the many hopeless ones would flatter it."""
 PIECES: dict[str, dict[str, Any]] = {
@@ -63,29 +64,23 @@ def _errors(nodes: Nodes, table: tuple[tuple[float, float], ...], prompts: torch
     }
 
 
-def ablation(settings: CalibrateConfig, traces: Traces, latency: Latency, learn: Learn) -> dict[str, dict[str, float]]:
+def ablation(settings: CalibrateConfig, replay: Replay, plan_of: PlanOf) -> dict[str, dict[str, float]]:
     """Predicted speed and tau of the learned plan without one of its pieces at a time."""
-    replay = Replay(traces, latency, max(settings.widths))
     found = {}
     for name, change in PIECES.items():
-        plan = learn(replace(settings, **change), traces, latency)["learned"]
+        plan = plan_of("learned", replace(settings, **change), replay)
         found[name] = dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True))
     return found
 
 
-def frontier(
-    settings: CalibrateConfig, traces: Traces, latency: Latency, learn: Learn
-) -> dict[str, list[dict[str, float]]]:
-    """Predicted speed and tau of the best plan of each kind with each width as its most."""
+def frontier(settings: CalibrateConfig, replay: Replay, plan_of: PlanOf) -> dict[str, list[dict[str, float]]]:
+    """Predicted speed and tau of the best plan of each kind with some of the widths as its most."""
     points: dict[str, list[dict[str, float]]] = {name: [] for name in COLORS}
-    for width in sorted({*settings.widths}):
-        if width < 2:
-            continue
+    widths = sorted({width for width in settings.widths if width > 1})
+    for width in widths[:: -max(1, len(widths) // POINTS)][::-1]:
         narrow = replace(settings, widths=[w for w in settings.widths if w <= width])
-        replay = Replay(traces, latency, width)
-        plans = learn(narrow, traces, latency)
         for name in COLORS:
-            speed, tau = replay.run(plans[name])
+            speed, tau = replay.run(plan_of(name, narrow, replay))
             points[name].append({"width": width, "tokens_per_second": speed, "tau": tau})
     return points
 

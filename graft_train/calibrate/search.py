@@ -58,30 +58,25 @@ def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
     first (optimal stopping): a round stops at a checkpoint if what its tree is worth there exceeds what
     going on is worth, on average over all positions with as little confidence.
     """
-    lasts = range(1, replay.passes + 1) if scale.drafted else [0]
-    plans = [
-        plan
-        for last in lasts
-        for by_gain in ((False, True) if allowed.width_by_gain else (False,))
-        if (plan := _converged(replay, scale, allowed, last, by_gain))
-    ]
-    return _fastest(replay, plans)
+    lasts = range(0, replay.passes + 1) if scale.drafted else [0]
+    return _fastest(replay, [plan for last in lasts if (plan := _converged(replay, scale, allowed, last))])
 
 
-def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int, by_gain: bool) -> Plan | None:
+def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int) -> Plan | None:
     widths = _possible(replay, scale, allowed, last)
     if not widths:
         return None
-    singles = [_plan(replay, (Stage(last, widths=(width,)),), scale) for width in widths]
-    plan = _fastest(replay, singles)
+    plan = _fastest(replay, [_plan(replay, (Stage(last, widths=(width,)),), scale) for width in widths])
     speed = replay.run(plan)[0]
-    for _ in range(6):
-        better = _improved(replay, scale, allowed, last, by_gain, plan, speed / 1e3)
-        better = _simplified(replay, better, allowed.checkpoints)
-        better_speed = replay.run(better)[0]
-        if better_speed <= speed * 1.0005:
-            break
-        plan, speed = better, better_speed
+    # First with fixed widths, from there with widths by gain: each step starts from the best so far.
+    for by_gain in (False, True) if allowed.width_by_gain else (False,):
+        for _ in range(4):
+            better = _improved(replay, scale, allowed, last, by_gain, plan, speed / 1e3)
+            better = _simplified(replay, better, allowed.checkpoints)
+            better_speed = replay.run(better)[0]
+            if better_speed <= speed * 1.001:
+                break
+            plan, speed = better, better_speed
     return plan
 
 
