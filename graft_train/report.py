@@ -173,7 +173,7 @@ def _stacked(axes: Any, names: list[str], parts: dict[str, list[float]], title: 
 def _twins(settings: dict[str, Any]) -> list[str]:
     """Methods whose plan calibration also chose for graft, so that the hybrid itself was not measured."""
     plans = settings["plans"]
-    return [name for name in METHODS if name != "graft" and plans[name]["stages"] == plans["graft"]["stages"]]
+    return [name for name in METHODS if name != "graft" and plans[name] == plans["graft"]]
 
 
 def _stages(stages: dict[str, int]) -> str:

@@ -1,145 +1,208 @@
-"""`calibrate`: chooses when to stop drafting and what to verify, from traces and this device's latencies."""
+"""`calibrate`: learns when to stop drafting and what to verify, from traces and this device's latencies."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
-from graft_inference import GraftEngine, GraftError, Plan, Policy, paper_policy
+from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_policy
 from graft_inference.bundle import Bundle, load_successors
 from graft_inference.head_checkpoint import load_head
-from graft_train.calibrate.latency import measure_latency
-from graft_train.calibrate.search import Replay, best_eagle3, best_graft, best_retrieve
-from graft_train.calibrate.traces import record_traces
+from graft_inference.policy import depth_template
+from graft_train.calibrate.config import CalibrateConfig
+from graft_train.calibrate.latency import Latency, measure_latency
+from graft_train.calibrate.race import race
+from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.report import ablation, calibration, draw_frontier, frontier, print_report, to_markdown
+from graft_train.calibrate.scale import raw_scale
+from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
+from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.data.samples import read_samples
 from graft_train.data.target import load_target, target_path
 from graft_train.device import describe_device
-from graft_train.stage import run_stage, write_json
+from graft_train.stage import fingerprint_of, run_stage, say, write_json
 
 if TYPE_CHECKING:
     from graft_train.config import Config
 
+PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
+SPECIAL_CASES = ("learned", "eagle3", "prune_only", "retrieve_only")
+"""What the learned policy must not be slower than, the learned plan itself first."""
+
 
 def calibrate(config: "Config") -> Path:
-    """Writes `policy/`: policy.json, traces.safetensors and latency.json.
+    """Writes `policy/`: policy.json, traces.safetensors, latency.json, report.json, report.md, frontier.png.
 
     Raises:
-        GraftError: no calibration prompts, or settings that allow no plan.
+        GraftError: no or too few calibration prompts, traces of other weights, settings that allow no plan.
     """
     run_dir = Path(config.run_dir)
-    inputs = [target_path(config), run_dir / "data", run_dir / "head", run_dir / "corpus"]
-    return run_stage(
-        config, "calibrate", "policy", asdict(config.policy), inputs, lambda out: _build(config, run_dir, out)
-    )
-
-
-def _build(config: "Config", run_dir: Path, out: Path) -> None:
     settings = config.policy
-    samples = read_samples(run_dir / "data" / "samples.jsonl", "calibration")[: settings.prompts]
-    if not samples:
-        raise GraftError("no calibration prompts: raise data.calibration_share and regenerate")
-    prompts = [torch.tensor(sample.prompt_ids) for sample in samples]
-    model = load_target(config)
-    head = load_head(run_dir / "head")
-    successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
-    engine = GraftEngine.from_bundle(Bundle(head, paper_policy(), successors), model)
+    if settings.latency_only:
+        return _renew(config, run_dir / "policy")
+    values = {name: value for name, value in asdict(settings).items() if name != "latency_only"}
+    inputs = _inputs(config)
+    return run_stage(config, "calibrate", "policy", values, inputs, lambda out: _build(config, out))
 
-    traces = record_traces(
-        engine,
-        prompts,
-        settings.max_new_tokens,
-        settings.beam_width,
-        settings.max_passes,
-        settings.retrieval_depth,
-    )
-    traces.save(out / "traces.safetensors")
-    latency = measure_latency(
-        engine, prompts, settings.widths, settings.beam_width, settings.max_passes, settings.repeats
-    )
-    write_json(out / "latency.json", latency.to_dict())
 
-    replay = Replay(traces, latency, settings.widths, settings.beam_width)
-    finalists = {
-        "eagle3": best_eagle3(replay),
-        "retrieve": best_retrieve(replay),
-        "graft": best_graft(replay, settings.checkpoints),
-    }
-    measured = _race(engine, prompts, finalists, settings.max_new_tokens, settings.repeats)
-    chosen = max(measured, key=lambda name: measured[name]["tokens_per_second"])
-    predicted = {
-        name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True)) for name, plan in finalists.items()
-    }
-    _print(finalists, predicted, measured)
-    policy = Policy(
-        graft=finalists[chosen],
-        eagle3=finalists["eagle3"],
-        retrieve=finalists["retrieve"],
-        measured_on={
-            "device": describe_device(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "prompts": len(prompts),
-            "positions": len(traces.prompt_T),
-            "latency_ms": latency.to_dict(),
-            "predicted": predicted,
-            "measured": measured,
-            # The plan found for graft, unless one that it contains as a special case measured faster.
-            "graft_is": chosen,
+def learn(settings: CalibrateConfig, replay: Replay) -> dict[str, Plan]:
+    """The best plan of each of PLANS, by replay."""
+    return {name: plan_of(name, settings, replay) for name in PLANS}
+
+
+def plan_of(name: str, settings: CalibrateConfig, replay: Replay) -> Plan:
+    """The best plan of one of PLANS under these settings."""
+    allowed = Allowed(
+        tuple(sorted({*settings.widths})), settings.checkpoints, settings.retrieve_first, settings.width_by_gain
+    )
+    scale = _scale(settings, replay)
+    match name:
+        case "eagle3":
+            return best_eagle3(replay, settings.widths)
+        case "paper":
+            return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
+        case "prune_only":
+            return best_learned(replay, replace(scale, template=()), allowed)
+        case "retrieve_only":
+            return best_learned(replay, replace(scale, drafted=()), allowed)
+    return best_learned(replay, scale, allowed)
+
+
+def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
+    traces = replay.traces
+    scale = replay.fitted if settings.calibrated else raw_scale(traces)
+    # Twice the widest tree: what both sources propose leaves room for more.
+    paths = traces.template[: 2 * max(settings.widths)]
+    if not settings.learned_template:
+        known, depth = set(traces.template), max(map(len, traces.template))
+        paths = tuple(path for path in depth_template((4,) * depth) if path in known)
+    return replace(scale, template=paths)
+
+
+def _build(config: "Config", out: Path) -> None:
+    settings = config.policy
+    prompts = _prompts(config)
+    engine = _engine(config)
+    made_of = _made_of(config)
+    file = out / "traces.safetensors"
+    if file.exists():  # an interrupted run's
+        traces = Traces.load(file, made_of)
+    else:
+        traces = record_traces(
+            engine,
+            prompts,
+            settings.max_new_tokens,
+            settings.beam_width,
+            settings.max_passes,
+            settings.retrieval_depth,
+            4 * max(settings.widths),
+            settings.temperature,
+        )
+        traces.save(file, made_of)
+    _check_enough(settings, len(traces))
+    latency = _latency(config, engine, prompts, traces)
+    replay = Replay(traces, latency, max(settings.widths))
+    plans = learn(settings, replay)
+    measured = race(engine, prompts, plans, settings.max_new_tokens, settings.temperature, settings.repeats)
+    graft = settings.kind
+    if settings.kind == "learned":  # never slower than a method it has in it, as far as this device tells
+        graft = max(
+            ("learned", "eagle3", "prune_only", "retrieve_only"), key=lambda n: measured[n]["tokens_per_second"]
+        )
+    report = {
+        "device": describe_device(engine.target.device),
+        "positions": len(traces),
+        "prompts": len(prompts),
+        "graft_is": graft,
+        "predicted": {
+            name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True)) for name, plan in plans.items()
         },
+        "measured": measured,
+        "calibration_error": calibration(traces),
+        "ablation": ablation(settings, replay, plan_of),
+        "frontier": frontier(settings, replay, plan_of),
+        "latency_ms": latency.to_dict(),
+    }
+    draw_frontier(report, out / "frontier.png")
+    (out / "report.md").write_text(to_markdown(report, plans), encoding="utf-8")
+    write_json(out / "report.json", report)
+    print_report(report, plans)
+    _write(config, out, latency, plans, graft, report)
+
+
+def _renew(config: "Config", directory: Path) -> Path:
+    """Measures this device and chooses anew from the traces that are there; nothing is traced or raced."""
+    settings = config.policy
+    traces = Traces.load(directory / "traces.safetensors", _made_of(config))
+    engine = _engine(config)
+    latency = _latency(config, engine, _prompts(config), traces)
+    replay = Replay(traces, latency, max(settings.widths))
+    plans = learn(settings, replay)
+    speeds = {name: replay.run(plan)[0] for name, plan in plans.items()}
+    graft = max(SPECIAL_CASES, key=speeds.__getitem__) if settings.kind == "learned" else settings.kind
+    report = {
+        "device": describe_device(engine.target.device),
+        "positions": len(traces),
+        "graft_is": graft,
+        "predicted": speeds,
+    }
+    _write(config, directory, latency, plans, graft, report)
+    say(
+        f"calibrate: {directory} is chosen anew for this device; delete the bundle and run recipes/export.py to ship it"
     )
+    return directory
+
+
+def _write(
+    config: "Config", out: Path, latency: Latency, plans: dict[str, Plan], graft: str, report: dict[str, Any]
+) -> None:
+    write_json(out / "latency.json", latency.to_dict())
+    names = ("device", "positions", "prompts", "graft_is", "predicted", "measured")
+    measured_on = {name: report[name] for name in names if name in report} | {"dtype": config.target.dtype}
+    policy = Policy(plans[graft], plans["eagle3"], plans["retrieve_only"], measured_on)
     write_json(out / "policy.json", policy.to_dict())
 
 
-def _race(
-    engine: GraftEngine,
-    prompts: list[torch.Tensor],
-    plans: dict[str, Plan],
-    max_new_tokens: int,
-    repeats: int,
-) -> dict[str, dict[str, Any]]:
-    """Real tokens per second of each plan, interleaved over the prompts; medians over repeats."""
-    speeds: dict[str, list[float]] = {name: [] for name in plans}
-    taus: dict[str, float] = {}
-    for repeat in range(repeats):
-        tokens, seconds, rounds = (dict.fromkeys(plans, 0.0) for _ in range(3))
-        for index, prompt in enumerate(prompts):
-            order = list(plans) if (index + repeat) % 2 else list(reversed(plans))
-            for name in order:
-                stats = engine.generate(prompt, max_new_tokens, plan=plans[name]).stats
-                tokens[name] += stats.emitted - 1
-                seconds[name] += stats.decode_seconds
-                rounds[name] += stats.rounds
-        for name in plans:
-            speeds[name].append(tokens[name] / seconds[name])
-            taus[name] = tokens[name] / rounds[name]
-    return {name: {"tokens_per_second": median(speeds[name]), "tau": taus[name]} for name in plans}
+def _inputs(config: "Config") -> list[Path]:
+    return [target_path(config), *(Path(config.run_dir) / stage for stage in ("data", "head", "corpus"))]
 
 
-def _print(plans: dict[str, Plan], predicted: dict[str, Any], measured: dict[str, Any]) -> None:
-    table = Table(title="calibrated plans (calibration prompts)")
-    for column in (
-        "plan",
-        "stages: passes (stop at confidence) drafted+retrieved",
-        "tokens/s predicted",
-        "measured",
-        "tau",
-    ):
-        table.add_column(column, justify="left" if column.startswith(("plan", "stages")) else "right")
-    for name, plan in plans.items():
-        stages = ", ".join(
-            f"{stage.passes}"
-            + (f" (<= {stage.threshold:.2f})" if stage is not plan.stages[-1] else "")
-            + f" {stage.drafted}+{stage.retrieved}"
-            for stage in plan.stages
+def _made_of(config: "Config") -> dict[str, str]:
+    """Fingerprints of what the traces depend on."""
+    names = ("target", "data", "head", "corpus")
+    return {name: fingerprint_of(path) for name, path in zip(names, _inputs(config), strict=True)}
+
+
+def _prompts(config: "Config") -> list[Tensor]:
+    settings = config.policy
+    path = Path(config.run_dir) / "data" / "samples.jsonl"
+    samples = read_samples(path, "calibration")[: settings.prompts]
+    if not samples:
+        raise GraftError("no calibration prompts: raise data.calibration_share and regenerate")
+    _check_enough(settings, len(samples) * (settings.max_new_tokens - 1))
+    return [torch.tensor(sample.prompt_ids) for sample in samples]
+
+
+def _check_enough(settings: CalibrateConfig, rounds: int) -> None:
+    if rounds < settings.least_rounds:
+        raise GraftError(
+            f"{rounds} traced positions are too few to learn a policy, which takes {settings.least_rounds}: raise "
+            "policy.prompts, policy.max_new_tokens or regenerate.held_out"
         )
-        table.add_row(
-            name,
-            stages,
-            f"{predicted[name]['tokens_per_second']:.0f}",
-            f"{measured[name]['tokens_per_second']:.0f}",
-            f"{measured[name]['tau']:.2f}",
-        )
-    Console().print(table)
+
+
+def _engine(config: "Config") -> GraftEngine:
+    run_dir = Path(config.run_dir)
+    head = load_head(run_dir / "head")
+    successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
+    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors), load_target(config))
+
+
+def _latency(config: "Config", engine: GraftEngine, prompts: list[Tensor], traces: Traces) -> Latency:
+    settings = config.policy
+    template = traces.template[: 2 * max(settings.widths)]
+    return measure_latency(
+        engine, prompts, settings.widths, settings.beam_width, settings.max_passes, settings.repeats, template
+    )

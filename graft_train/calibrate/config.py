@@ -2,27 +2,56 @@
 
 from dataclasses import dataclass, field
 
+from graft_inference import GraftError
+
+KINDS = ("learned", "paper", "prune_only", "retrieve_only")
+
 
 @dataclass(slots=True, kw_only=True)
 class CalibrateConfig:
-    """What the policy is chosen from.
+    """What the policy is chosen from, and which of its pieces may be used.
 
     Attributes:
+        kind: what `graft` becomes: `learned`, the paper's stages and thresholds (rows scaled to the best
+            measured width), or the learned policy of one source alone.
+        latency_only: measure only the latency table again and choose anew from the traces that are there.
         prompts: calibration prompts traced; none of them was trained on or is evaluated on.
         max_new_tokens: tokens traced per prompt.
+        temperature: of the traced continuations; above 0 every node's P(accepted) under the target is traced.
         beam_width: the head's children per node and nodes per pass.
         max_passes: most head passes of a round; EAGLE-3 at depth 8 runs 9.
         widths: rows of one verification that may be chosen, the root included; the last is the budget.
         retrieval_depth: longest retrieved path.
         checkpoints: most places where drafting may stop early.
         repeats: timed repetitions of each latency and of each finalist.
+        least_rounds: traced positions below which nothing is fitted.
+        calibrated: fit P(accepted); false takes each source's own probabilities as they are.
+        learned_template: look up the rank paths most often accepted; false takes hand-made ones.
+        retrieve_first: may leave out drafting where retrieval promises enough.
+        width_by_gain: every round takes the width with the best expected gain; false fixes one per stage.
     """
 
+    kind: str = "learned"
+    latency_only: bool = False
     prompts: int = 64
     max_new_tokens: int = 256
+    temperature: float = 0.0
     beam_width: int = 10
     max_passes: int = 9
     widths: list[int] = field(default_factory=lambda: [1, 8, 16, 32, 64])
     retrieval_depth: int = 9
     checkpoints: int = 3
     repeats: int = 5
+    least_rounds: int = 500
+    calibrated: bool = True
+    learned_template: bool = True
+    retrieve_first: bool = True
+    width_by_gain: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise GraftError(f"policy.kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
+        if not self.widths or min(self.widths) < 1 or max(self.widths) < 2:
+            raise GraftError(f"policy.widths={list(self.widths)} must hold widths from 1, one of them at least 2")
+        if self.temperature < 0:
+            raise GraftError(f"policy.temperature={self.temperature}: 0 is greedy, more samples")

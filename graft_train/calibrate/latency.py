@@ -1,14 +1,19 @@
-"""What a round costs on this device, by phase, against head passes and verified rows."""
+"""What a round costs on this device, by phase, against head passes, verified rows and context."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from graft_inference import GraftEngine, Plan, Stage
-from graft_inference.policy import depth_template
+from graft_inference import GraftEngine, Plan, Scale, Stage
+from graft_inference.policy import RankPaths
+
+ROUNDS = 24
+LONG_CONTEXT = 2048
 
 
 @dataclass
@@ -17,22 +22,37 @@ class Latency:
 
     Attributes:
         widths: rows of a verification that were timed.
-        verify_ms: one target pass, and keeping its result, at each of these widths.
+        contexts: tokens in the cache at which they were timed.
+        verify_ms: one target pass, [contexts][widths].
         draft_ms: the head at 0, 1, 2, ... passes.
-        graft_ms: look-up and merging, with and without (index 1 and 0) retrieved rows.
-        spread: greatest interquartile range over median of any of them.
+        graft_ms: choosing the tree, without and with retrieved candidates.
+        commit_ms: acceptance and keeping its result, without and with teaching the matrix.
+        read_ms: one more host read, to choose a width or to leave out drafting.
+        spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
     """
 
     widths: list[int]
-    verify_ms: list[float]
+    contexts: list[int]
+    verify_ms: list[list[float]]
     draft_ms: list[float]
     graft_ms: list[float]
-    spread: float
+    commit_ms: list[float]
+    read_ms: float
+    spread: list[float]
 
-    def round_ms(self, stage: Stage) -> float:
-        """Cost of a round that stops at this stage."""
-        verify = float(np.interp(stage.rows, self.widths, self.verify_ms))
-        return self.draft_ms[stage.passes] + self.graft_ms[min(stage.retrieved, 1)] + verify
+    def round_ms(self, plan: Plan, stage: Stage, rows_T: np.ndarray, context_T: np.ndarray) -> np.ndarray:
+        """Cost of rounds that stop at this stage with so many rows, [T] each."""
+        retrieves = int(plan.retrieves)
+        reads = (len(stage.widths) > 1) + (
+            plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
+        )
+        fixed = self.draft_ms[stage.passes] + self.graft_ms[retrieves] + self.commit_ms[retrieves]
+        verify_T = np.empty(len(rows_T))
+        for rows in np.unique(rows_T):
+            here = rows_T == rows
+            by_context = [np.interp(rows, self.widths, times) for times in self.verify_ms]
+            verify_T[here] = np.interp(context_T[here], self.contexts, by_context)
+        return fixed + reads * self.read_ms + verify_T
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,40 +65,78 @@ def measure_latency(
     beam_width: int,
     max_passes: int,
     repeats: int,
+    template: RankPaths,
 ) -> Latency:
     """Times forced plans on real prompts, interleaved, after a warm-up of each."""
-    budget = max(*widths, beam_width + 1)
-    template = depth_template((max(1, min(8, budget // 3)),) * 9)
-    plans = {("width", 1): Plan((Stage(0),), beam_width, budget)}
-    for width in widths:
-        if width > 1:
-            stage = Stage(0, retrieved=min(width - 1, len(template)), template=template)
-            plans["width", width] = Plan((stage,), beam_width, budget)
-    for passes in range(1, max_passes + 1):
-        plans["passes", passes] = Plan((Stage(passes, drafted=1),), beam_width, budget)
-    samples: dict[tuple[str, int], list[dict[str, float]]] = {key: [] for key in plans}
-    for repeat in range(repeats + 1):
-        for key, plan in plans.items():
-            stats = engine.generate(prompts[repeat % len(prompts)], 24, plan=plan).stats
-            if repeat:  # the first is a warm-up
-                samples[key].append({name: 1e3 * s / max(stats.rounds, 1) for name, s in stats.seconds.items()})
-
-    def typical(key: tuple[str, int], *phases: str) -> float:
-        return median(sum(sample[phase] for phase in phases) for sample in samples[key])
-
-    def relative_spread(key: tuple[str, int]) -> float:
-        totals = [sum(sample.values()) - sample["prefill"] for sample in samples[key]]
-        low, middle, high = np.percentile(totals, [25, 50, 75])
-        return float((high - low) / middle)
-
     timed = sorted({1, *widths})
-    verify = [typical(("width", width), "verify", "commit") for width in timed]
-    grafted = ("width", timed[-1])
+    plans = _forced_plans(timed, beam_width, max_passes, template)
+    contexts = _contexts(engine, prompts)
+    runs = [("long", key) for key in plans if key[0] == "width"] if len(contexts) > 1 else []
+    runs = [("short", key) for key in plans] + runs
+    samples: dict[tuple[str, tuple[str, int]], list[dict[str, float]]] = {run: [] for run in runs}
+    for repeat in tqdm(range(repeats + 1), desc="calibrate: latencies", unit="repeat"):
+        for context, key in runs if repeat % 2 else reversed(runs):
+            prompt = contexts[context] if context == "long" else prompts[repeat % len(prompts)]
+            stats = engine.generate(prompt, ROUNDS, plan=plans[key]).stats
+            if repeat and stats.rounds:  # the first is a warm-up
+                samples[context, key].append({name: 1e3 * s / stats.rounds for name, s in stats.seconds.items()})
+
+    def typical(phase: str, *key: str | int, context: str = "short") -> float:
+        return median(sample[phase] for sample in samples[context, key])  # type: ignore[index]
+
+    # A wider pass never costs less; what says otherwise is noise.
+    verify = [
+        np.maximum.accumulate([typical("verify", "width", width, context=context) for width in timed]).tolist()
+        for context in contexts
+    ]
+    spreads = [_relative_spread(samples[run]) for run in runs]
     return Latency(
         widths=timed,
-        # A wider pass never costs less; what says otherwise is noise.
-        verify_ms=np.maximum.accumulate(verify).tolist(),
-        draft_ms=[0.0, *(typical(("passes", p), "draft") for p in range(1, max_passes + 1))],
-        graft_ms=[typical(("passes", 1), "graft"), typical(grafted, "graft")],
-        spread=max(map(relative_spread, samples)),
+        contexts=[
+            int(np.median([len(prompt) for prompt in prompts])),
+            *(len(contexts[c]) for c in contexts if c != "short"),
+        ],
+        verify_ms=verify,
+        draft_ms=[0.0, *(typical("draft", "passes", p) for p in range(1, max_passes + 1))],
+        graft_ms=[typical("graft", "passes", 1), typical("graft", "both", 1)],
+        commit_ms=[typical("commit", "passes", 1), typical("commit", "both", 1)],
+        read_ms=max(0.0, typical("graft", "gain", 1) - typical("graft", "both", 1)),
+        spread=[median(spreads), max(spreads)],
     )
+
+
+def _forced_plans(
+    widths: list[int], beam_width: int, max_passes: int, template: RankPaths
+) -> dict[tuple[str, int], Plan]:
+    """Plans that leave no choice: of every width, of every number of passes, and with every overhead."""
+    flat = ((1.0, 0.0),)
+    both = Scale(flat * max_passes, flat * max(map(len, template)), template)
+    drafted = replace(both, template=())
+    budget = max(*widths, beam_width + 1)
+    middle = min(beam_width, widths[len(widths) // 2])
+    plans = {
+        ("width", width): Plan((Stage(0, widths=(width,)),), beam_width, budget, both)
+        for width in widths
+        if width <= 1 + len(template)
+    }
+    for passes in range(1, max_passes + 1):
+        plans["passes", passes] = Plan((Stage(passes, widths=(middle,)),), beam_width, budget, drafted)
+    plans["both", 1] = Plan((Stage(1, widths=(middle,)),), beam_width, budget, both)
+    choice = Stage(1, widths=(1, middle), prices=(1e9, 0.0)) if middle > 1 else Stage(1, widths=(middle,))
+    plans["gain", 1] = Plan((choice,), beam_width, budget, both)
+    return plans
+
+
+def _contexts(engine: GraftEngine, prompts: list[Tensor]) -> dict[str, Tensor]:
+    """A prompt as they are, and a long one put together from many, if the target can take it."""
+    longest = min(LONG_CONTEXT, engine.target.max_positions - ROUNDS)
+    text = torch.cat(prompts)
+    text = text.repeat(-(-longest // len(text)))[:longest]
+    short = {"short": prompts[0]}
+    return short | {"long": text} if longest > 2 * max(map(len, prompts)) else short
+
+
+def _relative_spread(samples: list[dict[str, float]]) -> float:
+    totals = [sum(sample.values()) - sample["prefill"] for sample in samples]
+    low, middle, high = np.percentile(totals, [25, 50, 75])
+    return float((high - low) / middle)

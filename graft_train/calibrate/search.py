@@ -1,194 +1,180 @@
-"""The plan with the most tokens per second, by replay of traces under measured latencies."""
+"""The plan with the most tokens per second, by replay of traces under measured latencies.
 
-from collections import Counter
+Tokens per second is a ratio of sums. Dinkelbach: at the best ratio r, the best plan is the one whose rounds
+earn the most tokens - r * time; a better plan gives a better r, and so on until it stands still.
+"""
+
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graft_inference import Plan, Stage
-from graft_train.calibrate.latency import Latency
-from graft_train.calibrate.traces import Traces
+from graft_inference import Plan, Scale, Stage, paper_policy
+from graft_train.calibrate.replay import Replay
 
-RankPaths = tuple[tuple[int, ...], ...]
+THRESHOLDS = 40
+STARTS = 8
+"""Trajectories from so many offsets weigh the positions: one alone would visit too few."""
 
 
-class Replay:
-    """Replays plans over traces.
+@dataclass(frozen=True)
+class Allowed:
+    """What a plan may use.
 
-    Args:
-        widths: rows of a verification that may be chosen.
-        beam_width: the one the traces were drafted with.
+    Attributes:
+        widths: rows of a verification.
+        checkpoints: most places where drafting may stop early.
+        retrieve_first: may leave out drafting.
+        width_by_gain: may choose the width by expected gain in every round.
     """
 
-    def __init__(self, traces: Traces, latency: Latency, widths: list[int], beam_width: int) -> None:
-        self.traces = traces
-        self.latency = latency
-        self.widths = sorted(set(widths))
-        self.beam_width = beam_width
-        self.max_passes = traces.confidence_TP.shape[1]
-        self.paths = [_rank_path(ranks) for ranks in traces.successor_rank_TD]
-        self._templates: dict[tuple[int, float], RankPaths] = {}
-        self._retrieved: dict[RankPaths, np.ndarray] = {}
-        ends = np.flatnonzero(np.diff(traces.prompt_T, append=-1)) + 1
-        self.spans = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
-
-    def accepted(self, stage: Stage) -> np.ndarray:
-        """Nodes accepted at every position if its round stopped at this stage, [T]."""
-        drafted = np.zeros(len(self.traces.prompt_T), dtype=np.int64)
-        if stage.passes and stage.drafted:
-            ranks_TP = self.traces.drafted_rank_TPP[:, stage.passes - 1]
-            drafted = (ranks_TP <= stage.drafted).sum(axis=1)
-        if stage.retrieved:
-            # Rows that duplicates free would go to the template's next paths: a lower bound.
-            places_TD = self._places(stage.template)
-            drafted = np.maximum(drafted, (places_TD < stage.retrieved).sum(axis=1))
-        return np.minimum(drafted, self.traces.remaining_T - 1)
-
-    def stops(self, plan: Plan) -> np.ndarray:
-        """Index of the stage at which a round at every position stops, [T]."""
-        choice_T = np.full(len(self.traces.prompt_T), len(plan.stages) - 1)
-        for index in reversed(range(len(plan.stages) - 1)):
-            stage = plan.stages[index]
-            choice_T[self.traces.confidence_TP[:, stage.passes - 1] <= stage.threshold] = index
-        return choice_T
-
-    def run(self, plan: Plan) -> tuple[float, float]:
-        """Tokens per second, and tau, of a plan over all traced continuations."""
-        choice_T = self.stops(plan)
-        gain_T = np.choose(choice_T, [self.accepted(stage) for stage in plan.stages]) + 1
-        cost_T = np.array([self.latency.round_ms(stage) for stage in plan.stages])[choice_T]
-        gains, costs = gain_T.tolist(), cost_T.tolist()
-        tokens, rounds, milliseconds = 0, 0, 0.0
-        for start, end in self.spans:
-            position = start
-            while position < end:
-                milliseconds += costs[position]
-                rounds += 1
-                tokens += gains[position]
-                position += gains[position]
-        return 1e3 * tokens / milliseconds, tokens / rounds
-
-    def template(self, passes: int, threshold: float) -> RankPaths:
-        """Rank paths by how often they lie on the true path where drafting stops at this checkpoint.
-
-        A path is on it no more often than its parent, so any prefix of the list is closed under parents.
-        """
-        key = (passes, threshold)
-        if key not in self._templates:
-            paths = self.paths
-            if passes:
-                stopped_T = self.traces.confidence_TP[:, passes - 1] <= threshold
-                paths = [path for path, stopped in zip(paths, stopped_T, strict=True) if stopped]
-            counts = Counter(path[:depth] for path in paths for depth in range(1, len(path) + 1))
-            ranked = sorted(counts, key=lambda path: (-counts[path], len(path), path))
-            # Twice the widest tree: what is over refills the rows of duplicates.
-            self._templates[key] = tuple(ranked[: 2 * self.widths[-1]])
-        return self._templates[key]
-
-    def _places(self, template: RankPaths) -> np.ndarray:
-        """[T, D] place in the template of every prefix of the true rank path."""
-        if template not in self._retrieved:
-            place = {path: index for index, path in enumerate(template)}
-            places_TD = np.full(self.traces.successor_rank_TD.shape, len(template))
-            for row, path in enumerate(self.paths):
-                for depth in range(1, len(path) + 1):
-                    places_TD[row, depth - 1] = place.get(path[:depth], len(template))
-            self._retrieved[template] = places_TD
-        return self._retrieved[template]
+    widths: tuple[int, ...]
+    checkpoints: int = 3
+    retrieve_first: bool = True
+    width_by_gain: bool = True
 
 
-def _rank_path(ranks_D: np.ndarray) -> tuple[int, ...]:
-    ranks = ranks_D.tolist()
-    return tuple(ranks[: ranks.index(-1)] if -1 in ranks else ranks)
-
-
-def best_eagle3(replay: Replay) -> Plan:
+def best_eagle3(replay: Replay, widths: list[int]) -> Plan:
     """The best tree of drafted nodes alone: passes and rows, tuned as well as Graft's."""
     plans = [
-        _plan(replay, Stage(passes, drafted=width - 1))
-        for passes in range(1, replay.max_passes + 1)
-        for width in replay.widths
+        _plan(replay, (Stage(passes, drafted=width - 1),), None)
+        for passes in range(1, replay.passes + 1)
+        for width in widths
         if 1 < width <= 1 + _most_drafted(replay, passes)
     ]
-    return max(plans, key=lambda plan: replay.run(plan)[0])
+    return _fastest(replay, plans)
 
 
-def best_retrieve(replay: Replay) -> Plan:
-    """The best tree of retrieved nodes alone."""
-    template = replay.template(0, 1.0)
-    plans = [
-        _plan(replay, Stage(0, retrieved=width - 1, template=template))
-        for width in replay.widths
-        if 1 < width <= 1 + len(template)
-    ]
-    return max(plans, key=lambda plan: replay.run(plan)[0])
+def best_paper(replay: Replay, widths: list[int], most_rank: int) -> Plan:
+    """The paper's stages and thresholds, its rows scaled to the width that suits this device best."""
+    plans = [paper_policy(replay.beam_width, width, replay.passes, most_rank).graft for width in widths if width > 1]
+    return _fastest(replay, plans)
 
 
-def best_graft(replay: Replay, checkpoints: int) -> Plan:
-    """Both sources under a choice of stages.
+def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
+    """The best competing plan: where drafting stops, at what confidence, and how wide a tree is.
 
-    Starts from the best plan with a single stage, adds the checkpoint that gains most while one gains,
-    and chooses each stage's rows again after each addition. The result is never predicted to be slower
-    than `best_eagle3`, which is among the first.
+    Every number of passes may be the last. For each, the stages before it are found from the last to the
+    first (optimal stopping): a round stops at a checkpoint if what its tree is worth there exceeds what
+    going on is worth, on average over all positions with as little confidence.
     """
-    singles = [
-        _plan(replay, stage) for passes in range(1, replay.max_passes + 1) for stage in _stages(replay, passes, 1.0)
-    ]
-    best = max(singles, key=lambda plan: replay.run(plan)[0])
-    speed = replay.run(best)[0]
-    for _ in range(checkpoints):
-        grown = max(_additions(replay, best), key=lambda plan: replay.run(plan)[0], default=best)
-        grown = _retune(replay, grown)
-        grown_speed = replay.run(grown)[0]
-        if grown_speed <= speed * 1.002:
-            break
-        best, speed = grown, grown_speed
-    return best
+    lasts = range(0, replay.passes + 1) if scale.drafted else [0]
+    return _fastest(replay, [plan for last in lasts if (plan := _converged(replay, scale, allowed, last))])
 
 
-def _additions(replay: Replay, plan: Plan) -> Iterator[Plan]:
-    """The plan with one more checkpoint, at every place, threshold and shape."""
-    taken = {stage.passes for stage in plan.stages}
-    for passes in range(1, replay.max_passes):
-        if passes in taken or passes > plan.max_passes:
-            continue
-        confidence_T = replay.traces.confidence_TP[:, passes - 1]
-        for threshold in np.unique(np.quantile(confidence_T, np.arange(0.1, 1.0, 0.1)).round(4)):
-            for stage in _stages(replay, passes, float(threshold)):
-                stages = sorted((*plan.stages, stage), key=lambda stage: stage.passes)
-                yield replace(plan, stages=tuple(stages))
-
-
-def _retune(replay: Replay, plan: Plan) -> Plan:
-    """Chooses every stage's rows again, the others fixed; the last stage's passes too."""
-    for index, stage in enumerate(plan.stages):
-        last = index == len(plan.stages) - 1
-        least = plan.stages[index - 1].passes + 1 if index else 1
-        places = range(least, replay.max_passes + 1) if last else [stage.passes]
-        variants = [
-            replace(plan, stages=(*plan.stages[:index], variant, *plan.stages[index + 1 :]))
-            for passes in places
-            for variant in _stages(replay, passes, 1.0 if last else stage.threshold)
-        ]
-        plan = max([plan, *variants], key=lambda variant: replay.run(variant)[0])
+def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int) -> Plan | None:
+    widths = _possible(replay, scale, allowed, last)
+    if not widths:
+        return None
+    plan = _fastest(replay, [_plan(replay, (Stage(last, widths=(width,)),), scale) for width in widths])
+    speed = replay.run(plan)[0]
+    # First with fixed widths, from there with widths by gain: each step starts from the best so far.
+    for by_gain in (False, True) if allowed.width_by_gain else (False,):
+        for _ in range(4):
+            better = _improved(replay, scale, allowed, last, by_gain, plan, speed / 1e3)
+            better = _simplified(replay, better, allowed.checkpoints)
+            better_speed = replay.run(better)[0]
+            if better_speed <= speed * 1.001:
+                break
+            plan, speed = better, better_speed
     return plan
 
 
-def _stages(replay: Replay, passes: int, threshold: float) -> Iterator[Stage]:
-    """Every split of every width between the two sources."""
-    template = replay.template(passes, threshold)
-    for width in replay.widths:
-        for eighths in range(0, 9):
-            drafted = round((width - 1) * eighths / 8)
-            retrieved = width - 1 - drafted
-            if width > 1 and drafted <= _most_drafted(replay, passes) and retrieved <= len(template):
-                yield Stage(passes, threshold, drafted, retrieved, template if retrieved else ())
+def _improved(
+    replay: Replay, scale: Scale, allowed: Allowed, last: int, by_gain: bool, plan: Plan, rate: float
+) -> Plan:
+    """The plan that earns the most tokens - rate * ms, where the rounds of `plan` begin."""
+    outcome = replay.outcome(plan)
+    weight_T = np.bincount(
+        np.concatenate([replay.visits(outcome, first) for first in range(STARTS)]), minlength=len(replay.traces)
+    ).astype(float)
+    stop_T = np.ones(len(weight_T), dtype=bool)
+    stages: list[Stage] = []
+    value_T = np.zeros(len(weight_T))
+    first = 0 if last == 0 or (allowed.retrieve_first and scale.template) else 1
+    for passes in range(last, first - 1, -1):
+        measure_T = replay.promise(scale) if passes == 0 else -replay.confidence_TP[:, passes - 1]
+        if passes == last:
+            stage, value_T = _best_stage(replay, scale, allowed, passes, by_gain, rate, weight_T)
+            stages = [stage]
+            continue
+        found = None
+        for _ in range(2):  # the width that suits the rounds that stop here, then who stops, and again
+            stage, here_T = _best_stage(replay, scale, allowed, passes, by_gain, rate, weight_T * stop_T)
+            found = _threshold(measure_T, weight_T * (here_T - value_T))
+            if found is None:
+                break
+            stop_T = measure_T >= found
+        if found is not None:
+            threshold = float(np.nextafter(np.float32(found), np.float32(-np.inf))) if passes == 0 else float(-found)
+            stages.insert(0, replace(stage, threshold=threshold))
+            value_T = np.where(stop_T, here_T, value_T)
+        stop_T = np.ones_like(stop_T)
+    return _plan(replay, tuple(stages), scale)
+
+
+def _threshold(measure_T: np.ndarray, gain_T: np.ndarray) -> float | None:
+    """The value such that stopping wherever the measure reaches it gains most; None if none gains."""
+    order = np.argsort(-measure_T, kind="stable")
+    sums = np.cumsum(gain_T[order])
+    places = np.unique(np.linspace(0, len(order) - 1, THRESHOLDS + 2).astype(int))[1:-1]
+    best = places[np.argmax(sums[places])] if len(places) else 0
+    return float(measure_T[order[best]]) if len(places) and sums[best] > 0 else None
+
+
+def _best_stage(
+    replay: Replay,
+    scale: Scale,
+    allowed: Allowed,
+    passes: int,
+    by_gain: bool,
+    rate: float,
+    weight_T: np.ndarray,
+) -> tuple[Stage, np.ndarray]:
+    """The stage of so many passes worth most to these positions, and what it is worth at each."""
+    widths = _possible(replay, scale, allowed, passes)
+    stages = [Stage(passes, widths=(width,)) for width in widths]
+    if by_gain and len(widths) > 1:
+        context = np.array([np.median(replay.context_T)])
+        plan = _plan(replay, (stages[0],), scale)
+        times = [float(replay.latency.round_ms(plan, stages[0], np.array([width]), context)[0]) for width in widths]
+        prices = tuple(round(rate * (time - times[0]), 5) for time in times)
+        stages.append(Stage(passes, widths=tuple(widths), prices=prices))
+    worth = []
+    for stage in stages:
+        outcome = replay.outcome(_plan(replay, (stage,), scale))
+        worth.append(outcome.tokens_T - rate * outcome.ms_T)
+    best = int(np.argmax([value_T @ weight_T for value_T in worth]))
+    return stages[best], worth[best]
+
+
+def _simplified(replay: Replay, plan: Plan, checkpoints: int) -> Plan:
+    """Without checkpoints that gain nothing by themselves, and with at most so many."""
+    while len(plan.stages) > 1:
+        shorter = [
+            replace(plan, stages=(*plan.stages[:index], *plan.stages[index + 1 :]))
+            for index in range(len(plan.stages) - 1)
+        ]
+        candidate = _fastest(replay, shorter)
+        early = sum(stage.passes > 0 for stage in plan.stages[:-1])
+        if early <= checkpoints and replay.run(candidate)[0] * 1.001 < replay.run(plan)[0]:
+            break
+        plan = candidate
+    return plan
+
+
+def _possible(replay: Replay, scale: Scale, allowed: Allowed, passes: int) -> list[int]:
+    drafted = _most_drafted(replay, passes) if scale.drafted else 0
+    return [width for width in allowed.widths if 1 < width <= 1 + drafted + len(scale.template)]
 
 
 def _most_drafted(replay: Replay, passes: int) -> int:
-    return replay.beam_width + (passes - 1) * replay.beam_width**2
+    return replay.beam_width + (passes - 1) * replay.beam_width**2 if passes else 0
 
 
-def _plan(replay: Replay, stage: Stage) -> Plan:
-    return Plan((stage,), replay.beam_width, max(replay.widths))
+def _plan(replay: Replay, stages: tuple[Stage, ...], scale: Scale | None) -> Plan:
+    return Plan(stages, replay.beam_width, replay.budget, scale, learns_accepted=scale is not None)
+
+
+def _fastest(replay: Replay, plans: Iterator[Plan] | list[Plan]) -> Plan:
+    return max(plans, key=lambda plan: replay.run(plan)[0])

@@ -1,50 +1,94 @@
-"""What every policy would have met: one record for each position of the target's greedy continuations.
+"""What every policy would have met: one record for each position of the target's own continuations.
 
-The accepted path of any plan is a prefix of the target's own continuation. So for a position it is enough
-to know, for every number of head passes, how confident the head was and how well it had ranked the nodes
-on that path, and by which successor ranks the matrix reaches them. Any plan can then be replayed without
-the models.
+The matrix of a position has learned from the text before it, as in a request whose plan learns from
+accepted tokens alone. All else that a round looks at depends on the text alone too. So any plan can be
+replayed without the models.
 """
 
-from dataclasses import asdict, dataclass
+import json
+from collections import Counter
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from graft_inference import GraftEngine
+from graft_inference import GraftEngine, GraftError
 from graft_inference.drafting import Drafter
-from graft_inference.tree import DraftTree, child_paths
-
-MISSING = np.iinfo(np.int32).max
+from graft_inference.policy import RankPaths, depth_template
+from graft_inference.retrieval import SuccessorMatrix, Template
+from graft_inference.target import TargetOutput
+from graft_inference.tree import DraftTree, Source, merge
 
 
 @dataclass
 class Traces:
-    """T positions, P head passes, D depths.
+    """T positions, P head passes, C drafted and R retrieved candidates (their roots left out), D depths.
 
     Attributes:
         prompt_T: which prompt a position belongs to; positions of a prompt stand in order.
-        remaining_T: tokens of the continuation that follow the root.
+        context_T: tokens before the root.
+        truth_TD: the tokens that follow the root; -1 past the end of the continuation.
         confidence_TP: the head's confidence after 1..P passes (Graft Eq. 6).
-        drafted_rank_TPP: [t, p, d] place by score, from 1, that the true node at depth d+1 takes among
-            the candidates of p+1 passes; MISSING where it is not among them.
-        successor_rank_TD: rank of each true token among the successors of the one before; -1 from the
-            first token on that the matrix lacks.
+        tokens_TC, parents_TC, logp_TC: the drafted nodes of all passes; parent -1 is the root.
+        depths_C: pass that proposed each.
+        retrieved_TR: token of each rank path; -1 where the matrix has none.
+        retrieved_logp_TR: their cumulative log-probability in the matrix.
+        template_RL: the rank paths, padded with -1.
+        reach_TC, reach_TR: P(accepted) under the target, that is of all tokens on the path; at temperature
+            0 whether they are the greedy ones.
     """
 
-    prompt_T: np.ndarray
-    remaining_T: np.ndarray
-    confidence_TP: np.ndarray
-    drafted_rank_TPP: np.ndarray
-    successor_rank_TD: np.ndarray
+    prompt_T: Tensor
+    context_T: Tensor
+    truth_TD: Tensor
+    confidence_TP: Tensor
+    tokens_TC: Tensor
+    parents_TC: Tensor
+    logp_TC: Tensor
+    depths_C: Tensor
+    retrieved_TR: Tensor
+    retrieved_logp_TR: Tensor
+    template_RL: Tensor
+    reach_TC: Tensor
+    reach_TR: Tensor
 
-    def save(self, path: Path) -> None:
-        save_file({name: np.ascontiguousarray(array) for name, array in asdict(self).items()}, path)
+    def __len__(self) -> int:
+        return len(self.prompt_T)
+
+    @property
+    def template(self) -> RankPaths:
+        return tuple(tuple(rank for rank in path if rank >= 0) for path in self.template_RL.tolist())
+
+    def save(self, path: Path, made_of: dict[str, str]) -> None:
+        """Writes the traces and what they were made of: fingerprints of target, head, corpus and data."""
+        tensors = {column.name: getattr(self, column.name).contiguous() for column in fields(self)}
+        save_file(tensors, path, {"made_of": json.dumps(made_of, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path, made_of: dict[str, str]) -> "Traces":
+        """Raises GraftError for a missing or damaged file, or one made of other weights or data."""
+        try:
+            with safe_open(path, "pt") as file:
+                recorded = json.loads((file.metadata() or {}).get("made_of", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise GraftError(
+                f"{path} cannot be read ({error}): run recipes/calibrate.py without latency_only"
+            ) from error
+        for name, expected in made_of.items():
+            if recorded.get(name) != expected:
+                raise GraftError(
+                    f"{path} was traced with another {name} ({recorded.get(name)}, now {expected}): delete "
+                    f"{path.parent} and run recipes/calibrate.py without policy.latency_only"
+                )
+        if set(tensors) != {column.name for column in fields(cls)}:
+            raise GraftError(f"{path} is not a file of traces; delete {path.parent} and run recipes/calibrate.py")
+        return cls(**tensors)
 
 
 @torch.inference_mode()
@@ -55,88 +99,152 @@ def record_traces(
     beam_width: int,
     max_passes: int,
     retrieval_depth: int,
+    paths: int,
+    temperature: float = 0.0,
 ) -> Traces:
-    """Traces the greedy continuation of each prompt ([length] int64)."""
+    """Traces a continuation of each prompt ([length] int64).
+
+    Args:
+        paths: retrieved nodes looked up at every position: those rank paths that lead to the truth most often.
+    """
+    bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt")
+    sequences = [
+        engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
+        for index, prompt in enumerate(bar)
+    ]
+    starts = [len(prompt) for prompt in prompts]
+    template = likely_paths(engine, sequences, starts, retrieval_depth, paths)
+    tracer = _Tracer(engine, beam_width, max_passes, template, retrieval_depth, temperature)
     parts = []
-    for index, prompt in enumerate(tqdm(prompts, desc="calibrate: traces", unit="prompt")):
-        sequence = engine.generate(prompt, max_new_tokens, method="autoregressive").sequences[0]
-        parts.append(_trace(engine, sequence, len(prompt), index, beam_width, max_passes, retrieval_depth))
-    columns = zip(*parts, strict=True)
-    return Traces(*(np.concatenate(column) for column in columns))
+    for index, sequence in enumerate(tqdm(sequences, desc="calibrate: traces", unit="prompt")):
+        parts.append(tracer.trace(sequence.to(engine.target.device), starts[index], index))
+    if not any(parts):
+        raise GraftError("the target ended every calibration prompt at once: regenerate from other data")
+    names = next(part for part in parts if part)
+    columns = {name: torch.cat([part[name] for part in parts if part]).cpu() for name in names}
+    passes_C = [1] * beam_width + [p for p in range(2, max_passes + 1) for _ in range(beam_width**2)]
+    padded = [[*path, *[-1] * (retrieval_depth - len(path))] for path in template]
+    return Traces(**columns, depths_C=torch.tensor(passes_C), template_RL=torch.tensor(padded))
 
 
-def _trace(
-    engine: GraftEngine,
-    sequence_S: Tensor,
-    start: int,
-    index: int,
-    beam_width: int,
-    max_passes: int,
-    retrieval_depth: int,
-) -> tuple[np.ndarray, ...]:
-    """Every position of one continuation as the root of a round, columns as in `Traces`."""
-    target, length = engine.target, len(sequence_S)
-    sequence_S = sequence_S.to(target.device)
-    output = target.prefill(sequence_S, target.new_cache(length))
-    drafter = Drafter(engine.head, target, beam_width, length + beam_width * max_passes)
-    successors = engine.successors.clone()
-    successors.update(sequence_S[:start], output.logits_NV[:start])
-    tokens = sequence_S.tolist()
-    confidences, drafted, retrieved = [], [], []
-    read = 0  # positions the head has caught up with
-    for root in range(start, length - 1):
-        fresh = slice(read, root)
-        draft = drafter.begin(sequence_S[read + 1 : root + 1], output.taps_NE[fresh])
-        read = root
-        truth_D = sequence_S[root + 1 : root + 1 + max_passes]
-        sizes, confidence = [len(draft.candidates)], [draft.confidence]
-        while draft.passes < max_passes:
-            draft = drafter.deepen(draft)
-            sizes.append(len(draft.candidates))
-            confidence.append(draft.confidence)
-        confidences.append(torch.stack(confidence).cpu().numpy())
-        drafted.append(_true_ranks(draft.candidates, truth_D, sizes))
-        retrieved.append(
-            _successor_ranks(successors.ids_VK, tokens[root : root + 1 + retrieval_depth], retrieval_depth)
-        )
-        successors.update(sequence_S[root : root + 1], output.logits_NV[root : root + 1])
-    count = length - 1 - start
-    return (
-        np.full(count, index, dtype=np.int32),
-        np.arange(count, 0, -1, dtype=np.int32),
-        np.stack(confidences).astype(np.float32),
-        np.stack(drafted),
-        np.stack(retrieved),
-    )
+def likely_paths(
+    engine: GraftEngine, sequences: list[Tensor], starts: list[int], depth: int, count: int
+) -> list[tuple[int, ...]]:
+    """The rank paths that lead to the truth most often, and short hand-made ones behind them if that is few.
+
+    A path leads to it no more often than its parent, so any prefix of the list is closed under parents.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    for sequence, start in zip(sequences, starts, strict=True):
+        ids_VK = engine.successors.ids_VK
+        pairs = pairwise(sequence.tolist()[start:])
+        ranks = [_rank(ids_VK, token, successor) for token, successor in pairs]
+        for position in range(len(ranks)):
+            path = ranks[position : position + depth]
+            path = path[: path.index(-1)] if -1 in path else path
+            counts.update(tuple(path[:length]) for length in range(1, len(path) + 1))
+    ranked = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:count]
+    known = set(ranked)
+    for hand_made in depth_template((engine.successors.k,) + (4,) * (depth - 1), engine.successors.k - 1):
+        if hand_made not in known and len(ranked) < count and (len(hand_made) == 1 or hand_made[:-1] in known):
+            ranked.append(hand_made)
+            known.add(hand_made)
+    return ranked
 
 
-def _true_ranks(candidates: DraftTree, truth_D: Tensor, sizes: list[int]) -> np.ndarray:
-    """[P, P]: place of the true node of each depth among the candidates of each number of passes."""
-    passes = len(sizes)
-    ranks = np.full((passes, passes), MISSING, dtype=np.int32)
-    path = candidates.paths_N[0]
-    for depth, token in enumerate(truth_D, start=1):
-        path = child_paths(path, token)
-        rows = (candidates.paths_N == path).nonzero()
-        if len(rows) == 0:
-            break
-        row = int(rows[0])
-        score = candidates.logp_N[row]
-        # Stable order: an equal score that stands earlier comes first, as in DraftTree.best.
-        earlier_N = candidates.logp_N > score
-        earlier_N[:row] |= candidates.logp_N[:row] == score
-        before_N = earlier_N.cumsum(0)
-        for index in range(depth - 1, passes):
-            ranks[index, depth - 1] = int(before_N[sizes[index] - 1])
-    return ranks
+def _rank(ids_VK: Tensor, token: int, successor: int) -> int:
+    row = ids_VK[token].tolist()
+    return row.index(successor) if successor in row else -1
 
 
-def _successor_ranks(ids_VK: Tensor, tokens: list[int], depth: int) -> np.ndarray:
-    """[D]: rank of each token among its predecessor's successors, -1 from the first miss on."""
-    ranks = np.full(depth, -1, dtype=np.int32)
-    for index, (token, successor) in enumerate(pairwise(tokens)):
-        row = ids_VK[token].tolist()
-        if successor not in row:
-            break
-        ranks[index] = row.index(successor)
-    return ranks
+class _Tracer:
+    """Plays every position of a continuation as the root of a round."""
+
+    def __init__(
+        self,
+        engine: GraftEngine,
+        beam_width: int,
+        max_passes: int,
+        template: list[tuple[int, ...]],
+        retrieval_depth: int,
+        temperature: float,
+    ) -> None:
+        self.engine = engine
+        self.target = engine.target
+        self.beam_width = beam_width
+        self.max_passes = max_passes
+        self.template = Template(template, self.target.device)
+        self.depth = max(max_passes, retrieval_depth)
+        self.temperature = temperature
+
+    def trace(self, sequence_S: Tensor, start: int, index: int) -> dict[str, Tensor]:
+        """Columns as in `Traces`."""
+        length = len(sequence_S)
+        whole = self.target.prefill(sequence_S, self.target.new_cache(length))
+        if self.temperature:
+            candidates = self.beam_width + (self.max_passes - 1) * self.beam_width**2
+            cache = self.target.new_cache(length + 1 + candidates + len(self.template))
+            self.target.prefill(sequence_S[:start], cache)
+        drafter = Drafter(self.engine.head, self.target, self.beam_width, length + self.beam_width * self.max_passes)
+        successors = self.engine.successors.clone()
+        _learn(successors, sequence_S, whole, slice(0, start))
+        rows: list[dict[str, Tensor]] = []
+        read = 0  # positions the head has caught up with
+        for root in range(start, length - 1):
+            draft = drafter.begin(sequence_S[read + 1 : root + 1], whole.taps_NE[read:root])
+            read = root
+            confidence = [draft.confidence]
+            while draft.passes < self.max_passes:
+                draft = drafter.deepen(draft)
+                confidence.append(draft.confidence)
+            retrieved = successors.expand(sequence_S[root : root + 1], self.template)
+            truth_D = torch.full((self.depth,), -1, device=sequence_S.device)
+            following = sequence_S[root + 1 : root + 1 + self.depth]
+            truth_D[: len(following)] = following
+            drafted = draft.candidates
+            if self.temperature:
+                reach_C, reach_R = self._reach(drafted, retrieved, cache)
+                cache.commit(1)
+            else:
+                reach_C, reach_R = on_path(drafted, truth_D), on_path(retrieved, truth_D)
+            found_R = retrieved.sources_N[1:] == Source.RETRIEVED
+            rows.append(
+                {
+                    "prompt_T": torch.tensor(index),
+                    "context_T": torch.tensor(root),
+                    "truth_TD": truth_D.to(torch.int32),
+                    "confidence_TP": torch.stack(confidence),
+                    "tokens_TC": drafted.tokens_N[1:].to(torch.int32),
+                    "parents_TC": (drafted.parents_N[1:] - 1).to(torch.int16),
+                    "logp_TC": drafted.logp_N[1:],
+                    "retrieved_TR": torch.where(found_R, retrieved.tokens_N[1:], -1).to(torch.int32),
+                    "retrieved_logp_TR": retrieved.logp_N[1:],
+                    "reach_TC": reach_C[1:].float(),
+                    "reach_TR": torch.where(found_R, reach_R[1:].float(), 0.0),
+                }
+            )
+            _learn(successors, sequence_S, whole, slice(root, root + 1))
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+    def _reach(self, drafted: DraftTree, retrieved: DraftTree, cache: object) -> tuple[Tensor, Tensor]:
+        """P(accepted) of every row of both trees: one target pass over their union."""
+        union = merge(drafted, retrieved, len(retrieved))
+        ancestors_NN = union.ancestors(self.depth)
+        logits_NV = self.target.verify(union, ancestors_NN, cache).logits_NV  # type: ignore[arg-type]
+        logp_NV = (logits_NV.float() / self.temperature).log_softmax(dim=-1)
+        step_N = logp_NV[union.parents_N, union.tokens_N]
+        step_N[0] = 0.0
+        reach_N = torch.where(ancestors_NN, step_N, 0.0).sum(dim=1).exp()
+        place_R = (retrieved.paths_N[:, None] == union.paths_N).to(torch.uint8).argmax(dim=1)
+        return reach_N[: len(drafted)], reach_N[place_R]
+
+
+def on_path(tree: DraftTree, truth_D: Tensor) -> Tensor:
+    """Which rows lie on the path of these tokens; the root does. [N] bool"""
+    token_N = torch.cat((tree.tokens_N[:1], truth_D))[tree.depths_N]
+    match_N = (tree.tokens_N == token_N) & (tree.sources_N != Source.EMPTY)
+    return ~(tree.ancestors(int(tree.depths_N.max())) & ~match_N).any(dim=1)
+
+
+def _learn(successors: SuccessorMatrix, sequence_S: Tensor, output: TargetOutput, read: slice) -> None:
+    successors.update(sequence_S[read], output.logits_NV[read])

@@ -7,7 +7,7 @@ D in `logp_BD` draft vocabulary, H hidden size, E tapped states concatenated, k 
 
 from .engine import Generation, GenerationStats, GraftEngine
 from .errors import GraftError
-from .policy import METHODS, Plan, Policy, Stage, paper_policy
+from .policy import METHODS, Plan, Policy, Scale, Stage, paper_policy
 
 __all__ = [
     "METHODS",
@@ -17,6 +17,7 @@ __all__ = [
     "GraftError",
     "Plan",
     "Policy",
+    "Scale",
     "Stage",
     "paper_policy",
 ]

@@ -53,6 +53,11 @@ class Drafter:
         self.values = torch.empty_like(self.keys)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.length = 0
+        self._deferred: list[tuple[Tensor, Tensor]] = []
+
+    def defer(self, tokens_A: Tensor, taps_AE: Tensor) -> None:
+        """Keeps newly committed positions for the next `begin`: a round that does not draft."""
+        self._deferred.append((tokens_A, taps_AE))
 
     def begin(self, tokens_A: Tensor, taps_AE: Tensor) -> Draft:
         """Catches up with newly committed positions and proposes the root's children.
@@ -61,6 +66,10 @@ class Drafter:
             tokens_A: the token after each position; the last one is the root.
             taps_AE: the target's tapped states at these positions.
         """
+        if self._deferred:
+            self.defer(tokens_A, taps_AE)
+            tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
+            self._deferred = []
         count = len(tokens_A)
         positions_A = torch.arange(self.length, self.length + count, device=tokens_A.device)
         causal_AK = None

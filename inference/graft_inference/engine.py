@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from .bundle import Bundle, load_bundle, load_target_model
+from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
 from .errors import GraftError
+from .grafting import Grafter
 from .kv_cache import TreeCache
 from .packed_linear import pack_linears
 from .policy import Plan, Policy, Stage
-from .retrieval import SuccessorMatrix, Template
+from .retrieval import SuccessorMatrix
 from .target import Target, TargetOutput
-from .tree import DraftTree, Source, merge, root_tree
+from .tree import DraftTree, Source, root_tree
 from .verification import Acceptance, accept, draw
 
 PHASES = ("prefill", "draft", "graft", "verify", "commit")
@@ -72,10 +74,12 @@ class DecodeState:
 
     Attributes:
         root_1: the last emitted token, not yet in the cache.
-        fresh_tokens_A, fresh_taps_AE: what the head has not read yet.
+        fresh_tokens_A, fresh_taps_AE: what the last round committed.
+        retrieved: this round's retrieved candidates, once looked up.
     """
 
     plan: Plan
+    grafter: Grafter
     cache: TreeCache
     drafter: Drafter | None
     successors: SuccessorMatrix | None
@@ -86,6 +90,7 @@ class DecodeState:
     fresh_taps_AE: Tensor
     stats: GenerationStats
     clock: "PhaseClock"
+    retrieved: DraftTree | None = None
 
 
 class PhaseClock:
@@ -130,7 +135,7 @@ class GraftEngine:
         self.head = head
         self.successors = successors
         self.eos_token_ids = frozenset(eos_token_ids)
-        self._templates: dict[Stage, Template] = {}
+        self._grafters: dict[Plan, Grafter] = {}
 
     @classmethod
     def from_pretrained(
@@ -162,7 +167,8 @@ class GraftEngine:
             pack_linears(head)
         eos = model.generation_config.eos_token_id
         eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        successors = SuccessorMatrix(bundle.successors.ids_VK.to(model.device))
+        successors = bundle.successors.to(model.device)
+        warn_if_elsewhere(bundle.policy, model.device)
         return cls(Target(model, head.config.tapped_layers), bundle.policy, head, successors, eos_ids)
 
     def generate(
@@ -250,6 +256,8 @@ class GraftEngine:
                 f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps "
                 f"{self.successors.ids_VK.shape[1]} successors: calibrate again with this corpus"
             )
+        if plan.retrieves and plan.scale and self.successors.probs_VK is None:
+            raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
 
     def _prefill(
         self,
@@ -279,6 +287,7 @@ class GraftEngine:
             successors.update(prompt_S, output.logits_NV)
         state = DecodeState(
             plan=plan,
+            grafter=self._grafter(plan),
             cache=cache,
             drafter=drafter,
             successors=successors,
@@ -298,17 +307,16 @@ class GraftEngine:
         """One target pass: the tokens it emits and where each came from."""
         clock = state.clock
         clock.last = clock._now()
-        stage, tree = self._draft(state)
+        stage, drafted = self._draft(state)
         clock.mark("draft")
-        if stage.retrieved and state.successors is not None:
-            retrieved = state.successors.expand(state.root_1, self._template(stage))
-            tree = merge(tree, retrieved, stage.retrieved)
-        ancestors_NN = tree.ancestors(stage.max_depth)
+        tree = self._graft(state, stage, drafted)
+        max_depth = state.grafter.depths[stage.passes]
+        ancestors_NN = tree.ancestors(max_depth)
         clock.mark("graft")
         output = self.target.verify(tree, ancestors_NN, state.cache)
         clock.mark("verify")
         drawn_N = draw(output.logits_NV, state.temperature, state.generator)
-        acceptance = accept(tree, ancestors_NN, drawn_N, stage.max_depth)
+        acceptance = accept(tree, ancestors_NN, drawn_N, max_depth)
         emitted = self._commit(state, tree, output, acceptance)
         state.stats.rounds += 1
         state.stats.stages[stage.name] += 1
@@ -318,15 +326,28 @@ class GraftEngine:
     def _draft(self, state: DecodeState) -> tuple[Stage, DraftTree]:
         """Drafts from checkpoint to checkpoint until the head is unsure; the passes after that never run."""
         stages = state.plan.stages
+        state.retrieved = None
         if state.drafter is None:
             return stages[0], root_tree(state.root_1)
+        if stages[0].passes == 0:
+            state.retrieved = state.grafter.retrieve(stages[0], state.successors, state.root_1)
+            if state.grafter.skips_drafting(stages[0], state.retrieved):
+                state.drafter.defer(state.fresh_tokens_A, state.fresh_taps_AE)
+                return stages[0], root_tree(state.root_1)
+            stages = stages[1:]
         draft = state.drafter.begin(state.fresh_tokens_A, state.fresh_taps_AE)
         for stage in stages:
             while draft.passes < stage.passes:
                 draft = state.drafter.deepen(draft)
             if stage is stages[-1] or bool(draft.confidence <= stage.threshold):
                 break
-        return stage, draft.candidates.best(stage.drafted)
+        return stage, draft.candidates
+
+    def _graft(self, state: DecodeState, stage: Stage, drafted: DraftTree) -> DraftTree:
+        """The best nodes of both sources."""
+        if state.retrieved is None:
+            state.retrieved = state.grafter.retrieve(stage, state.successors, state.root_1)
+        return state.grafter.tree(stage, drafted, state.retrieved)
 
     def _commit(
         self, state: DecodeState, tree: DraftTree, output: TargetOutput, acceptance: Acceptance
@@ -338,7 +359,10 @@ class GraftEngine:
         path_A = acceptance.path_D[:count]
         state.cache.commit_branch(path_A)
         if state.successors is not None:
-            _learn(state.successors, tree, output.logits_NV, acceptance)
+            if state.plan.learns_accepted:
+                state.successors.update(tree.tokens_N[path_A], output.logits_NV[path_A])
+            else:
+                _learn(state.successors, tree, output.logits_NV, acceptance)
         state.fresh_tokens_A = acceptance.emitted_D[:count]
         state.root_1 = state.fresh_tokens_A[-1:]
         state.fresh_taps_AE = None if output.taps_NE is None else output.taps_NE[path_A]
@@ -346,10 +370,10 @@ class GraftEngine:
         names = [Source(source).name.lower() for source in sources[1:count]] + ["bonus"]
         return tokens[:count], names
 
-    def _template(self, stage: Stage) -> Template:
-        if stage not in self._templates:
-            self._templates[stage] = Template(list(stage.template), self.target.device)
-        return self._templates[stage]
+    def _grafter(self, plan: Plan) -> Grafter:
+        if plan not in self._grafters:
+            self._grafters[plan] = Grafter(plan, self.target.device)
+        return self._grafters[plan]
 
 
 def _learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:

@@ -1,11 +1,50 @@
-"""When to stop drafting, and how many nodes of each source make the tree: `graft.json`."""
+"""When to stop drafting, and which nodes of each source make the tree: `graft.json`."""
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Self
 
 from .errors import GraftError
 
 METHODS = ("graft", "eagle3", "prune", "retrieve", "autoregressive")
+RankPaths = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One scale for both sources: P(accepted) = exp(slope * logp + offset), by source and depth.
+
+    Slopes never fall and offsets never rise with depth, and logp is never positive: so no node is worth
+    more than its parent, and the best nodes are closed under parents.
+
+    Attributes:
+        drafted: (slope, offset) at depth 1, 2, ... of a drafted node's cumulative log-probability.
+        retrieved: the same for a retrieved node's.
+        template: rank paths that are looked up and may compete.
+
+    Raises:
+        GraftError: a table that lets a child outrank its parent.
+    """
+
+    drafted: tuple[tuple[float, float], ...] = ()
+    retrieved: tuple[tuple[float, float], ...] = ()
+    template: RankPaths = ()
+
+    def __post_init__(self) -> None:
+        for name, table in (("drafted", self.drafted), ("retrieved", self.retrieved)):
+            falls = any(below[0] < above[0] or below[1] > above[1] for above, below in pairwise(table))
+            if falls or (table and (table[0][0] <= 0 or table[0][1] > 0)):
+                raise GraftError(
+                    f"the scale of {name} nodes needs positive slopes that never fall and offsets of at most 0 "
+                    "that never rise with depth: calibrate again"
+                )
+        if self.depth > len(self.retrieved):
+            raise GraftError(f"the scale knows {len(self.retrieved)} depths, its template has {self.depth}")
+
+    @property
+    def depth(self) -> int:
+        """Length of the longest rank path."""
+        return max(map(len, self.template), default=0)
 
 
 @dataclass(frozen=True)
@@ -16,18 +55,25 @@ class Stage:
         passes: head passes run when this stage is reached; the paper's checkpoint d is passes - 1.
             0 means that the head does not run.
         threshold: drafting stops here if the confidence is at most this (Graft Eq. 7). The last stage
-            of a plan has no choice and ignores it.
+            of a plan has no choice and ignores it. A first stage of 0 passes that is not the last is the
+            other way round: the head is not even asked if the retrieved nodes promise more tokens than this.
         drafted: nodes kept from the head, best first.
         retrieved: rows for retrieved nodes.
         template: rank paths of retrieved nodes by priority. More paths than `retrieved` rows refill the
             rows that duplicates of drafted nodes free.
+        widths: where both sources compete (`Plan.scale`), in place of the three above: rows that a
+            verification may have, root included, rising.
+        prices: tokens that each width must earn; the width with the most expected tokens above its price
+            is taken. Empty where there is one width.
     """
 
     passes: int
     threshold: float = 0.0
     drafted: int = 0
     retrieved: int = 0
-    template: tuple[tuple[int, ...], ...] = ()
+    template: RankPaths = ()
+    widths: tuple[int, ...] = ()
+    prices: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("passes", "drafted", "retrieved"):
@@ -36,6 +82,12 @@ class Stage:
                 raise GraftError(f"a stage's {name} must be a count, not {value!r}")
         if not isinstance(self.threshold, int | float):
             raise GraftError(f"a stage's threshold must be a number, not {self.threshold!r}")
+        if list(self.widths) != sorted({*self.widths}) or (self.widths and self.widths[0] < 1):
+            raise GraftError(f"a stage's widths must rise from 1 or more, not {self.widths}")
+        if len(self.prices) != (len(self.widths) if len(self.widths) > 1 else 0):
+            raise GraftError(f"a stage of {len(self.widths)} widths has {len(self.prices)} prices: calibrate again")
+        if self.widths and (self.drafted or self.retrieved or self.template):
+            raise GraftError("a stage has either widths or rows for each source, not both")
 
     @property
     def name(self) -> str:
@@ -43,17 +95,18 @@ class Stage:
 
     @property
     def rows(self) -> int:
-        """Rows of one verification, the root included."""
-        return 1 + self.drafted + self.retrieved
-
-    @property
-    def max_depth(self) -> int:
-        return max([self.passes, *map(len, self.template)])
+        """Rows of one verification at most, the root included."""
+        return self.widths[-1] if self.widths else 1 + self.drafted + self.retrieved
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one method does: stages by rising passes, drafted with one beam width.
+
+    Attributes:
+        scale: what makes the sources compete for rows; None: each stage has rows for either (the paper's way).
+        drafted_only: the retrieved nodes of every tree are left out again, their rows empty.
+        learns_accepted: the matrix learns from accepted tokens alone, not from every verified node.
 
     Raises:
         GraftError: stages out of order, more nodes than a beam can give, a budget exceeded.
@@ -62,17 +115,22 @@ class Plan:
     stages: tuple[Stage, ...]
     beam_width: int = 10
     budget: int = 64
+    scale: Scale | None = None
+    drafted_only: bool = False
+    learns_accepted: bool = False
 
     def __post_init__(self) -> None:
         passes = [stage.passes for stage in self.stages]
         if not passes or passes != sorted(set(passes)):
             raise GraftError(f"a plan's stages need rising passes, not {passes}")
+        if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.scale.template):
+            raise GraftError("only a plan that scores retrieved nodes can begin with a stage of 0 passes")
         for stage in self.stages:
-            candidates = self.beam_width + max(stage.passes - 1, 0) * self.beam_width**2
-            if stage.drafted > (candidates if stage.passes else 0):
+            candidates = self.candidates(stage.passes)
+            if stage.drafted > candidates:
                 raise GraftError(
                     f"stage {stage.name} keeps {stage.drafted} drafted nodes, but {stage.passes} passes with "
-                    f"beam_width={self.beam_width} give {candidates if stage.passes else 0}: lower drafted"
+                    f"beam_width={self.beam_width} give {candidates}: lower drafted"
                 )
             if stage.rows > self.budget:
                 raise GraftError(
@@ -84,6 +142,19 @@ class Plan:
                     f"stage {stage.name} has {stage.retrieved} retrieved rows but a template of "
                     f"{len(stage.template)} paths: lower retrieved"
                 )
+            if bool(stage.widths) != (self.scale is not None):
+                raise GraftError(f"stage {stage.name}: widths and a plan's scale belong together")
+            if self.scale and stage.rows > 1 + candidates + len(self.scale.template):
+                raise GraftError(
+                    f"stage {stage.name} has {stage.rows} rows, but only {candidates} drafted and "
+                    f"{len(self.scale.template)} retrieved candidates: lower its widths"
+                )
+        if self.scale and self.max_passes > len(self.scale.drafted):
+            raise GraftError(f"the scale knows {len(self.scale.drafted)} drafted depths, the plan {self.max_passes}")
+
+    def candidates(self, passes: int) -> int:
+        """Nodes that so many head passes propose."""
+        return self.beam_width + (passes - 1) * self.beam_width**2 if passes else 0
 
     @property
     def drafts(self) -> bool:
@@ -91,7 +162,7 @@ class Plan:
 
     @property
     def retrieves(self) -> bool:
-        return any(stage.retrieved for stage in self.stages)
+        return bool(self.scale and self.scale.template) or any(stage.retrieved for stage in self.stages)
 
     @property
     def max_passes(self) -> int:
@@ -100,23 +171,37 @@ class Plan:
     @property
     def max_rank(self) -> int:
         """Greatest successor rank any template uses; -1 for none."""
-        return max((path[-1] for stage in self.stages for path in stage.template), default=-1)
+        templates = [stage.template for stage in self.stages] + ([self.scale.template] if self.scale else [])
+        return max((path[-1] for template in templates for path in template), default=-1)
+
+    def depth(self, stage: Stage) -> int:
+        """Bound on the depth of this stage's trees."""
+        return max([stage.passes, self.scale.depth if self.scale else 0, *map(len, stage.template)])
 
     def without_retrieval(self) -> Self:
-        """The same pruning with the retrieved rows left empty."""
+        """The same pruning without the retrieved nodes: the drafted nodes of this plan's own trees."""
+        if self.scale:
+            return replace(self, drafted_only=True) if self.scale.template else self
         stages = tuple(replace(stage, retrieved=0, template=()) for stage in self.stages)
         return replace(self, stages=stages)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         try:
-            stages = tuple(
-                Stage(**{**stage, "template": tuple(tuple(path) for path in stage["template"])})
-                for stage in values["stages"]
-            )
-            return cls(**{**values, "stages": stages})
+            stages = tuple(Stage(**_tuples(stage)) for stage in values["stages"])
+            scale = values["scale"] and Scale(**_tuples(values["scale"]))
+            return cls(**{**values, "stages": stages, "scale": scale})
         except (KeyError, TypeError) as error:
             raise GraftError(f"not a plan of a graft.json: {error}") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as tuples, lists of lists included."""
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+    return {name: frozen(value) for name, value in values.items()}
 
 
 AUTOREGRESSIVE = Plan((Stage(passes=0),), beam_width=1, budget=1)
@@ -162,32 +247,42 @@ class Policy:
         return cls(**plans, measured_on=values["measured_on"])
 
 
-def paper_policy(beam_width: int = 10) -> Policy:
-    """The paper's settings for Qwen3-8B (thresholds in the middle of its ranges), 64 rows.
+def paper_policy(beam_width: int = 10, rows: int = 64, max_passes: int = 9, max_rank: int = 7) -> Policy:
+    """The paper's settings for Qwen3-8B (thresholds in the middle of its ranges).
 
     It gives only how many retrieved nodes stand at each depth; the paths are ours: the rank-0 chain runs
-    to the full depth and lower ranks get fewer descendants.
+    to the full depth and lower ranks get fewer descendants. Fewer rows than 64 scale both sources' shares,
+    and a template is then its prefix.
+
+    Args:
+        max_passes: of the last stage; stages that would come after it are left out.
+        max_rank: greatest successor rank that the matrix keeps.
     """
     counts = {
         1: (0.135, 8, (8, 10, 8, 6, 5, 4, 4, 4, 3)),
         2: (0.14, 24, (6, 7, 5, 4, 4, 3, 3, 2, 2)),
         6: (0.485, 40, (4, 3, 3, 2, 2, 2, 2, 1, 1)),
     }
-    stages = [
-        Stage(passes, threshold, drafted, sum(depths), depth_template(depths))
-        for passes, (threshold, drafted, depths) in counts.items()
-    ]
-    full = Stage(passes=9, drafted=60)
-    first = stages[0]
+    stages = []
+    for passes, (threshold, drafted, depths) in counts.items():
+        template = depth_template(depths, max_rank)
+        kept = round(drafted * min(rows - 1, 60) / 60)
+        retrieved = min(min(rows - 1, 60) - kept, len(template))
+        if passes < max_passes:
+            kept = min(kept, beam_width + (passes - 1) * beam_width**2)
+            stages.append(Stage(passes, threshold, kept, retrieved, template))
+    full = Stage(max_passes, drafted=min(rows - 1, 60, beam_width + (max_passes - 1) * beam_width**2))
+    template = depth_template(counts[1][2], max_rank)
+    retrieved = min(rows - 1, round(52 * min(rows - 1, 60) / 60), len(template))
     return Policy(
-        graft=Plan((*stages, full), beam_width),
-        eagle3=Plan((full,), beam_width),
-        retrieve=Plan((Stage(0, 0.0, 0, first.retrieved, first.template),), beam_width),
+        graft=Plan((*stages, full), beam_width, max(rows, 2)),
+        eagle3=Plan((full,), beam_width, max(rows, 2)),
+        retrieve=Plan((Stage(0, 0.0, 0, retrieved, template),), beam_width, max(rows, 2)),
         measured_on={"source": "arXiv 2605.20104, not calibrated on this device"},
     )
 
 
-def depth_template(counts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def depth_template(counts: tuple[int, ...], max_rank: int = 7) -> RankPaths:
     """Rank paths with the given number of nodes at each depth, the likeliest first.
 
     At each depth the paths of least total rank (ties: lowest ranks first) whose parents are in.
@@ -195,7 +290,7 @@ def depth_template(counts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     template: list[tuple[int, ...]] = []
     parents: list[tuple[int, ...]] = [()]
     for count in counts:
-        children = [(*parent, rank) for parent in parents for rank in range(8)]
+        children = [(*parent, rank) for parent in parents for rank in range(max_rank + 1)]
         parents = sorted(children, key=lambda path: (sum(path), path))[:count]
         template += parents
     return tuple(sorted(template, key=lambda path: (len(path) + sum(path), path)))

@@ -1,6 +1,6 @@
 """The draft tree as flat tensors, and its algebra. No Python loop runs over nodes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import torch
@@ -60,6 +60,10 @@ class DraftTree:
             self.paths_N[chosen_K],
         )
 
+    def first(self, rows: int) -> "DraftTree":
+        """The tree of the first rows."""
+        return DraftTree(*(getattr(self, column.name)[:rows] for column in fields(self)))
+
     def ancestors(self, max_depth: int) -> Tensor:
         """[N, N] bool: row i marks node i and all its ancestors. Doubling: log2(max_depth) steps."""
         jump_N = self.parents_N
@@ -117,3 +121,45 @@ def merge(drafted: DraftTree, retrieved: DraftTree, rows: int) -> DraftTree:
         scatter(drafted.sources_N, retrieved.sources_N, Source.EMPTY),
         scatter(drafted.paths_N, retrieved.paths_N, 0),
     )
+
+
+def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTree:
+    """The root and the best-scored nodes of several trees of one root, by falling score.
+
+    A path that several trees hold is one node: it takes its best score, and the source of the first tree
+    that has it. Since no child outscores its parent, the result is closed under parents.
+
+    Args:
+        trees: each starts with the root.
+        scores: per tree, a score of each row: 0 for the root, at most the parent's for others, -inf for EMPTY.
+        rows: of the result, root included; EMPTY ones pad it. Its `logp_N` are the scores.
+    """
+    columns = [torch.cat(column) for column in zip(*map(_columns, trees), strict=True)]
+    tokens_C, parents_C, depths_C, sources_C, paths_C = columns
+    own, size = len(trees[0]), len(tokens_C)
+    row_C = torch.arange(size, device=tokens_C.device)
+    first_C, offset = row_C.clone(), own
+    if size > own:  # the first tree repeats no path
+        first_C[own:] = (paths_C[own:, None] == paths_C).to(torch.uint8).argmax(dim=1)
+        for tree in trees[1:]:
+            parents_C[offset : offset + len(tree)] += offset
+            offset += len(tree)
+    # A repeated row receives no score: it stays at -inf.
+    score_C = torch.full((size,), -torch.inf, device=tokens_C.device)
+    score_C.scatter_reduce_(0, first_C, torch.cat(scores), "amax")
+    ordered = score_C.sort(descending=True, stable=True)
+    score_N, chosen_N = ordered.values[:rows], ordered.indices[:rows]
+    slot_C = torch.zeros_like(row_C)
+    slot_C[chosen_N] = row_C[:rows]
+    return DraftTree(
+        tokens_C[chosen_N],
+        slot_C[first_C[parents_C[chosen_N]]],
+        depths_C[chosen_N],
+        score_N,
+        sources_C[chosen_N].masked_fill(score_N == -torch.inf, Source.EMPTY),
+        paths_C[chosen_N],
+    )
+
+
+def _columns(tree: DraftTree) -> tuple[Tensor, ...]:
+    return tree.tokens_N, tree.parents_N, tree.depths_N, tree.sources_N, tree.paths_N

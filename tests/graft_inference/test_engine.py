@@ -12,7 +12,7 @@ from graft_inference import engine as engine_module
 from graft_inference.engine import GraftEngine
 from graft_inference.retrieval import SuccessorMatrix
 
-from .tiny import VOCAB, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny import VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
 
 SMALL = 8
 FAMILIES = ("llama", "qwen3")
@@ -118,6 +118,40 @@ def test_sampled_output_follows_the_targets_own_law(method):
         assert rounds < 1.8 * samples  # or acceptance would be left untested
 
 
+def test_samples_of_a_learned_plan_follow_the_targets_own_law():
+    """Every choice a plan can make is made: to draft at all, to go on, how wide, and which nodes."""
+    engine = small_engine(policy=learned_policy(0.5), vocab_size=6)
+    input_ids = prompt(4, 1, 6)
+    samples = 800
+    counts: Counter[tuple[int, ...]] = Counter()
+    stages: Counter[str] = Counter()
+    rounds = 0
+    for seed in range(samples):
+        out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, seed=seed)
+        counts[tuple(out.sequences[0, 4:].tolist())] += 1
+        stages += out.stats.stages
+        rounds += out.stats.rounds
+    assert chi_square_p(counts, three_token_law(engine.target.model, input_ids), samples) > 1e-3
+    assert rounds < 1.8 * samples
+    assert len(stages) >= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_greedy_output_of_a_learned_plan_equals_generate(family, threshold):
+    engine = small_engine(family, learned_policy(threshold))
+    stages: Counter[str] = Counter()
+    for seed in range(4):
+        input_ids = prompt(3 + seed, seed, SMALL)
+        expected = greedy_reference(engine.target.model, input_ids, 60)
+        for method in ("graft", "prune"):
+            out = engine.generate(input_ids, max_new_tokens=60, method=method)
+            assert out.sequences.tolist() == expected.tolist(), method
+            stages += out.stats.stages
+    assert "none" in stages, "some rounds left drafting out, and the head caught up afterwards"
+    assert len(stages) >= 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_seed_decides_what_is_sampled(method):
     engine = small_engine()
@@ -215,10 +249,11 @@ def test_generation_may_fill_the_last_position():
         assert engine.generate(input_ids, 20, method=method).sequences.tolist() == expected
 
 
+@pytest.mark.parametrize("policy", [tiny_policy(0.5), learned_policy(0.5)], ids=["quotas", "learned"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family):
+def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
     """Warm matrix and all: both plans read the same tokens, only one may fill its retrieved rows."""
-    engine = small_engine(family)
+    engine = small_engine(family, policy)
     more = 0
     for seed in range(3):
         full = engine.generate(prompt(6, seed, SMALL), 40).sequences[0]
@@ -315,6 +350,38 @@ def test_methods_without_a_head_never_run_it(method):
     engine = small_engine()
     engine.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     assert engine.generate(prompt(5, 0, SMALL), 20, method=method).stats.stages.keys() == {"none"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_was_left_out_catches_up(family):
+    """After rounds without it, the head drafts what a fresh read of the same text would."""
+    engine = small_engine(family, learned_policy(0.0))
+    plan = engine.policy.graft
+    input_ids = prompt(5, 1, SMALL)
+    with torch.inference_mode():
+        state, _ = engine._prefill(input_ids[0], 40, 0.0, None, plan, engine_module.GenerationStats())
+        text = [*input_ids[0].tolist(), int(state.root_1)]
+        left_out = 0
+        for _ in range(12):
+            stage, drafted = engine._draft(state)
+            if stage.passes == 0:
+                left_out += 1
+            elif left_out:
+                stats = engine_module.GenerationStats()
+                fresh_state, _ = engine._prefill(torch.tensor(text[:-1]), 20, 0.0, None, plan, stats)
+                draft = fresh_state.drafter.begin(fresh_state.fresh_tokens_A, fresh_state.fresh_taps_AE)
+                while draft.passes < stage.passes:
+                    draft = fresh_state.drafter.deepen(draft)
+                assert draft.candidates.tokens_N.tolist() == drafted.tokens_N.tolist()
+                return
+            state.stats.stages[stage.name] += 1
+            tree = engine._graft(state, stage, drafted)
+            depth = state.grafter.depths[stage.passes]
+            ancestors_NN = tree.ancestors(depth)
+            output = engine.target.verify(tree, ancestors_NN, state.cache)
+            drawn_N = engine_module.draw(output.logits_NV, 0.0, state.generator)
+            text += engine._commit(state, tree, output, engine_module.accept(tree, ancestors_NN, drawn_N, depth))[0]
+    pytest.fail("no round drafted after one that did not")
 
 
 def test_stages_follow_the_heads_confidence():

@@ -2,13 +2,15 @@ import json
 
 import pytest
 
-from graft_inference import GraftError, Plan, Policy, Stage, paper_policy
+from graft_inference import GraftError, Plan, Policy, Scale, Stage, paper_policy
 from graft_inference.policy import depth_template
+
+from .tiny import learned_plan, learned_policy
 
 
 def test_round_trip_through_json():
-    policy = paper_policy()
-    assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    for policy in (paper_policy(), learned_policy()):
+        assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
 
 def test_paper_settings_follow_table_1():
@@ -45,8 +47,39 @@ def test_prune_leaves_retrieved_rows_empty():
         ((Stage(1, drafted=11),), "lower drafted"),
         ((Stage(2, drafted=64),), "over the budget of 64"),
         ((Stage(1, drafted=2, retrieved=3, template=((0,),)),), "lower retrieved"),
+        ((Stage(0), Stage(1, drafted=2)), "only a plan that scores"),
+        ((Stage(1, widths=(4,)),), "widths and a plan's scale belong together"),
     ],
 )
 def test_impossible_plans_are_refused(stages, message):
     with pytest.raises(GraftError, match=message):
         Plan(stages)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"widths": (4, 2), "prices": (0.0, 0.0)}, "must rise"),
+        ({"widths": (2, 4)}, "2 widths has 0 prices"),
+        ({"widths": (4,), "prices": (0.0,)}, "1 widths has 1 prices"),
+        ({"widths": (4,), "drafted": 1}, "either widths or rows"),
+    ],
+)
+def test_impossible_stages_are_refused(values, message):
+    with pytest.raises(GraftError, match=message):
+        Stage(1, **values)
+
+
+def test_a_scale_must_reach_as_deep_as_its_plan():
+    with pytest.raises(GraftError, match="knows 1 depths, its template has 2"):
+        Scale(retrieved=((1.0, 0.0),), template=((0,), (0, 0)))
+    with pytest.raises(GraftError, match="knows 1 drafted depths, the plan 2"):
+        Plan((Stage(2, widths=(4,)),), scale=Scale(drafted=((1.0, 0.0),)))
+    with pytest.raises(GraftError, match="only 3 drafted and 0 retrieved candidates"):
+        Plan((Stage(1, widths=(5,)),), beam_width=3, scale=Scale(drafted=((1.0, 0.0),)))
+
+
+def test_prune_of_a_learned_plan_keeps_its_stages():
+    plan = learned_plan()
+    assert plan.without_retrieval().stages == plan.stages
+    assert plan.without_retrieval().drafted_only

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graft_inference.retrieval import SuccessorMatrix, Template
-from graft_inference.tree import DraftTree, Source, child_paths, merge, root_tree
+from graft_inference.tree import DraftTree, Source, child_paths, compete, merge, root_tree
 
 PATHS = ((0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0))
 
@@ -134,3 +134,52 @@ def test_merge_refills_the_rows_of_duplicates():
     tree = merge(drafted, matrix.expand(torch.tensor([0]), template), rows=2)
     assert tree.tokens_N.tolist() == [0, 1, 2, 3]
     assert tree.parents_N.tolist() == [0, 0, 0, 1], "3 hangs under the drafted twin of the retrieved 1"
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("rows", [1, 4, 9, 16])
+def test_compete_equals_a_sorted_trie(seed, rows):
+    """Of every path its best score, of all paths the best; duplicates free their rows."""
+    drafted, matrix = random_tree(seed, nodes=7), random_matrix(seed)
+    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu")))
+    # A score that falls from parent to child, and ranks between the drafted nodes' own.
+    retrieved.logp_N = torch.where(retrieved.sources_N >= 0, -0.37 * retrieved.depths_N, -torch.inf)
+    tree = compete([drafted, retrieved], [drafted.logp_N, retrieved.logp_N], rows)
+
+    best: dict[tuple[int, ...], tuple[float, int]] = {}
+    for source in (drafted, retrieved):
+        for row in filled_rows(source):
+            path, score = token_path(source, row), float(source.logp_N[row])
+            first = best.get(path, (-torch.inf, int(source.sources_N[row])))
+            best[path] = (max(score, first[0]), first[1])
+    expected = sorted((score for score, _ in best.values()), reverse=True)[: rows - 1]
+    kept = filled_rows(tree)
+    assert len(tree) == rows
+    assert [float(tree.logp_N[row]) for row in kept] == pytest.approx(expected)
+    paths = [token_path(tree, row) for row in kept]
+    assert len(set(paths)) == len(paths), "no two siblings share a token"
+    for row, path in zip(kept, paths, strict=True):
+        assert best[path] == (pytest.approx(float(tree.logp_N[row])), int(tree.sources_N[row]))
+        assert tree.parents_N[row] < row
+        assert tree.depths_N[row] == len(path)
+
+
+def test_compete_by_hand():
+    """Root 0, drafted 1 (-0.5) and 2 (-0.9); retrieved 2 (-0.2), 2 3 (-0.4) and 4 (-1). Five rows: 4 is left out."""
+
+    def tree(tokens, parents, depths, logp, source):
+        paths = [0]
+        for token, parent in zip(tokens[1:], parents[1:], strict=True):
+            paths.append(int(child_paths(torch.tensor(paths[parent]), torch.tensor(token))))
+        sources = [Source.ROOT] + [source] * (len(tokens) - 1)
+        columns = [torch.tensor(column) for column in (tokens, parents, depths)]
+        return DraftTree(*columns, torch.tensor(logp), torch.tensor(sources), torch.tensor(paths))
+
+    drafted = tree([0, 1, 2], [0, 0, 0], [0, 1, 1], [0.0, -0.5, -0.9], Source.DRAFTED)
+    retrieved = tree([0, 2, 3, 4], [0, 0, 1, 0], [0, 1, 2, 1], [0.0, -0.2, -0.4, -1.0], Source.RETRIEVED)
+    best = compete([drafted, retrieved], [drafted.logp_N, retrieved.logp_N], 4)
+    assert best.tokens_N.tolist() == [0, 2, 3, 1]
+    assert best.parents_N.tolist() == [0, 0, 1, 0]
+    assert best.sources_N.tolist() == [Source.ROOT, Source.DRAFTED, Source.RETRIEVED, Source.DRAFTED]
+    assert best.logp_N.tolist() == pytest.approx([0.0, -0.2, -0.4, -0.5])
+    assert best.first(2).tokens_N.tolist() == [0, 2]

@@ -1,9 +1,11 @@
 """Tiny random pairs. The head is random too: it drafts badly, and output must be the target's all the same."""
 
+from dataclasses import replace
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from graft_inference import GraftEngine, Plan, Policy, Stage
+from graft_inference import GraftEngine, Plan, Policy, Scale, Stage
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
@@ -81,9 +83,33 @@ def tiny_policy(threshold: float = 0.3) -> Policy:
     )
 
 
+def learned_plan(threshold: float = 0.3, **changes) -> Plan:
+    """Both sources compete, in every way a plan can let them: widths by gain, drafting left out, early stops."""
+    scale = Scale(
+        drafted=((0.8, -0.1), (0.9, -0.2), (1.0, -0.2), (1.2, -0.3)),
+        retrieved=((0.7, -0.3), (0.7, -0.4), (0.9, -0.5), (1.0, -0.6)),
+        template=TEMPLATE,
+    )
+    stages = (
+        Stage(0, 1.9, widths=(4, 8), prices=(0.0, 0.2)),
+        Stage(1, threshold, widths=(6,)),
+        Stage(2, threshold, widths=(4, 8, 12), prices=(0.0, 0.15, 0.3)),
+        Stage(4, widths=(12,)),
+    )
+    return Plan(
+        **({"stages": stages, "beam_width": 3, "budget": 12, "scale": scale, "learns_accepted": True} | changes)
+    )
+
+
+def learned_policy(threshold: float = 0.3) -> Policy:
+    return replace(tiny_policy(), graft=learned_plan(threshold))
+
+
 def tiny_engine(model, policy: Policy | None = None, head: DraftHead | None = None) -> GraftEngine:
     head = head or tiny_head(model)
     vocab_size = model.config.vocab_size
     generator = torch.Generator().manual_seed(3)
     ids_VK = torch.rand(vocab_size, vocab_size, generator=generator).argsort(dim=1)[:, :4].to(torch.int32)
-    return GraftEngine(Target(model, head.config.tapped_layers), policy or tiny_policy(), head, SuccessorMatrix(ids_VK))
+    probs_VK = torch.rand(vocab_size, 4, generator=generator).softmax(dim=1).sort(dim=1, descending=True).values.half()
+    matrix = SuccessorMatrix(ids_VK, probs_VK)
+    return GraftEngine(Target(model, head.config.tapped_layers), policy or tiny_policy(), head, matrix)

@@ -57,7 +57,14 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
         ),
         corpus=CorpusConfig(successors=4),
         policy=CalibrateConfig(
-            prompts=2, max_new_tokens=10, beam_width=3, max_passes=3, widths=[1, 4, 8], retrieval_depth=3, repeats=1
+            prompts=2,
+            max_new_tokens=10,
+            beam_width=3,
+            max_passes=3,
+            widths=[1, 4, 8],
+            retrieval_depth=3,
+            repeats=1,
+            least_rounds=10,
         ),
         evaluation=EvaluateConfig(prompts=2, max_new_tokens=10, repeats=2),
     )

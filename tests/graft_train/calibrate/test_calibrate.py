@@ -1,17 +1,25 @@
 """Replays against the engine itself, and the search's guarantees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from graft_inference import Plan, Stage
+from graft_inference import GraftError, Plan, Stage, paper_policy
 from graft_train.calibrate.latency import Latency
-from graft_train.calibrate.search import Replay, best_eagle3, best_graft, best_retrieve
-from graft_train.calibrate.traces import record_traces
+from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.scale import calibration_error, fit_scale, raw_scale
+from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
+from graft_train.calibrate.traces import Traces, on_path, record_traces
+from tests.graft_inference.test_tree import random_tree, token_path
 from tests.graft_inference.tiny import tiny_engine, tiny_head, tiny_model
 
-BEAM, PASSES, NEW = 3, 4, 40
+BEAM, PASSES, NEW, BUDGET = 3, 4, 40, 12
 WIDTHS = [1, 2, 4, 8, 12]
-LATENCY = Latency(WIDTHS, [1.0, 1.1, 1.3, 1.9, 2.6], [0.0, 0.2, 0.4, 0.6, 0.8], [0.05, 0.1], 0.0)
+LATENCY = Latency(
+    WIDTHS, [16, 64], [[1.0, 1.1, 1.3, 1.9, 2.6]] * 2, [0.0, 0.2, 0.4, 0.6, 0.8], [0.05, 0.1], [0.1, 0.2], 0.01, [0, 0]
+)
+ALLOWED = Allowed(tuple(WIDTHS))
 
 
 @pytest.fixture(scope="module")
@@ -28,60 +36,202 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def replay(engine, prompts):
-    traces = record_traces(engine, prompts, NEW, BEAM, PASSES, retrieval_depth=4)
-    return Replay(traces, LATENCY, WIDTHS, BEAM)
+def traces(engine, prompts):
+    return record_traces(engine, prompts, NEW, BEAM, PASSES, retrieval_depth=4, paths=24)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        Plan((Stage(1, drafted=2),), BEAM),
-        Plan((Stage(3, drafted=7),), BEAM),
-        Plan((Stage(1, 0.35, drafted=3), Stage(2, 0.2, drafted=5), Stage(4, drafted=9)), BEAM),
-    ],
-    ids=["one pass", "tree", "pruned at two checkpoints"],
-)
-def test_replay_reproduces_the_engines_tau(engine, prompts, replay, plan):
+@pytest.fixture(scope="module")
+def replay(traces):
+    return Replay(traces, LATENCY, BUDGET)
+
+
+def competing(traces, *stages, **changes) -> Plan:
+    scale = fit_scale(traces)
+    return Plan(stages, BEAM, BUDGET, scale, learns_accepted=True, **changes)
+
+
+def plans(traces) -> dict[str, Plan]:
+    gated = (Stage(0, 2.5, widths=(4, 8), prices=(0.0, 0.1)), Stage(1, 0.3, widths=(4,)), Stage(3, widths=(8,)))
+    return {
+        "one pass": Plan((Stage(1, drafted=2),), BEAM),
+        "tree": Plan((Stage(3, drafted=7),), BEAM),
+        "pruned at two checkpoints": Plan(
+            (Stage(1, 0.35, drafted=3), Stage(2, 0.2, drafted=5), Stage(4, drafted=9)), BEAM
+        ),
+        "quotas": Plan((Stage(2, drafted=4, retrieved=5, template=traces.template[:9]),), BEAM, learns_accepted=True),
+        "both compete": competing(traces, Stage(2, widths=(8,))),
+        "retrieved alone": competing(traces, Stage(0, widths=(8,))),
+        "widths by gain": competing(traces, Stage(4, widths=(2, 4, 12), prices=(0.0, 0.1, 0.5))),
+        "everything": competing(traces, *gated),
+        "everything, drafted only": competing(traces, *gated, drafted_only=True),
+    }
+
+
+@pytest.mark.parametrize("name", [
+    "one pass", "tree", "pruned at two checkpoints", "quotas", "both compete", "retrieved alone", "widths by gain",
+    "everything", "everything, drafted only",
+])  # fmt: skip
+def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, name):
+    plan = plans(traces)[name]
     stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
     tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
     assert tau > 1.1, "the tiny head must be right now and then for this to mean anything"
     assert replay.run(plan)[1] == pytest.approx(tau, abs=1e-9)
+    visited = replay.outcome(plan).stage_T[replay.visits(replay.outcome(plan))]
+    for index, stage in enumerate(plan.stages):
+        assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
 
 
-def test_replay_counts_retrieved_nodes_by_rank_path(replay):
-    """The matrix of a row changes only where the target read its token: check against the recorded ranks."""
-    template = ((0,), (0, 0), (1,))
-    accepted = replay.accepted(Stage(0, retrieved=3, template=template))
-    for row, count in enumerate(accepted):
-        ranks = replay.traces.successor_rank_TD[row].tolist()
-        expected = 2 if ranks[:2] == [0, 0] else 1 if ranks[0] in (0, 1) else 0
-        assert count == min(expected, replay.traces.remaining_T[row] - 1)
+def test_at_the_same_prefix_graft_accepts_what_prune_does(traces, replay):
+    """Also where both sources compete for the rows: prune is the drafted part of graft's own trees."""
+    graft = plans(traces)["everything"]
+    with_, without = replay.outcome(graft), replay.outcome(graft.without_retrieval())
+    assert (with_.stage_T == without.stage_T).all()
+    assert (with_.tokens_T >= without.tokens_T).all()
+    assert (with_.tokens_T > without.tokens_T).any()
 
 
-def test_time_is_the_sum_of_the_rounds(replay):
+@pytest.mark.parametrize("seed", range(4))
+def test_on_path_equals_a_comparison_of_token_paths(seed):
+    tree = random_tree(seed)
+    truth = token_path(tree, int(tree.depths_N.argmax()))
+    found = on_path(tree, torch.tensor([*truth, -1, -1]))
+    expected = [token_path(tree, row) == truth[: int(tree.depths_N[row])] for row in range(len(tree))]
+    assert found.tolist() == expected
+
+
+def test_without_temperature_reach_is_the_greedy_path(traces, replay):
+    assert torch.equal(traces.reach_TC.bool(), replay._true_TC)
+    assert torch.equal(traces.reach_TR.bool(), replay._true_TR)
+
+
+def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engine, prompts):
+    """Against plain passes over each path, at several positions of a sampled continuation."""
+    traces = record_traces(engine, prompts[:1], 12, BEAM, 2, retrieval_depth=2, paths=6, temperature=0.7)
+    sequence = engine.generate(prompts[0], 12, 0.7, "autoregressive", seed=0).sequences[0]
+    model = engine.target.model
+    model.set_attn_implementation("sdpa")
+
+    def reach(position: int, path: list[int]) -> float:
+        prefix = sequence[: int(traces.context_T[position]) + 1].tolist()
+        logits = model(torch.tensor([prefix + path])).logits[0, len(prefix) - 1 : -1] / 0.7
+        return float(logits.log_softmax(-1)[range(len(path)), path].sum().exp())
+
+    try:
+        for position in (0, 4, 9):
+            for column in range(traces.tokens_TC.shape[1]):
+                parent = int(traces.parents_TC[position, column])
+                above = [] if parent < 0 else [int(traces.tokens_TC[position, parent])]
+                path = [*above, int(traces.tokens_TC[position, column])]
+                assert float(traces.reach_TC[position, column]) == pytest.approx(reach(position, path), abs=1e-4)
+            for row, ranks in enumerate(traces.template):
+                ids = [
+                    int(traces.retrieved_TR[position, traces.template.index(ranks[:n])])
+                    for n in range(1, len(ranks) + 1)
+                ]
+                assert float(traces.reach_TR[position, row]) == pytest.approx(reach(position, ids), abs=1e-4)
+    finally:
+        model.set_attn_implementation("graft_tree")
+
+
+def test_a_fit_finds_the_law_that_made_the_data(traces):
+    """Acceptance drawn as exp(1.5 * logp - 0.2): slope and offset come back, and the calibration error falls."""
+    from graft_train.calibrate import scale as module
+
+    generator = torch.Generator().manual_seed(0)
+    logp = -2 * torch.rand(20_000, generator=generator)
+    truth = (1.5 * logp - 0.2).exp()
+    accepted = (torch.rand(20_000, generator=generator) < truth).float()
+    slope, offset = module._fit_depth(logp, accepted, 0.05, 0.0)
+    assert (slope, offset) == (pytest.approx(1.5, abs=0.1), pytest.approx(-0.2, abs=0.05))
+    before, after = logp.exp(), (slope * logp + offset).exp()
+    assert calibration_error(before, accepted) > 0.1
+    assert calibration_error(after, accepted) < 0.02
+
+
+def test_a_fitted_scale_never_ranks_a_child_above_its_parent(traces):
+    scale = fit_scale(traces)
+    replace(scale)  # checks itself
+    with pytest.raises(GraftError, match="never fall"):
+        replace(scale, drafted=((1.0, 0.0), (0.5, 0.0)))
+
+
+def test_calibration_error_by_hand():
+    """Two bins: 0.2 promised and 0 met, 0.8 promised and 1 met."""
+    error = calibration_error(torch.tensor([0.2, 0.8, 0.2, 0.8]), torch.tensor([0.0, 1.0, 0.0, 1.0]), bins=2)
+    assert error == pytest.approx(0.2)
+
+
+def test_time_is_the_sum_of_the_rounds(traces, replay):
     plan = Plan((Stage(2, drafted=3),), BEAM)
     speed, tau = replay.run(plan)
-    assert speed == pytest.approx(1e3 * tau / (0.4 + 0.05 + 1.3))
+    assert speed == pytest.approx(1e3 * tau / (0.4 + 0.05 + 0.1 + 1.3))
+    plan = competing(traces, Stage(0, widths=(8,)))
+    speed, tau = replay.run(plan)
+    assert speed == pytest.approx(1e3 * tau / (0.1 + 0.2 + 1.9))
 
 
-def test_templates_are_prefix_closed(replay):
-    for template in (replay.template(0, 1.0), replay.template(1, 0.3)):
-        seen = {()}
-        for path in template:
-            assert path[:-1] in seen
-            seen.add(path)
+def test_verification_costs_more_in_a_long_context():
+    latency = replace(LATENCY, verify_ms=[[1.0] * 5, [3.0] * 5])
+    plan = Plan((Stage(1, drafted=1),), BEAM)
+    times = latency.round_ms(plan, plan.stages[0], torch.tensor([2, 2, 2]).numpy(), torch.tensor([0, 40, 100]).numpy())
+    assert times.tolist() == pytest.approx([1 + 0.35, 2 + 0.35, 3 + 0.35])
 
 
-def test_graft_is_never_predicted_slower_than_its_special_cases(replay):
-    graft, eagle3 = best_graft(replay, checkpoints=2), best_eagle3(replay)
-    assert replay.run(graft)[0] >= replay.run(eagle3)[0]
-    assert all(stage.rows <= WIDTHS[-1] for stage in (*graft.stages, *best_retrieve(replay).stages))
+def test_the_learned_plan_is_predicted_at_least_as_fast_as_its_special_cases(traces, replay):
+    scale = fit_scale(traces)
+    learned = replay.run(best_learned(replay, scale, ALLOWED))[0]
+    without = replay.run(best_learned(replay, replace(scale, template=()), ALLOWED))[0]
+    alone = replay.run(best_learned(replay, replace(scale, drafted=()), ALLOWED))[0]
+    fixed = replay.run(best_learned(replay, scale, replace(ALLOWED, width_by_gain=False, retrieve_first=False)))[0]
+    assert learned >= max(without, fixed)
+    assert learned >= 0.999 * max(alone, replay.run(best_eagle3(replay, WIDTHS))[0])
 
 
-def test_costly_drafting_is_stopped_early(replay):
-    """With passes at a hundred times the price, no plan should run more than one."""
-    dear = Latency(WIDTHS, LATENCY.verify_ms, [0.0, 0.2, 40.0, 80.0, 120.0], [0.05, 0.1], 0.0)
-    replay = Replay(replay.traces, dear, WIDTHS, BEAM)
-    assert best_graft(replay, 2).max_passes == 1
-    assert best_eagle3(replay).max_passes == 1
+def test_costly_drafting_is_left_out_and_dear_rows_are_not_taken(traces):
+    """With passes at a hundred times the price no plan runs more than one."""
+    dear = Replay(traces, replace(LATENCY, draft_ms=[0.0, 0.2, 40.0, 80.0, 120.0]), BUDGET)
+    scale = fit_scale(traces)
+    assert best_learned(dear, scale, ALLOWED).max_passes <= 1
+    assert best_eagle3(dear, WIDTHS).max_passes == 1
+    steep = Replay(traces, replace(LATENCY, verify_ms=[[1.0, 1.1, 50.0, 100.0, 150.0]] * 2), BUDGET)
+    assert (
+        steep.run(best_learned(steep, scale, ALLOWED))[0]
+        >= steep.run(Plan((Stage(1, widths=(2,)),), BEAM, BUDGET, scale, learns_accepted=True))[0]
+    )
+
+
+def test_a_threshold_separates_where_stopping_pays():
+    """Stopping gains 1 where the head is unsure and loses 1 where it is sure."""
+    from graft_train.calibrate.search import _threshold
+
+    confidence = torch.linspace(0, 1, 401).numpy()
+    gain = 1.0 - 2.0 * (confidence > 0.3)
+    found = _threshold(-confidence, gain)
+    assert found == pytest.approx(-0.3, abs=0.03)
+    assert _threshold(-confidence, gain * 0 - 1) is None
+
+
+def test_paper_settings_scale_to_the_width_and_the_matrix(traces, replay):
+    plan = best_paper(replay, WIDTHS, most_rank=3)
+    assert {stage.rows for stage in plan.stages} <= set(WIDTHS) | {1 + BEAM}
+    assert plan.max_rank <= 3
+    assert paper_policy().graft.budget == 64
+
+
+def test_traces_survive_the_disk_and_refuse_other_weights(traces, tmp_path):
+    made_of = {"target": "a", "head": "b"}
+    traces.save(tmp_path / "traces.safetensors", made_of)
+    loaded = Traces.load(tmp_path / "traces.safetensors", made_of)
+    assert torch.equal(loaded.logp_TC, traces.logp_TC)
+    assert loaded.template == traces.template
+    with pytest.raises(GraftError, match=r"traced with another head \(b, now c\): delete"):
+        Traces.load(tmp_path / "traces.safetensors", made_of | {"head": "c"})
+    (tmp_path / "traces.safetensors").write_bytes(b"xx")
+    with pytest.raises(GraftError, match="cannot be read"):
+        Traces.load(tmp_path / "traces.safetensors", made_of)
+
+
+def test_raw_scale_takes_the_sources_at_their_word(traces):
+    scale = raw_scale(traces)
+    assert set(scale.drafted) | set(scale.retrieved) == {(1.0, 0.0)}

@@ -1,0 +1,225 @@
+"""Does the learned policy pay? On held-out prompts of two domains, at temperature 0 and 1, in one interleaved run.
+
+    python benchmarks/policy.py --run-dir runs/quickstart
+
+Needs the target, data, head and corpus of a finished quickstart. The second domain is prose: licences and
+documentation texts of the installed packages. Every policy is learned on calibration prompts and raced on others:
+the learned one, the same one learned on the other domain (transfer), without each of its pieces (ablation), the
+paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree. Ratios come with 95 %
+intervals by bootstrap over prompts. About ten minutes on two cores.
+"""
+
+import argparse
+import json
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from graft_inference import GraftEngine, GraftError, Plan, paper_policy
+from graft_inference.bundle import Bundle, load_successors, load_target_model
+from graft_inference.head_checkpoint import load_head
+from graft_train.calibrate import learn, plan_of
+from graft_train.calibrate.config import CalibrateConfig
+from graft_train.calibrate.latency import measure_latency
+from graft_train.calibrate.race import race, ratio
+from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.report import PIECES, calibration, describe
+from graft_train.calibrate.traces import Traces, record_traces
+from graft_train.data.documents import DataConfig, read_documents
+from graft_train.data.prompts import build_prompts
+from graft_train.data.samples import read_samples
+from graft_train.device import describe_device
+from graft_train.stage import write_json
+
+PROSE = (".md", ".rst", ".txt")
+BASELINES = ("eagle3", "paper", "paper as printed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-policy"))
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="of each domain, for calibration and again for the race"
+    )
+    parser.add_argument("--tokens", type=int, default=96, help="new tokens of each prompt")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    engine = load_engine(arguments.run_dir)
+    settings = CalibrateConfig(
+        prompts=arguments.prompts,
+        max_new_tokens=arguments.tokens,
+        beam_width=4,
+        max_passes=6,
+        widths=[1, 2, 4, 6, 8, 10, 12, 16],
+        retrieval_depth=6,
+        checkpoints=2,
+        repeats=arguments.repeats,
+    )
+    domains = {
+        "code": stage_prompts(arguments.run_dir, arguments.prompts),
+        "prose": prose_prompts(arguments.run_dir / "target", arguments.prompts),
+    }
+    result = {
+        "device": describe_device(engine.target.device),
+        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+    }
+    result["runs"] = [
+        found for temperature in arguments.temperatures for found in measure(engine, settings, domains, temperature)
+    ]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "policy.json", result)
+    report = to_markdown(result)
+    (arguments.out / "policy.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+def load_engine(run_dir: Path) -> GraftEngine:
+    model, _ = load_target_model(run_dir / "target", "cpu", "float32")
+    head = load_head(run_dir / "head")
+    successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
+    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors), model)
+
+
+def stage_prompts(run_dir: Path, count: int) -> dict[str, list[Tensor]]:
+    """Calibration and evaluation prompts of the pair's own data; nothing was trained on either."""
+    path = run_dir / "data" / "samples.jsonl"
+    return {
+        split: [torch.tensor(sample.prompt_ids) for sample in read_samples(path, split)[:count]]
+        for split in ("calibration", "evaluation")
+    }
+
+
+def prose_prompts(target: Path, count: int) -> dict[str, list[Tensor]]:
+    """Prompts from licences and documentation in site-packages, each document wholly in one split."""
+    texts: dict[str, dict[str, str]] = {}
+    for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*")):
+        wanted = path.suffix in PROSE or "LICENSE" in path.name.upper() or path.name == "METADATA"
+        if wanted and path.suffix in (*PROSE, "") and path.is_file() and 2_000 < path.stat().st_size < 200_000:
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            texts.setdefault(text[:500], {"id": str(path), "text": text})  # many packages carry one licence
+    if len(texts) < 20:
+        raise GraftError("site-packages holds too little prose: install the packages of constraints.txt")
+    records = Path(target).parent / "prose.jsonl"
+    records.write_text("".join(json.dumps(record) + "\n" for record in texts.values()), encoding="utf-8")
+    try:
+        documents = read_documents(DataConfig(path=str(records), calibration_share=0.45, evaluation_share=0.45))
+    finally:
+        records.unlink()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    found = {}
+    for split in ("calibration", "evaluation"):
+        mine = [document for document in documents if document.split == split]
+        prompts = build_prompts(mine, tokenizer, count=count, prompt_tokens=48, max_tokens=48, seed=0)
+        found[split] = [torch.tensor(prompt.ids) for prompt in prompts]
+    return found
+
+
+def measure(
+    engine: GraftEngine, settings: CalibrateConfig, domains: dict[str, dict[str, list[Tensor]]], temperature: float
+) -> list[dict[str, Any]]:
+    """Learns on each domain's calibration prompts, races on each domain's evaluation prompts."""
+    settings = replace(settings, temperature=temperature)
+    traces = {name: trace(engine, settings, prompts["calibration"]) for name, prompts in domains.items()}
+    first = next(iter(domains))
+    latency = measure_latency(
+        engine,
+        domains[first]["calibration"],
+        settings.widths,
+        settings.beam_width,
+        settings.max_passes,
+        settings.repeats,
+        traces[first].template[: 2 * max(settings.widths)],
+    )
+    replays = {name: Replay(traces[name], latency, max(settings.widths)) for name in domains}
+    learned = {name: learn(settings, replay) for name, replay in replays.items()}
+    found = []
+    for name, prompts in domains.items():
+        replay = replays[name]
+        plans = contenders(settings, replay, learned, name)
+        raced = race(engine, prompts["evaluation"], plans, settings.max_new_tokens, temperature, settings.repeats)
+        predicted = {plan: replay.run(learned[name][plan])[0] for plan in learned[name]}
+        # The prediction is of the calibration prompts: it is held against the speed on those.
+        seen = race(engine, prompts["calibration"], learned[name], settings.max_new_tokens, temperature, 1)
+        found.append(
+            {
+                "domain": name,
+                "temperature": temperature,
+                "plans": {plan: describe(plans[plan]) for plan in plans},
+                "measured": raced,
+                "ratios": {base: {plan: ratio(raced[plan], raced[base]) for plan in plans} for base in BASELINES},
+                "predicted": predicted,
+                "measured_on_calibration": {plan: seen[plan]["tokens_per_second"] for plan in seen},
+                "calibration_error": calibration(traces[name]),
+                "latency_ms": latency.to_dict(),
+            }
+        )
+    return found
+
+
+def trace(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor]) -> Traces:
+    return record_traces(
+        engine,
+        prompts,
+        settings.max_new_tokens,
+        settings.beam_width,
+        settings.max_passes,
+        settings.retrieval_depth,
+        4 * max(settings.widths),
+        settings.temperature,
+    )
+
+
+def contenders(
+    settings: CalibrateConfig, replay: Replay, learned: dict[str, dict[str, Plan]], domain: str
+) -> dict[str, Plan]:
+    """The plans of one race by name. Plans that came out equal are raced once each all the same."""
+    plans = dict(learned[domain])
+    plans["prune of learned"] = plans["learned"].without_retrieval()
+    plans["paper as printed"] = paper_policy().graft
+    for other in learned:
+        if other != domain:
+            plans[f"learned on {other}"] = learned[other]["learned"]
+    for piece, change in PIECES.items():
+        if change:
+            plans[piece] = plan_of("learned", replace(settings, **change), replay)
+    plans["matrix learns from all"] = replace(plans["learned"], learns_accepted=False)
+    return plans
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    device = result["device"]
+    lines = ["# The learned policy", "", f"{device['name']}, {device['threads']} threads, torch {device['torch']}.", ""]
+    for run in result["runs"]:
+        lines += [
+            f"## {run['domain']}, temperature {run['temperature']:g}",
+            "",
+            "| plan | passes: rows | tokens/s | tau | over eagle3 | over paper, scaled | over paper, as printed |",
+            "|---|---|---:|---:|---:|---:|---:|",
+        ]
+        for name, found in run["measured"].items():
+            ratios = (run["ratios"][base][name] for base in BASELINES)
+            cells = " | ".join(f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in ratios)
+            speed = f"{found['tokens_per_second']:.0f} | {found['tau']:.2f}"
+            lines.append(f"| {name} | {run['plans'][name]} | {speed} | {cells} |")
+        lines += ["", "Predicted and measured tokens/s on the calibration prompts:", ""]
+        for name, predicted in run["predicted"].items():
+            measured = run["measured_on_calibration"][name]
+            lines.append(f"- {name}: {predicted:.0f} against {measured:.0f} ({predicted / measured - 1:+.1%})")
+        for source, error in run["calibration_error"].items():
+            if error:
+                lines.append(f"- calibration error, {source}: {error['before']:.2%} -> {error['after']:.2%}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

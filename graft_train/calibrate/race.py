@@ -1,0 +1,70 @@
+"""Plans on the real engine, interleaved."""
+
+from statistics import median
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from graft_inference import GraftEngine, Plan
+
+BOOTSTRAP = 2000
+
+
+def race(
+    engine: GraftEngine,
+    prompts: list[Tensor],
+    plans: dict[str, Plan],
+    max_new_tokens: int,
+    temperature: float,
+    repeats: int,
+) -> dict[str, dict[str, Any]]:
+    """Tokens per second and tau of each plan; the order turns with every prompt and repeat.
+
+    Returns:
+        By plan: `tokens_per_second` and `tau` over all prompts, and per prompt `tokens` and `seconds`
+        (medians over repeats), from which `ratio` makes intervals.
+    """
+    names = list(plans)
+    found: dict[str, list[list[tuple[int, float, int]]]] = {name: [[] for _ in prompts] for name in names}
+    for name in names:  # warm-up
+        engine.generate(prompts[0], max_new_tokens, temperature, plan=plans[name], seed=0)
+    with tqdm(total=repeats * len(prompts) * len(names), desc="calibrate: race", unit="run") as bar:
+        for repeat in range(repeats):
+            for index, prompt in enumerate(prompts):
+                turn = (index + repeat) % len(names)
+                order = names[turn:] + names[:turn]
+                for name in order if repeat % 2 else reversed(order):
+                    stats = engine.generate(prompt, max_new_tokens, temperature, plan=plans[name], seed=repeat).stats
+                    found[name][index].append((stats.emitted - 1, stats.decode_seconds, stats.rounds))
+                    bar.update()
+    return {name: _summary(found[name]) for name in names}
+
+
+def _summary(runs: list[list[tuple[int, float, int]]]) -> dict[str, Any]:
+    # At a temperature, repeats emit other tokens: the time per token is what repeats share.
+    tokens = [sum(run[0] for run in prompt) / len(prompt) for prompt in runs]
+    per_token = [median(run[1] / max(run[0], 1) for run in prompt) for prompt in runs]
+    seconds = [count * time for count, time in zip(tokens, per_token, strict=True)]
+    rounds = sum(run[2] for prompt in runs for run in prompt)
+    emitted = sum(run[0] for prompt in runs for run in prompt)
+    speed = sum(tokens) / sum(seconds) if sum(seconds) else 0.0
+    return {
+        "tokens_per_second": speed,
+        "tau": emitted / max(rounds, 1),
+        "tokens": tokens,
+        "seconds": seconds,
+    }
+
+
+def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float, float]:
+    """Speed of one plan over another's, and the 95 % interval by bootstrap over prompts."""
+    columns = [np.array(found[name]) for found in (ours, theirs) for name in ("tokens", "seconds")]
+    drawn = np.random.default_rng(0).integers(len(columns[0]), size=(BOOTSTRAP, len(columns[0])))
+    chosen = np.concatenate((np.arange(len(columns[0]))[None], drawn))
+    tokens, seconds, base_tokens, base_seconds = (column[chosen].sum(axis=1) for column in columns)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = (tokens / seconds) / (base_tokens / base_seconds)
+    low, high = np.nanpercentile(ratios[1:], [2.5, 97.5])
+    return float(ratios[0]), float(low), float(high)

@@ -1,0 +1,219 @@
+"""What calibration found, as people read it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from graft_inference import Plan
+from graft_train.calibrate.config import CalibrateConfig
+from graft_train.calibrate.race import ratio
+from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.scale import Nodes, calibration_error, drafted_nodes, fit_scale, retrieved_nodes
+from graft_train.calibrate.traces import Traces
+
+PlanOf = Callable[[str, CalibrateConfig, Replay], Plan]
+POINTS = 4
+"""Widths at which the frontier is drawn."""
+WORTH = 0.02
+"""Calibration is judged on nodes that claim at least this; the many hopeless ones would flatter it."""
+PIECES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "no calibration": {"calibrated": False},
+    "no learned template": {"learned_template": False},
+    "no early stop": {"checkpoints": 0},
+    "always drafts": {"retrieve_first": False},
+    "one width per stage": {"width_by_gain": False},
+}
+COLORS = {
+    "eagle3": "#64748b",
+    "prune_only": "#0f766e",
+    "retrieve_only": "#7c3aed",
+    "paper": "#ca8a04",
+    "learned": "#c2410c",
+}
+
+
+def calibration(traces: Traces) -> dict[str, dict[str, float]]:
+    """Expected calibration error by source, raw and fitted; fitted on every other prompt, judged on the rest."""
+    prompts = traces.prompt_T.unique()
+    fitted, judged = prompts[::2], prompts[1::2]
+    if not len(judged):
+        return {}
+    scale = fit_scale(traces, fitted)
+    return {
+        "drafted": _errors(drafted_nodes(traces), scale.drafted, judged),
+        "retrieved": _errors(retrieved_nodes(traces), scale.retrieved, judged),
+    }
+
+
+def _errors(nodes: Nodes, table: tuple[tuple[float, float], ...], prompts: torch.Tensor) -> dict[str, float]:
+    kept = torch.isin(nodes.prompt, prompts) & (nodes.logp.exp() > WORTH)
+    if not kept.any():
+        return {}
+    slope, offset = torch.tensor(table)[nodes.depth[kept] - 1].unbind(dim=1)
+    logp, reach = nodes.logp[kept], nodes.reach[kept]
+    return {
+        "before": calibration_error(logp.exp(), reach),
+        "after": calibration_error((slope * logp + offset).exp(), reach),
+        "nodes": len(reach),
+    }
+
+
+def ablation(settings: CalibrateConfig, replay: Replay, plan_of: PlanOf) -> dict[str, dict[str, float]]:
+    """Predicted speed and tau of the learned plan without one of its pieces at a time."""
+    found = {}
+    for name, change in PIECES.items():
+        plan = plan_of("learned", replace(settings, **change), replay)
+        found[name] = dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True))
+    return found
+
+
+def frontier(settings: CalibrateConfig, replay: Replay, plan_of: PlanOf) -> dict[str, list[dict[str, float]]]:
+    """Predicted speed and tau of the best plan of each kind with some of the widths as its most."""
+    points: dict[str, list[dict[str, float]]] = {name: [] for name in COLORS}
+    widths = sorted({width for width in settings.widths if width > 1})
+    for width in widths[:: -max(1, len(widths) // POINTS)][::-1]:
+        narrow = replace(settings, widths=[w for w in settings.widths if w <= width])
+        for name in COLORS:
+            speed, tau = replay.run(plan_of(name, narrow, replay))
+            points[name].append({"width": width, "tokens_per_second": speed, "tau": tau})
+    return points
+
+
+def describe(plan: Plan) -> str:
+    """Passes, thresholds and rows of each stage, in one line."""
+    parts = []
+    for stage in plan.stages:
+        last = stage is plan.stages[-1]
+        rule = "" if last else f" if <= {stage.threshold:.2f}" if stage.passes else f" if > {stage.threshold:.2f}"
+        rows = "/".join(map(str, stage.widths)) if stage.widths else f"1+{stage.drafted}+{stage.retrieved}"
+        parts.append(f"{stage.passes}{rule}: {rows}")
+    return "; ".join(parts)
+
+
+def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, ...]]:
+    """plan, stages, predicted and measured tokens/s, the prediction's error, tau, ratio to eagle3."""
+    rows: list[tuple[str, ...]] = []
+    for name, plan in plans.items():
+        predicted, measured = report["predicted"][name], report["measured"][name]
+        error = predicted["tokens_per_second"] / measured["tokens_per_second"] - 1
+        over = ratio(measured, report["measured"]["eagle3"])
+        rows.append(
+            (
+                name,
+                describe(plan),
+                f"{predicted['tokens_per_second']:.0f}",
+                f"{measured['tokens_per_second']:.0f}",
+                f"{error:+.1%}",
+                f"{predicted['tau']:.2f}/{measured['tau']:.2f}",
+                f"{over[0]:.2f}x ({over[1]:.2f}-{over[2]:.2f})",
+            )
+        )
+    return rows
+
+
+HEADER = ("plan", "passes: rows", "predicted", "measured", "error", "tau", "over eagle3 (95 %)")
+
+
+def print_report(report: dict[str, Any], plans: dict[str, Plan]) -> None:
+    table = Table(title="plans on the calibration prompts, tokens/s", caption=f"graft is {report['graft_is']}")
+    for column in HEADER:
+        table.add_column(column, justify="left" if column in HEADER[:2] else "right")
+    for row in rows_of(report, plans):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
+    device, latency = report["device"], report["latency_ms"]
+    lines = [
+        "# Calibration",
+        "",
+        f"{device['name']}, {device['threads']} threads; {report['prompts']} prompts, {report['positions']} positions. "
+        f"`graft` is the plan `{report['graft_is']}`.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        "|" + "---|" * len(HEADER),
+        *(f"| {' | '.join(row)} |" for row in rows_of(report, plans)),
+        "",
+        "Predicted by replay and the latency table, measured on the engine; tau predicted/measured.",
+        "",
+        "## Calibration error",
+        "",
+        f"Of nodes that claim at least {WORTH:.0%}, on prompts that the fit did not see.",
+        "",
+        "| source | before | after | nodes |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {source} | {error['before']:.2%} | {error['after']:.2%} | {error['nodes']} |"
+            for source, error in report["calibration_error"].items()
+            if error
+        ),
+        "",
+        "## Without one piece (predicted)",
+        "",
+        "| learned policy | tokens/s | tau |",
+        "|---|---:|---:|",
+        *(
+            f"| {name} | {found['tokens_per_second']:.0f} | {found['tau']:.2f} |"
+            for name, found in report["ablation"].items()
+        ),
+        "",
+        "## Latency, ms",
+        "",
+        f"| context | {' | '.join(f'{width} rows' for width in latency['widths'])} |",
+        "|---|" + "---:|" * len(latency["widths"]),
+        *(
+            f"| {context} | {' | '.join(f'{time:.2f}' for time in times)} |"
+            for context, times in zip(latency["contexts"], latency["verify_ms"], strict=True)
+        ),
+        "",
+        f"Head passes 0, 1, ...: {', '.join(f'{time:.2f}' for time in latency['draft_ms'])}. Choosing the tree "
+        f"{latency['graft_ms'][0]:.2f} without, {latency['graft_ms'][1]:.2f} with retrieval; acceptance and commit "
+        f"{latency['commit_ms'][0]:.2f} and {latency['commit_ms'][1]:.2f}; one more host read "
+        f"{latency['read_ms']:.2f}. "
+        f"Interquartile range over median of a round: {latency['spread'][0]:.0%} typically, "
+        f"{latency['spread'][1]:.0%} at most.",
+        "",
+        "![speed against acceptance length](frontier.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw_frontier(report: dict[str, Any], path: Path) -> None:
+    """Speed against tau: predicted along the widths, measured as stars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for name, color in COLORS.items():
+        points = report["frontier"][name]
+        axes.plot(
+            [point["tau"] for point in points],
+            [point["tokens_per_second"] for point in points],
+            color=color,
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            alpha=0.8,
+        )
+        measured = report["measured"][name]
+        axes.scatter(
+            measured["tau"], measured["tokens_per_second"], color=color, marker="*", s=130, zorder=3, label=name
+        )
+    axes.set(xlabel="acceptance length tau", ylabel="tokens/s")
+    axes.set_title("lines: predicted, by widest verification allowed; stars: measured", fontsize=10)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=150, format="png")
+    plt.close(figure)
+    aside.rename(path)

@@ -1,0 +1,37 @@
+"""The device at hand, and whether a policy was measured on it."""
+
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+
+from .policy import Policy
+
+
+def device_name(device: torch.device) -> str:
+    """What a GPU or CPU calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def warn_if_elsewhere(policy: Policy, device: torch.device) -> None:
+    """Warns where the policy's latencies are another device's: its output is right, its speed perhaps not."""
+    measured = policy.measured_on.get("device") or {}
+    here = {"name": device_name(device), "threads": torch.get_num_threads()}
+    differs = [name for name in here if name in measured and measured[name] != here[name]]
+    if device.type == "cuda":
+        differs = [name for name in differs if name != "threads"]
+    if differs:
+        what = ", ".join(f"{name} {measured[name]}, not {here[name]}" for name in differs)
+        warnings.warn(
+            f"the policy was calibrated for {what}; to measure this device alone, in under a minute, run "
+            "recipes/calibrate.py policy.latency_only=true, then recipes/export.py",
+            stacklevel=3,
+        )

@@ -1,0 +1,155 @@
+"""The stage on a tiny random pair: what it writes, what it refuses, and renewing the latency table alone."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from graft_inference import GraftEngine, GraftError, Policy
+from graft_inference.device import warn_if_elsewhere
+from graft_inference.head_checkpoint import save_head
+from graft_train import calibrate as module
+from graft_train.calibrate import calibrate
+from graft_train.calibrate.config import CalibrateConfig
+from graft_train.calibrate.race import ratio
+from graft_train.config import Config
+from graft_train.data.samples import Sample, append_samples
+from graft_train.data.target import TargetConfig
+from graft_train.device import describe_device
+from graft_train.stage import write_json
+from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_head, tiny_model
+from tests.graft_inference.tiny_bundle import tiny_successors, write_target
+
+PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
+
+
+def write_run(run_dir: Path) -> Path:
+    """A run directory whose stages before calibrate are done."""
+    write_target(run_dir / "target")
+    save_head(tiny_head(tiny_model("llama")), run_dir / "head")
+    for stage in ("data", "corpus"):
+        (run_dir / stage).mkdir()
+    save_file(tiny_successors(), run_dir / "corpus" / "successors.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    with (run_dir / "data" / "samples.jsonl").open("wb") as file:
+        for index in range(3):
+            ids = torch.randint(0, VOCAB, (6,), generator=generator).tolist()
+            append_samples(file, [Sample(f"file{index}.py@0", "calibration", ids, [], 0.0, 0)])
+    for stage in ("target", "head", "data", "corpus"):
+        write_json(run_dir / stage / "stage.json", {"fingerprint": stage, "settings": {}, "inputs": {}})
+    return run_dir
+
+
+def config_for(run_dir: Path, **settings) -> Config:
+    sizes = {
+        "prompts": 3,
+        "max_new_tokens": 16,
+        "beam_width": 3,
+        "max_passes": 2,
+        "widths": [1, 4, 8],
+        "retrieval_depth": 2,
+        "checkpoints": 1,
+        "repeats": 1,
+        "least_rounds": 20,
+    }
+    target = TargetConfig(dtype="float32", device="cpu")
+    return Config(run_dir=str(run_dir), threads=1, target=target, policy=CalibrateConfig(**(sizes | settings)))
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    return write_run(tmp_path)
+
+
+def test_everything_is_learned_measured_and_written(run_dir):
+    policy_dir = calibrate(config_for(run_dir))
+    report = json.loads((policy_dir / "report.json").read_text())
+    assert set(report["measured"]) == set(report["predicted"]) == set(report["frontier"]) == set(PLANS)
+    fastest = max(PLANS, key=lambda name: report["measured"][name]["tokens_per_second"] * (name != "paper"))
+    assert report["graft_is"] == fastest
+    assert report["ablation"].keys() >= {"all", "no calibration"}
+    assert report["ablation"]["all"]["tokens_per_second"] > 0
+    policy = Policy.from_dict(json.loads((policy_dir / "policy.json").read_text()))
+    assert policy.measured_on["device"]["name"] == describe_device(torch.device("cpu"))["name"]
+    assert policy.graft.budget == 8
+    assert (policy_dir / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    text = (policy_dir / "report.md").read_text()
+    assert all(f"| {name} |" in text for name in PLANS)
+
+
+def test_an_interrupted_run_does_not_trace_again(run_dir, monkeypatch):
+    monkeypatch.setattr(module, "measure_latency", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config_for(run_dir))
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "record_traces", lambda *_: pytest.fail("traced again"))
+    assert (calibrate(config_for(run_dir)) / "policy.json").exists()
+
+
+def test_latency_alone_is_measured_again_without_traces_or_race(run_dir, monkeypatch):
+    directory = calibrate(config_for(run_dir))
+    before = json.loads((directory / "latency.json").read_text())
+    for name in ("record_traces", "race"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it ran"))
+    assert calibrate(config_for(run_dir, latency_only=True)) == directory
+    assert json.loads((directory / "latency.json").read_text()) != before
+    Policy.from_dict(json.loads((directory / "policy.json").read_text()))
+
+
+def test_latency_alone_needs_traces_of_these_weights(run_dir):
+    with pytest.raises(GraftError, match=r"cannot be read .*without latency_only"):
+        calibrate(config_for(run_dir, latency_only=True))
+    calibrate(config_for(run_dir))
+    write_json(run_dir / "head" / "stage.json", {"fingerprint": "other", "settings": {}, "inputs": {}})
+    with pytest.raises(GraftError, match=r"traced with another head \(head, now other\)"):
+        calibrate(config_for(run_dir, latency_only=True))
+
+
+@pytest.mark.parametrize("kind", ["paper", "prune_only", "retrieve_only"])
+def test_a_kind_decides_what_graft_is(run_dir, kind):
+    directory = calibrate(config_for(run_dir, kind=kind))
+    policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
+    assert policy.measured_on["graft_is"] == kind
+    assert (policy.graft.scale is None) == (kind == "paper")
+    if kind != "paper":
+        assert policy.graft.retrieves == (kind == "retrieve_only")
+        assert policy.graft.drafts == (kind == "prune_only")
+
+
+def test_too_few_rounds_are_told_before_anything_runs(run_dir, monkeypatch):
+    monkeypatch.setattr(GraftEngine, "generate", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(GraftError, match="45 traced positions are too few to learn a policy, which takes 500: raise"):
+        calibrate(config_for(run_dir, least_rounds=500))
+    assert not (run_dir / "policy").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"kind": "best"}, "policy.kind=best is unknown"), ({"widths": [1]}, "one of them at least 2")],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(GraftError, match=message):
+        CalibrateConfig(**settings)
+
+
+def test_another_device_is_warned_of_with_the_remedy():
+    policy = learned_policy()
+    device = torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_elsewhere(policy, device)
+        policy.measured_on["device"] = describe_device(device)
+        warn_if_elsewhere(policy, device)
+    policy.measured_on["device"] = {"name": "Pocket Calculator", "threads": torch.get_num_threads()}
+    with pytest.warns(UserWarning, match=r"calibrated for name Pocket Calculator, not .*policy.latency_only=true"):
+        warn_if_elsewhere(policy, device)
+
+
+def test_a_ratio_and_its_interval_by_hand():
+    """Twice the speed on one prompt, four times on the other, the same tokens: 20 / 6 over 20 / 16 in all."""
+    ours = {"tokens": [10.0, 10.0], "seconds": [4.0, 2.0]}
+    theirs = {"tokens": [10.0, 10.0], "seconds": [8.0, 8.0]}
+    assert ratio(ours, theirs) == pytest.approx((16 / 6, 2.0, 4.0))
