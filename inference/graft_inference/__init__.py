@@ -1,13 +1,15 @@
 """Graft: lossless hybrid tree speculation (arXiv 2605.20104) for transformers causal LMs.
 
 Shape suffixes: B batch, S sequence, N tree rows (the root included), T template rows, D depth (0..max),
-A accepted or newly committed positions, K keys or successors per token, V target vocabulary,
+A accepted or newly committed positions, P places of the output, K keys or successors per token, V target vocabulary,
 D in `logp_BD` draft vocabulary, H hidden size, E tapped states concatenated, k beam width.
 """
 
-from .engine import Generation, GenerationStats, GraftEngine
+from .engine import GraftEngine
 from .errors import GraftError
 from .policy import METHODS, Plan, Policy, Scale, Stage, paper_policy
+from .request import Request
+from .stats import Generation, GenerationStats
 
 __all__ = [
     "METHODS",
@@ -17,6 +19,7 @@ __all__ = [
     "GraftError",
     "Plan",
     "Policy",
+    "Request",
     "Scale",
     "Stage",
     "paper_policy",

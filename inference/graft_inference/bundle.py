@@ -22,11 +22,14 @@ from .draft_head import DraftHead
 from .errors import GraftError
 from .head_checkpoint import load_head
 from .ngrams import SLOTS, NgramTable
-from .policy import Policy
+from .policy import Policy, paper_policy
 from .retrieval import SuccessorMatrix
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 """Sizes of the target that a bundle is made for."""
+
+PAPER_SUCCESSORS = 8
+"""Successors per token that the paper's templates use."""
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Bundle:
 def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> Bundle:
     """Loads a bundle strictly and checks that it was made for this target.
 
+    A bare EAGLE-3 head, with neither `graft.json` nor `successors.safetensors` beside it, gets the paper's policy
+    and an empty matrix, which the prompts fill.
+
     Args:
         path: local directory or Hub id.
         target_config: the target's (text) configuration.
@@ -50,7 +56,11 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
         GraftError: names the file, or the property of the target that differs.
     """
     directory = resolve(path)
-    head = load_head(directory)
+    head = load_head(directory, target_config.num_hidden_layers)
+    if not (directory / "graft.json").exists() and not (directory / "successors.safetensors").exists():
+        check_sizes({}, head, target_config, "pass the target that it was trained for")
+        empty = SuccessorMatrix.empty(head.config.vocab_size, PAPER_SUCCESSORS, torch.device("cpu"))
+        return Bundle(head, paper_policy(), empty)
     policy, made_for = load_graft(directory / "graft.json")
     check_target(head, made_for, target_config, tokenizer)
     here = describe_target(made_for["name_or_path"], target_config, tokenizer)
@@ -83,14 +93,19 @@ def describe_target(name_or_path: str, target_config: Any, tokenizer: Any | None
 
 def check_target(head: DraftHead, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
     """Raises GraftError unless the target has the sizes, and the tokenizer, the head was trained with."""
-    of_head = {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
     remedy = f"pass the target it was made for ({made_for['name_or_path']})"
-    for name, expected in (*of_head.items(), *((name, made_for[name]) for name in SIZES)):
+    check_sizes({name: made_for[name] for name in SIZES}, head, target_config, remedy)
+    if made_for["tokenizer"] and tokenizer is not None and tokenizer_hash(tokenizer) != made_for["tokenizer"]:
+        raise GraftError(f"the target's tokenizer is not the one this bundle was trained with: {remedy}")
+
+
+def check_sizes(made_for: dict[str, int], head: DraftHead, target_config: Any, remedy: str) -> None:
+    """Raises GraftError unless the target has the head's sizes and those it was made for."""
+    of_head = {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
+    for name, expected in (*of_head.items(), *made_for.items()):
         actual = getattr(target_config, name)
         if actual != expected:
             raise GraftError(f"this bundle wants a target with {name}={expected}, but it has {actual}: {remedy}")
-    if made_for["tokenizer"] and tokenizer is not None and tokenizer_hash(tokenizer) != made_for["tokenizer"]:
-        raise GraftError(f"the target's tokenizer is not the one this bundle was trained with: {remedy}")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -165,8 +180,13 @@ def read_table(
     return tensors, built_for
 
 
-def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, Any | None]:
+def load_target_model(
+    path: str | Path, device: str, dtype: str, device_map: str | dict[str, Any] | None = None
+) -> tuple[Any, Any | None]:
     """The target and its tokenizer (None where it has none).
+
+    Args:
+        device_map: spreads the target over devices, as transformers does; instead of `device`.
 
     Raises:
         GraftError: not a model transformers can load, or an unknown dtype or device.
@@ -179,7 +199,9 @@ def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, A
     except (RuntimeError, AssertionError) as error:
         raise GraftError(f"device {device!r} cannot be used here: {error}") from error
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch_dtype, device_map=device_map, output_loading_info=True
+        )
         model, found = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GraftError(f"no target can be loaded from {path}: {error}") from error
@@ -190,7 +212,9 @@ def load_target_model(path: str | Path, device: str, dtype: str) -> tuple[Any, A
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError):
         tokenizer = None
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    if device_map is None:
+        model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:

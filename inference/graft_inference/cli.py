@@ -34,10 +34,21 @@ def run(options: argparse.Namespace) -> GenerationStats:
     if tokenizer is None:
         raise GraftError(f"{options.target} has no tokenizer: put its files beside the model")
     bundle = load_bundle(options.bundle, model.config.get_text_config(), tokenizer)
-    engine = GraftEngine.from_bundle(bundle, model)
+    engine = GraftEngine.from_bundle(bundle, model, tokenizer=tokenizer)
     input_ids = encode(tokenizer, sys.stdin.read() if options.prompt == "-" else options.prompt, options.chat)
     stats = GenerationStats()
-    tokens = engine.stream(input_ids, options.max_new_tokens, options.temperature, options.method, options.seed, stats)
+    tokens = engine.stream(
+        input_ids,
+        options.max_new_tokens,
+        options.temperature,
+        options.method,
+        options.seed,
+        stats,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        stop_strings=options.stop,
+    )
     # It holds back what may still change: unfinished words, and characters of several tokens.
     printer = TextStreamer(tokenizer, skip_special_tokens=True)
     for token in tokens:
@@ -77,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=METHODS, default="graft")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, help="sample from the likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this probability only")
+    parser.add_argument("--repetition-penalty", type=float, help="over 1 discourages what is there already")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end with this text; may be given repeatedly")
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="default: %(default)s")

@@ -12,13 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -39,8 +33,6 @@ ACCEPTED = {
     "logits_processor",
     "stopping_criteria",
 }
-# transformers loses the tokenizer they need on the way to a custom decoding function.
-REFUSED = {"stop_strings"}
 
 _bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Bundle]] = WeakKeyDictionary()
 
@@ -60,13 +52,13 @@ def generate(
 
     transformers prepares the request: lengths, special tokens, logits processors and stopping criteria are
     those of a plain `generate`. Sampling is reproducible under `torch.manual_seed`, but other draws than
-    those of a plain `generate` come out (of the same distribution).
+    those of a plain `generate` come out (of the same distribution; the same ones for every method).
 
     Args:
         draft: where the bundle is now, if it was moved after its export.
         method: one of `policy.METHODS`.
         streamer: gets the prompt, then every token as it is accepted.
-        tokenizer: if given, checked to be the one the bundle was made for.
+        tokenizer: if given, checked to be the one the bundle was made for. `stop_strings` need it.
         revision: of the bundle, where it is on the Hub.
         kwargs: as for `model.generate`.
 
@@ -77,10 +69,12 @@ def generate(
         GraftError: a setting that would change the output and is not supported, or a bundle that does not
             belong to this code or this model. The model is left as it was.
     """
-    known = ACCEPTED | GenerationConfig().to_dict().keys() - REFUSED
+    known = ACCEPTED | GenerationConfig().to_dict().keys()
     unsupported = sorted(name for name, value in kwargs.items() if value is not None and name not in known)
     if unsupported:
         raise GraftError(f"custom_generate does not support {', '.join(unsupported)}: leave them out")
+    # transformers loses the tokenizer they need on the way to a custom decoding function.
+    stop_strings = kwargs.pop("stop_strings", None)
 
     def decode(
         model: Any,
@@ -91,48 +85,31 @@ def generate(
         **prepared: Any,
     ) -> Tensor:
         _check_supported(generation_config, input_ids, prepared.get("attention_mask"))
-        temperature = _temperature(generation_config, logits_processor)
+        check = model not in _bundles
         bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
-        engine = GraftEngine.from_bundle(bundle, model, packed=False)
+        engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check)
         # The request's own stopping criteria include its end-of-sequence tokens.
         engine.eos_token_ids = frozenset()
         try:
-            length = generation_config.max_length
-            return _decode(engine, input_ids, length, stopping_criteria, temperature, method, streamer)
+            return engine.generate(
+                input_ids,
+                # The temperature itself is one of the processors.
+                temperature=float(generation_config.do_sample),
+                method=method,
+                seed=int(torch.randint(2**62, ())) if generation_config.do_sample else None,
+                max_length=generation_config.max_length,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                stop_strings=stop_strings,
+                tokenizer=tokenizer,
+                streamer=streamer,
+            ).sequences
         finally:
             engine.target.release()
 
     kwargs["custom_generate"] = decode
     sequences: Any = GenerationMixin.generate(model, *args, **kwargs)
     return sequences
-
-
-def _decode(
-    engine: GraftEngine,
-    input_ids: Tensor,
-    max_length: int,
-    stopping_criteria: StoppingCriteriaList,
-    temperature: float,
-    method: str,
-    streamer: BaseStreamer | None,
-) -> Tensor:
-    """Streams from the engine until a criterion holds; what was accepted beyond that token is dropped."""
-    length = input_ids.shape[1]
-    sequence = torch.cat((input_ids, input_ids.new_zeros((1, max_length - length))), dim=1)
-    seed = int(torch.randint(2**62, ())) if temperature else None
-    tokens = engine.stream(input_ids, max_length - length, temperature, method, seed)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    for token in tokens:
-        sequence[0, length] = token
-        length += 1
-        if streamer is not None:
-            streamer.put(torch.tensor([token]))
-        if stopping_criteria(sequence[:, :length], None).all():
-            break
-    if streamer is not None:
-        streamer.end()
-    return sequence[:, :length]
 
 
 def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -153,18 +130,6 @@ def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask
         )
     if config.return_dict_in_generate:
         raise GraftError("return_dict_in_generate=True is not supported: leave it out to get the sequences")
-
-
-def _temperature(config: GenerationConfig, processors: LogitsProcessorList) -> float:
-    """0 for greedy; whatever else would change the logits is refused by name."""
-    others = [type(one).__name__ for one in processors if type(one) is not TemperatureLogitsWarper]
-    if others:
-        raise GraftError(
-            f"this request changes the target's distribution by {', '.join(others)}, which Graft does not "
-            "support: switch the settings behind it off (sampling starts from transformers' default "
-            "top_k=50; pass top_k=0, top_p=1.0), or decode with do_sample=False"
-        )
-    return config.temperature if config.do_sample else 0.0
 
 
 def _load(model: Any, location: str, revision: str | None, tokenizer: Any | None) -> Bundle:

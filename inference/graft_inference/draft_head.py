@@ -122,20 +122,27 @@ class DraftLayer(nn.Module):
         return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH))
 
 
+EMBEDDINGS = "embed_tokens.weight"
+
+
 class DraftHead(nn.Module):
     """An EAGLE-3 head. Its parameters and buffers are exactly the tensors of the checkpoint.
 
     At position t the head reads the embedding of token t+1 and the feature of position t, and predicts
     token t+2. The first feature is `fuse(taps)`; every later one is the head's own previous output.
+
+    Args:
+        own_embeddings: whether the checkpoint brings embeddings. Ours do not: they are the target's.
     """
 
     d2t: Tensor
     t2d: Tensor
     target_ids: Tensor
 
-    def __init__(self, config: DraftHeadConfig) -> None:
+    def __init__(self, config: DraftHeadConfig, own_embeddings: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own_embeddings else None
         taps = len(config.tapped_layers)
         self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)

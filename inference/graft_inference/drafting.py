@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .draft_head import DraftHead
+from .kv_cache import allocate
 from .target import Target
 from .tree import DraftTree, Source, child_paths, root_tree
 
@@ -49,8 +50,7 @@ class Drafter:
         self.beam_width = beam_width
         config = head.config
         shape = (1, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=head.fc.weight.dtype, device=head.fc.weight.device)
-        self.values = torch.empty_like(self.keys)
+        self.keys, self.values = (allocate(shape, head.fc.weight, 2) for _ in range(2))
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.length = 0
         self._deferred: list[tuple[Tensor, Tensor]] = []
@@ -59,11 +59,23 @@ class Drafter:
         """Keeps newly committed positions for the next `begin`: a round that does not draft."""
         self._deferred.append((tokens_A, taps_AE))
 
-    def begin(self, tokens_A: Tensor, taps_AE: Tensor) -> Draft:
-        """Catches up with newly committed positions and proposes the root's children.
+    def resume(self, length: int, beam_width: int, capacity: int) -> None:
+        """Forgets what was read after the first `length` positions, and makes room for another request."""
+        self.length = length
+        self._deferred = []
+        self.beam_width = beam_width
+        keys, values = self.keys, self.values
+        if capacity > keys.shape[2]:
+            shape = (1, keys.shape[1], capacity, keys.shape[3])
+            self.keys, self.values = allocate(shape, keys, 2), allocate(shape, values, 2)
+            self.keys[:, :, :length] = keys[:, :, :length]
+            self.values[:, :, :length] = values[:, :, :length]
+
+    def read(self, tokens_A: Tensor, taps_AE: Tensor) -> Tensor:
+        """Catches up with newly committed positions; returns the head's outputs there, [A, H].
 
         Args:
-            tokens_A: the token after each position; the last one is the root.
+            tokens_A: the token after each position.
             taps_AE: the target's tapped states at these positions.
         """
         if self._deferred:
@@ -78,7 +90,11 @@ class Drafter:
         feature_AH = self.head.fuse(taps_AE)
         hidden_AH = self._pass(tokens_A, feature_AH, positions_A, self.length, causal_AK)
         self.length += count
+        return hidden_AH
 
+    def begin(self, tokens_A: Tensor, taps_AE: Tensor) -> Draft:
+        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens."""
+        hidden_AH = self.read(tokens_A, taps_AE)
         logp_k, tokens_k = self._propose(hidden_AH[-1:])
         logp_k, tokens_k = logp_k[0], tokens_k[0]
         root = root_tree(tokens_A[-1:])
@@ -143,7 +159,8 @@ class Drafter:
                 enable_gqa=self.groups > 1,
             )
 
-        embedding_BSH = self.target.embed(tokens_A[None]).to(feature_AH.dtype)
+        embed = self.head.embed_tokens or self.target.embed
+        embedding_BSH = embed(tokens_A[None]).to(feature_AH.dtype)
         return self.head(embedding_BSH, feature_AH[None], positions_A[None], attend)[0]
 
 

@@ -1,9 +1,8 @@
 """The decode loop: draft, prune, graft, verify, commit, update."""
 
-import time
-from collections import Counter
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,107 +18,36 @@ from .grafting import Grafter
 from .kv_cache import TreeCache
 from .packed_linear import pack_linears
 from .policy import Plan, Policy, Stage
+from .prefix import KeptPrefix
+from .request import Request
 from .retrieval import SuccessorMatrix
+from .sampling import Sampler
+from .self_check import self_check
+from .state import DecodeState
+from .stats import Generation, GenerationStats, PhaseClock
 from .target import Target, TargetOutput
 from .tree import DraftTree, Source, root_tree
-from .verification import Acceptance, accept, draw
+from .verification import Acceptance, accept
 
-PHASES = ("prefill", "draft", "graft", "verify", "commit")
-
-
-@dataclass
-class GenerationStats:
-    """What one generation did.
-
-    Attributes:
-        rounds: target passes after the prefill.
-        emitted: new tokens, the prefill's first one included.
-        seconds: wall time by phase. `graft` is look-up and merging, `commit` acceptance, cache and matrix.
-        accepted: kept tokens of the rounds by source: drafted, retrieved, and bonus (the target's own).
-        stages: rounds by the stage they stopped at; "none" where no head ran.
-    """
-
-    rounds: int = 0
-    emitted: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    accepted: dict[str, int] = field(default_factory=lambda: {"drafted": 0, "retrieved": 0, "bonus": 0})
-    stages: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def tau(self) -> float:
-        """Acceptance length: tokens per target pass, bonus included, the prefill's token not; 1 for AR."""
-        return (self.emitted - 1) / self.rounds if self.rounds else 1.0
-
-    @property
-    def decode_seconds(self) -> float:
-        return sum(self.seconds.values()) - self.seconds["prefill"]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed; the prefill and its token are not counted."""
-        return (self.emitted - 1) / self.decode_seconds if self.rounds else 0.0
-
-
-@dataclass
-class Generation:
-    """sequences: prompt and new tokens, [1, prompt + new] int64."""
-
-    sequences: Tensor
-    stats: GenerationStats
-
-
-@dataclass
-class DecodeState:
-    """Everything that changes while one prompt is decoded.
-
-    Attributes:
-        root_1: the last emitted token, not yet in the cache.
-        fresh_tokens_A, fresh_taps_AE: what the last round committed.
-        retrieved: this round's retrieved candidates, once looked up.
-    """
-
-    plan: Plan
-    grafter: Grafter
-    cache: TreeCache
-    drafter: Drafter | None
-    successors: SuccessorMatrix | None
-    temperature: float
-    generator: torch.Generator
-    root_1: Tensor
-    fresh_tokens_A: Tensor
-    fresh_taps_AE: Tensor
-    stats: GenerationStats
-    clock: "PhaseClock"
-    retrieved: DraftTree | None = None
-
-
-class PhaseClock:
-    """Adds the time since the last mark to a phase; on a GPU it waits for the device first."""
-
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self.seconds = seconds
-        self.device = device
-        self.last = self._now()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def mark(self, phase: str) -> None:
-        now = self._now()
-        self.seconds[phase] += now - self.last
-        self.last = now
+SCOPES = ("request", "engine", "frozen")
 
 
 class GraftEngine:
     """Lossless hybrid tree speculation on one target.
 
+    Several requests may be under way at once, streams or threads: their rounds take turns.
+
     Args:
         target: the model, with taps where `head` wants them.
         policy: a plan per method.
-        successors: the matrix every request starts from; each works on its own copy.
+        successors: the matrix that requests start from.
         eos_token_ids: generation ends after one of these.
+        tokenizer: the target's, to find stop strings with.
+        retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the
+            "engine"; "frozen" learns nothing.
+        prefill_chunk: tokens of a prompt that are read in one pass; fewer need less memory.
+        keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
+            what is new. Output is the same; memory stays taken.
     """
 
     def __init__(
@@ -129,13 +57,27 @@ class GraftEngine:
         head: DraftHead,
         successors: SuccessorMatrix,
         eos_token_ids: Sequence[int] = (),
+        tokenizer: Any | None = None,
+        retrieval_scope: str = "request",
+        prefill_chunk: int = 1024,
+        keep_prefix: bool = False,
     ) -> None:
+        if retrieval_scope not in SCOPES:
+            raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
+        if prefill_chunk < 1:
+            raise GraftError(f"prefill_chunk={prefill_chunk}: a prompt is read at least one token at a time")
         self.target = target
         self.policy = policy
         self.head = head
         self.successors = successors
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.tokenizer = tokenizer
+        self.retrieval_scope = retrieval_scope
+        self.prefill_chunk = prefill_chunk
+        self.keep_prefix = keep_prefix
+        self._kept: KeptPrefix | None = None
         self._grafters: dict[Plan, Grafter] = {}
+        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -145,110 +87,132 @@ class GraftEngine:
         device: str = "cpu",
         dtype: str = "float32",
         packed: bool = True,
+        check: bool = True,
+        device_map: str | dict[str, Any] | None = None,
+        **settings: Any,
     ) -> Self:
-        """Loads a bundle and its target, each a local directory or a Hub id.
+        """Loads a bundle, or a bare EAGLE-3 head, and its target, each a local directory or a Hub id.
 
         Args:
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
+            check: compare a small tree pass with the target's own linear passes (`self_check`).
+            device_map: spreads the target over devices, as transformers does; instead of `device`.
+            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`.
 
         Raises:
-            GraftError: a missing or corrupt file, or a target the bundle was not made for.
+            GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
+                cannot be served.
         """
-        model, tokenizer = load_target_model(target, device, dtype)
+        model, tokenizer = load_target_model(target, device, dtype, device_map)
+        if tokenizer is None:
+            warnings.warn(
+                f"{target} has no tokenizer: pass token ids; whether it is the one that the bundle was made with "
+                "is not checked",
+                stacklevel=2,
+            )
         loaded = load_bundle(bundle, model.config.get_text_config(), tokenizer)
-        return cls.from_bundle(loaded, model, packed)
+        return cls.from_bundle(loaded, model, packed, check, tokenizer=tokenizer, **settings)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, model: Any, packed: bool = True) -> Self:
-        """An engine on a model already in memory. Packing changes the model's linear layers for good."""
-        head = bundle.head.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
-        if packed:
+    def from_bundle(cls, bundle: Bundle, model: Any, packed: bool = True, check: bool = True, **settings: Any) -> Self:
+        """An engine on a model already in memory. Packing changes the model's linear layers for good.
+
+        Args:
+            settings: those of the constructor, from `tokenizer` on.
+        """
+        target = Target(model, bundle.head.config.tapped_layers)
+        if check:
+            self_check(target)
+        head = bundle.head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
+        if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight, target.embedding_weight):
+            head.embed_tokens = None  # a copy of the target's
+        if packed and not target.is_split:
             pack_linears(model)
             pack_linears(head)
         eos = model.generation_config.eos_token_id
         eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        successors = bundle.successors.to(model.device)
-        warn_if_elsewhere(bundle.policy, model.device)
-        return cls(Target(model, head.config.tapped_layers), bundle.policy, head, successors, eos_ids)
+        warn_if_elsewhere(bundle.policy, target.device)
+        return cls(target, bundle.policy, head, bundle.successors.to(target.device), eos_ids, **settings)
 
     def generate(
         self,
         input_ids: Tensor,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         method: str = "graft",
         seed: int | None = None,
         plan: Plan | None = None,
+        **options: Any,
     ) -> Generation:
         """Continues one prompt.
 
         Args:
             input_ids: [prompt] or [1, prompt] int64.
-            temperature: 0 is greedy.
-            method: one of `policy.METHODS`.
-            seed: of the sampling; the same seed gives the same tokens.
-            plan: used instead of the method's own.
+            max_new_tokens, temperature, method, seed, plan, options: the attributes of `Request`.
 
         Raises:
-            GraftError: an empty or overlong prompt, or a bad argument.
+            GraftError: an empty or overlong prompt, a bad argument, or no memory for the caches.
         """
+        request = Request(max_new_tokens, temperature, method, seed, plan, **options)
         stats = GenerationStats()
         prompt = _prompt(input_ids)
-        tokens = list(self._decode(prompt, max_new_tokens, temperature, method, seed, plan, stats))
+        logprobs: list[Tensor] | None = [] if request.return_logprobs else None
+        tokens = list(self._decode(prompt, request, stats, logprobs))
         new = torch.tensor([tokens], dtype=torch.long, device=input_ids.device)
-        return Generation(torch.cat((prompt[None].to(input_ids.device), new), dim=1), stats)
+        sequences = torch.cat((prompt[None].to(input_ids.device), new), dim=1)
+        return Generation(sequences, stats, torch.cat(logprobs)[: len(tokens)] if logprobs else None)
 
     def stream(
         self,
         input_ids: Tensor,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         method: str = "graft",
         seed: int | None = None,
         stats: GenerationStats | None = None,
+        **options: Any,
     ) -> Iterator[int]:
         """Yields token ids as they are accepted. Arguments as `generate`; `stats` is filled meanwhile."""
-        stats = stats if stats is not None else GenerationStats()
-        yield from self._decode(_prompt(input_ids), max_new_tokens, temperature, method, seed, None, stats)
+        request = Request(max_new_tokens, temperature, method, seed, **options)
+        yield from self._decode(_prompt(input_ids), request, stats if stats is not None else GenerationStats())
 
     def _decode(
-        self,
-        prompt_S: Tensor,
-        max_new_tokens: int,
-        temperature: float,
-        method: str,
-        seed: int | None,
-        plan: Plan | None,
-        stats: GenerationStats,
+        self, prompt_S: Tensor, request: Request, stats: GenerationStats, logprobs: list[Tensor] | None = None
     ) -> Iterator[int]:
-        plan = plan or self.policy.plan(method)
-        self._check(prompt_S, max_new_tokens, temperature, plan)
+        plan = request.plan or self.policy.plan(request.method)
+        new_tokens = request.new_tokens(len(prompt_S), self.target.max_positions)
+        self._check(prompt_S, plan)
+        if request.temperature and request.seed is None and self.target.is_parallel:
+            raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
+        sampler = request.sampler(len(prompt_S), self.eos_token_ids, self.target.device)
+        is_last = request.stopper(prompt_S, new_tokens, self.eos_token_ids, self.tokenizer)
+        if request.streamer is not None:
+            request.streamer.put(prompt_S[None].cpu())
         # Not a decorator: inference mode must not leak to the caller between two tokens.
-        with torch.inference_mode():
-            state, token = self._prefill(prompt_S, max_new_tokens, temperature, seed, plan, stats)
-        stats.emitted = 1
-        yield token
-        while stats.emitted < max_new_tokens and token not in self.eos_token_ids:
-            with torch.inference_mode():
-                tokens, sources = self._round(state)
+        with self._lock, torch.inference_mode():
+            state, first = self._prefill(prompt_S, new_tokens, sampler, plan, stats, logprobs)
+        tokens, sources = [first], ["prefill"]
+        done = False
+        while not done:
             for token, source in zip(tokens, sources, strict=True):
                 stats.emitted += 1
-                stats.accepted[source] += 1
+                if source != "prefill":
+                    stats.accepted[source] += 1
+                done = is_last(token)
+                if request.streamer is not None:
+                    request.streamer.put(torch.tensor([token]))
                 yield token
-                if stats.emitted == max_new_tokens or token in self.eos_token_ids:
+                if done:
                     break
+            else:
+                with self._lock, torch.inference_mode():
+                    tokens, sources = self._round(state)
+        if request.streamer is not None:
+            request.streamer.end()
+        if self.keep_prefix:
+            self._keep(prompt_S, state)
 
-    def _check(self, prompt_S: Tensor, max_new_tokens: int, temperature: float, plan: Plan) -> None:
-        limit = self.target.max_positions
-        if max_new_tokens < 1:
-            raise GraftError(f"max_new_tokens={max_new_tokens}: ask for at least 1")
-        if temperature < 0:
-            raise GraftError(f"temperature={temperature}: 0 is greedy, more samples")
-        if len(prompt_S) + max_new_tokens > limit:
-            raise GraftError(
-                f"a prompt of {len(prompt_S)} tokens and max_new_tokens={max_new_tokens} exceed the target's "
-                f"limit of {limit} positions: shorten the prompt or ask for fewer tokens"
-            )
+    def _check(self, prompt_S: Tensor, plan: Plan) -> None:
         if int(prompt_S.min()) < 0 or int(prompt_S.max()) >= self.target.config.vocab_size:
             raise GraftError(f"the prompt has token ids outside the vocabulary of {self.target.config.vocab_size}")
         if plan.retrieves and plan.max_rank >= self.successors.ids_VK.shape[1]:
@@ -262,51 +226,80 @@ class GraftEngine:
     def _prefill(
         self,
         prompt_S: Tensor,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int | None,
+        new_tokens: int,
+        sampler: Sampler,
         plan: Plan,
         stats: GenerationStats,
+        logprobs: list[Tensor] | None = None,
     ) -> tuple[DecodeState, int]:
-        """Reads the prompt and emits the first token."""
+        """Reads the prompt piece by piece and emits the first token."""
         clock = PhaseClock(stats.seconds, self.target.device)
         prompt_S = prompt_S.to(self.target.device)
-        committed = len(prompt_S) + max_new_tokens
-        cache = self.target.new_cache(committed + max(stage.rows for stage in plan.stages))
-        drafter = None
-        if plan.drafts:
-            capacity = committed + plan.beam_width * plan.max_passes
-            drafter = Drafter(self.head, self.target, plan.beam_width, capacity)
-        generator = torch.Generator(self.target.device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        output = self.target.prefill(prompt_S, cache)
-        root_1 = draw(output.logits_NV[-1:], temperature, generator)
-        successors = None
-        if plan.retrieves:
-            successors = self.successors.clone()
-            successors.update(prompt_S, output.logits_NV)
+        cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats)
+        learns = successors is not None and self.retrieval_scope != "frozen"
+        for start in range(stats.reused, len(prompt_S), self.prefill_chunk):
+            piece_S = prompt_S[start : start + self.prefill_chunk]
+            output = self.target.prefill(piece_S, cache, all_logits=learns)
+            if successors is not None and learns:
+                successors.update(piece_S, output.logits_NV)
+            if drafter is not None and cache.length < len(prompt_S):
+                drafter.read(prompt_S[start + 1 : cache.length + 1], output.taps_NE)
+        tree = root_tree(prompt_S[-1:])
+        root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, prompt_S, logprobs is not None)
+        if logprobs is not None and logp_1 is not None:
+            logprobs.append(logp_1)
+        first = int(root_1)
         state = DecodeState(
             plan=plan,
             grafter=self._grafter(plan),
             cache=cache,
             drafter=drafter,
             successors=successors,
-            temperature=temperature,
-            generator=generator,
+            learns=learns,
+            sampler=sampler,
+            place=1,
             root_1=root_1,
-            fresh_tokens_A=torch.cat((prompt_S[1:], root_1)),
+            fresh_tokens_A=torch.cat((prompt_S[start + 1 :], root_1)),
             fresh_taps_AE=output.taps_NE,
+            history_S=torch.cat((prompt_S, root_1)) if sampler.needs_history else None,
+            tokens=[first],
+            logprobs=logprobs,
             stats=stats,
             clock=clock,
         )
-        token = int(root_1)
         clock.mark("prefill")
-        return state, token
+        return state, first
+
+    def _caches(
+        self, prompt_S: Tensor, new_tokens: int, plan: Plan, stats: GenerationStats
+    ) -> tuple[TreeCache, Drafter | None, SuccessorMatrix | None]:
+        """Those of this request, holding what the last one left of the same text."""
+        committed = len(prompt_S) + new_tokens
+        rows = committed + max(stage.rows for stage in plan.stages)
+        head_rows = committed + plan.beam_width * plan.max_passes
+        successors = None
+        if plan.retrieves:
+            successors = self.successors.clone() if self.retrieval_scope == "request" else self.successors
+        kept, self._kept = self._kept, None
+        stats.reused = kept.shared(prompt_S, plan.drafts) if kept else 0
+        if kept is None or not stats.reused:
+            drafter = Drafter(self.head, self.target, plan.beam_width, head_rows) if plan.drafts else None
+            return self.target.new_cache(rows), drafter, successors
+        if self.retrieval_scope == "request" and plan.retrieves and kept.successors and kept.continues(prompt_S):
+            successors = kept.successors
+        return *kept.resume(stats.reused, plan, rows, head_rows), successors
+
+    def _keep(self, prompt_S: Tensor, state: DecodeState) -> None:
+        """Leaves a finished request's caches to the next one. The last token emitted is not in them."""
+        device = self.target.device
+        tokens_S = torch.cat((prompt_S.to(device), torch.tensor(state.tokens[:-1], dtype=torch.long, device=device)))
+        with self._lock:
+            self._kept = KeptPrefix(tokens_S, len(prompt_S), state.cache, state.drafter, state.successors)
 
     def _round(self, state: DecodeState) -> tuple[list[int], list[str]]:
         """One target pass: the tokens it emits and where each came from."""
         clock = state.clock
-        clock.last = clock._now()
+        clock.start()
         stage, drafted = self._draft(state)
         clock.mark("draft")
         tree = self._graft(state, stage, drafted)
@@ -315,9 +308,11 @@ class GraftEngine:
         clock.mark("graft")
         output = self.target.verify(tree, ancestors_NN, state.cache)
         clock.mark("verify")
-        drawn_N = draw(output.logits_NV, state.temperature, state.generator)
+        drawn_N, logp_N = state.sampler.draw(
+            tree, output.logits_NV, state.place, max_depth, state.history_S, state.logprobs is not None
+        )
         acceptance = accept(tree, ancestors_NN, drawn_N, max_depth)
-        emitted = self._commit(state, tree, output, acceptance)
+        emitted = self._commit(state, tree, output, acceptance, logp_N)
         state.stats.rounds += 1
         state.stats.stages[stage.name] += 1
         clock.mark("commit")
@@ -350,7 +345,7 @@ class GraftEngine:
         return state.grafter.tree(stage, drafted, state.retrieved)
 
     def _commit(
-        self, state: DecodeState, tree: DraftTree, output: TargetOutput, acceptance: Acceptance
+        self, state: DecodeState, tree: DraftTree, output: TargetOutput, acceptance: Acceptance, logp_N: Tensor | None
     ) -> tuple[list[int], list[str]]:
         """Keeps the accepted branch and teaches the matrix; the round's one host read is here."""
         record = torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N[acceptance.path_D])).tolist()
@@ -358,14 +353,20 @@ class GraftEngine:
         count, tokens, sources = record[0], record[1 : 1 + depths], record[1 + depths :]
         path_A = acceptance.path_D[:count]
         state.cache.commit_branch(path_A)
-        if state.successors is not None:
+        if state.successors is not None and state.learns:
             if state.plan.learns_accepted:
                 state.successors.update(tree.tokens_N[path_A], output.logits_NV[path_A])
             else:
                 _learn(state.successors, tree, output.logits_NV, acceptance)
         state.fresh_tokens_A = acceptance.emitted_D[:count]
         state.root_1 = state.fresh_tokens_A[-1:]
-        state.fresh_taps_AE = None if output.taps_NE is None else output.taps_NE[path_A]
+        state.fresh_taps_AE = output.taps_NE[path_A]
+        state.place += count
+        state.tokens += tokens[:count]
+        if state.history_S is not None:
+            state.history_S = torch.cat((state.history_S, state.fresh_tokens_A))
+        if state.logprobs is not None and logp_N is not None:
+            state.logprobs.append(logp_N[path_A])
         # Emitted token i is the node at depth i + 1; the last one is nobody's proposal.
         names = [Source(source).name.lower() for source in sources[1:count]] + ["bonus"]
         return tokens[:count], names

@@ -1,12 +1,14 @@
-"""The draft head on disk: the SGLang / official EAGLE dialect, `config.json` and `model.safetensors`.
+"""The draft head on disk: `config.json` and `model.safetensors`, written in one dialect and read in two.
 
-The embeddings are the target's and are not saved. The ids of the tapped layers stand in the configuration
-twice, because engines read two conventions: id i = *output* of layer i inside `eagle_config` (SGLang, ours),
-id i + 1 = *input* of that next layer at the top level (vLLM).
+Ours is SGLang's and the official EAGLE's: a flat Llama configuration, the layer named `midlayer`. vLLM's
+"speculators" dialect nests that configuration and names the layer `layers.0`. The ids of the tapped layers have
+two conventions: id i = *output* of layer i inside `eagle_config` (SGLang, ours), id i + 1 = *input* of that next
+layer at the top level (vLLM). We write both.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .draft_head import DraftHead, DraftHeadConfig
+from .draft_head import EMBEDDINGS, DraftHead, DraftHeadConfig, default_tapped_layers
 from .errors import GraftError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
+SPECULATORS = "speculators_model_type"
 REMEDY = "copy the head again, or train it again with recipes/distill.py"
 
 
@@ -37,16 +40,20 @@ def save_head(head: DraftHead, directory: Path) -> None:
     )
 
 
-def load_head(directory: Path) -> DraftHead:
-    """Reads a head strictly, in the dtype it was saved in, on the CPU.
+def load_head(directory: Path, target_layers: int | None = None) -> DraftHead:
+    """Reads a head of either dialect strictly, in the dtype it was saved in, on the CPU.
+
+    Args:
+        target_layers: layers of its target, from which follows what a head taps that does not say so.
 
     Raises:
         GraftError: a file is missing, truncated or corrupt, or the two files do not describe one head.
     """
     directory = Path(directory)
-    head = DraftHead(_read_config(directory / CONFIG_FILE))
+    config = _read_config(directory / CONFIG_FILE, target_layers)
     weights = directory / WEIGHTS_FILE
-    tensors = _read_tensors(weights)
+    tensors = _our_names(_read_tensors(weights), config)
+    head = DraftHead(config, own_embeddings=EMBEDDINGS in tensors)
     try:
         head.load_checkpoint(tensors)
     except GraftError as error:
@@ -89,57 +96,86 @@ def head_config_to_dict(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str
     }
 
 
-def head_config_from_dict(values: dict[str, Any]) -> DraftHeadConfig:
-    """Reads what `head_config_to_dict` and the official EAGLE heads store.
+def head_config_from_dict(values: dict[str, Any], target_layers: int | None = None) -> DraftHeadConfig:
+    """Reads what `head_config_to_dict`, the official EAGLE heads and vLLM's speculators store.
 
     Raises:
         GraftError: a key is missing, contradicts another, or describes a head that this module is not.
     """
-    hidden_size, heads = values["hidden_size"], values["num_attention_heads"]
-    if values.get("num_hidden_layers", 1) != 1 or values.get("target_hidden_size", hidden_size) != hidden_size:
+    nested = SPECULATORS in values
+    if nested and (values[SPECULATORS] != "eagle3" or values.get("norm_before_fc")):
+        raise GraftError("of the speculators heads only eagle3 without norm_before_fc can be loaded")
+    layer = values["transformer_layer_config"] if nested else values
+    hidden_size, heads = layer["hidden_size"], layer["num_attention_heads"]
+    if layer.get("num_hidden_layers", 1) != 1 or (values.get("target_hidden_size") or hidden_size) != hidden_size:
         raise GraftError("only heads of one layer that are as wide as their target can be loaded")
-    eagle = values.get("eagle_config", {})
-    if AUX_IDS not in eagle:
-        raise GraftError(f"eagle_config.{AUX_IDS} is missing: which target layers feed the head is unknown")
-    tapped = tuple(int(layer) for layer in eagle[AUX_IDS])
-    if list(values.get(AUX_IDS, [layer + 1 for layer in tapped])) != [layer + 1 for layer in tapped]:
-        raise GraftError(f"the top-level {AUX_IDS}={values[AUX_IDS]} must be eagle_config's {list(tapped)} plus one")
-    rope = values.get("rope_parameters") or {
-        **(values.get("rope_scaling") or {"rope_type": "default"}),
-        "rope_theta": values.get("rope_theta", 10000.0),
+    if layer.get("attention_bias") or layer.get("mlp_bias") or layer.get("hidden_act", "silu") != "silu":
+        raise GraftError("only heads without biases and with silu activation can be loaded")
+    rope = layer.get("rope_parameters") or {
+        **(layer.get("rope_scaling") or {"rope_type": "default"}),
+        "rope_theta": layer.get("rope_theta", 10000.0),
     }
     return DraftHeadConfig(
         hidden_size=hidden_size,
-        intermediate_size=values["intermediate_size"],
+        intermediate_size=layer["intermediate_size"],
         num_attention_heads=heads,
-        num_key_value_heads=values.get("num_key_value_heads", heads),
-        head_dim=values.get("head_dim") or hidden_size // heads,
-        vocab_size=values["vocab_size"],
-        draft_vocab_size=values.get("draft_vocab_size", values["vocab_size"]),
-        tapped_layers=tapped,
-        max_position_embeddings=values["max_position_embeddings"],
-        rms_norm_eps=values["rms_norm_eps"],
+        num_key_value_heads=layer.get("num_key_value_heads", heads),
+        head_dim=layer.get("head_dim") or hidden_size // heads,
+        vocab_size=layer["vocab_size"],
+        draft_vocab_size=values.get("draft_vocab_size") or layer["vocab_size"],
+        tapped_layers=_tapped_layers(values, target_layers),
+        max_position_embeddings=layer["max_position_embeddings"],
+        rms_norm_eps=layer["rms_norm_eps"],
         rope_parameters=dict(rope),
-        # A flat configuration without the key means False (SGLang); vLLM would assume True.
-        norm_before_residual=values.get("norm_before_residual", False),
+        # Without the key a flat configuration means False (SGLang), a nested one True (vLLM).
+        norm_before_residual=values.get("norm_before_residual", nested),
     )
 
 
-def _read_config(path: Path) -> DraftHeadConfig:
+def _tapped_layers(values: dict[str, Any], target_layers: int | None) -> tuple[int, ...]:
+    """The layers whose outputs feed the head, from whichever convention the configuration follows."""
+    outputs, inputs = (values.get("eagle_config") or {}).get(AUX_IDS), values.get(AUX_IDS)
+    if outputs is None and inputs is None:
+        if target_layers is None:
+            raise GraftError(f"{AUX_IDS} is missing: which target layers feed the head is unknown")
+        return default_tapped_layers(target_layers)
+    tapped = tuple(int(layer) for layer in outputs) if outputs is not None else tuple(int(i) - 1 for i in inputs)
+    if inputs is not None and list(inputs) != [layer + 1 for layer in tapped]:
+        raise GraftError(f"the top-level {AUX_IDS}={inputs} must be eagle_config's {list(tapped)} plus one")
+    if min(tapped, default=0) < 0:
+        raise GraftError(f"the head taps the target's embeddings ({AUX_IDS}), which is not supported")
+    return tapped
+
+
+def _our_names(tensors: dict[str, torch.Tensor], config: DraftHeadConfig) -> dict[str, torch.Tensor]:
+    """The tensors under the names of `DraftHead`, without vocabulary maps that map nothing."""
+    named = {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
+    if config.draft_vocab_size == config.vocab_size:
+        for name, identity in (("d2t", 0), ("t2d", 1)):
+            if name in named and bool((named[name] == identity).all()):
+                del named[name]
+    return named
+
+
+def _read_config(path: Path, target_layers: int | None) -> DraftHeadConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return head_config_from_dict(values)
+        return head_config_from_dict(values, target_layers)
     except FileNotFoundError as error:
         raise GraftError(f"{path} is missing; {REMEDY}") from error
     except KeyError as error:
         raise GraftError(f"{path} lacks the key {error}; {REMEDY}") from error
+    except GraftError as error:
+        raise GraftError(f"{path}: {error}; {REMEDY}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise GraftError(f"{path} does not describe a draft head ({error}); {REMEDY}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise GraftError(f"{path} is missing; {REMEDY}")
+        pickled = path.with_name("pytorch_model.bin").is_file()
+        remedy = "save pytorch_model.bin as safetensors first (a pickle can run code)" if pickled else REMEDY
+        raise GraftError(f"{path} is missing; {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -1,6 +1,6 @@
 """When to stop drafting, and which nodes of each source make the tree: `graft.json`."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -188,20 +188,22 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         try:
-            stages = tuple(Stage(**_tuples(stage)) for stage in values["stages"])
-            scale = values["scale"] and Scale(**_tuples(values["scale"]))
-            return cls(**{**values, "stages": stages, "scale": scale})
+            stages = tuple(_exactly(Stage, stage) for stage in values["stages"])
+            scale = values["scale"] and _exactly(Scale, values["scale"])
+            return _exactly(cls, {**values, "stages": stages, "scale": scale})
         except (KeyError, TypeError) as error:
             raise GraftError(f"not a plan of a graft.json: {error}") from error
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as tuples, lists of lists included."""
+def _exactly(cls: type, values: dict[str, Any]) -> Any:
+    """A dataclass from JSON that has every field of it and no other; lists become tuples, nested ones too."""
 
     def frozen(value: Any) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
-    return {name: frozen(value) for name, value in values.items()}
+    if missing := [one.name for one in fields(cls) if one.name not in values]:
+        raise TypeError(f"a {cls.__name__.lower()} lacks {', '.join(missing)}")
+    return cls(**{name: frozen(value) for name, value in values.items()})
 
 
 AUTOREGRESSIVE = Plan((Stage(passes=0),), beam_width=1, budget=1)

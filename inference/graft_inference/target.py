@@ -1,18 +1,24 @@
 """The target: any transformers causal LM of a supported kind, run over a prompt or a tree."""
 
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .attention import ATTENTION, Visibility
 from .errors import GraftError
 from .kv_cache import TreeCache
 from .tree import DraftTree
 
-ATTENTION = "graft_tree"
+LAYER_KINDS = {"full_attention", "sliding_attention"}
+SWITCHING_ROPE = {"dynamic", "longrope"}
+"""RoPE whose frequencies for all rows change once any position passes the original length."""
 
 
 @dataclass
@@ -23,48 +29,11 @@ class TargetOutput:
     taps_NE: Tensor
 
 
-def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    tree_mask_NK: Tensor | None = None,
-    **unsupported: Any,
-) -> tuple[Tensor, None]:
-    """Attention of N queries over cache and tree, registered with transformers as `graft_tree`.
-
-    Without a mask the queries are causal over themselves (a prompt into an empty cache, or one token).
-    With one, grouped query heads are folded into query rows, which is exact and saves repeating K and V.
-
-    Args:
-        query: [1, q_heads, N, D]; key, value: [1, kv_heads, K, D].
-        tree_mask_NK: bool, True where a query may look.
-    """
-    for name in ("softcap", "s_aux", "sliding_window"):
-        if unsupported.get(name) is not None:
-            raise GraftError(f"this target's attention uses {name}, which graft_inference does not support yet")
-    rows, queries = query.shape[1], query.shape[2]
-    groups = rows // key.shape[1]
-    if tree_mask_NK is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=groups > 1
-        )
-    else:
-        folded = query.reshape(1, key.shape[1], groups * queries, -1)
-        mask = tree_mask_NK.repeat(groups, 1)
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        out = out.reshape(1, rows, queries, -1)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, tree_attention)
-
-
 class Target:
     """A frozen causal LM with tree attention under it and taps on its layers.
+
+    It may be spread over devices (`device_map`, tensor parallelism): inputs go to the device of its embeddings,
+    and logits and taps come back there.
 
     Args:
         model: in eval mode; its attention implementation is switched to ours until `release`.
@@ -85,10 +54,20 @@ class Target:
                 f"the head taps layer {tapped_layers[-1]}, but the target has {len(layers)} layers: "
                 "this head was trained for another target"
             )
+        if getattr(self.config, "attn_logit_softcapping", None) and self._implementation == "sdpa":
+            warnings.warn(
+                f"{type(model).__name__} was loaded with sdpa attention, which leaves out the soft-capping that it "
+                "was trained with; Graft applies it, as attn_implementation='eager' does",
+                stacklevel=2,
+            )
+            self._reference = "eager"
+        else:
+            self._reference = self._implementation
         model.set_attn_implementation(ATTENTION)
         self._taps: dict[int, Tensor] = {}
         self._tapped_layers = tapped_layers
         self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in tapped_layers]
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -102,13 +81,39 @@ class Target:
             hook.remove()
         self.model.set_attn_implementation(self._implementation)
 
+    @contextmanager
+    def own_attention(self) -> Iterator[PreTrainedModel]:
+        """The model with the attention that it would compute with alone."""
+        self.model.set_attn_implementation(self._reference)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(ATTENTION)
+
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where inputs are expected and logits come back."""
+        device = self.model.get_input_embeddings().weight.device
+        return self.model.device if device.type == "meta" else device
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether several processes compute it together (`tp_plan`)."""
+        return (getattr(self.model, "tp_size", None) or 1) > 1
+
+    @property
+    def is_split(self) -> bool:
+        """Whether it is spread over several devices or processes."""
+        return self.is_parallel or len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
 
     @property
     def max_positions(self) -> int:
-        return self.config.max_position_embeddings
+        """Longest prompt and continuation."""
+        return max_positions(self.config)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.model.get_input_embeddings().weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(tokens)
@@ -116,41 +121,77 @@ class Target:
     def new_cache(self, capacity: int) -> TreeCache:
         return TreeCache(self.config.num_hidden_layers, capacity)
 
-    def prefill(self, tokens_S: Tensor, cache: TreeCache) -> TargetOutput:
-        """Reads a prompt into an empty cache and commits it."""
-        positions_S = torch.arange(len(tokens_S), device=tokens_S.device)
-        output = self._forward(tokens_S, positions_S, cache, None)
+    def prefill(self, tokens_S: Tensor, cache: TreeCache, all_logits: bool = True) -> TargetOutput:
+        """Reads a prompt, or the next piece of one, and commits it.
+
+        Args:
+            all_logits: False computes only those of the last token, where the family can: [1, V].
+        """
+        positions_S = torch.arange(cache.length, cache.length + len(tokens_S), device=tokens_S.device)
+        output = self.forward(tokens_S, cache, Visibility(positions_S, cache.length), all_logits)
         cache.commit(len(tokens_S))
         return output
 
     def verify(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> TargetOutput:
         """One pass over all rows of a tree, each seeing the cache and its own ancestors. Commits nothing."""
         positions_N = cache.length + tree.depths_N
-        mask_NK = None
-        if len(tree) > 1:
-            prefix_NL = ancestors_NN.new_ones((len(tree), cache.length))
-            mask_NK = torch.cat((prefix_NL, ancestors_NN), dim=1)
-        return self._forward(tree.tokens_N, positions_N, cache, mask_NK)
+        if rope_type(self.config) in SWITCHING_ROPE:
+            # No token beyond the limit is ever emitted, and its position must not change the other rows.
+            positions_N = positions_N.clamp(max=self.max_positions - 1)
+        return self.forward(tree.tokens_N, cache, Visibility(positions_N, cache.length, ancestors_NN))
 
-    def _forward(self, tokens_N: Tensor, positions_N: Tensor, cache: TreeCache, mask_NK: Tensor | None) -> TargetOutput:
+    def forward(self, tokens_N: Tensor, cache: TreeCache, visible: Visibility, all_logits: bool = True) -> TargetOutput:
+        """One pass over N rows that see the cache and each other as `visible` says. Commits nothing."""
+        last_only = {} if all_logits or not self._keeps_last else {"logits_to_keep": 1}
         output = self.model(
             input_ids=tokens_N[None],
-            position_ids=positions_N[None],
+            position_ids=visible.positions_N[None],
             past_key_values=cache,
             use_cache=True,
-            tree_mask_NK=mask_NK,
+            visible=visible,
+            **last_only,
         )
-        taps = [self._taps[index][0] for index in self._tapped_layers]
-        return TargetOutput(output.logits[0], torch.cat(taps, dim=-1) if taps else output.logits[0, :, :0])
+        logits_NV = output.logits[0].to(tokens_N.device)
+        taps = [self._taps[index][0].to(tokens_N.device) for index in self._tapped_layers]
+        return TargetOutput(logits_NV, torch.cat(taps, dim=-1) if taps else logits_NV[:, :0])
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuses, by name and reason, what would run wrong."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise GraftError(f"{type(model).__name__} has layers of kind {sorted(kinds)}; only full_attention works yet")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise GraftError(f"{type(model).__name__} has a sliding_window of {config.sliding_window}, unsupported yet")
+    """Refuses, by name and reason, what would run wrong.
+
+    Raises:
+        GraftError: the family keeps state other than keys and values, hides tokens by other rules than a
+            sliding window, or does not let its attention be replaced.
+    """
+    config, name = model.config.get_text_config(), type(model).__name__
+    others = set(getattr(config, "layer_types", None) or ()) - LAYER_KINDS
+    if others:
+        raise GraftError(
+            f"{name} has layers of kind {', '.join(sorted(others))}, whose state cannot branch into a tree or be "
+            f"rolled back; only {' and '.join(sorted(LAYER_KINDS))} work"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise GraftError(f"{name} attends in both directions: its next tokens cannot be verified in one pass")
+    if getattr(config, "is_encoder_decoder", False):
+        raise GraftError(f"{name} is an encoder-decoder; only decoder-only targets work")
+    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model.get_decoder(), "layers"):
+        raise GraftError(f"{name} computes attention in a way of its own, which cannot be replaced by tree attention")
     if not getattr(config, "max_position_embeddings", None):
-        raise GraftError(f"{type(model).__name__} has no max_position_embeddings: its length limit is unknown")
+        raise GraftError(f"{name} has no max_position_embeddings: its length limit is unknown")
+
+
+def rope_type(config: Any) -> str:
+    """transformers' name of how RoPE is scaled; "default" for none, and where it differs by layer."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default"
+
+
+def max_positions(config: Any) -> int:
+    """Positions a target can be served with; up to the switch of frequencies for RoPE that has one."""
+    limit = config.max_position_embeddings
+    if rope_type(config) in SWITCHING_ROPE:
+        rope = config.rope_parameters
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        limit = min(limit, original or limit)
+    return limit

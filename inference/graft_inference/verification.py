@@ -2,7 +2,7 @@
 
 The tree is fixed before the draws, and siblings differ in their tokens, so the emitted tokens are an
 ancestral sample of the target: unchanged output at any temperature (Graft section 3; speculative
-sampling with point proposals).
+sampling with point proposals). sampling.py draws.
 """
 
 from dataclasses import dataclass
@@ -30,16 +30,6 @@ class Acceptance:
     accepted_N: Tensor
 
 
-def draw(logits_NV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """The target's token at every node, [N]: argmax at temperature 0, else an independent sample each."""
-    if temperature == 0:
-        return logits_NV.argmax(dim=-1)
-    probs_NV = (logits_NV.float() / temperature).softmax(dim=-1)
-    # argmax(p / Exponential(1)) is a sample of p; multinomial would check its input on the host.
-    noise_NV = torch.empty_like(probs_NV).exponential_(generator=generator)
-    return (probs_NV / noise_NV).argmax(dim=-1)
-
-
 def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: int) -> Acceptance:
     """Follows the drawn tokens down the tree.
 
@@ -55,5 +45,5 @@ def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: in
     # Accepted rows form a chain: at most one at each depth. Others go to a slot past the end.
     depth_N = torch.where(accepted_N, tree.depths_N, max_depth + 1)
     path_D = torch.zeros(max_depth + 2, dtype=torch.long, device=drawn_N.device)
-    path_D = path_D.scatter_(0, depth_N, torch.arange(len(tree), device=drawn_N.device))[: max_depth + 1]
+    path_D = path_D.scatter(0, depth_N, torch.arange(len(tree), device=drawn_N.device))[: max_depth + 1]
     return Acceptance(accepted_N.sum(), path_D, drawn_N[path_D], accepted_N)

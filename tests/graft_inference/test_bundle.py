@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graft_inference import METHODS, GraftEngine, GraftError
+from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
 from graft_inference.bundle import load_bundle, load_target_model, tokenizer_hash
+from graft_inference.drafting import Drafter
 
 from .test_engine import prompt
 from .tiny import tiny_engine, tiny_head, tiny_model, tiny_policy
@@ -217,3 +218,80 @@ def test_a_target_with_a_tensor_of_another_shape_is_refused(bundle, target):
 def test_unknown_dtype_or_device_is_named(target, device, dtype, message):
     with pytest.raises(GraftError, match=message):
         load_target_model(target, device, dtype)
+
+
+def test_a_bare_head_gets_the_papers_policy_and_an_empty_matrix(bundle, target):
+    full = load(bundle, target)
+    for name in ("graft.json", "successors.safetensors"):
+        (bundle / name).unlink()
+    bare = load(bundle, target)
+    assert bare.policy == paper_policy()
+    assert (bare.successors.ids_VK == -1).all()
+    expected = full.generate(prompt(20), 24, method="autoregressive").sequences.tolist()
+    for method in METHODS:
+        assert bare.generate(prompt(20), 24, method=method).sequences.tolist() == expected
+    # The prompt alone filled the matrix.
+    stats = bare.generate(torch.cat((torch.tensor([expected[0]]),) * 2, dim=1), 24, method="retrieve").stats
+    assert stats.accepted["retrieved"] > 0
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "hidden_size"])
+def test_a_bare_head_for_another_target_is_refused(bundle, tmp_path, size):
+    for name in ("graft.json", "successors.safetensors"):
+        (bundle / name).unlink()
+    other = write_target(tmp_path / "other", **{size: 64})
+    with pytest.raises(GraftError, match=f"{size}=.*has 64: pass the target that it was trained for"):
+        load(bundle, other)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_embeddings_of_a_head_are_used_unless_they_are_the_targets(bundle, target, scale):
+    weight = tiny_model("llama").get_input_embeddings().weight
+    edit_tensors(bundle / "model.safetensors", lambda t: t.update({"embed_tokens.weight": weight * scale}))
+    engine, plain = load(bundle, target), tiny_engine(tiny_model("llama"))
+    ours, theirs = (one.generate(prompt(9), 30, method="eagle3") for one in (engine, plain))
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert (engine.head.embed_tokens is None) == (scale == 1)
+    with torch.inference_mode():
+        tokens, taps = prompt(9)[0], torch.ones(9, 96)
+        drafts = [Drafter(one.head, one.target, 3, 20).begin(tokens, taps).candidates for one in (engine, plain)]
+    assert torch.allclose(drafts[0].logp_N, drafts[1].logp_N, atol=1e-4) == (scale == 1)
+
+
+def test_a_target_without_a_tokenizer_works_with_ids_and_says_what_is_not_checked(bundle, target):
+    for file in target.glob("token*"):
+        file.unlink()
+    with pytest.warns(UserWarning, match="has no tokenizer: pass token ids"):
+        engine = load(bundle, target)
+    assert engine.generate(prompt(9), 8).stats.emitted == 8
+
+
+def test_the_engine_finds_stop_strings_with_the_targets_tokenizer(bundle, target):
+    engine = load(bundle, target)
+    text = engine.tokenizer.decode(engine.generate(prompt(9), 24).sequences[0, 9:])
+    out = engine.generate(prompt(9), 24, stop_strings=text[4:7])
+    assert text[4:7] in engine.tokenizer.decode(out.sequences[0, 9:])
+    assert out.stats.emitted < 24
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_the_self_check_runs_at_loading_unless_switched_off(bundle, target, monkeypatch, broken):
+    monkeypatch.setattr("graft_inference.target.Visibility.first_key", lambda *_: int(broken))
+    monkeypatch.setattr("graft_inference.target.Visibility.mask", lambda *_: None)
+    with pytest.raises(GraftError, match="LlamaForCausalLM gives other logits under tree attention"):
+        load(bundle, target)
+    GraftEngine.from_pretrained(bundle, target, check=False)
+
+
+def test_a_target_split_over_devices_serves(bundle, target, tmp_path):
+    """Layers in memory and layers that are fetched from the disk for every pass."""
+    places = {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    engine = GraftEngine.from_pretrained(bundle, target, device_map=device_map | places)
+    assert engine.target.is_split
+    whole = load(bundle, target)
+    for method in METHODS:
+        for sampling in ({}, {"temperature": 1.0, "seed": 1}):
+            ours, theirs = (one.generate(prompt(9), 20, method=method, **sampling) for one in (engine, whole))
+            assert ours.sequences.tolist() == theirs.sequences.tolist()
+            assert ours.stats.accepted == theirs.stats.accepted

@@ -50,6 +50,22 @@ def test_reads_the_prompt_from_stdin(pair, capsys, monkeypatch):
     assert capsys.readouterr().out == expected_text(PROMPT, 12) + "\n"
 
 
+def test_a_stop_string_ends_the_text(pair, capsys):
+    whole = expected_text(PROMPT, 40)
+    stop = whole[6:9]
+    assert main(command(pair, "--max-new-tokens", "40", "--stop", "never said", "--stop", stop)) == 0
+    printed = capsys.readouterr().out.removesuffix("\n")
+    assert whole.startswith(printed)
+    assert stop in printed
+    assert len(printed) < len(whole)
+
+
+@pytest.mark.parametrize("filters", [["--top-k", "1"], ["--top-p", "1e-6"]])
+def test_filters_that_leave_one_token_make_sampling_greedy(pair, capsys, filters):
+    assert main(command(pair, "--max-new-tokens", "20", "--temperature", "5", *filters)) == 0
+    assert capsys.readouterr().out == expected_text(PROMPT, 20) + "\n"
+
+
 def test_the_seed_decides_a_sample(pair, capsys):
     def sample(seed):
         assert main(command(pair, "--max-new-tokens", "30", "--temperature", "5", "--seed", seed)) == 0

@@ -6,15 +6,18 @@ from itertools import product
 import pytest
 import torch
 from scipy.stats import chi2
+from transformers import LogitsProcessorList
 
 from graft_inference import METHODS, GraftError, Plan, Policy, Stage
 from graft_inference import engine as engine_module
 from graft_inference.engine import GraftEngine
 from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.sampling import Sampler
 
 from .tiny import VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
 
 SMALL = 8
+GREEDY = Sampler(LogitsProcessorList(), greedy=True, seed=0)
 FAMILIES = ("llama", "qwen3")
 SEEDS = {"llama": 9, "qwen3": 11}  # these models' greedy text does not soon repeat one token
 
@@ -263,7 +266,7 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
             for method in ("graft", "prune"):
                 stats = engine_module.GenerationStats()
                 with torch.inference_mode():
-                    state, first = engine._prefill(full[:end], 20, 0.0, None, engine.policy.plan(method), stats)
+                    state, first = engine._prefill(full[:end], 20, GREEDY, engine.policy.plan(method), stats)
                     tokens[method], _ = engine._round(state)
                 assert first == int(full[end])
                 stages[method] = stats.stages
@@ -294,7 +297,7 @@ def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch
         stats = engine_module.GenerationStats()
         with torch.inference_mode():
             before_root = full[: 5 + emitted - 1]
-            state, _ = engine._prefill(before_root, 20, 0.0, None, engine.policy.eagle3, stats)
+            state, _ = engine._prefill(before_root, 20, GREEDY, engine.policy.eagle3, stats)
             _, fresh = engine._draft(state)
         assert tree.tokens_N.tolist() == fresh.tokens_N.tolist()
         assert tree.parents_N.tolist() == fresh.parents_N.tolist()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
 from graft_inference.errors import GraftError
-from graft_inference.head_checkpoint import load_head, save_head
+from graft_inference.head_checkpoint import AUX_IDS, load_head, save_head
 
 
 def make_head(**changes) -> DraftHead:
@@ -160,7 +160,10 @@ def test_tensors_that_are_not_this_head_are_refused(saved, edit, message):
         (lambda c: c.pop("hidden_size"), "lacks the key 'hidden_size'"),
         (lambda c: c.update(num_hidden_layers=2), "one layer"),
         (lambda c: c.update(target_hidden_size=32), "as wide as their target"),
-        (lambda c: c.pop("eagle_config"), "eagle_aux_hidden_state_layer_ids is missing"),
+        (lambda c: [c.pop(name) for name in ("eagle_config", AUX_IDS)], f"{AUX_IDS} is missing"),
+        (lambda c: c.update({"eagle_config": {}, AUX_IDS: [0, 5, 8]}), "taps the target's embeddings"),
+        (lambda c: c.update(attention_bias=True), "without biases"),
+        (lambda c: c.update(speculators_model_type="dflash"), "only eagle3"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 5, 8]), "plus one"),
         (lambda c: c.update(draft_vocab_size=11), "draft_vocab_size=11"),
     ],
@@ -168,4 +171,87 @@ def test_tensors_that_are_not_this_head_are_refused(saved, edit, message):
 def test_configs_that_are_not_this_head_are_refused(saved, edit, message):
     edit_config(saved, edit)
     with pytest.raises(GraftError, match=f"config.json.*{message}"):
+        load_head(saved)
+
+
+def to_speculators(directory, embeddings=None):
+    """The same head as vLLM's speculators would have saved it."""
+    flat = json.loads((directory / "config.json").read_text())
+    own = ("draft_vocab_size", "norm_before_residual", "target_hidden_size", AUX_IDS)
+    nested = {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.3.0",
+        "norm_before_fc": False,
+        "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "x", "architectures": []}},
+        **{name: flat[name] for name in own},
+        "transformer_layer_config": {
+            name: value for name, value in flat.items() if name not in (*own, "eagle_config", "architectures")
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(nested))
+
+    def rename(tensors):
+        for name in [name for name in tensors if name.startswith("midlayer.")]:
+            tensors[name.replace("midlayer.", "layers.0.")] = tensors.pop(name)
+        if embeddings is not None:
+            tensors["embed_tokens.weight"] = embeddings
+
+    edit_tensors(directory, rename)
+
+
+@pytest.mark.parametrize("draft_vocab_size", [4, 10])
+def test_a_speculators_head_is_the_same_head(tmp_path, draft_vocab_size):
+    head = make_head(draft_vocab_size=draft_vocab_size)
+    save_head(head, tmp_path)
+    embeddings = torch.rand(10, 16)
+    to_speculators(tmp_path, embeddings)
+    loaded = load_head(tmp_path)
+    assert loaded.config == head.config
+    assert torch.equal(loaded.embed_tokens.weight, embeddings)
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(loaded.target_ids, head.target_ids)
+
+
+def test_without_the_key_the_dialects_disagree_about_the_residual(saved):
+    edit_config(saved, lambda c: c.pop("norm_before_residual"))
+    assert load_head(saved).config.norm_before_residual is False
+    edit_config(saved, lambda c: c.update(norm_before_residual=True))
+    to_speculators(saved)
+    edit_config(saved, lambda c: c.pop("norm_before_residual"))
+    assert load_head(saved).config.norm_before_residual is True
+
+
+def test_what_a_head_taps_follows_from_its_target_where_it_does_not_say(saved):
+    """Official EAGLE heads name no layers: outputs of 1, n//2 - 1 and n - 4."""
+    edit_config(saved, lambda c: [c.pop(name) for name in ("eagle_config", AUX_IDS)])
+    assert load_head(saved, target_layers=32).config.tapped_layers == (1, 15, 28)
+    edit_config(saved, lambda c: c.update({AUX_IDS: [2, 6, 9]}))
+    assert load_head(saved, target_layers=32).config.tapped_layers == (1, 5, 8)
+
+
+@pytest.mark.parametrize("speculators", [False, True])
+@pytest.mark.parametrize("name", ["verifier_norm.weight", "layers.1.mlp.up_proj.weight", "embed.weight"])
+def test_an_unknown_tensor_is_refused_in_both_dialects(saved, speculators, name):
+    if speculators:
+        to_speculators(saved)
+    edit_tensors(saved, lambda t: t.update({name: torch.zeros(1)}))
+    with pytest.raises(GraftError, match=rf"unknown \['{name}'\]"):
+        load_head(saved)
+
+
+def test_maps_that_map_nothing_are_accepted_and_others_are_not(tmp_path):
+    save_head(make_head(draft_vocab_size=10), tmp_path)
+    maps = {"d2t": torch.zeros(10, dtype=torch.long), "t2d": torch.ones(10, dtype=torch.bool)}
+    edit_tensors(tmp_path, lambda t: t.update(maps))
+    assert load_head(tmp_path).target_ids.tolist() == list(range(10))
+    edit_tensors(tmp_path, lambda t: t["d2t"].add_(1))
+    with pytest.raises(GraftError, match=r"unknown \['d2t'\]"):
+        load_head(tmp_path)
+
+
+def test_a_pickled_head_is_not_opened(saved):
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(GraftError, match=r"save pytorch_model.bin as safetensors first"):
         load_head(saved)

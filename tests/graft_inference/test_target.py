@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
 from graft_inference import GraftError
 from graft_inference.target import Target
 
 from .test_tree import random_tree, token_path
-from .tiny import SIZES, tiny_model
+from .tiny import tiny_model
 
 
 @pytest.mark.parametrize("length", [1, 12])
@@ -63,9 +62,3 @@ def test_release_gives_the_model_back(model):
 def test_a_head_that_taps_too_deep_is_refused():
     with pytest.raises(GraftError, match="taps layer 7, but the target has 4 layers"):
         Target(tiny_model("llama"), (0, 1, 7))
-
-
-def test_sliding_windows_are_refused_by_name():
-    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
-    with pytest.raises(GraftError, match="sliding_window"):
-        Target(model)

@@ -8,6 +8,8 @@ from graft_inference.target import Target
 from graft_train.data import states as states_module
 from graft_train.data.states import TappedTarget
 
+from ...graft_inference.families import family_model
+
 
 def tiny() -> LlamaForCausalLM:
     torch.manual_seed(0)
@@ -53,3 +55,15 @@ def test_a_target_that_changes_its_logits_is_refused():
     model = Capped(tiny().config).eval()
     with pytest.raises(GraftError, match="Capped changes its logits"):
         TappedTarget(model, (1,))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_the_head_reads_the_embeddings_that_training_read_scaled_as_the_target_scales_them(family):
+    """Gemma multiplies its embeddings by the root of their width."""
+    capped = {"final_logit_softcapping": None} if family == "gemma2" else {}
+    tokens_BS = torch.randint(31, (1, 7))
+    model = family_model(family, **capped)
+    first_layer_BSH = model(tokens_BS, output_hidden_states=True).hidden_states[0]
+    trained_BSH = TappedTarget(model, (0, 3)).embed(tokens_BS)
+    torch.testing.assert_close(trained_BSH, first_layer_BSH)
+    torch.testing.assert_close(Target(model, (0, 3)).embed(tokens_BS), first_layer_BSH)

@@ -1,0 +1,140 @@
+"""Attention of a tree over cache and itself, registered with transformers as `graft_tree`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from .errors import GraftError
+
+ATTENTION = "graft_tree"
+
+
+class Visibility:
+    """What each of the N rows of one pass may attend to: committed rows, and some of its own pass.
+
+    The pass's keys stand behind the committed ones. A committed key's index is its logical position, a
+    row's is given; a sliding window counts these. Masks are made once per window and device.
+
+    Args:
+        positions_N: logical positions of the rows.
+        length: committed rows.
+        own_NN: bool, which rows of the pass each row sees; None where they stand in a line (a prompt).
+    """
+
+    def __init__(self, positions_N: Tensor, length: int, own_NN: Tensor | None = None) -> None:
+        self.positions_N = positions_N
+        self.length = length
+        self.own_NN = own_NN
+        self.windows: set[int | None] = set()
+        self._masks: dict[tuple[int | None, int, torch.device], Tensor | None] = {}
+
+    def first_key(self, window: int | None) -> int:
+        """Index of the first key that any row of this pass sees."""
+        return max(0, self.length - window + 1) if window else 0
+
+    def mask(self, window: int | None, groups: int, device: torch.device) -> Tensor | None:
+        """[groups * N, K] bool over the keys from `first_key` on, True where a row looks; None for plain causal.
+
+        Args:
+            groups: how often the rows are repeated, for query heads that share a key head.
+        """
+        key = (window, groups, device)
+        if key not in self._masks:
+            self.windows.add(window)
+            mask_NK = self._build(window)
+            self._masks[key] = None if mask_NK is None else mask_NK.repeat(groups, 1).to(device)
+        return self._masks[key]
+
+    def _build(self, window: int | None) -> Tensor | None:
+        rows = len(self.positions_N)
+        # No row stands deeper than its index, so that none is further from a key than this.
+        narrow = window is not None and window < self.length + rows
+        if rows == 1 or (self.own_NN is None and self.length == 0 and not narrow):
+            return None
+        own_NN = self.own_NN
+        if own_NN is None:
+            own_NN = torch.ones((rows, rows), dtype=torch.bool, device=self.positions_N.device).tril()
+        prefix_NL = own_NN.new_ones((rows, self.length - self.first_key(window)))
+        mask_NK = torch.cat((prefix_NL, own_NN), dim=1)
+        if narrow:
+            committed_L = torch.arange(self.first_key(window), self.length, device=own_NN.device)
+            mask_NK &= torch.cat((committed_L, self.positions_N)) > self.positions_N[:, None] - window
+        return mask_NK
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    visible: Visibility | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of N queries over K keys. Grouped query heads become query rows, which saves repeating K and V.
+
+    Args:
+        query: [1, q_heads, N, D]; key, value: [1, kv_heads, K, D].
+        visible: which keys each query sees.
+        sliding_window: keys this far back, and further, are hidden.
+        softcap: scores s become softcap * tanh(s / softcap).
+        s_aux: attention sinks, one logit per query head that takes part in the softmax and has no value.
+
+    Raises:
+        GraftError: the model was called by something else than its `Target`.
+    """
+    if visible is None:
+        raise GraftError("this model serves a GraftEngine: call engine.target.release() to use it otherwise")
+    groups, queries = query.shape[1] // key.shape[1], query.shape[2]
+    mask = visible.mask(sliding_window, groups, query.device)
+    start = visible.first_key(sliding_window)
+    if start:
+        key, value = key[:, :, start:], value[:, :, start:]
+    folded = query.reshape(1, key.shape[1], groups * queries, -1)
+    if softcap is not None or s_aux is not None:
+        out = _explicit(folded, key, value, queries, mask, scaling, softcap, s_aux)
+    elif mask is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=groups > 1
+        )
+    else:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    out = out.reshape(1, query.shape[1], queries, -1)
+    return out.transpose(1, 2), None
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: int,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """What scaled_dot_product_attention cannot do: capped scores and sinks. query: [1, kv_heads, groups * N, D]."""
+    groups, keys = query.shape[2] // queries, key.shape[2]
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and queries > 1:
+        mask = torch.ones((queries, queries), dtype=torch.bool, device=query.device).tril().repeat(groups, 1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).repeat_interleave(queries).view(1, key.shape[1], -1, 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    probs = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)[..., :keys]
+    return probs @ value
+
+
+AttentionInterface.register(ATTENTION, tree_attention)

@@ -1,0 +1,156 @@
+"""What a caller asks of one generation."""
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .errors import GraftError
+from .policy import Plan
+from .sampling import Sampler
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation's settings; they mean what they mean in transformers' `generate`.
+
+    Attributes:
+        max_new_tokens: 128 unless `max_length` is given.
+        temperature: 0 is greedy.
+        method: one of `policy.METHODS`.
+        seed: of the sampling; the same seed gives the same text, whatever the method. None: another each time.
+        plan: used instead of the method's own.
+        max_length: tokens of prompt and continuation, instead of max_new_tokens.
+        min_new_tokens: no end-of-sequence token before that many.
+        top_k, top_p, min_p: keep the likeliest tokens when sampling; None for all.
+        repetition_penalty: divides the scores of tokens that are there already.
+        logits_processor: more of them, each called with every prefix of the output, as `generate` does.
+        stop_strings: generation ends with the token that completes one of them. Needs a tokenizer.
+        tokenizer: for stop_strings; the engine's own if it was loaded with one.
+        stopping_criteria: asked after every token.
+        streamer: gets the prompt, then every token as it is accepted.
+        return_logprobs: whether `Generation.logprobs` is wanted.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    method: str = "graft"
+    seed: int | None = None
+    plan: Plan | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    logits_processor: Iterable[LogitsProcessor] = ()
+    stop_strings: str | Sequence[str] | None = None
+    tokenizer: Any | None = None
+    stopping_criteria: Iterable[Any] = ()
+    streamer: BaseStreamer | None = None
+    return_logprobs: bool = False
+
+    def new_tokens(self, prompt_length: int, limit: int) -> int:
+        """Most tokens to emit.
+
+        Raises:
+            GraftError: none, or more positions than the target has.
+        """
+        if self.max_new_tokens is not None and self.max_length is not None:
+            raise GraftError("max_new_tokens and max_length are two ways to say one thing: pass one of them")
+        count = DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+        if self.max_length is not None:
+            count = self.max_length - prompt_length
+            if count < 1:
+                raise GraftError(f"max_length={self.max_length} leaves no room after {prompt_length} prompt tokens")
+        if count < 1:
+            raise GraftError(f"max_new_tokens={count}: ask for at least 1")
+        if prompt_length + count > limit:
+            raise GraftError(
+                f"a prompt of {prompt_length} tokens and max_new_tokens={count} exceed the target's "
+                f"limit of {limit} positions: shorten the prompt or ask for fewer tokens"
+            )
+        return count
+
+    def sampler(self, prompt_length: int, eos_token_ids: Set[int], device: torch.device) -> Sampler:
+        """Raises GraftError for a setting out of its range."""
+        if self.temperature < 0:
+            raise GraftError(f"temperature={self.temperature}: 0 is greedy, more samples")
+        processors = LogitsProcessorList()
+        try:
+            if self.repetition_penalty is not None and self.repetition_penalty != 1:
+                processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            if self.min_new_tokens and eos_token_ids:
+                ends = sorted(eos_token_ids)
+                processors.append(
+                    MinNewTokensLengthLogitsProcessor(prompt_length, self.min_new_tokens, ends, str(device))
+                )
+            processors.extend(self.logits_processor)
+            if self.temperature:
+                if self.temperature != 1:
+                    processors.append(TemperatureLogitsWarper(float(self.temperature)))
+                if self.top_k:
+                    processors.append(TopKLogitsWarper(self.top_k))
+                if self.top_p is not None and self.top_p < 1:
+                    processors.append(TopPLogitsWarper(self.top_p))
+                if self.min_p is not None:
+                    processors.append(MinPLogitsWarper(self.min_p))
+        except (ValueError, TypeError) as error:
+            raise GraftError(f"bad sampling setting: {error}") from error
+        seed = torch.Generator().seed() if self.seed is None else self.seed
+        return Sampler(processors, self.temperature == 0, seed)
+
+    def stopper(self, prompt_S: Tensor, new_tokens: int, eos_token_ids: Set[int], tokenizer: Any | None) -> "Stopper":
+        """Raises GraftError if a stop string has no tokenizer to be found with."""
+        criteria = StoppingCriteriaList(self.stopping_criteria)
+        if self.stop_strings:
+            tokenizer = self.tokenizer or tokenizer
+            if tokenizer is None:
+                raise GraftError("stop_strings need a tokenizer: pass tokenizer=")
+            criteria.append(StopStringCriteria(tokenizer, self.stop_strings))
+        return Stopper(prompt_S, new_tokens, eos_token_ids, criteria)
+
+
+class Stopper:
+    """Told every emitted token in turn; says whether it was the last.
+
+    Args:
+        prompt_S: the prompt, on the device where the criteria want the sequence.
+        new_tokens: most tokens to emit.
+    """
+
+    def __init__(
+        self, prompt_S: Tensor, new_tokens: int, eos_token_ids: Set[int], criteria: StoppingCriteriaList
+    ) -> None:
+        self.remaining = new_tokens
+        self.eos_token_ids = eos_token_ids
+        self.criteria = criteria
+        self.length = len(prompt_S)
+        if criteria:
+            self.sequence_1S = torch.cat((prompt_S, prompt_S.new_zeros(new_tokens)))[None]
+
+    def __call__(self, token: int) -> bool:
+        self.remaining -= 1
+        stops = self.remaining == 0 or token in self.eos_token_ids
+        if self.criteria:
+            self.sequence_1S[0, self.length] = token
+            self.length += 1
+            stops = bool(self.criteria(self.sequence_1S[:, : self.length], None).all()) or stops
+        return stops

@@ -1,0 +1,137 @@
+"""The distribution a request wants of the target, and draws from it at every node of a tree.
+
+The tree is fixed before the draws. At each node the target's own token is drawn; the emitted path follows the
+draws (verification.py), so that it is an ancestral sample of the target. The noise of a draw depends on the seed
+and on the token's place in the output alone. Nodes of one depth therefore share it, which is exact, because
+only one of them is on the path; and the same seed gives the same text whatever tree found it.
+"""
+
+import torch
+from torch import Tensor
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from .tree import DraftTree, Source
+
+CONTEXT_FREE = {
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    SuppressTokensLogitsProcessor,
+}
+"""Processors that read nothing but the scores, so that all nodes can go through them at once."""
+
+
+class Sampler:
+    """Draws the target's token after every node.
+
+    Args:
+        processors: transformers' logits processors, applied in order.
+        greedy: take the likeliest token.
+        seed: of the noise, any 64-bit integer.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, greedy: bool, seed: int) -> None:
+        self.processors = processors
+        self.greedy = greedy
+        self.seed = seed
+        self.needs_history = any(type(processor) not in CONTEXT_FREE for processor in processors)
+
+    def draw(
+        self, tree: DraftTree, logits_NV: Tensor, place: int, max_depth: int, history_S: Tensor | None, logprobs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The target's token after every node that the output may reach.
+
+        Args:
+            place: number of tokens emitted so far: where the token after the root will stand.
+            history_S: prompt and emitted tokens, the root last; needed if `needs_history`.
+            logprobs: whether log-probabilities are wanted.
+
+        Returns:
+            tokens [N] int64, -1 where a node is off the path and was not looked at; and their
+            log-probabilities [N] float32, or None.
+        """
+        if self.greedy and not self.processors:
+            tokens_N = logits_NV.argmax(dim=-1)
+            return tokens_N, _logprobs(logits_NV, tokens_N) if logprobs else None
+        if self.needs_history and history_S is not None:
+            return self._walk(tree, logits_NV, place, max_depth, history_S, logprobs)
+        scores_NV = self.processors(tree.tokens_N[:, None], logits_NV.float())
+        tokens_N = self._choose(scores_NV, place, max_depth, tree.depths_N)
+        return tokens_N, _logprobs(scores_NV, tokens_N) if logprobs else None
+
+    def _choose(self, scores_NV: Tensor, place: int, max_depth: int, depths_N: Tensor) -> Tensor:
+        if self.greedy:
+            return scores_NV.argmax(dim=-1)
+        noise_DV = gumbel(self.seed, place, max_depth + 1, scores_NV.shape[-1], scores_NV.device)
+        return (scores_NV + noise_DV[depths_N]).argmax(dim=-1)
+
+    def _walk(
+        self, tree: DraftTree, logits_NV: Tensor, place: int, max_depth: int, history_S: Tensor, logprobs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draws node by node along the emitted path, as far as the tree has it.
+
+        A processor sees each prefix of the output once and in order, as in plain decoding, so even one that
+        keeps state of its own works. That costs a host read per accepted node, paid by such processors alone.
+        """
+        tokens_N = torch.full_like(tree.tokens_N, -1)
+        logp_N = torch.zeros_like(tree.logp_N)
+        ids_1S, row_1, root_1 = history_S[None], torch.zeros_like(tree.tokens_N[:1]), tree.depths_N[:1]
+        for depth in range(max_depth + 1):
+            scores_1V = self.processors(ids_1S, logits_NV[row_1].float())
+            token_1 = self._choose(scores_1V, place + depth, 0, root_1)
+            tokens_N[row_1] = token_1
+            if logprobs:
+                logp_N[row_1] = _logprobs(scores_1V, token_1)
+            child_N = (tree.parents_N == row_1) & (tree.tokens_N == token_1) & (tree.sources_N > Source.ROOT)
+            if not child_N.any():
+                break
+            row_1 = child_N.to(torch.uint8).argmax(dim=0, keepdim=True)
+            ids_1S = torch.cat((ids_1S, token_1[None]), dim=1)
+        return tokens_N, logp_N if logprobs else None
+
+
+def _logprobs(scores_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    return scores_NV.float().log_softmax(dim=-1).gather(1, tokens_N[:, None])[:, 0]
+
+
+def gumbel(seed: int, place: int, places: int, vocab_size: int, device: torch.device) -> Tensor:
+    """Standard Gumbel noise for consecutive places of the output, [places, V] float32.
+
+    A pure function of seed, place and token id (counters through the finaliser of SplitMix64, Steele et al.
+    2014), so that a place keeps its noise however the rounds fall. argmax(score + noise) samples
+    softmax(score).
+    """
+    place_P = torch.arange(place, place + places, device=device)
+    token_V = torch.arange(vocab_size, device=device)
+    key_P = _mix(place_P * _signed(0x9E3779B97F4A7C15) + _signed(seed))
+    bits_PV = _mix(key_P[:, None] + token_V * _signed(0xD1342543DE82EF95))
+    # The top 32 bits as a number in (0, 1); small ones keep their relative precision in float32.
+    uniform_PV = ((bits_PV >> 32) + 2**31).float().add_(0.5).mul_(2.0**-32)
+    # -log1p(-u) is exponential, and minus its logarithm Gumbel.
+    return uniform_PV.neg_().log1p_().neg_().log_().neg_()
+
+
+def _mix(bits: Tensor) -> Tensor:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return bits ^ ((bits >> 31) & (2**33 - 1))
+
+
+def _signed(value: int) -> int:
+    """The 64-bit pattern of an integer as a signed one, which is what int64 tensors hold."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,48 @@
+"""What a request carries from round to round."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .drafting import Drafter
+from .grafting import Grafter
+from .kv_cache import TreeCache
+from .policy import Plan
+from .retrieval import SuccessorMatrix
+from .sampling import Sampler
+from .stats import GenerationStats, PhaseClock
+from .tree import DraftTree
+
+
+@dataclass
+class DecodeState:
+    """Everything that changes while one prompt is decoded.
+
+    Attributes:
+        learns: whether the matrix is updated.
+        place: tokens emitted so far; what was accepted beyond the request's end counts too.
+        root_1: the last emitted token, not yet in the cache.
+        fresh_tokens_A, fresh_taps_AE: what the last round committed.
+        retrieved: this round's retrieved candidates, once looked up.
+        history_S: prompt and emitted tokens, where a logits processor reads them.
+        tokens: emitted tokens, where the prefix is kept.
+        logprobs: of the emitted tokens, where wanted.
+    """
+
+    plan: Plan
+    grafter: Grafter
+    cache: TreeCache
+    drafter: Drafter | None
+    successors: SuccessorMatrix | None
+    learns: bool
+    sampler: Sampler
+    place: int
+    root_1: Tensor
+    fresh_tokens_A: Tensor
+    fresh_taps_AE: Tensor
+    history_S: Tensor | None
+    tokens: list[int]
+    logprobs: list[Tensor] | None
+    stats: GenerationStats
+    clock: PhaseClock
+    retrieved: DraftTree | None = None

@@ -1,0 +1,169 @@
+"""Every family's greedy output is what `generate` gives with the model's own attention, or it is refused."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+from graft_inference import METHODS, GraftError
+from graft_inference.self_check import self_check
+from graft_inference.target import Target
+
+from .families import FAMILIES, WINDOW, family_model
+from .test_engine import prompt
+from .test_tree import random_tree, token_path
+from .tiny import SIZES, tiny_engine, tiny_head, tiny_model, tiny_policy
+
+SMALL = 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_equals_generate(family):
+    model = family_model(family, seed=3, vocab_size=SMALL)
+    prompts = [prompt(length, seed, SMALL) for seed, length in enumerate((WINDOW - 3, 24))]
+    expected = [model.generate(ids, max_new_tokens=24, do_sample=False).tolist() for ids in prompts]
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+        assert [model.generate(ids, max_new_tokens=24, do_sample=False).tolist() for ids in prompts] == expected
+    engine = tiny_engine(model, tiny_policy(0.5), tiny_head(model, draft_vocab_size=SMALL - 1))
+    rounds = 0
+    for ids, sequence in zip(prompts, expected, strict=True):
+        for method in METHODS:
+            out = engine.generate(ids, 24, method=method)
+            assert out.sequences.tolist() == sequence, (method, ids.shape)
+            rounds += out.stats.rounds
+    assert rounds < 0.9 * 2 * 5 * 23  # or no branch of any tree was ever kept
+    assert len({tuple(row[0][-24:]) for row in expected}) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [1, WINDOW, 20])
+def test_tree_logits_equal_linear_forwards(family, length):
+    model = family_model(family)
+    tree, text = random_tree(1, nodes=12), prompt(length, 2)[0]
+    target = Target(model)
+    cache = target.new_cache(64)
+    target.prefill(text, cache)
+    out = target.verify(tree, tree.ancestors(8), cache)
+    target.release()
+    for row in range(len(tree)):
+        ids = torch.cat((text, tree.tokens_N[:1], torch.tensor(token_path(tree, row), dtype=torch.long)))[None]
+        torch.testing.assert_close(out.logits_NV[row], model(ids).logits[0, -1], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [1, 5, WINDOW])
+def test_a_prompt_read_in_pieces_gives_the_same_logits(family, chunk):
+    target = Target(family_model(family))
+    text = prompt(20, 2)[0]
+    whole = target.prefill(text, target.new_cache(32)).logits_NV
+    cache = target.new_cache(32)
+    pieces = [target.prefill(piece, cache).logits_NV for piece in text.split(chunk)]
+    torch.testing.assert_close(torch.cat(pieces), whole, atol=2e-3, rtol=1e-3)
+    last = target.prefill(text, target.new_cache(32), all_logits=False).logits_NV
+    torch.testing.assert_close(last, whole[-1:], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_self_check_passes_and_leaves_no_trace(family):
+    model = family_model(family)
+    state = torch.random.get_rng_state()
+    target = Target(model)
+    self_check(target)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.config._attn_implementation == "graft_tree"
+    target.release()
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_self_check_passes_in_half_precision(dtype):
+    self_check(Target(family_model("gemma3").to(dtype)))
+
+
+class ForgetsPositions(LlamaForCausalLM):
+    """Counts rows itself, as models with learned positions do: wrong for the branches of a tree."""
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class HidesWindow(MistralForCausalLM):
+    """Hides tokens by the mask alone, which tree attention never sees."""
+
+    def forward(self, *args, visible=None, **kwargs):
+        if visible is not None:
+            mask, visible.mask = visible.mask, lambda window, *rest: mask(None, *rest)
+            visible.first_key = lambda window: 0
+        return super().forward(*args, visible=visible, **kwargs)
+
+
+def test_a_model_that_the_tree_does_not_fit_is_refused_by_the_self_check():
+    for model in (ForgetsPositions(LlamaConfig(**SIZES)), HidesWindow(family_model("mistral-window").config)):
+        for parameter in model.parameters():
+            parameter.data.mul_(6 if parameter.dim() > 1 else 1)
+        target = Target(model.eval())
+        with pytest.raises(GraftError, match=f"{type(model).__name__} gives other logits .*check=False"):
+            self_check(target)
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_too_long_for_the_check_to_feel_must_still_be_applied():
+    model = family_model("gemma3", sliding_window=64)
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    with pytest.raises(GraftError, match="hides their window of 64"):
+        self_check(Target(model))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: Llama4ForCausalLM(Llama4TextConfig(**SIZES)), "Llama4.* kind chunked_attention"),
+        (lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, num_experts=4)), "Qwen3Next.* kind linear_attention"),
+        (lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=11)), "GPT2LMHeadModel"),
+        (lambda: family_model("gemma3", use_bidirectional_attention=True), "Gemma3.* both directions"),
+        (lambda: family_model("llama", max_position_embeddings=0), "Llama.* no max_position_embeddings"),
+    ],
+)
+def test_families_that_cannot_work_are_refused_by_name(build, reason):
+    model = build()
+    before = model.config._attn_implementation
+    with pytest.raises(GraftError, match=reason):
+        Target(model)
+    assert model.config._attn_implementation == before
+
+
+def test_soft_capping_that_sdpa_leaves_out_is_applied_and_said():
+    model = Gemma2ForCausalLM._from_config(family_model("gemma2").config, attn_implementation="sdpa").eval()
+    with pytest.warns(UserWarning, match="soft-capping"):
+        target = Target(model)
+    self_check(target)
+
+
+def test_rope_that_switches_is_served_up_to_the_switch():
+    factors = [1.0] * 4
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": factors, "long_factor": [4.0] * 4}
+    model = family_model("phi3", rope_parameters=rope, original_max_position_embeddings=32, vocab_size=SMALL)
+    expected = model.generate(prompt(12, 0, SMALL), max_new_tokens=20, do_sample=False).tolist()
+    engine = tiny_engine(model, tiny_policy(0.5), tiny_head(model, draft_vocab_size=SMALL - 1))
+    for method in METHODS:
+        assert engine.generate(prompt(12, 0, SMALL), 20, method=method).sequences.tolist() == expected
+    with pytest.raises(GraftError, match="limit of 32 positions"):
+        engine.generate(prompt(12, 0, SMALL), 21)
+
+
+def test_a_model_that_serves_an_engine_refuses_other_callers():
+    target = Target(tiny_model("llama"))
+    with pytest.raises(GraftError, match=r"engine.target.release\(\)"):
+        target.model(prompt(3))

@@ -1,0 +1,267 @@
+"""Generation as callers know it: where it ends, who listens, what is kept, and who else is using the engine."""
+
+import threading
+
+import pytest
+import torch
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
+from graft_inference.retrieval import SuccessorMatrix
+
+from .test_custom_generate import Recorder
+from .test_engine import SMALL, greedy_reference, prompt, small_engine
+from .tiny import tiny_engine, tiny_model
+from .tiny_bundle import tiny_tokenizer
+
+SAMPLED = {"temperature": 1.0, "seed": 5}
+BOTH = pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+
+
+def new_tokens(engine, input_ids, **options):
+    return engine.generate(input_ids, **options).sequences[0, input_ids.shape[1] :].tolist()
+
+
+def test_stop_strings_end_where_generate_ends():
+    model = tiny_model("llama")
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.decode(greedy_reference(model, prompt(9), 40)[0, 9:])
+    for stop in (text[7:9], [text[20:23], "never said"], text[30]):
+        expected = model.generate(prompt(9), max_new_tokens=40, stop_strings=stop, tokenizer=tokenizer)
+        assert expected.shape[1] < 49
+        engine = tiny_engine(model)
+        engine.tokenizer = tokenizer
+        for method in METHODS:
+            out = engine.generate(prompt(9), 40, method=method, stop_strings=stop)
+            assert out.sequences.tolist() == expected.tolist()
+            assert out.stats.emitted == expected.shape[1] - 9
+        assert engine.generate(prompt(9), 40, stop_strings=stop, tokenizer=tokenizer).sequences.tolist() == (
+            expected.tolist()
+        )
+        engine.target.release()
+
+
+def test_max_length_counts_the_prompt():
+    engine = small_engine()
+    expected = engine.generate(prompt(5, 0, SMALL), 12).sequences.tolist()
+    assert engine.generate(prompt(5, 0, SMALL), max_length=17).sequences.tolist() == expected
+    assert list(engine.stream(prompt(5, 0, SMALL), max_length=17)) == expected[0][5:]
+
+
+def test_without_a_length_there_are_128_tokens():
+    assert small_engine().generate(prompt(5, 0, SMALL), method="retrieve").stats.emitted == 128
+
+
+def test_a_stopping_criterion_sees_the_text_so_far():
+    seen = []
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(input_ids[0].tolist())
+            return torch.tensor([input_ids.shape[1] == 14])
+
+    out = small_engine().generate(prompt(5, 0, SMALL), 40, stopping_criteria=[Stop()])
+    whole = out.sequences[0].tolist()
+    assert seen == [whole[:end] for end in range(6, 15)]
+    assert out.stats.emitted == 9
+
+
+@BOTH
+def test_the_streamer_gets_the_prompt_then_every_token(sampling):
+    recorder = Recorder()
+    out = small_engine().generate(prompt(5, 0, SMALL), 12, streamer=recorder, **sampling)
+    assert recorder.values == [prompt(5, 0, SMALL).tolist(), *([token] for token in out.sequences[0, 5:].tolist())]
+    assert recorder.ended
+
+
+def test_text_can_be_iterated_while_another_thread_generates():
+    tokenizer = tiny_tokenizer()
+    engine = tiny_engine(tiny_model("llama"))
+    expected = tokenizer.decode(engine.generate(prompt(9), 30).sequences[0, 9:], skip_special_tokens=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
+    thread = threading.Thread(target=engine.generate, args=(prompt(9), 30), kwargs={"streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prompt_read_in_pieces_changes_nothing(method):
+    whole, pieces = small_engine(), small_engine()
+    for length, chunk in ((17, 1), (17, 5), (17, 16), (3, 2)):
+        pieces.prefill_chunk = chunk
+        ours, expected = (engine.generate(prompt(length, 3, SMALL), 20, method=method) for engine in (pieces, whole))
+        assert ours.sequences.tolist() == expected.sequences.tolist()
+        assert (ours.stats.rounds, ours.stats.accepted, ours.stats.stages) == (
+            expected.stats.rounds,
+            expected.stats.accepted,
+            expected.stats.stages,
+        )
+
+
+def count_read(engine) -> list[int]:
+    """Lengths of the pieces of prompts that the target reads from now on."""
+    lengths, prefill = [], engine.target.prefill
+
+    def counted(tokens_S, cache, all_logits=True):
+        lengths.append(len(tokens_S))
+        return prefill(tokens_S, cache, all_logits)
+
+    engine.target.prefill = counted
+    return lengths
+
+
+@BOTH
+@pytest.mark.parametrize("method", METHODS)
+def test_turns_of_a_chat_read_only_what_is_new_and_say_the_same(method, sampling):
+    engine, fresh_engine = small_engine(), small_engine()
+    engine.keep_prefix = True
+    engine.prefill_chunk = 4
+    read = count_read(engine)
+    text = prompt(9, 2, SMALL)
+    for turn in range(3):
+        read.clear()
+        out = engine.generate(text, 11, method=method, **sampling)
+        fresh = fresh_engine.generate(text, 11, method=method, **sampling)
+        assert out.sequences.tolist() == fresh.sequences.tolist()
+        assert sum(read) == text.shape[1] - out.stats.reused
+        if turn:
+            assert sum(read) <= 8 + 12  # the user's words, and at most what the last rounds had not read
+            assert out.stats.reused >= 9
+        text = torch.cat((out.sequences, prompt(8, turn, SMALL)), dim=1)
+
+
+@BOTH
+def test_a_kept_prefix_is_right_wherever_the_next_prompt_leaves_it(sampling):
+    engine, fresh = small_engine(), small_engine()
+    engine.keep_prefix = True
+    for length in (1, 6, 12, 25):
+        for method in ("graft", "retrieve"):
+            first = engine.generate(prompt(12, 2, SMALL), 16, **sampling)
+            start = first.sequences[:, :length]
+            other = torch.cat((start, (start[:, -1:] + 3) % SMALL, prompt(4, length, SMALL)), dim=1)
+            for text in (other, start, first.sequences):
+                expected = new_tokens(fresh, text, max_new_tokens=12, method=method, **sampling)
+                assert new_tokens(engine, text, max_new_tokens=12, method=method, **sampling) == expected
+
+
+def test_an_end_of_sequence_leaves_a_prefix_that_is_right():
+    """The last round went past the end; what it wrote there is no part of the text."""
+    engine, fresh = small_engine(), small_engine()
+    engine.keep_prefix = True
+    full = new_tokens(engine, prompt(4, 2, SMALL), max_new_tokens=40)
+    for eos in set(full):
+        engine.eos_token_ids = frozenset({eos})
+        turn = engine.generate(prompt(4, 2, SMALL), 40).sequences
+        engine.eos_token_ids = frozenset()
+        text = torch.cat((turn, prompt(3, eos, SMALL)), dim=1)
+        out = engine.generate(text, 20)
+        assert out.stats.reused >= turn.shape[1] - 12
+        assert out.sequences.tolist() == fresh.generate(text, 20).sequences.tolist()
+
+
+@pytest.mark.parametrize("scope", ["request", "frozen"])
+def test_what_others_asked_for_does_not_matter(scope):
+    def run(engine):
+        out = engine.generate(prompt(5, 0, SMALL), 40)
+        return out.sequences.tolist(), out.stats.rounds, out.stats.accepted, out.stats.stages
+
+    engine = small_engine()
+    engine.retrieval_scope = scope
+    matrix = engine.successors.ids_VK.clone()
+    alone = run(engine)
+    for seed in range(3):
+        engine.generate(prompt(9, seed, SMALL), 40, temperature=1.0, seed=seed)
+    assert run(engine) == alone
+    assert torch.equal(engine.successors.ids_VK, matrix)
+
+
+def test_the_matrix_of_an_engine_remembers_and_a_frozen_one_never_learns():
+    found = {}
+    for scope in ("engine", "request", "frozen"):
+        engine = small_engine()
+        engine.retrieval_scope = scope
+        engine.successors = SuccessorMatrix.empty(SMALL, 4, engine.target.device)
+        expected = greedy_reference(engine.target.model, prompt(6, 0, SMALL), 30).tolist()
+        runs = [engine.generate(prompt(6, 0, SMALL), 30, method="retrieve") for _ in range(2)]
+        assert all(run.sequences.tolist() == expected for run in runs)
+        found[scope] = [run.stats.rounds for run in runs]
+    assert found["frozen"] == [29, 29]
+    assert found["request"][0] == found["request"][1] < 29
+    assert found["engine"][1] < found["engine"][0]
+
+
+def test_threads_take_turns():
+    engine = small_engine()
+    prompts = [prompt(5 + seed, seed, SMALL) for seed in range(4)]
+    expected = [engine.generate(ids, 30).sequences.tolist() for ids in prompts]
+    inside, overlaps, found = [], [], {}
+    forward = engine.target.forward
+
+    def watched(*args):
+        inside.append(threading.get_ident())
+        overlaps.append(len(inside) > 1)
+        out = forward(*args)
+        inside.pop()
+        return out
+
+    engine.target.forward = watched
+
+    def run(index):
+        found[index] = [engine.generate(prompts[index], 30).sequences.tolist() for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {index: [expected[index]] * 3 for index in range(4)}
+    assert not any(overlaps)
+
+
+def test_the_lock_is_not_held_between_two_tokens():
+    engine = small_engine()
+    stream = engine.stream(prompt(5, 0, SMALL), 30)
+    next(stream)
+    thread = threading.Thread(target=engine.generate, args=(prompt(6, 0, SMALL), 5))
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 4, "max_length": 9}, "max_new_tokens and max_length are two ways"),
+        ({"max_length": 3}, "max_length=3 leaves no room after 3 prompt tokens"),
+        ({"max_length": 300}, "limit of 256 positions"),
+        ({"stop_strings": "a"}, "stop_strings need a tokenizer"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_pass(monkeypatch, options, message):
+    engine = small_engine()
+    monkeypatch.setattr(engine.target, "forward", lambda *_: pytest.fail("the target ran"))
+    with pytest.raises(GraftError, match=message):
+        engine.generate(torch.tensor([1, 2, 3]), **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"retrieval_scope": "session"}, "request, engine, frozen"), ({"prefill_chunk": 0}, "prefill_chunk=0")],
+)
+def test_bad_settings_of_an_engine_are_refused(settings, message):
+    engine = small_engine()
+    with pytest.raises(GraftError, match=message):
+        GraftEngine(engine.target, engine.policy, engine.head, engine.successors, **settings)
+
+
+@pytest.mark.parametrize("method", ["graft", "autoregressive"])
+def test_no_memory_for_the_caches_says_how_much_and_what_lowers_it(method):
+    engine = tiny_engine(tiny_model("llama"))
+    engine.target.config.max_position_embeddings = 2**50
+    stats = GenerationStats()
+    with pytest.raises(GraftError, match=r"no memory on cpu .* [\d,]{15,} bytes. Lower max_new_tokens"):
+        next(engine.stream(prompt(5), 2**45, method=method, stats=stats))
+    assert stats.emitted == 0
+    engine.target.config.max_position_embeddings = 256
+    assert engine.generate(prompt(5), 5, method=method).stats.emitted == 5

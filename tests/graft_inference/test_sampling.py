@@ -1,0 +1,318 @@
+"""Sampling: token for token a plain loop's with the same noise, and as a distribution exact."""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chi2, kstest
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage
+from graft_inference import engine as engine_module
+from graft_inference import sampling as sampling_module
+from graft_inference.sampling import Sampler, gumbel
+from graft_inference.verification import accept
+
+from .test_engine import SMALL, prompt, small_engine
+from .tiny import TEMPLATE
+
+CPU = torch.device("cpu")
+
+
+class Alternating(LogitsProcessor):
+    """Counts its own calls, and wants every prefix once and in order: even tokens, then odd ones, in turn."""
+
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        return scores.masked_fill(torch.arange(scores.shape[1]) % 2 != len(self.lengths) % 2, float("-inf"))
+
+
+def plain_sampling(model, input_ids, count, processors, seed, greedy=False):
+    """One token at a time with the model's own attention: tokens, and their log-probabilities."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    ids, logprobs = input_ids, []
+    for place in range(count):
+        scores = processors(ids, model(ids).logits[:, -1].float())
+        noise = 0 if greedy else gumbel(seed, place, 1, scores.shape[-1], CPU)
+        token = (scores + noise).argmax(dim=-1)
+        logprobs.append(scores.log_softmax(-1)[0, token])
+        ids = torch.cat((ids, token[None]), dim=1)
+    model.set_attn_implementation(implementation)
+    return ids.tolist(), torch.cat(logprobs)
+
+
+SETTINGS = {
+    "temperature": ({"temperature": 0.7}, lambda length: [TemperatureLogitsWarper(0.7)]),
+    "top_k": ({"temperature": 1.0, "top_k": 3}, lambda length: [TopKLogitsWarper(3)]),
+    "top_p": (
+        {"temperature": 2.0, "top_p": 0.8},
+        lambda length: [TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.8)],
+    ),
+    "min_p": (
+        {"temperature": 1.5, "min_p": 0.2},
+        lambda length: [TemperatureLogitsWarper(1.5), MinPLogitsWarper(0.2)],
+    ),
+    "penalty": (
+        {"temperature": 1.0, "repetition_penalty": 1.3, "top_k": 6},
+        lambda length: [RepetitionPenaltyLogitsProcessor(1.3), TopKLogitsWarper(6)],
+    ),
+    "no-repeat": (
+        {"temperature": 1.0, "logits_processor": [NoRepeatNGramLogitsProcessor(3)]},
+        lambda length: [NoRepeatNGramLogitsProcessor(3)],
+    ),
+    "encoder": (
+        {"temperature": 1.0, "logits_processor": [EncoderNoRepeatNGramLogitsProcessor(2, prompt(5, 0, SMALL))]},
+        lambda length: [EncoderNoRepeatNGramLogitsProcessor(2, prompt(5, 0, SMALL))],
+    ),
+    "minimum": (
+        {"temperature": 1.0, "min_new_tokens": 16},
+        lambda length: [MinNewTokensLengthLogitsProcessor(length, 16, [2])],
+    ),
+    "greedy-penalty": (
+        {"repetition_penalty": 1.5, "top_k": 2},
+        lambda length: [RepetitionPenaltyLogitsProcessor(1.5)],
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_seed_gives_the_text_of_plain_sampling_whatever_the_method(setting):
+    options, processors = SETTINGS[setting]
+    engine = small_engine()
+    engine.eos_token_ids = frozenset({2} if setting == "minimum" else ())
+    input_ids = prompt(5, 0, SMALL)
+    expected, logprobs = plain_sampling(
+        engine.target.model, input_ids, 16, LogitsProcessorList(processors(5)), 1, "temperature" not in options
+    )
+    for method in METHODS:
+        out = engine.generate(input_ids, 16, method=method, seed=1, return_logprobs=True, **options)
+        assert out.sequences.tolist() == expected, method
+        torch.testing.assert_close(out.logprobs, logprobs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_processor_with_state_sees_every_prefix_once_and_in_order(temperature):
+    engine = small_engine()
+    input_ids = prompt(5, 0, SMALL)
+    expected, _ = plain_sampling(
+        engine.target.model, input_ids, 16, LogitsProcessorList([Alternating()]), 3, greedy=not temperature
+    )
+    for method in METHODS:
+        ours = Alternating()
+        out = engine.generate(input_ids, 16, temperature, method, seed=3, logits_processor=[ours])
+        assert out.sequences.tolist() == expected, method
+        assert ours.lengths[:16] == list(range(5, 21))
+        assert out.logprobs is None
+
+
+def test_the_text_does_not_depend_on_where_rounds_end():
+    """A place of the output keeps its noise, however many of its tokens came in one round."""
+    engine = small_engine()
+    runs = []
+    for drafted in (1, 3, 9):
+        plan = Plan((Stage(3, drafted=drafted),), beam_width=3)
+        runs.append(engine.generate(prompt(5, 0, SMALL), 40, temperature=1.0, seed=4, plan=plan))
+    assert len({str(run.sequences.tolist()) for run in runs}) == 1
+    assert len({run.stats.rounds for run in runs}) > 1
+
+
+def test_noise_is_gumbel_and_independent_over_places_tokens_and_seeds():
+    noise = torch.stack([gumbel(seed, 0, 40, 50, CPU) for seed in range(40)]).double()
+    assert kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+    for axis in range(3):
+        rows = noise.movedim(axis, 0).flatten(1)
+        correlations = torch.corrcoef(rows)[torch.triu_indices(len(rows), len(rows), 1).unbind()]
+        assert correlations.abs().max() < 5 / rows.shape[1] ** 0.5
+    # Large vocabularies: neighbouring rows are no shifted copies of each other.
+    wide = gumbel(1, 0, 2, 5000, CPU).double()
+    spectrum = torch.fft.ifft(torch.fft.fft(wide[0]) * torch.fft.fft(wide[1]).conj()).real
+    spread = wide.std(dim=1).prod() * 5000**0.5
+    assert ((spectrum - wide.mean(dim=1).prod() * 5000).abs() < 6 * spread).all()
+
+
+def test_noise_is_a_function_of_seed_and_place_alone():
+    whole = gumbel(2**63 + 5, 0, 9, 11, CPU)
+    assert torch.equal(whole[4:7], gumbel(2**63 + 5, 4, 3, 11, CPU))
+    assert torch.equal(whole[:, :7], gumbel(2**63 + 5, 0, 9, 7, CPU))
+    assert not torch.equal(whole, gumbel(2**63 + 6, 0, 9, 11, CPU))
+    assert not torch.equal(gumbel(-1, 0, 9, 11, CPU), gumbel(1, 0, 9, 11, CPU))
+
+
+# The law of the first three tokens, 20,000 samples of it. Rounds are the engine's own; where many samples
+# stand in the same state, one round serves them all, each with the draws that its own seed gives it.
+
+SAMPLES, VOCAB_OF_LAW, PLACES = 20_000, 6, 8
+
+
+@pytest.fixture(scope="module")
+def noise_SPV():
+    return torch.stack([gumbel(seed, 0, PLACES, VOCAB_OF_LAW, CPU) for seed in range(SAMPLES)])
+
+
+class Replay(Sampler):
+    """Repeats recorded draws, then notes what the next draw is asked for."""
+
+    def __init__(self, processors, recorded):
+        super().__init__(processors, greedy=False, seed=0)
+        self.recorded = list(recorded)
+        self.asked = None
+
+    def draw(self, tree, logits_NV, place, max_depth, history_S, logprobs):
+        if self.recorded:
+            return self.recorded.pop(0), None
+        self.asked = (tree, logits_NV, place, max_depth)
+        return logits_NV.argmax(dim=-1), None
+
+
+def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeypatch):
+    """Counts of the first three tokens over all samples, and the stages that were visited."""
+    counts, stages = Counter(), Counter()
+    waiting = [((), (), torch.arange(len(noise_SPV)))]
+    while waiting:
+        recorded, emitted, samples_S = waiting.pop()
+        sampler, stats = Replay(processors, recorded), GenerationStats()
+        with torch.inference_mode():
+            state, _ = engine._prefill(input_ids[0], 12, sampler, engine.policy.plan(method), stats)
+            for _ in recorded:
+                engine._round(state)
+        stages[str(dict(stats.stages))] += len(samples_S)
+        tree, logits_NV, place, max_depth = sampler.asked
+        assert place == len(emitted)
+        ancestors_NN = tree.ancestors(max_depth)
+
+        def one(noise_PV, tree=tree, logits_NV=logits_NV, place=place, max_depth=max_depth, ancestors=ancestors_NN):
+            rows = noise_PV[place : place + max_depth + 1]
+            monkeypatch.setattr(sampling_module, "gumbel", lambda *_: rows)
+            drawn_N, _ = Sampler(processors, False, 0).draw(tree, logits_NV, place, max_depth, None, False)
+            result = accept(tree, ancestors, drawn_N, max_depth)
+            return drawn_N, result.count, result.emitted_D
+
+        drawn_SN, count_S, emitted_SD = torch.vmap(one)(noise_SPV[samples_S])
+        keys = torch.cat((count_S[:, None], emitted_SD), dim=1)
+        keys[:, 1:][torch.arange(keys.shape[1] - 1) >= count_S[:, None]] = -1
+        outcomes, which_S = keys.unique(dim=0, return_inverse=True)
+        for index, outcome in enumerate(outcomes.tolist()):
+            here_S = (which_S == index).nonzero()[:, 0]
+            tokens = (*emitted, *outcome[1 : 1 + outcome[0]])
+            if len(tokens) >= 3:
+                counts[tokens[:3]] += len(here_S)
+            else:
+                waiting.append(((*recorded, drawn_SN[here_S[0]]), tokens, samples_S[here_S]))
+    monkeypatch.undo()
+    return counts, stages
+
+
+def exact_law(model, input_ids, processors):
+    """P(a, b, c) of every triple, from plain forward passes."""
+    vocab_size = model.config.vocab_size
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    law = {(): 1.0}
+    for _ in range(3):
+        prefixes = list(law)
+        ids = torch.tensor([[*input_ids[0].tolist(), *prefix] for prefix in prefixes])
+        probs = processors(ids, model(ids).logits[:, -1].float()).double().softmax(dim=-1).tolist()
+        law = {
+            (*prefix, token): law[prefix] * row[token]
+            for prefix, row in zip(prefixes, probs, strict=True)
+            for token in range(vocab_size)
+            if row[token]
+        }
+    model.set_attn_implementation(implementation)
+    return law
+
+
+def check_law(counts, law):
+    """Chi-square (rare outcomes share a cell), and total variation against what sampling alone makes of it."""
+    assert counts.keys() <= law.keys()
+    samples = counts.total()
+    observed, expected = [0], [0.0]
+    for outcome in sorted(law, key=law.__getitem__):
+        if expected[-1] >= 5:
+            observed.append(0)
+            expected.append(0.0)
+        observed[-1] += counts[outcome]
+        expected[-1] += law[outcome] * samples
+    assert len(expected) >= 10
+    statistic = sum((o - e) ** 2 / max(e, 1e-9) for o, e in zip(observed, expected, strict=True))
+    assert chi2.sf(statistic, len(expected) - 1) > 1e-3
+    variation = sum(abs(counts[outcome] / samples - p) for outcome, p in law.items()) / 2
+    noise = sum((p * (1 - p) / samples) ** 0.5 for p in law.values()) * (2 / torch.pi) ** 0.5 / 2
+    assert variation < 1.4 * noise
+
+
+PRUNED = Policy(
+    graft=Plan(
+        (
+            Stage(1, 0.45, drafted=3, retrieved=6, template=TEMPLATE),
+            Stage(2, 0.4, drafted=5, retrieved=4, template=TEMPLATE),
+            Stage(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
+        ),
+        beam_width=3,
+    ),
+    eagle3=Plan((Stage(3, drafted=9),), beam_width=3),
+    retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),)),
+)
+LAWS = [
+    *product(METHODS, ["plain"]),
+    ("graft", "top_k"),
+    ("graft", "top_p"),
+    ("graft", "min_p"),
+    ("retrieve", "temperature"),
+]
+
+
+@pytest.mark.parametrize(("method", "setting"), LAWS)
+def test_the_joint_law_of_three_tokens_is_the_targets(method, setting, noise_SPV, monkeypatch):
+    engine = small_engine(policy=PRUNED, vocab_size=VOCAB_OF_LAW)
+    processors = LogitsProcessorList(SETTINGS[setting][1](4) if setting != "plain" else [])
+    twins = []
+    merge = engine_module.merge
+
+    def merged(drafted, retrieved, rows):
+        twins.append(len(set(drafted.paths_N.tolist()) & set(retrieved.paths_N.tolist())) - 1)
+        return merge(drafted, retrieved, rows)
+
+    input_ids = prompt(4, 1, VOCAB_OF_LAW)
+    law = exact_law(engine.target.model, input_ids, processors)
+    assert sum(law.values()) == pytest.approx(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "merge", merged)
+        counts, stages = first_three_tokens(engine, input_ids, method, processors, noise_SPV, patch)
+    assert counts.total() == SAMPLES
+    check_law(counts, law)
+    if method == "graft":
+        assert sum(twins) > len(twins) / 2  # drafted and retrieved nodes overlap
+        visited = set("".join(stages).replace("'", " ").split())
+        assert {"d0", "d1", "d3"} <= visited
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "penalty"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
+    ],
+)
+def test_settings_out_of_range_are_named(options, message):
+    with pytest.raises(GraftError, match=message):
+        small_engine().generate(prompt(4, 0, SMALL), 4, **({"temperature": 1.0} | options))
