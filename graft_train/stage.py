@@ -131,9 +131,9 @@ def _matches(directory: Path, record: dict[str, Any]) -> bool:
     """Whether `directory` is there and was made for `record`; an error if it was made for another."""
     if not directory.exists():
         return False
+    if directory.suffix == ".partial" and {path.name for path in directory.iterdir()} <= {RECORD}:
+        return False  # interrupted, or stopped by a mistake that other settings mend, before its first write
     if not (directory / RECORD).is_file():
-        if directory.suffix == ".partial" and not any(directory.iterdir()):
-            return False  # interrupted before its first write
         raise GraftError(f"{directory} was not made by a stage (no {RECORD}); move it away or use another run_dir")
     found = _read_record(directory / RECORD)
     if found["fingerprint"] == record["fingerprint"]:

@@ -73,7 +73,12 @@ class Chat:
     def _by_spans(self, document: Document) -> Sample:
         messages = _conversation(document).messages
         rendered = self._render(document, messages, return_assistant_tokens_mask=True)
-        answers = spans(rendered["assistant_masks"])
+        mask = rendered["assistant_masks"]
+        for token in range(1, len(mask)):
+            # Of a character that takes several tokens, the last of an answer, transformers marks the first alone.
+            if mask[token - 1] and rendered.token_to_chars(token) == rendered.token_to_chars(token - 1):
+                mask[token] = 1
+        answers = spans(mask)
         end = answers[-1][1] if answers else 0
         return Sample(document.id, "train", rendered["input_ids"][:end], answers)
 

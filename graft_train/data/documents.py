@@ -145,7 +145,10 @@ def read_documents(config: DataConfig) -> Documents:
     for number, source in enumerate(config.all_sources()):
         found = _places(config, number, source, taken)
         if not found:
-            raise GraftError(f"data.path={source.path} holds no text; check data.path and data.glob={config.glob}")
+            earlier = " that an earlier source does not hold" if number else ""
+            raise GraftError(
+                f"data.path={source.path} holds no text{earlier}; check data.path and data.glob={config.glob}"
+            )
         places += found
     return Documents(places)
 

@@ -55,6 +55,16 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, finished):
     assert (tmp_path / where / "weights").read_text() == "dear"
 
 
+def test_a_mistake_found_before_the_first_write_can_be_mended_by_other_settings(tmp_path):
+    def mistaken(directory: Path) -> None:
+        raise GraftError("bad record")
+
+    with pytest.raises(GraftError, match="bad record"):
+        stage(tmp_path, mistaken)
+    stage(tmp_path, lambda directory: None, rate=0.2)
+    assert json.loads((tmp_path / "head/stage.json").read_text())["settings"]["head"]["lr"] == 0.2
+
+
 def test_missing_input_names_the_recipe(tmp_path):
     with pytest.raises(GraftError, match=r"recipes/regenerate\.py"):
         stage(tmp_path, lambda directory: pytest.fail("built"), inputs=[tmp_path / "data"])

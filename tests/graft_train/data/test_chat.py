@@ -1,6 +1,8 @@
 """Which tokens are answers, on conversations whose tokens are written out."""
 
 import pytest
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from graft_inference.errors import GraftError
 from graft_train.data.bad_records import BadRecord
@@ -39,6 +41,19 @@ def test_a_template_with_spans_gives_one_row_with_every_answer():
     (row,) = chat(MARKED).answered(document("a b", "c", "d", "e f"))
     assert row.id == "doc"
     assert shown(row) == ("<user> a b <end> gap <assistant> [c <end>] gap <user> d <end> gap <assistant> [e f <end>]")
+
+
+def test_an_answer_has_all_tokens_of_its_last_character():
+    bytes_ = ByteLevelBPETokenizer()
+    bytes_.train_from_iterator(["nothing"], vocab_size=257, special_tokens=["<end>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_._tokenizer, eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}?"
+        "{% else %}{% generation %}{{ m.content }}{% endgeneration %}<end>{% endif %}{% endfor %}"
+    )
+    (row,) = Chat(tokenizer, {END}).answered(document("é", "n🙂", "n", "ü"))
+    assert [tokenizer.decode(row.ids[start:end]) for start, end in row.answers] == ["n🙂", "ü"]
+    assert row.answers == [[3, 8], [11, 13]]
 
 
 def test_a_template_without_spans_gives_one_row_an_answer():

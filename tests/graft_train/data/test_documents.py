@@ -121,6 +121,9 @@ def test_several_sources_may_number_alike_and_share_records(tmp_path):
     assert [(document.text, document.source) for document in documents] == [("a", 0), ("same", 0), ("b", 1)]
     assert documents[0].id != documents[2].id
     assert documents[0].split == documents[2].split
+    jsonl(tmp_path / "b.jsonl", {"text": "same"})
+    with pytest.raises(GraftError, match=r"b\.jsonl holds no text that an earlier source does not hold"):
+        read_documents(config)
 
 
 def test_only_places_are_held(tmp_path):
