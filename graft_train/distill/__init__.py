@@ -50,6 +50,8 @@ def distill(config: "Config") -> Path:
     """
     target, data = target_path(config), Path(config.run_dir) / "data"
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
+    if config.head.init_from and Path(config.head.init_from).expanduser().is_dir():
+        settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
     return run_stage(config, "distill", "head", settings, [target, data], lambda out: _build(config, data, out))
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from graft_inference import GraftError
 from graft_train.distill.config import HeadTrainConfig
@@ -35,6 +36,8 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
         kwargs_handlers=handlers,
     )
     if deepspeed:
+        # At stage 3 transformers would load the target in shares that only an engine of its own puts together.
+        unset_hf_deepspeed_config()
         if settings.optimizer != "adamw":
             raise GraftError(f"head.optimizer={settings.optimizer} does not run under DeepSpeed; set adamw")
         accelerator.state.deepspeed_plugin.deepspeed_config |= {

@@ -49,7 +49,7 @@ def run_ranks(
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         cwd=directory,
     )
 

@@ -277,6 +277,13 @@ def test_online_and_offline_states_train_to_the_same_losses(tmp_path):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+def test_a_target_spread_by_a_device_map_trains_the_same(tmp_path):
+    """Here there is one device to spread over."""
+    config = make_run(tmp_path / "spread", max_steps=3)
+    config.target.device_map = "auto"
+    assert metrics(distill(config)) == metrics(distill(make_run(tmp_path / "plain", max_steps=3)))
+
+
 def test_a_trained_head_can_be_gone_on_from(tmp_path):
     """It starts where the first one stopped, with its draft vocabulary, though the settings name another."""
     first = distill(make_run(tmp_path, epochs=20))

@@ -1,0 +1,53 @@
+"""Acceptance length by loss and by optimizer: the tables for docs/training.md, from a finished run's data.
+
+    python benchmarks/losses.py run_dir=runs/quickstart
+    python benchmarks/losses.py run_dir=runs/qwen3_8b experiment=qwen3_8b head.max_steps=2000
+
+Trains a head per row into {run_dir}/losses/NAME, from the target and the samples of the run; other arguments are
+the recipe's. A row that is there already is not trained again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from graft_train.distill.divergence import LOSSES
+
+ROOT = Path(__file__).parents[1]
+ROWS = {name: [f"head.loss={name}"] for name in LOSSES} | {"muon": ["head.optimizer=muon"]}
+
+
+def train(name: str, overrides: list[str], run_dir: Path, arguments: list[str]) -> dict:
+    """The `training.json` of one head, trained in a run directory that borrows what came before."""
+    directory = run_dir / "losses" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    for borrowed in ("target", "data"):
+        if (run_dir / borrowed).exists() and not (directory / borrowed).exists():
+            (directory / borrowed).symlink_to((run_dir / borrowed).resolve())
+    command = [sys.executable, "recipes/distill.py", *arguments, f"run_dir={directory.resolve()}", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ)
+    return json.loads((directory / "head" / "training.json").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    if "run_dir" not in given:
+        sys.exit("which run? python benchmarks/losses.py run_dir=runs/quickstart")
+    others = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
+    results = {name: train(name, overrides, Path(given["run_dir"]), others) for name, overrides in ROWS.items()}
+    print("| head | steps | tau in the engine | tau, teacher-forced | acceptance by step | seconds |")
+    print("|---|---:|---:|---:|---|---:|")
+    for name, result in results.items():
+        held_out = result["validation"] or {"tau": float("nan"), "acceptance": []}
+        accepted = " ".join(f"{share:.2f}" for share in held_out["acceptance"])
+        measured = result["measured_tau"]
+        print(
+            f"| {name} | {result['steps']} | {'' if measured is None else f'{measured:.2f}'} | {held_out['tau']:.2f} "
+            f"| {accepted} | {result['seconds']:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
