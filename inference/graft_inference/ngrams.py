@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import GraftError
 from .retrieval import LEAST, SuccessorMatrix, Template
@@ -72,11 +73,15 @@ class NgramTable:
     def __post_init__(self) -> None:
         if not (0 < self.buckets <= 1 << KEY_BITS and self.buckets & (self.buckets - 1) == 0):
             raise GraftError(f"an n-gram table needs a power of two of buckets, not {self.buckets}")
-        entries = (self.successors_RSK, self.counts_RSK, self.totals_RS[..., None])
-        entries_XP = torch.cat(entries, dim=-1).flatten(0, 1)
+        counts_XK = self.counts_RSK.flatten(0, 1).float()
+        distinct_X1 = (counts_XK > 0).sum(dim=1, keepdim=True)
+        passed_X1 = distinct_X1 / (self.totals_RS.flatten()[:, None] + distinct_X1).clamp(min=1)
+        ids_XJ = torch.cat((self.successors_RSK.flatten(0, 1)[:, :1] * 0 - 1, self.successors_RSK.flatten(0, 1)), dim=1)
+        ratios_XJ = torch.cat((1 / passed_X1.clamp(min=LEAST), counts_XK / distinct_X1.clamp(min=1)), dim=1)
         # What is not found is found in the row past the end.
-        self._entries_XP = torch.cat((entries_XP, torch.zeros_like(entries_XP[:1])))
-        self._entries_XP[-1, : self.k] = -1
+        self._ids_XJ = F.pad(ids_XJ.long(), (0, 0, 0, 1), value=-1)
+        self._ratios_XJ = F.pad(ratios_XJ, (0, 0, 0, 1), value=1.0)
+        self._passed_X = F.pad(passed_X1[:, 0], (0, 1), value=1.0)
         self._shift = KEY_BITS - (self.buckets.bit_length() - 1)
 
     @property
@@ -92,12 +97,22 @@ class NgramTable:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def find(self, keys_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Successors [Q, k], their counts [Q, k], and the contexts' totals [Q], all int32; -1 and 0 if not found."""
+        """What follows contexts, with the parts of Witten and Bell's estimate. J is 1 + k.
+
+        Returns:
+            ids_QJ: successors, int64, -1 for none. Place 0 is left for what the request's own text says.
+            ratios_QJ: their probabilities over `passed_Q`, where the request has said 1 of 2: place 0
+                as 1 / `passed_Q`, the others count / distinct.
+            passed_Q: what is left for the unseen, distinct / (total + distinct); 1 if not found.
+        """
         bucket_Q = keys_Q >> self._shift
         tag_Q = (keys_Q & ((1 << TAG_BITS) - 1)).to(torch.int32)
-        hit_Q, slot_Q = (self.tags_RS[bucket_Q] == tag_Q[:, None]).to(torch.uint8).max(dim=1)
-        entry_QP = self._entries_XP[torch.where(hit_Q > 0, bucket_Q * SLOTS + slot_Q, len(self._entries_XP) - 1)]
-        return entry_QP[:, : self.k], entry_QP[:, self.k : -1], entry_QP[:, -1]
+        same_QS = self.tags_RS.index_select(0, bucket_Q) == tag_Q[:, None]
+        hit_Q, slot_Q = same_QS.to(torch.uint8).max(dim=1)
+        entry_Q = torch.where(hit_Q > 0, bucket_Q * SLOTS + slot_Q, len(self._passed_X) - 1)
+        tables = (self._ids_XJ, self._ratios_XJ, self._passed_X)
+        ids_QJ, ratios_QJ, passed_Q = (table.index_select(0, entry_Q) for table in tables)
+        return ids_QJ, ratios_QJ, passed_Q
 
 
 class RequestNgrams:
@@ -130,7 +145,7 @@ class RequestNgrams:
     def find(self, keys_MO: Tensor) -> Tensor:
         """The successor of each context, -1 for none; int64 of the keys' shape."""
         place_MO = keys_MO % len(self.keys_X)
-        return torch.where(self.keys_X[place_MO] == keys_MO, self.successors_X[place_MO], -1)
+        return self.successors_X[place_MO].where(self.keys_X[place_MO] == keys_MO, -1)
 
 
 class NgramSource:
@@ -202,27 +217,21 @@ class NgramSource:
         Args:
             windows_MC: the last LONGEST tokens of M paths, int64; a path that ends with -1 has no successor.
         """
-        count, orders = len(windows_MC), len(ORDERS)
-        keys_MO = context_keys(windows_MC)
-        own_MO1 = self.request.find(keys_MO)[..., None]
-        ids_QK, counts_QK, totals_Q = self.corpus.find(keys_MO.flatten())
-        ids_MOK, counts_MOK = ids_QK.view(count, orders, -1), counts_QK.view(count, orders, -1)
         assert self.successors.probs_VK is not None
+        keys_MO = context_keys(windows_MC)
+        own_MO = self.request.find(keys_MO)
+        ids_QJ, ratios_QJ, passed_Q = self.corpus.find(keys_MO.flatten())
+        ids_MOJ, ratios_MOJ = ids_QJ.view(*keys_MO.shape, -1), ratios_QJ.view(*keys_MO.shape, -1)
+        ids_MOJ[..., 0] = own_MO
+        # What the request has seen once gets a half, before the corpus of the same order.
+        passed_MO = passed_Q.view_as(keys_MO) * ((own_MO < 0) * 0.5 + 0.5)
+        mass_MO = passed_MO.cumprod(dim=1)
+
         last_M = windows_MC[:, -1]
-        matrix_ids_MK = self.successors.ids_VK[last_M.clamp(min=0)]
-        matrix_probs_MK = self.successors.probs_VK[last_M.clamp(min=0)].float()
-
-        # In order of priority: own and corpus of three, own and corpus of two, each [M, O, 2] here.
-        seen_MO2 = torch.stack((own_MO1[..., 0] >= 0, totals_Q.view(count, orders)), dim=-1)
-        distinct_MO2 = torch.stack((own_MO1[..., 0] >= 0, (ids_MOK >= 0).sum(dim=-1)), dim=-1)
-        weight_MJ = (seen_MO2 + distinct_MO2).clamp(min=1).float().flatten(1)
-        passed_MJ = torch.where(seen_MO2 > 0, distinct_MO2, 1).flatten(1) / weight_MJ
-        mass_MJ = torch.cat((torch.ones_like(passed_MJ[:, :1]), passed_MJ), dim=1).cumprod(dim=1)
-        share_MO2 = (mass_MJ[:, :-1] / weight_MJ).view(count, orders, 2)
-
-        ids_MC = torch.cat((torch.cat((own_MO1, ids_MOK), dim=-1).flatten(1), matrix_ids_MK), dim=1)
-        shares_MOK = torch.cat((share_MO2[..., :1], counts_MOK * share_MO2[..., 1:]), dim=-1)
-        probs_MC = torch.cat((shares_MOK.flatten(1), matrix_probs_MK * mass_MJ[:, -1:]), dim=1)
+        row_M = last_M.clamp(min=0)
+        matrix_probs_MK = self.successors.probs_VK.index_select(0, row_M) * mass_MO[:, -1:]
+        ids_MC = torch.cat((ids_MOJ.flatten(1), self.successors.ids_VK.index_select(0, row_M)), dim=1)
+        probs_MC = torch.cat(((ratios_MOJ * mass_MO[..., None]).flatten(1), matrix_probs_MK), dim=1)
         return self._likeliest(ids_MC.where(last_M[:, None] >= 0, -1), probs_MC)
 
     def _likeliest(self, ids_MC: Tensor, probs_MC: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,6 +239,7 @@ class NgramSource:
         same_MCC = ids_MC[:, :, None] == ids_MC[:, None]
         summed_MC = (same_MCC * probs_MC[:, None]).sum(dim=2)
         repeated_MC = (same_MCC & self._earlier_CC).any(dim=2)
-        best = summed_MC.masked_fill(repeated_MC | (ids_MC < 0), -1.0).topk(self.k, dim=1)
-        logp_MK = torch.where(best.values < 0, -torch.inf, best.values.clamp(min=LEAST).log())
-        return ids_MC.gather(1, best.indices).where(best.values >= 0, -1).long(), logp_MK
+        best = summed_MC.masked_fill_(repeated_MC | (ids_MC < 0), 0.0).topk(self.k, dim=1)
+        found_MK = best.values > 0
+        logp_MK = best.values.clamp(min=LEAST).log().where(found_MK, -torch.inf)
+        return ids_MC.gather(1, best.indices).where(found_MK, -1), logp_MK

@@ -166,19 +166,19 @@ def test_a_small_table_keeps_the_contexts_seen_most():
     table = table_of(counts, megabytes=0)
     assert table.buckets == 1
     for number, context in enumerate(counts):
-        ids_QK, counts_QK, totals_Q = table.find(torch.tensor([key_of(context)]))
+        ids_QJ, ratios_QJ, passed_Q = table.find(torch.tensor([key_of(context)]))
         kept = number >= 12
-        # (0, 0) sees both once: the lower id first.
-        assert ids_QK.tolist() == [[5, 3] if kept else [-1, -1]]
-        assert counts_QK.tolist() == [[number + 1, 1] if kept else [0, 0]]
-        assert totals_Q.tolist() == [number + 2 if kept else 0]
+        # Two distinct successors, seen number + 2 times together.
+        assert ids_QJ.tolist() == [[-1, 5, 3] if kept else [-1, -1, -1]]
+        assert ratios_QJ[:, 1:].tolist() == [[(number + 1) / 2, 1 / 2] if kept else [1, 1]]
+        assert passed_Q.tolist() == pytest.approx([2 / (number + 4) if kept else 1])
 
 
 def test_a_table_is_as_large_as_its_contexts_need():
     counts = {(a, b, c): {(a + b) % VOCAB: 1} for a in range(VOCAB) for b in range(VOCAB) for c in range(VOCAB)}
     table = table_of(counts)
     assert table.tags_RS.numel() <= 4 * len(counts)
-    found = table.find(torch.tensor([key_of(context) for context in counts]))[0][:, 0]
+    found = table.find(torch.tensor([key_of(context) for context in counts]))[0][:, 1]
     kept = int((found >= 0).sum())
     assert kept == int((table.tags_RS >= 0).sum())
     assert kept > 0.98 * len(counts)
