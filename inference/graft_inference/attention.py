@@ -50,16 +50,16 @@ class Visibility:
 
     def _build(self, window: int | None) -> Tensor | None:
         rows = len(self.positions_N)
-        # No row stands deeper than its index, so that none is further from a key than this.
-        narrow = window is not None and window < self.length + rows
-        if rows == 1 or (self.own_NN is None and self.length == 0 and not narrow):
+        if window is not None and window >= self.length + rows:
+            window = None  # no row stands deeper than its index, so none is that far from a key
+        if rows == 1 or (self.own_NN is None and self.length == 0 and window is None):
             return None
         own_NN = self.own_NN
         if own_NN is None:
             own_NN = torch.ones((rows, rows), dtype=torch.bool, device=self.positions_N.device).tril()
         prefix_NL = own_NN.new_ones((rows, self.length - self.first_key(window)))
         mask_NK = torch.cat((prefix_NL, own_NN), dim=1)
-        if narrow:
+        if window is not None:
             committed_L = torch.arange(self.first_key(window), self.length, device=own_NN.device)
             mask_NK &= torch.cat((committed_L, self.positions_N)) > self.positions_N[:, None] - window
         return mask_NK

@@ -135,11 +135,14 @@ def head_config_from_dict(values: dict[str, Any], target_layers: int | None = No
 def _tapped_layers(values: dict[str, Any], target_layers: int | None) -> tuple[int, ...]:
     """The layers whose outputs feed the head, from whichever convention the configuration follows."""
     outputs, inputs = (values.get("eagle_config") or {}).get(AUX_IDS), values.get(AUX_IDS)
-    if outputs is None and inputs is None:
-        if target_layers is None:
-            raise GraftError(f"{AUX_IDS} is missing: which target layers feed the head is unknown")
+    if outputs is not None:
+        tapped = tuple(int(layer) for layer in outputs)
+    elif inputs is not None:
+        tapped = tuple(int(layer) - 1 for layer in inputs)
+    elif target_layers is not None:
         return default_tapped_layers(target_layers)
-    tapped = tuple(int(layer) for layer in outputs) if outputs is not None else tuple(int(i) - 1 for i in inputs)
+    else:
+        raise GraftError(f"{AUX_IDS} is missing: which target layers feed the head is unknown")
     if inputs is not None and list(inputs) != [layer + 1 for layer in tapped]:
         raise GraftError(f"the top-level {AUX_IDS}={inputs} must be eagle_config's {list(tapped)} plus one")
     if min(tapped, default=0) < 0:

@@ -124,7 +124,8 @@ class Request:
             tokenizer = self.tokenizer or tokenizer
             if tokenizer is None:
                 raise GraftError("stop_strings need a tokenizer: pass tokenizer=")
-            criteria.append(StopStringCriteria(tokenizer, self.stop_strings))
+            strings = [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings)
+            criteria.append(StopStringCriteria(tokenizer, strings))
         return Stopper(prompt_S, new_tokens, eos_token_ids, criteria)
 
 

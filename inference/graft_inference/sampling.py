@@ -6,6 +6,8 @@ and on the token's place in the output alone. Nodes of one depth therefore share
 only one of them is on the path; and the same seed gives the same text whatever tree found it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -45,7 +47,7 @@ class Sampler:
     """
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool, seed: int) -> None:
-        self.processors = processors
+        self.processors: Any = processors  # whose annotations ask for legacy tensor types
         self.greedy = greedy
         self.seed = seed
         self.needs_history = any(type(processor) not in CONTEXT_FREE for processor in processors)

@@ -93,8 +93,8 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where inputs are expected and logits come back."""
-        device = self.model.get_input_embeddings().weight.device
-        return self.model.device if device.type == "meta" else device
+        device = self.embedding_weight.device
+        return torch.device(self.model.device) if device.type == "meta" else device
 
     @property
     def is_parallel(self) -> bool:
@@ -113,7 +113,8 @@ class Target:
 
     @property
     def embedding_weight(self) -> Tensor:
-        return self.model.get_input_embeddings().weight
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(tokens)

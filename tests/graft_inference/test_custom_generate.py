@@ -102,8 +102,8 @@ def test_the_streamer_gets_what_plain_generate_gives_it(model, bundle):
         {"no_repeat_ngram_size": 1},
         {"min_new_tokens": 9, "eos_token_id": list(range(0, VOCAB, 3)), "pad_token_id": PAD},
         {"suppress_tokens": list(range(0, VOCAB, 2))},
-        {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(20, list(range(9)))])},
-        {"stop_strings": ["a", "e"], "tokenizer": tiny_tokenizer()},
+        {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(20, list(range(0, VOCAB, 2)))])},
+        {"stop_strings": ["a", "e", "y"], "tokenizer": tiny_tokenizer()},
     ],
 )
 def test_settings_that_change_the_greedy_output_are_followed(model, bundle, settings):

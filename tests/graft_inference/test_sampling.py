@@ -155,14 +155,15 @@ def test_noise_is_a_function_of_seed_and_place_alone():
 
 
 # The law of the first three tokens, 20,000 samples of it. Rounds are the engine's own; where many samples
-# stand in the same state, one round serves them all, each with the draws that its own seed gives it.
+# stand in the same state, one round serves them all, each with the draws that its own noise gives it.
 
 SAMPLES, VOCAB_OF_LAW, PLACES = 20_000, 6, 8
 
 
 @pytest.fixture(scope="module")
 def noise_SPV():
-    return torch.stack([gumbel(seed, 0, PLACES, VOCAB_OF_LAW, CPU) for seed in range(SAMPLES)])
+    # Places as far apart as samples are many stand in for seeds: one call instead of 20,000.
+    return gumbel(7, 0, SAMPLES * PLACES, VOCAB_OF_LAW, CPU).view(SAMPLES, PLACES, VOCAB_OF_LAW)
 
 
 class Replay(Sampler):
@@ -297,7 +298,7 @@ def test_the_joint_law_of_three_tokens_is_the_targets(method, setting, noise_SPV
         counts, stages = first_three_tokens(engine, input_ids, method, processors, noise_SPV, patch)
     assert counts.total() == SAMPLES
     check_law(counts, law)
-    if method == "graft":
+    if (method, setting) == ("graft", "plain"):
         assert sum(twins) > len(twins) / 2  # drafted and retrieved nodes overlap
         visited = set("".join(stages).replace("'", " ").split())
         assert {"d0", "d1", "d3"} <= visited
