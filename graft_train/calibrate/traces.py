@@ -7,8 +7,8 @@ replayed without the models.
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -132,17 +132,12 @@ def likely_paths(
 ) -> list[tuple[int, ...]]:
     """The rank paths that lead to the truth most often, and short hand-made ones behind them if that is few.
 
-    A path leads to it no more often than its parent, so any prefix of the list is closed under parents.
+    A path leads to it no more often than its parent, so any prefix of the list is closed under parents. Ranks
+    are those of the matrix as a request has it by then: what was just read has its likeliest successor first.
     """
     counts: Counter[tuple[int, ...]] = Counter()
     for sequence, start in zip(sequences, starts, strict=True):
-        ids_VK = engine.successors.ids_VK
-        pairs = pairwise(sequence.tolist()[start:])
-        ranks = [_rank(ids_VK, token, successor) for token, successor in pairs]
-        for position in range(len(ranks)):
-            path = ranks[position : position + depth]
-            path = path[: path.index(-1)] if -1 in path else path
-            counts.update(tuple(path[:length]) for length in range(1, len(path) + 1))
+        counts.update(_true_prefixes(engine, sequence.to(engine.target.device), start, depth))
     ranked = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:count]
     known = set(ranked)
     for hand_made in depth_template((engine.successors.k,) + (4,) * (depth - 1), engine.successors.k - 1):
@@ -152,9 +147,17 @@ def likely_paths(
     return ranked
 
 
-def _rank(ids_VK: Tensor, token: int, successor: int) -> int:
-    row = ids_VK[token].tolist()
-    return row.index(successor) if successor in row else -1
+def _true_prefixes(engine: GraftEngine, sequence_S: Tensor, start: int, depth: int) -> Iterator[tuple[int, ...]]:
+    """At every position as root, the rank path along the text that follows, and every prefix of it."""
+    whole = engine.target.prefill(sequence_S, engine.target.new_cache(len(sequence_S)))
+    successors = engine.successors.clone()
+    _learn(successors, sequence_S, whole, slice(0, start))
+    for root in range(start, len(sequence_S) - 1):
+        text_D = sequence_S[root : root + depth + 1]
+        found_D, rank_D = (successors.ids_VK[text_D[:-1]] == text_D[1:, None]).to(torch.uint8).max(dim=1)
+        path = rank_D[: int(found_D.cumprod(0).sum())].tolist()
+        yield from (tuple(path[:length]) for length in range(1, len(path) + 1))
+        _learn(successors, sequence_S, whole, slice(root, root + 1))
 
 
 class _Tracer:
