@@ -184,11 +184,11 @@ def _versions() -> dict[str, str]:
 
 
 def _await(path: Path) -> None:
-    for _ in range(600):
+    for _ in range(6000):
         if path.exists():
             return
         time.sleep(0.1)
-    raise GraftError(f"the main process did not make {path} within a minute; see its output")
+    raise GraftError(f"the main process did not make {path} within ten minutes; see its output")
 
 
 def _barrier() -> None:
