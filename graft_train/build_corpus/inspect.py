@@ -139,6 +139,7 @@ def print_inspection(inspection: dict[str, Any]) -> None:
         f"corpus: {inspection['rows_filled']:,} of {inspection['rows']:,} rows filled; "
         f"{inspection['contexts']:,} longer contexts in {inspection['slots']:,} slots; {sizes}",
         highlight=False,
+        soft_wrap=True,
     )
     if inspection["recall"]:
         recall = Table(title=f"foresight on {inspection['held_out_tokens']:,} held-out tokens", box=SIMPLE_HEAD)
