@@ -10,7 +10,7 @@ from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.retrieval import SuccessorMatrix
 
 from .test_custom_generate import Recorder
-from .test_engine import SMALL, greedy_reference, prompt, small_engine
+from .test_engine import GREEDY, SMALL, greedy_reference, prompt, small_engine
 from .tiny import tiny_engine, tiny_model
 from .tiny_bundle import tiny_tokenizer
 
@@ -266,3 +266,21 @@ def test_no_memory_for_the_caches_says_how_much_and_what_lowers_it(method):
     assert stats.emitted == 0
     engine.target.config.max_position_embeddings = 256
     assert engine.generate(prompt(5), 5, method=method).stats.emitted == 5
+
+
+def test_the_head_drafts_from_a_kept_prefix_what_it_drafts_from_a_fresh_read():
+    """What it misread would cost acceptance only, so no output would show it."""
+    kept, fresh = small_engine(), small_engine()
+    kept.keep_prefix = True
+    for length in (6, 12, 20, 26):
+        turn = kept.generate(prompt(12, 2, SMALL), 16, method="eagle3").sequences[0]
+        text = torch.cat((turn[:length], (turn[length : length + 2] + 3) % SMALL))
+        trees = []
+        for engine in (kept, fresh):
+            stats = GenerationStats()
+            with torch.inference_mode():
+                state, _ = engine._prefill(text, 8, GREEDY, engine.policy.eagle3, stats)
+                trees.append(engine._draft(state)[1])
+            assert (stats.reused > 0) == (engine is kept)
+        assert trees[0].tokens_N.tolist() == trees[1].tokens_N.tolist()
+        torch.testing.assert_close(trees[0].logp_N, trees[1].logp_N, atol=1e-3, rtol=1e-3)
