@@ -123,7 +123,7 @@ def test_sampled_output_follows_the_targets_own_law(method):
 
 def test_samples_of_a_learned_plan_follow_the_targets_own_law():
     """Every choice a plan can make is made: to draft at all, to go on, how wide, and which nodes."""
-    engine = small_engine(policy=learned_policy(0.5), vocab_size=6)
+    engine = small_engine(policy=learned_policy(0.5, gate=2.57), vocab_size=6)
     input_ids = prompt(4, 1, 6)
     samples = 800
     counts: Counter[tuple[int, ...]] = Counter()

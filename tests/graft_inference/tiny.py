@@ -83,7 +83,7 @@ def tiny_policy(threshold: float = 0.3) -> Policy:
     )
 
 
-def learned_plan(threshold: float = 0.3, **changes) -> Plan:
+def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
     """Both sources compete, in every way a plan can let them: widths by gain, drafting left out, early stops."""
     scale = Scale(
         drafted=((0.8, -0.1), (0.9, -0.2), (1.0, -0.2), (1.2, -0.3)),
@@ -91,18 +91,16 @@ def learned_plan(threshold: float = 0.3, **changes) -> Plan:
         template=TEMPLATE,
     )
     stages = (
-        Stage(0, 1.9, widths=(4, 8), prices=(0.0, 0.2)),
+        Stage(0, gate, widths=(4, 8), prices=(0.0, 0.2)),
         Stage(1, threshold, widths=(6,)),
         Stage(2, threshold, widths=(4, 8, 12), prices=(0.0, 0.15, 0.3)),
         Stage(4, widths=(12,)),
     )
-    return Plan(
-        **({"stages": stages, "beam_width": 3, "budget": 12, "scale": scale, "learns_accepted": True} | changes)
-    )
+    return Plan(stages, beam_width=3, budget=12, scale=scale, learns_accepted=True)
 
 
-def learned_policy(threshold: float = 0.3) -> Policy:
-    return replace(tiny_policy(), graft=learned_plan(threshold))
+def learned_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
+    return replace(tiny_policy(), graft=learned_plan(threshold, gate))
 
 
 def tiny_engine(model, policy: Policy | None = None, head: DraftHead | None = None) -> GraftEngine:
