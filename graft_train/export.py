@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import graft_inference
-from graft_inference import METHODS, GraftError
+from graft_inference import METHODS, GraftError, Policy
 from graft_inference.bundle import describe_target, load_bundle, read_json
 
 from .data.target import load_tokenizer, target_path
@@ -163,12 +163,15 @@ def _build(config: "Config", out: Path, final: Path) -> None:
     for file in ("config.json", "model.safetensors"):
         _copy(run_dir / "head" / file, out)
     _copy(run_dir / "corpus" / "successors.safetensors", out)
+    policy = read_json(run_dir / "policy" / "policy.json")
+    if Policy.from_dict(policy).needs_ngrams:
+        _copy(run_dir / "corpus" / "ngrams.safetensors", out)
     tokenizer = load_tokenizer(config)
     path = target_path(config)
     target_config = AutoConfig.from_pretrained(path).get_text_config()
     name = config.target.name_or_path or str(path)
     graft = {
-        "policy": read_json(run_dir / "policy" / "policy.json"),
+        "policy": policy,
         "target": describe_target(name, target_config, tokenizer),
     }
     write_json(out / "graft.json", graft)

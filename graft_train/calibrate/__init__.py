@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_policy
-from graft_inference.bundle import Bundle, load_successors
+from graft_inference.bundle import Bundle, load_ngrams, load_successors
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import depth_template
 from graft_train.calibrate.config import CalibrateConfig
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from graft_train.config import Config
 
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
-SPECIAL_CASES = ("learned", "eagle3", "prune_only", "retrieve_only")
-"""What the learned policy must not be slower than, the learned plan itself first."""
+NGRAM_PLANS = ("retrieve_ngrams", "learned_ngrams")
+"""`retrieve_only` and `learned` once more, with longer contexts."""
+SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams")
+"""What the learned policy must not be slower than, the learned plans themselves first."""
 
 
 def calibrate(config: "Config") -> Path:
@@ -47,13 +49,19 @@ def calibrate(config: "Config") -> Path:
     return run_stage(config, "calibrate", "policy", values, inputs, lambda out: _build(config, out))
 
 
-def learn(settings: CalibrateConfig, replay: Replay) -> dict[str, Plan]:
-    """The best plan of each of PLANS, by replay."""
-    return {name: plan_of(name, settings, replay) for name in PLANS}
+def learn(settings: CalibrateConfig, replays: tuple[Replay, ...]) -> dict[str, Plan]:
+    """The best plan of each of PLANS, and of NGRAM_PLANS where there are two replays, by replay."""
+    names = PLANS + NGRAM_PLANS if len(replays) > 1 else PLANS
+    return {name: plan_of(name, settings, replays) for name in names}
 
 
-def plan_of(name: str, settings: CalibrateConfig, replay: Replay) -> Plan:
-    """The best plan of one of PLANS under these settings."""
+def plan_of(name: str, settings: CalibrateConfig, replays: tuple[Replay, ...]) -> Plan:
+    """The best plan of one of PLANS or NGRAM_PLANS under these settings.
+
+    Args:
+        replays: with the matrix, and with longer contexts if there are any.
+    """
+    replay = replays[name in NGRAM_PLANS]
     allowed = Allowed(
         tuple(sorted({*settings.widths})), settings.checkpoints, settings.retrieve_first, settings.width_by_gain
     )
@@ -65,7 +73,7 @@ def plan_of(name: str, settings: CalibrateConfig, replay: Replay) -> Plan:
             return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
         case "prune_only":
             return best_learned(replay, replace(scale, template=()), allowed)
-        case "retrieve_only":
+        case "retrieve_only" | "retrieve_ngrams":
             return best_learned(replay, replace(scale, drafted=()), allowed)
     return best_learned(replay, scale, allowed)
 
@@ -103,33 +111,31 @@ def _build(config: "Config", out: Path) -> None:
         traces.save(file, made_of)
     _check_enough(settings, len(traces))
     latency = _latency(config, engine, prompts, traces)
-    replay = Replay(traces, latency, max(settings.widths))
-    plans = learn(settings, replay)
+    replays = _replays(settings, traces, latency)
+    plans = learn(settings, replays)
     measured = race(engine, prompts, plans, settings.max_new_tokens, settings.temperature, settings.repeats)
-    graft = settings.kind
-    if settings.kind == "learned":  # never slower than a method it has in it, as far as this device tells
-        graft = max(
-            ("learned", "eagle3", "prune_only", "retrieve_only"), key=lambda n: measured[n]["tokens_per_second"]
-        )
+    speeds = {name: found["tokens_per_second"] for name, found in measured.items()}
+    graft = _fastest(speeds, settings.kind)
     report = {
         "device": describe_device(engine.target.device),
         "positions": len(traces),
         "prompts": len(prompts),
         "graft_is": graft,
         "predicted": {
-            name: dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True)) for name, plan in plans.items()
+            name: dict(zip(("tokens_per_second", "tau"), replays[plan.ngrams].run(plan), strict=True))
+            for name, plan in plans.items()
         },
         "measured": measured,
         "calibration_error": calibration(traces),
-        "ablation": ablation(settings, replay, plan_of),
-        "frontier": frontier(settings, replay, plan_of),
+        "ablation": ablation(settings, replays, plan_of),
+        "frontier": frontier(settings, replays, plans, plan_of),
         "latency_ms": latency.to_dict(),
     }
     draw_frontier(report, out / "frontier.png")
     (out / "report.md").write_text(to_markdown(report, plans), encoding="utf-8")
     write_json(out / "report.json", report)
     print_report(report, plans)
-    _write(config, out, latency, plans, graft, report)
+    _write(config, out, latency, plans, speeds, report)
 
 
 def _renew(config: "Config", directory: Path) -> Path:
@@ -138,30 +144,46 @@ def _renew(config: "Config", directory: Path) -> Path:
     traces = Traces.load(directory / "traces.safetensors", _made_of(config))
     engine = _engine(config)
     latency = _latency(config, engine, _prompts(config), traces)
-    replay = Replay(traces, latency, max(settings.widths))
-    plans = learn(settings, replay)
-    speeds = {name: replay.run(plan)[0] for name, plan in plans.items()}
-    graft = max(SPECIAL_CASES, key=speeds.__getitem__) if settings.kind == "learned" else settings.kind
+    replays = _replays(settings, traces, latency)
+    plans = learn(settings, replays)
+    speeds = {name: replays[plan.ngrams].run(plan)[0] for name, plan in plans.items()}
     report = {
         "device": describe_device(engine.target.device),
         "positions": len(traces),
-        "graft_is": graft,
+        "graft_is": _fastest(speeds, settings.kind),
         "predicted": speeds,
     }
-    _write(config, directory, latency, plans, graft, report)
+    _write(config, directory, latency, plans, speeds, report)
     say(
         f"calibrate: {directory} is chosen anew for this device; delete the bundle and run recipes/export.py to ship it"
     )
     return directory
 
 
+def _fastest(speeds: dict[str, float], kind: str) -> str:
+    """The plan of a kind; the learned one is never slower than a method it has in it, as far as this device tells."""
+    names = {"learned": SPECIAL_CASES, "retrieve_only": ("retrieve_only", "retrieve_ngrams")}.get(kind, (kind,))
+    return max((name for name in names if name in speeds), key=speeds.__getitem__)
+
+
+def _replays(settings: CalibrateConfig, traces: Traces, latency: Latency) -> tuple[Replay, ...]:
+    longer = settings.ngrams and traces.ngrams_TG.shape[1] > 0
+    return tuple(Replay(traces, latency, max(settings.widths), ngrams) for ngrams in (False, True)[: 1 + longer])
+
+
 def _write(
-    config: "Config", out: Path, latency: Latency, plans: dict[str, Plan], graft: str, report: dict[str, Any]
+    config: "Config",
+    out: Path,
+    latency: Latency,
+    plans: dict[str, Plan],
+    speeds: dict[str, float],
+    report: dict[str, Any],
 ) -> None:
     write_json(out / "latency.json", latency.to_dict())
     names = ("device", "positions", "prompts", "graft_is", "predicted", "measured")
     measured_on = {name: report[name] for name in names if name in report} | {"dtype": config.target.dtype}
-    policy = Policy(plans[graft], plans["eagle3"], plans["retrieve_only"], measured_on)
+    retrieve = plans[_fastest(speeds, "retrieve_only")]
+    policy = Policy(plans[report["graft_is"]], plans["eagle3"], retrieve, measured_on)
     write_json(out / "policy.json", policy.to_dict())
 
 
@@ -197,12 +219,16 @@ def _engine(config: "Config") -> GraftEngine:
     run_dir = Path(config.run_dir)
     head = load_head(run_dir / "head")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
-    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors), load_target(config))
+    longer = run_dir / "corpus" / "ngrams.safetensors"
+    ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams and longer.exists() else None
+    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), load_target(config))
 
 
 def _latency(config: "Config", engine: GraftEngine, prompts: list[Tensor], traces: Traces) -> Latency:
     settings = config.policy
-    template = traces.template[: 2 * max(settings.widths)]
+    templates = [part.template[: 2 * max(settings.widths)] for part in (traces, traces.of_ngrams())]
+    if not settings.ngrams:
+        templates = templates[:1]
     return measure_latency(
-        engine, prompts, settings.widths, settings.beam_width, settings.max_passes, settings.repeats, template
+        engine, prompts, settings.widths, settings.beam_width, settings.max_passes, settings.repeats, *templates
     )

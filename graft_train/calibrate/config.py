@@ -28,6 +28,7 @@ class CalibrateConfig:
         calibrated: fit P(accepted); false takes each source's own probabilities as they are.
         learned_template: look up the rank paths most often accepted; false takes hand-made ones.
         retrieve_first: may leave out drafting where retrieval promises enough.
+        ngrams: try plans that follow the corpus's longer contexts too, if it has them; false: the matrix alone.
         width_by_gain: every round takes the width with the best expected gain; false fixes one per stage.
     """
 
@@ -46,6 +47,7 @@ class CalibrateConfig:
     calibrated: bool = True
     learned_template: bool = True
     retrieve_first: bool = True
+    ngrams: bool = True
     width_by_gain: bool = True
 
     def __post_init__(self) -> None:

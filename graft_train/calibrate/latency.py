@@ -25,8 +25,9 @@ class Latency:
         contexts: tokens in the cache at which they were timed.
         verify_ms: one target pass, [contexts][widths].
         draft_ms: the head at 0, 1, 2, ... passes.
-        graft_ms: choosing the tree, without and with retrieved candidates.
-        commit_ms: acceptance and keeping its result, without and with teaching the matrix.
+        graft_ms: choosing the tree without retrieved candidates, with the matrix's, and with those of longer contexts.
+        commit_ms: acceptance and keeping its result without teaching the matrix, with, and n-grams besides.
+            Both end after two where there are no longer contexts.
         read_ms: one more host read, to choose a width or to leave out drafting.
         spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
     """
@@ -42,7 +43,7 @@ class Latency:
 
     def round_ms(self, plan: Plan, stage: Stage, rows_T: np.ndarray, context_T: np.ndarray) -> np.ndarray:
         """Cost of rounds that stop at this stage with so many rows, [T] each."""
-        retrieves = int(plan.retrieves)
+        retrieves = plan.retrieves + plan.ngrams
         reads = (len(stage.widths) > 1) + (
             plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
         )
@@ -66,10 +67,15 @@ def measure_latency(
     max_passes: int,
     repeats: int,
     template: RankPaths,
+    ngram_template: RankPaths = (),
 ) -> Latency:
-    """Times forced plans on real prompts, interleaved, after a warm-up of each."""
+    """Times forced plans on real prompts, interleaved, after a warm-up of each.
+
+    Args:
+        template, ngram_template: rank paths looked up in the matrix and by longer contexts; none: not timed.
+    """
     timed = sorted({1, *widths})
-    plans = _forced_plans(timed, beam_width, max_passes, template)
+    plans = _forced_plans(timed, beam_width, max_passes, template, ngram_template)
     contexts = _contexts(engine, prompts)
     runs = [("long", key) for key in plans if key[0] == "width"] if len(contexts) > 1 else []
     runs = [("short", key) for key in plans] + runs
@@ -89,6 +95,7 @@ def measure_latency(
         np.maximum.accumulate([typical("verify", "width", width, context=context) for width in timed]).tolist()
         for context in contexts
     ]
+    sources = [source for source in ("passes", "both", "ngrams") if (source, 1) in plans]
     spreads = [_relative_spread(samples[run]) for run in runs]
     return Latency(
         widths=timed,
@@ -98,15 +105,15 @@ def measure_latency(
         ],
         verify_ms=verify,
         draft_ms=[0.0, *(typical("draft", "passes", p) for p in range(1, max_passes + 1))],
-        graft_ms=[typical("graft", "passes", 1), typical("graft", "both", 1)],
-        commit_ms=[typical("commit", "passes", 1), typical("commit", "both", 1)],
+        graft_ms=[typical("graft", source, 1) for source in sources],
+        commit_ms=[typical("commit", source, 1) for source in sources],
         read_ms=max(0.0, typical("graft", "gain", 1) - typical("graft", "both", 1)),
         spread=[median(spreads), max(spreads)],
     )
 
 
 def _forced_plans(
-    widths: list[int], beam_width: int, max_passes: int, template: RankPaths
+    widths: list[int], beam_width: int, max_passes: int, template: RankPaths, ngram_template: RankPaths
 ) -> dict[tuple[str, int], Plan]:
     """Plans that leave no choice: of every width, of every number of passes, and with every overhead."""
     flat = ((1.0, 0.0),)
@@ -122,6 +129,9 @@ def _forced_plans(
     for passes in range(1, max_passes + 1):
         plans["passes", passes] = Plan((Stage(passes, widths=(middle,)),), beam_width, budget, drafted)
     plans["both", 1] = Plan((Stage(1, widths=(middle,)),), beam_width, budget, both)
+    if ngram_template:
+        longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ngram_template)
+        plans["ngrams", 1] = replace(plans["both", 1], scale=longer, ngrams=True)
     choice = Stage(1, widths=(1, middle), prices=(1e9, 0.0)) if middle > 1 else Stage(1, widths=(middle,))
     plans["gain", 1] = Plan((choice,), beam_width, budget, both)
     return plans

@@ -53,10 +53,12 @@ class Replay:
 
     Args:
         budget: most rows of a verification.
+        ngrams: whether the retrieved nodes are those of longer contexts; plans must say the same.
     """
 
-    def __init__(self, traces: Traces, latency: Latency, budget: int) -> None:
-        self.traces = traces
+    def __init__(self, traces: Traces, latency: Latency, budget: int, ngrams: bool = False) -> None:
+        self.traces = traces = traces.of_ngrams() if ngrams else traces
+        self.ngrams = ngrams
         self.latency = latency
         self.budget = budget
         self.passes = traces.confidence_TP.shape[1]
@@ -81,6 +83,7 @@ class Replay:
 
         A plan without a scale whose template goes beyond the traced one is met with fewer retrieved nodes.
         """
+        assert plan.ngrams == self.ngrams or not plan.retrieves
         stage_T = self._stops(plan)
         tokens, times = [], []
         for stage in plan.stages:

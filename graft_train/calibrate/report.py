@@ -1,6 +1,6 @@
 """What calibration found, as people read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.scale import Nodes, calibration_error, drafted_nodes, fit_scale, retrieved_nodes
 from graft_train.calibrate.traces import Traces
 
-PlanOf = Callable[[str, CalibrateConfig, Replay], Plan]
+PlanOf = Callable[[str, CalibrateConfig, tuple[Replay, ...]], Plan]
 POINTS = 4
 """Widths at which the frontier is drawn."""
 WORTH = 0.02
@@ -28,6 +28,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "no early stop": {"checkpoints": 0},
     "always drafts": {"retrieve_first": False},
     "one width per stage": {"width_by_gain": False},
+    "no longer contexts": {"ngrams": False},
 }
 COLORS = {
     "eagle3": "#64748b",
@@ -35,6 +36,8 @@ COLORS = {
     "retrieve_only": "#7c3aed",
     "paper": "#ca8a04",
     "learned": "#c2410c",
+    "retrieve_ngrams": "#db2777",
+    "learned_ngrams": "#0284c7",
 }
 
 
@@ -45,10 +48,14 @@ def calibration(traces: Traces) -> dict[str, dict[str, float]]:
     if not len(judged):
         return {}
     scale = fit_scale(traces, fitted)
-    return {
+    errors = {
         "drafted": _errors(drafted_nodes(traces), scale.drafted, judged),
         "retrieved": _errors(retrieved_nodes(traces), scale.retrieved, judged),
     }
+    if traces.ngrams_TG.shape[1]:
+        longer = traces.of_ngrams()
+        errors["longer contexts"] = _errors(retrieved_nodes(longer), fit_scale(longer, fitted).retrieved, judged)
+    return errors
 
 
 def _errors(nodes: Nodes, table: tuple[tuple[float, float], ...], prompts: torch.Tensor) -> dict[str, float]:
@@ -64,23 +71,28 @@ def _errors(nodes: Nodes, table: tuple[tuple[float, float], ...], prompts: torch
     }
 
 
-def ablation(settings: CalibrateConfig, replay: Replay, plan_of: PlanOf) -> dict[str, dict[str, float]]:
+def ablation(settings: CalibrateConfig, replays: tuple[Replay, ...], plan_of: PlanOf) -> dict[str, dict[str, float]]:
     """Predicted speed and tau of the learned plan without one of its pieces at a time."""
     found = {}
     for name, change in PIECES.items():
-        plan = plan_of("learned", replace(settings, **change), replay)
-        found[name] = dict(zip(("tokens_per_second", "tau"), replay.run(plan), strict=True))
+        changed = replace(settings, **change)
+        kinds = zip(("learned", "learned_ngrams"), replays[: 1 + changed.ngrams], strict=False)
+        best = max(replay.run(plan_of(kind, changed, replays)) for kind, replay in kinds)
+        found[name] = dict(zip(("tokens_per_second", "tau"), best, strict=True))
     return found
 
 
-def frontier(settings: CalibrateConfig, replay: Replay, plan_of: PlanOf) -> dict[str, list[dict[str, float]]]:
+def frontier(
+    settings: CalibrateConfig, replays: tuple[Replay, ...], names: Iterable[str], plan_of: PlanOf
+) -> dict[str, list[dict[str, float]]]:
     """Predicted speed and tau of the best plan of each kind with some of the widths as its most."""
-    points: dict[str, list[dict[str, float]]] = {name: [] for name in COLORS}
+    points: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     widths = sorted({width for width in settings.widths if width > 1})
     for width in widths[:: -max(1, len(widths) // POINTS)][::-1]:
         narrow = replace(settings, widths=[w for w in settings.widths if w <= width])
-        for name in COLORS:
-            speed, tau = replay.run(plan_of(name, narrow, replay))
+        for name in points:
+            plan = plan_of(name, narrow, replays)
+            speed, tau = replays[plan.ngrams].run(plan)
             points[name].append({"width": width, "tokens_per_second": speed, "tau": tau})
     return points
 
@@ -173,10 +185,9 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
             for context, times in zip(latency["contexts"], latency["verify_ms"], strict=True)
         ),
         "",
-        f"Head passes 0, 1, ...: {', '.join(f'{time:.2f}' for time in latency['draft_ms'])}. Choosing the tree "
-        f"{latency['graft_ms'][0]:.2f} without, {latency['graft_ms'][1]:.2f} with retrieval; acceptance and commit "
-        f"{latency['commit_ms'][0]:.2f} and {latency['commit_ms'][1]:.2f}; one more host read "
-        f"{latency['read_ms']:.2f}. "
+        f"Head passes 0, 1, ...: {_times(latency['draft_ms'])}. Without retrieval, with the matrix and with longer "
+        f"contexts, choosing the tree takes {_times(latency['graft_ms'])}, acceptance and commit "
+        f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}. "
         f"Interquartile range over median of a round: {latency['spread'][0]:.0%} typically, "
         f"{latency['spread'][1]:.0%} at most.",
         "",
@@ -184,6 +195,10 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _times(milliseconds: list[float]) -> str:
+    return ", ".join(f"{time:.2f}" for time in milliseconds)
 
 
 def draw_frontier(report: dict[str, Any], path: Path) -> None:
@@ -194,8 +209,8 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for name, color in COLORS.items():
-        points = report["frontier"][name]
+    for name, points in report["frontier"].items():
+        color = COLORS[name]
         axes.plot(
             [point["tau"] for point in points],
             [point["tokens_per_second"] for point in points],

@@ -173,7 +173,8 @@ def _most_drafted(replay: Replay, passes: int) -> int:
 
 
 def _plan(replay: Replay, stages: tuple[Stage, ...], scale: Scale | None) -> Plan:
-    return Plan(stages, replay.beam_width, replay.budget, scale, learns_accepted=scale is not None)
+    ngrams = replay.ngrams and scale is not None and bool(scale.template)
+    return Plan(stages, replay.beam_width, replay.budget, scale, learns_accepted=scale is not None, ngrams=ngrams)
 
 
 def _fastest(replay: Replay, plans: Iterator[Plan] | list[Plan]) -> Plan:

@@ -8,7 +8,7 @@ replayed without the models.
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from graft_inference import GraftEngine, GraftError
 from graft_inference.drafting import Drafter
+from graft_inference.ngrams import LONGEST, NgramSource
 from graft_inference.policy import RankPaths, depth_template
 from graft_inference.retrieval import SuccessorMatrix, Template
 from graft_inference.target import TargetOutput
@@ -27,7 +28,7 @@ from graft_inference.tree import DraftTree, Source, merge
 
 @dataclass
 class Traces:
-    """T positions, P head passes, C drafted and R retrieved candidates (their roots left out), D depths.
+    """T positions, P head passes, C drafted, R and G retrieved candidates (roots left out), D depths.
 
     Attributes:
         prompt_T: which prompt a position belongs to; positions of a prompt stand in order.
@@ -39,7 +40,9 @@ class Traces:
         retrieved_TR: token of each rank path; -1 where the matrix has none.
         retrieved_logp_TR: their cumulative log-probability in the matrix.
         template_RL: the rank paths, padded with -1.
-        reach_TC, reach_TR: P(accepted) under the target, that is of all tokens on the path; at temperature
+        ngrams_TG, ngrams_logp_TG, ngrams_template_GL: the same three for longer contexts (`NgramSource`); G is 0
+            where the corpus has none.
+        reach_TC, reach_TR, ngrams_reach_TG: P(accepted) under the target, that is of all tokens on the path; at temperature
             0 whether they are the greedy ones.
     """
 
@@ -56,6 +59,10 @@ class Traces:
     template_RL: Tensor
     reach_TC: Tensor
     reach_TR: Tensor
+    ngrams_TG: Tensor
+    ngrams_logp_TG: Tensor
+    ngrams_template_GL: Tensor
+    ngrams_reach_TG: Tensor
 
     def __len__(self) -> int:
         return len(self.prompt_T)
@@ -63,6 +70,16 @@ class Traces:
     @property
     def template(self) -> RankPaths:
         return tuple(tuple(rank for rank in path if rank >= 0) for path in self.template_RL.tolist())
+
+    def of_ngrams(self) -> "Traces":
+        """With the retrieved candidates of longer contexts in the place of the matrix's."""
+        return replace(
+            self,
+            retrieved_TR=self.ngrams_TG,
+            retrieved_logp_TR=self.ngrams_logp_TG,
+            template_RL=self.ngrams_template_GL,
+            reach_TR=self.ngrams_reach_TG,
+        )
 
     def save(self, path: Path, made_of: dict[str, str]) -> None:
         """Writes the traces and what they were made of: fingerprints of target, head, corpus and data."""
@@ -105,7 +122,7 @@ def record_traces(
     """Traces a continuation of each prompt ([length] int64).
 
     Args:
-        paths: retrieved nodes looked up at every position: those rank paths that lead to the truth most often.
+        paths: nodes looked up in each source at every position: the rank paths that lead to the truth most often.
     """
     bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt")
     sequences = [
@@ -114,7 +131,8 @@ def record_traces(
     ]
     starts = [len(prompt) for prompt in prompts]
     template = likely_paths(engine, sequences, starts, retrieval_depth, paths)
-    tracer = _Tracer(engine, beam_width, max_passes, template, retrieval_depth, temperature)
+    longer = likely_paths(engine, sequences, starts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
+    tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, temperature)
     parts = []
     for index, sequence in enumerate(tqdm(sequences, desc="calibrate: traces", unit="prompt")):
         parts.append(tracer.trace(sequence.to(engine.target.device), starts[index], index))
@@ -123,21 +141,26 @@ def record_traces(
     names = next(part for part in parts if part)
     columns = {name: torch.cat([part[name] for part in parts if part]).cpu() for name in names}
     passes_C = [1] * beam_width + [p for p in range(2, max_passes + 1) for _ in range(beam_width**2)]
-    padded = [[*path, *[-1] * (retrieval_depth - len(path))] for path in template]
-    return Traces(**columns, depths_C=torch.tensor(passes_C), template_RL=torch.tensor(padded))
+    padded = [
+        torch.tensor([[*path, *[-1] * (retrieval_depth - len(path))] for path in paths])
+        .view(-1, retrieval_depth)
+        .long()
+        for paths in (template, longer)
+    ]
+    return Traces(**columns, depths_C=torch.tensor(passes_C), template_RL=padded[0], ngrams_template_GL=padded[1])
 
 
 def likely_paths(
-    engine: GraftEngine, sequences: list[Tensor], starts: list[int], depth: int, count: int
+    engine: GraftEngine, sequences: list[Tensor], starts: list[int], depth: int, count: int, ngrams: bool = False
 ) -> list[tuple[int, ...]]:
     """The rank paths that lead to the truth most often, and short hand-made ones behind them if that is few.
 
     A path leads to it no more often than its parent, so any prefix of the list is closed under parents. Ranks
-    are those of the matrix as a request has it by then: what was just read has its likeliest successor first.
+    are those of the source as a request has it by then: what was just read has its likeliest successor first.
     """
     counts: Counter[tuple[int, ...]] = Counter()
     for sequence, start in zip(sequences, starts, strict=True):
-        counts.update(_true_prefixes(engine, sequence.to(engine.target.device), start, depth))
+        counts.update(_true_prefixes(engine, sequence.to(engine.target.device), start, depth, ngrams))
     ranked = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:count]
     known = set(ranked)
     for hand_made in depth_template((engine.successors.k,) + (4,) * (depth - 1), engine.successors.k - 1):
@@ -147,14 +170,26 @@ def likely_paths(
     return ranked
 
 
-def _true_prefixes(engine: GraftEngine, sequence_S: Tensor, start: int, depth: int) -> Iterator[tuple[int, ...]]:
+def _true_prefixes(
+    engine: GraftEngine, sequence_S: Tensor, start: int, depth: int, ngrams: bool
+) -> Iterator[tuple[int, ...]]:
     """At every position as root, the rank path along the text that follows, and every prefix of it."""
     whole = engine.target.prefill(sequence_S, engine.target.new_cache(len(sequence_S)))
     successors = engine.successors.clone()
     _learn(successors, sequence_S, whole, slice(0, start))
+    source = NgramSource(engine.ngrams, successors) if ngrams and engine.ngrams else None
+    if source:
+        source.read(sequence_S[:start])
+    padded_S = torch.cat((sequence_S.new_full((LONGEST - 1,), -1), sequence_S))
     for root in range(start, len(sequence_S) - 1):
         text_D = sequence_S[root : root + depth + 1]
-        found_D, rank_D = (successors.ids_VK[text_D[:-1]] == text_D[1:, None]).to(torch.uint8).max(dim=1)
+        if source:
+            source.read(text_D[:1])
+            windows_DC = padded_S[root : root + len(text_D) + LONGEST - 2].unfold(0, LONGEST, 1)
+            ids_DK = source.successors_of(windows_DC)[0]
+        else:
+            ids_DK = successors.ids_VK[text_D[:-1]]
+        found_D, rank_D = (ids_DK == text_D[1:, None]).to(torch.uint8).max(dim=1)
         path = rank_D[: int(found_D.cumprod(0).sum())].tolist()
         yield from (tuple(path[:length]) for length in range(1, len(path) + 1))
         _learn(successors, sequence_S, whole, slice(root, root + 1))
@@ -169,6 +204,7 @@ class _Tracer:
         beam_width: int,
         max_passes: int,
         template: list[tuple[int, ...]],
+        longer: list[tuple[int, ...]],
         retrieval_depth: int,
         temperature: float,
     ) -> None:
@@ -177,6 +213,7 @@ class _Tracer:
         self.beam_width = beam_width
         self.max_passes = max_passes
         self.template = Template(template, self.target.device)
+        self.longer = Template(longer, self.target.device)
         self.depth = max(max_passes, retrieval_depth)
         self.temperature = temperature
 
@@ -186,11 +223,14 @@ class _Tracer:
         whole = self.target.prefill(sequence_S, self.target.new_cache(length))
         if self.temperature:
             candidates = self.beam_width + (self.max_passes - 1) * self.beam_width**2
-            cache = self.target.new_cache(length + 1 + candidates + len(self.template))
+            cache = self.target.new_cache(length + 1 + candidates + len(self.template) + len(self.longer))
             self.target.prefill(sequence_S[:start], cache)
         drafter = Drafter(self.engine.head, self.target, self.beam_width, length + self.beam_width * self.max_passes)
         successors = self.engine.successors.clone()
         _learn(successors, sequence_S, whole, slice(0, start))
+        ngrams = NgramSource(self.engine.ngrams, successors) if self.engine.ngrams else None
+        if ngrams:
+            ngrams.read(sequence_S[:start])
         rows: list[dict[str, Tensor]] = []
         read = 0  # positions the head has caught up with
         for root in range(start, length - 1):
@@ -200,17 +240,22 @@ class _Tracer:
             while draft.passes < self.max_passes:
                 draft = drafter.deepen(draft)
                 confidence.append(draft.confidence)
-            retrieved = successors.expand(sequence_S[root : root + 1], self.template)
+            root_1 = sequence_S[root : root + 1]
+            if ngrams:
+                ngrams.read(root_1)
+            drafted = draft.candidates
+            retrieved = successors.expand(root_1, self.template)
+            longer = (ngrams or successors).expand(root_1, self.longer)
             truth_D = torch.full((self.depth,), -1, device=sequence_S.device)
             following = sequence_S[root + 1 : root + 1 + self.depth]
             truth_D[: len(following)] = following
-            drafted = draft.candidates
+            trees = (drafted, retrieved, longer)
             if self.temperature:
-                reach_C, reach_R = self._reach(drafted, retrieved, cache)
+                reach_C, reach_R, reach_G = self._reach(trees, cache)
                 cache.commit(1)
             else:
-                reach_C, reach_R = on_path(drafted, truth_D), on_path(retrieved, truth_D)
-            found_R = retrieved.sources_N[1:] == Source.RETRIEVED
+                reach_C, reach_R, reach_G = (on_path(tree, truth_D) for tree in trees)
+            found_R, found_G = (tree.sources_N[1:] == Source.RETRIEVED for tree in trees[1:])
             rows.append(
                 {
                     "prompt_T": torch.tensor(index),
@@ -224,22 +269,27 @@ class _Tracer:
                     "retrieved_logp_TR": retrieved.logp_N[1:],
                     "reach_TC": reach_C[1:].float(),
                     "reach_TR": torch.where(found_R, reach_R[1:].float(), 0.0),
+                    "ngrams_TG": torch.where(found_G, longer.tokens_N[1:], -1).to(torch.int32),
+                    "ngrams_logp_TG": longer.logp_N[1:],
+                    "ngrams_reach_TG": torch.where(found_G, reach_G[1:].float(), 0.0),
                 }
             )
             _learn(successors, sequence_S, whole, slice(root, root + 1))
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
-    def _reach(self, drafted: DraftTree, retrieved: DraftTree, cache: object) -> tuple[Tensor, Tensor]:
-        """P(accepted) of every row of both trees: one target pass over their union."""
-        union = merge(drafted, retrieved, len(retrieved))
+    def _reach(self, trees: tuple[DraftTree, ...], cache: object) -> list[Tensor]:
+        """P(accepted) of every row of the trees: one target pass over their union."""
+        union = trees[0]
+        for tree in trees[1:]:
+            union = merge(union, tree, len(tree) - 1)
         ancestors_NN = union.ancestors(self.depth)
         logits_NV = self.target.verify(union, ancestors_NN, cache).logits_NV  # type: ignore[arg-type]
         logp_NV = (logits_NV.float() / self.temperature).log_softmax(dim=-1)
         step_N = logp_NV[union.parents_N, union.tokens_N]
         step_N[0] = 0.0
         reach_N = torch.where(ancestors_NN, step_N, 0.0).sum(dim=1).exp()
-        place_R = (retrieved.paths_N[:, None] == union.paths_N).to(torch.uint8).argmax(dim=1)
-        return reach_N[: len(drafted)], reach_N[place_R]
+        places = ((tree.paths_N[:, None] == union.paths_N).to(torch.uint8).argmax(dim=1) for tree in trees)
+        return [reach_N[place_M] for place_M in places]
 
 
 def on_path(tree: DraftTree, truth_D: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 config.json, model.safetensors   the draft head, an EAGLE-3 checkpoint
 graft.json                       the policy, and fingerprints of the target
 successors.safetensors           the successor matrix
+ngrams.safetensors               longer contexts, if a plan of the policy uses them
 """
 
 import hashlib
@@ -34,11 +35,12 @@ PAPER_SUCCESSORS = 8
 
 @dataclass
 class Bundle:
-    """A head, the policy measured with it, and the matrix it starts from."""
+    """A head, the policy measured with it, and what it retrieves from."""
 
     head: DraftHead
     policy: Policy
     successors: SuccessorMatrix
+    ngrams: NgramTable | None = None
 
 
 def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> Bundle:
@@ -65,7 +67,10 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
     check_target(head, made_for, target_config, tokenizer)
     here = describe_target(made_for["name_or_path"], target_config, tokenizer)
     successors = load_successors(directory / "successors.safetensors", head.config.vocab_size, here)
-    return Bundle(head, policy, successors)
+    ngrams = None
+    if policy.needs_ngrams:
+        ngrams = load_ngrams(directory / "ngrams.safetensors", head.config.vocab_size, here)
+    return Bundle(head, policy, successors, ngrams)
 
 
 def load_graft(path: Path) -> tuple[Policy, dict[str, Any]]:

@@ -16,6 +16,7 @@ from .drafting import Drafter
 from .errors import GraftError
 from .grafting import Grafter
 from .kv_cache import TreeCache
+from .ngrams import NgramSource, NgramTable, RequestNgrams
 from .packed_linear import pack_linears
 from .policy import Plan, Policy, Stage
 from .prefix import KeptPrefix
@@ -44,10 +45,12 @@ class GraftEngine:
         eos_token_ids: generation ends after one of these.
         tokenizer: the target's, to find stop strings with.
         retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the
-            "engine"; "frozen" learns nothing.
+            "engine"; "frozen" teaches it nothing. The longer contexts of a request's own text are known to
+            itself in any case, and to others where they stay in the "engine".
         prefill_chunk: tokens of a prompt that are read in one pass; fewer need less memory.
         keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
             what is new. Output is the same; memory stays taken.
+        ngrams: the corpus's longer contexts, for plans that use them.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class GraftEngine:
         retrieval_scope: str = "request",
         prefill_chunk: int = 1024,
         keep_prefix: bool = False,
+        ngrams: NgramTable | None = None,
     ) -> None:
         if retrieval_scope not in SCOPES:
             raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
@@ -70,12 +74,14 @@ class GraftEngine:
         self.policy = policy
         self.head = head
         self.successors = successors
+        self.ngrams = ngrams
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tokenizer = tokenizer
         self.retrieval_scope = retrieval_scope
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
         self._kept: KeptPrefix | None = None
+        self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
         self._lock = threading.RLock()
 
@@ -132,7 +138,9 @@ class GraftEngine:
         eos = model.generation_config.eos_token_id
         eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         warn_if_elsewhere(bundle.policy, target.device)
-        return cls(target, bundle.policy, head, bundle.successors.to(target.device), eos_ids, **settings)
+        ngrams = bundle.ngrams and bundle.ngrams.to(target.device)
+        matrix = bundle.successors.to(target.device)
+        return cls(target, bundle.policy, head, matrix, eos_ids, ngrams=ngrams, **settings)
 
     def generate(
         self,
@@ -222,6 +230,11 @@ class GraftEngine:
             )
         if plan.retrieves and plan.scale and self.successors.probs_VK is None:
             raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
+        if plan.ngrams and (self.ngrams is None or self.successors.probs_VK is None):
+            raise GraftError(
+                "the plan follows longer contexts, but the engine has no n-gram table or its matrix no probabilities: "
+                "build the corpus with corpus.ngrams=true"
+            )
 
     def _prefill(
         self,
@@ -236,6 +249,9 @@ class GraftEngine:
         clock = PhaseClock(stats.seconds, self.target.device)
         prompt_S = prompt_S.to(self.target.device)
         cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats)
+        ngrams = self._ngrams(plan, successors)
+        if ngrams is not None:
+            ngrams.read(prompt_S)
         learns = successors is not None and self.retrieval_scope != "frozen"
         for start in range(stats.reused, len(prompt_S), self.prefill_chunk):
             piece_S = prompt_S[start : start + self.prefill_chunk]
@@ -248,6 +264,8 @@ class GraftEngine:
         root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, prompt_S, logprobs is not None)
         if logprobs is not None and logp_1 is not None:
             logprobs.append(logp_1)
+        if ngrams is not None:
+            ngrams.read(root_1)
         first = int(root_1)
         state = DecodeState(
             plan=plan,
@@ -255,6 +273,7 @@ class GraftEngine:
             cache=cache,
             drafter=drafter,
             successors=successors,
+            ngrams=ngrams,
             learns=learns,
             sampler=sampler,
             place=1,
@@ -269,6 +288,14 @@ class GraftEngine:
         )
         clock.mark("prefill")
         return state, first
+
+    def _ngrams(self, plan: Plan, successors: SuccessorMatrix | None) -> NgramSource | None:
+        """This request's source of longer contexts, not yet told any text."""
+        if not plan.ngrams or self.ngrams is None or successors is None:
+            return None
+        if self.retrieval_scope == "engine" and self._contexts is None:
+            self._contexts = RequestNgrams(self.target.device)
+        return NgramSource(self.ngrams, successors, self._contexts)
 
     def _caches(
         self, prompt_S: Tensor, new_tokens: int, plan: Plan, stats: GenerationStats
@@ -325,7 +352,7 @@ class GraftEngine:
         if state.drafter is None:
             return stages[0], root_tree(state.root_1)
         if stages[0].passes == 0:
-            state.retrieved = state.grafter.retrieve(stages[0], state.successors, state.root_1)
+            state.retrieved = state.grafter.retrieve(stages[0], state.ngrams or state.successors, state.root_1)
             if state.grafter.skips_drafting(stages[0], state.retrieved):
                 state.drafter.defer(state.fresh_tokens_A, state.fresh_taps_AE)
                 return stages[0], root_tree(state.root_1)
@@ -341,7 +368,7 @@ class GraftEngine:
     def _graft(self, state: DecodeState, stage: Stage, drafted: DraftTree) -> DraftTree:
         """The best nodes of both sources."""
         if state.retrieved is None:
-            state.retrieved = state.grafter.retrieve(stage, state.successors, state.root_1)
+            state.retrieved = state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1)
         return state.grafter.tree(stage, drafted, state.retrieved)
 
     def _commit(
@@ -360,6 +387,8 @@ class GraftEngine:
                 _learn(state.successors, tree, output.logits_NV, acceptance)
         state.fresh_tokens_A = acceptance.emitted_D[:count]
         state.root_1 = state.fresh_tokens_A[-1:]
+        if state.ngrams is not None:
+            state.ngrams.read(state.fresh_tokens_A)
         state.fresh_taps_AE = output.taps_NE[path_A]
         state.place += count
         state.tokens += tokens[:count]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .ngrams import NgramSource
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
 from .tree import DraftTree, Source, compete, merge
@@ -26,8 +27,10 @@ class Grafter:
         self._widths = {stage.passes: torch.tensor(stage.widths, device=device) for stage in plan.stages}
         self._prices = {stage.passes: torch.tensor(stage.prices, device=device) for stage in plan.stages}
 
-    def retrieve(self, stage: Stage, successors: SuccessorMatrix | None, root_1: Tensor) -> DraftTree | None:
-        """The candidates that the matrix has for this stage; scored by `logp_N` where the plan has a scale."""
+    def retrieve(
+        self, stage: Stage, successors: SuccessorMatrix | NgramSource | None, root_1: Tensor
+    ) -> DraftTree | None:
+        """The candidates that the source has for this stage; scored by `logp_N` where the plan has a scale."""
         template = self._templates[stage.passes]
         if successors is None or len(template) == 1:
             return None

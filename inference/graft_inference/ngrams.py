@@ -18,6 +18,8 @@ ORDERS = (3, 2)
 LONGEST = ORDERS[0]
 KEY_BITS = 42
 TAG_BITS = 31
+ID_BITS = 21
+"""Of a token's id where it stands below a key."""
 SLOTS = 8
 """Contexts that share a bucket."""
 
@@ -73,15 +75,18 @@ class NgramTable:
     def __post_init__(self) -> None:
         if not (0 < self.buckets <= 1 << KEY_BITS and self.buckets & (self.buckets - 1) == 0):
             raise GraftError(f"an n-gram table needs a power of two of buckets, not {self.buckets}")
-        counts_XK = self.counts_RSK.flatten(0, 1).float()
-        distinct_X1 = (counts_XK > 0).sum(dim=1, keepdim=True)
-        passed_X1 = distinct_X1 / (self.totals_RS.flatten()[:, None] + distinct_X1).clamp(min=1)
-        ids_XJ = torch.cat((self.successors_RSK.flatten(0, 1)[:, :1] * 0 - 1, self.successors_RSK.flatten(0, 1)), dim=1)
-        ratios_XJ = torch.cat((1 / passed_X1.clamp(min=LEAST), counts_XK / distinct_X1.clamp(min=1)), dim=1)
-        # What is not found is found in the row past the end.
-        self._ids_XJ = F.pad(ids_XJ.long(), (0, 0, 0, 1), value=-1)
-        self._ratios_XJ = F.pad(ratios_XJ, (0, 0, 0, 1), value=1.0)
-        self._passed_X = F.pad(passed_X1[:, 0], (0, 1), value=1.0)
+        counts_RSK = self.counts_RSK.float()
+        distinct_RS1 = (counts_RSK > 0).sum(dim=2, keepdim=True)
+        passed_RS1 = distinct_RS1 / (self.totals_RS[..., None] + distinct_RS1).clamp(min=1)
+        ratios_RSJ = torch.cat((1 / passed_RS1.clamp(min=LEAST), counts_RSK / distinct_RS1.clamp(min=1)), dim=2)
+        ids_RSJ = F.pad(self.successors_RSK, (1, 0), value=-1)
+        rows_RSW = torch.cat((ids_RSJ, ratios_RSJ.view(torch.int32), passed_RS1.view(torch.int32)), dim=2)
+        # One row to gather per context; that of what is not found stands before each bucket's own.
+        absent_W = torch.tensor([-1] * (1 + self.k) + [0] * (2 + self.k), dtype=torch.int32, device=rows_RSW.device)
+        absent_W.view(torch.float32)[[1 + self.k, -1]] = 1.0
+        self._rows_XW = torch.cat((absent_W.expand(self.buckets, 1, -1), rows_RSW), dim=1).flatten(0, 1)
+        self._tags_RS = self.tags_RS.long()
+        self._places_S = torch.arange(1, SLOTS + 1, device=rows_RSW.device)
         self._shift = KEY_BITS - (self.buckets.bit_length() - 1)
 
     @property
@@ -100,23 +105,21 @@ class NgramTable:
         """What follows contexts, with the parts of Witten and Bell's estimate. J is 1 + k.
 
         Returns:
-            ids_QJ: successors, int64, -1 for none. Place 0 is left for what the request's own text says.
+            ids_QJ: successors, int32, -1 for none. Place 0 is left for what the request's own text says.
             ratios_QJ: their probabilities over `passed_Q`, where the request has said 1 of 2: place 0
                 as 1 / `passed_Q`, the others count / distinct.
             passed_Q: what is left for the unseen, distinct / (total + distinct); 1 if not found.
         """
         bucket_Q = keys_Q >> self._shift
-        tag_Q = (keys_Q & ((1 << TAG_BITS) - 1)).to(torch.int32)
-        same_QS = self.tags_RS.index_select(0, bucket_Q) == tag_Q[:, None]
-        hit_Q, slot_Q = same_QS.to(torch.uint8).max(dim=1)
-        entry_Q = torch.where(hit_Q > 0, bucket_Q * SLOTS + slot_Q, len(self._passed_X) - 1)
-        tables = (self._ids_XJ, self._ratios_XJ, self._passed_X)
-        ids_QJ, ratios_QJ, passed_Q = (table.index_select(0, entry_Q) for table in tables)
-        return ids_QJ, ratios_QJ, passed_Q
+        same_QS = self._tags_RS.index_select(0, bucket_Q) == (keys_Q & ((1 << TAG_BITS) - 1))[:, None]
+        place_Q = (same_QS * self._places_S).amax(dim=1)  # 0: not found
+        rows_QW = self._rows_XW.index_select(0, place_Q.add_(bucket_Q, alpha=1 + SLOTS))
+        ratios_QJ = rows_QW.view(torch.float32)[:, 1 + self.k : -1]
+        return rows_QW[:, : 1 + self.k], ratios_QJ, rows_QW.view(torch.float32)[:, -1]
 
 
 class RequestNgrams:
-    """What followed each longer context the last time, in this request's own text.
+    """What followed each longer context the last time, in a request's own text.
 
     Directly mapped: of two contexts in one place the later stays.
 
@@ -125,27 +128,25 @@ class RequestNgrams:
     """
 
     def __init__(self, device: torch.device, capacity: int = 1 << 14) -> None:
-        self.keys_X = torch.full((capacity,), -1, dtype=torch.long, device=device)
-        self.successors_X = torch.full((capacity,), -1, dtype=torch.long, device=device)
-        self.recent_C = torch.full((LONGEST,), -1, dtype=torch.long, device=device)
+        # A key above its successor's id: both are written at once.
+        self.entries_X = torch.full((capacity,), -1, dtype=torch.long, device=device)
+        self._stamps_X = torch.full((capacity,), -1, dtype=torch.long, device=device)
+        self._written = 0
 
-    def read(self, tokens_A: Tensor) -> None:
-        """Continues the request's text. tokens_A: int64, behind those of the last call."""
-        text = torch.cat((self.recent_C, tokens_A))
-        self.recent_C.copy_(text[-LONGEST:])
-        windows_AC = text[:-1].unfold(0, LONGEST, 1)
+    def learn(self, windows_AC: Tensor, successors_A: Tensor) -> None:
+        """What follows the last tokens of each window, in the order of the text."""
         keys_Q = context_keys(windows_AC).flatten()
-        place_Q = keys_Q % len(self.keys_X)
-        row_Q = torch.arange(len(keys_Q), device=keys_Q.device)
-        last_X = torch.zeros_like(self.keys_X).scatter_reduce_(0, place_Q, row_Q, "amax")
-        last_Q = last_X[place_Q]
-        self.keys_X[place_Q] = keys_Q[last_Q]
-        self.successors_X[place_Q] = tokens_A[last_Q // len(ORDERS)]
+        place_Q = keys_Q & (len(self.entries_X) - 1)
+        stamp_Q = torch.arange(self._written, self._written + len(keys_Q), device=keys_Q.device)
+        last_Q = self._stamps_X.scatter_reduce_(0, place_Q, stamp_Q, "amax")[place_Q] - self._written
+        entry_AO = (keys_Q.view(-1, len(ORDERS)) << ID_BITS) + successors_A[:, None]
+        self.entries_X[place_Q] = entry_AO.flatten()[last_Q]
+        self._written += len(keys_Q)
 
     def find(self, keys_MO: Tensor) -> Tensor:
         """The successor of each context, -1 for none; int64 of the keys' shape."""
-        place_MO = keys_MO % len(self.keys_X)
-        return self.successors_X[place_MO].where(self.keys_X[place_MO] == keys_MO, -1)
+        entry_MO = self.entries_X.take(keys_MO & (len(self.entries_X) - 1))
+        return (entry_MO & ((1 << ID_BITS) - 1)).where(entry_MO >> ID_BITS == keys_MO, -1)
 
 
 class NgramSource:
@@ -157,34 +158,35 @@ class NgramSource:
 
     Args:
         corpus: shared by all requests, never changed.
-        successors: this request's own matrix.
+        successors: this request's matrix; whoever teaches it need not tell the source.
+        request: where this request's own text is kept, None: nowhere yet.
     """
 
-    def __init__(self, corpus: NgramTable, successors: SuccessorMatrix) -> None:
+    def __init__(self, corpus: NgramTable, successors: SuccessorMatrix, request: RequestNgrams | None = None) -> None:
         if successors.probs_VK is None:
             raise GraftError("n-grams back off to a matrix with probabilities: build the corpus again")
         self.corpus = corpus
         self.successors = successors
         device = successors.ids_VK.device
-        self.request = RequestNgrams(device)
-        width = len(ORDERS) * (1 + corpus.k) + successors.k
+        self.request = request or RequestNgrams(device)
+        self.recent_C = torch.full((LONGEST,), -1, dtype=torch.long, device=device)
+        # Whose mass a column shares out: the matrix's has what the last order passed on.
+        orders = torch.arange(len(ORDERS), device=device).repeat_interleave(1 + corpus.k)
+        self._order_C = torch.cat((orders, orders[-1].expand(successors.k)))
+        width = len(self._order_C)
         self._earlier_CC = torch.ones((width, width), dtype=torch.bool, device=device).tril(-1)
+        self._one_half = torch.tensor([1.0, 0.5], device=device).unbind()
+        self._zero = torch.zeros((), device=device)
 
     @property
     def k(self) -> int:
         return self.successors.k
 
-    def clone(self) -> "NgramSource":
-        """For a new request: an own copy of the matrix, and no text yet."""
-        return NgramSource(self.corpus, self.successors.clone())
-
     def read(self, tokens_A: Tensor) -> None:
         """Tells the request's text: first the whole prompt, then the tokens each round emitted; int64."""
-        self.request.read(tokens_A)
-
-    def update(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
-        """As `SuccessorMatrix.update`."""
-        self.successors.update(tokens_M, logits_MV)
+        text = torch.cat((self.recent_C, tokens_A))
+        self.recent_C = text[-LONGEST:]
+        self.request.learn(text[:-1].unfold(0, LONGEST, 1), tokens_A)
 
     def expand(self, root_1: Tensor, template: Template) -> DraftTree:
         """Retrieved nodes below the root, scored as by `SuccessorMatrix.expand`.
@@ -200,23 +202,35 @@ class NgramSource:
                 f"the template uses successor rank {template.max_rank}, but the corpus keeps {self.k} successors: "
                 "calibrate again with this corpus"
             )
-        tokens_T = root_1.expand(len(template)).clone()
-        step_T = torch.zeros(len(template), device=tokens_T.device)
-        windows_TC = self.request.recent_C.expand(len(template), LONGEST).clone()
+        windows_MC = self.recent_C[None]
+        tokens, steps = [root_1], [torch.ones_like(root_1, dtype=torch.float32)]
         for level in template.levels:
-            ids_MK, logp_MK = self.successors_of(windows_TC[level.inner])
-            tokens_T[level.rows] = ids_MK[level.places, level.ranks]
-            step_T[level.rows] = logp_MK[level.places, level.ranks]
-            windows_TC[level.rows, :-1] = windows_TC[level.parents, 1:]
-            windows_TC[level.rows, -1] = tokens_T[level.rows]
+            if len(tokens) > 1:
+                parents_M = above.places.index_select(0, level.above)
+                last_M1 = tokens[-1].index_select(0, level.above)[:, None]
+                windows_MC = torch.cat((windows_MC.index_select(0, parents_M)[:, 1:], last_M1), dim=1)
+            ids_MK, probs_MK = self._likeliest(windows_MC, template.max_rank + 1)
+            tokens.append(ids_MK.take(level.flat))
+            steps.append(probs_MK.take(level.flat))
+            above = level
+        step_T = torch.cat(steps)[template.by_level_T].log()
+        # What hangs below a node that was not found is none either.
+        absent_T = (template.lineage_TT & (step_T == -torch.inf)).any(dim=1)
+        tokens_T = torch.cat(tokens)[template.by_level_T].masked_fill_(absent_T, -1)
         return template.tree(tokens_T, step_T)
 
     def successors_of(self, windows_MC: Tensor) -> tuple[Tensor, Tensor]:
-        """The k likeliest successors and their log-probabilities, [M, k]; -1 and -inf where there are fewer.
+        """The k likeliest successors, int32, and their log-probabilities, [M, k]; -1 and -inf where there are fewer.
 
         Args:
             windows_MC: the last LONGEST tokens of M paths, int64; a path that ends with -1 has no successor.
         """
+        ids_MK, probs_MK = self._likeliest(windows_MC, self.k)
+        probs_MK = probs_MK.masked_fill((windows_MC[:, -1:] < 0) | (ids_MK < 0), 0.0)
+        return ids_MK.masked_fill(probs_MK <= 0, -1), probs_MK.log()
+
+    def _likeliest(self, windows_MC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` successors of greatest summed probability; what has none is no successor, whatever its id."""
         assert self.successors.probs_VK is not None
         keys_MO = context_keys(windows_MC)
         own_MO = self.request.find(keys_MO)
@@ -224,22 +238,20 @@ class NgramSource:
         ids_MOJ, ratios_MOJ = ids_QJ.view(*keys_MO.shape, -1), ratios_QJ.view(*keys_MO.shape, -1)
         ids_MOJ[..., 0] = own_MO
         # What the request has seen once gets a half, before the corpus of the same order.
-        passed_MO = passed_Q.view_as(keys_MO) * ((own_MO < 0) * 0.5 + 0.5)
-        mass_MO = passed_MO.cumprod(dim=1)
+        missing_MO = own_MO < 0
+        ratios_MOJ[..., 0].masked_fill_(missing_MO, 0.0)
+        mass_MO = (passed_Q.view_as(keys_MO) * torch.where(missing_MO, *self._one_half)).cumprod(dim=1)
 
-        last_M = windows_MC[:, -1]
-        row_M = last_M.clamp(min=0)
-        matrix_probs_MK = self.successors.probs_VK.index_select(0, row_M) * mass_MO[:, -1:]
-        ids_MC = torch.cat((ids_MOJ.flatten(1), self.successors.ids_VK.index_select(0, row_M)), dim=1)
-        probs_MC = torch.cat(((ratios_MOJ * mass_MO[..., None]).flatten(1), matrix_probs_MK), dim=1)
-        return self._likeliest(ids_MC.where(last_M[:, None] >= 0, -1), probs_MC)
+        row_M = windows_MC[:, -1].clamp(min=0)
+        matrix_ids_MK, matrix_MK = (
+            table.index_select(0, row_M) for table in (self.successors.ids_VK, self.successors.probs_VK)
+        )
+        ids_MC = torch.cat((ids_MOJ.flatten(1), matrix_ids_MK), dim=1)
+        probs_MC = torch.cat((ratios_MOJ.flatten(1), matrix_MK.float()), dim=1)
+        probs_MC *= mass_MO.index_select(1, self._order_C)
 
-    def _likeliest(self, ids_MC: Tensor, probs_MC: Tensor) -> tuple[Tensor, Tensor]:
-        """The k successors of greatest summed probability."""
         same_MCC = ids_MC[:, :, None] == ids_MC[:, None]
-        summed_MC = (same_MCC * probs_MC[:, None]).sum(dim=2)
+        summed_MC = torch.where(same_MCC, probs_MC[:, None], self._zero).sum(dim=2)
         repeated_MC = (same_MCC & self._earlier_CC).any(dim=2)
-        best = summed_MC.masked_fill_(repeated_MC | (ids_MC < 0), 0.0).topk(self.k, dim=1)
-        found_MK = best.values > 0
-        logp_MK = best.values.clamp(min=LEAST).log().where(found_MK, -torch.inf)
-        return ids_MC.gather(1, best.indices).where(found_MK, -1), logp_MK
+        best = summed_MC.masked_fill_(repeated_MC, 0.0).topk(count, dim=1)
+        return ids_MC.gather(1, best.indices), best.values

@@ -107,6 +107,7 @@ class Plan:
         scale: what makes the sources compete for rows; None: each stage has rows for either (the paper's way).
         drafted_only: the retrieved nodes of every tree are left out again, their rows empty.
         learns_accepted: the matrix learns from accepted tokens alone, not from every verified node.
+        ngrams: retrieved nodes follow the last three tokens (`NgramSource`), not the last one alone.
 
     Raises:
         GraftError: stages out of order, more nodes than a beam can give, a budget exceeded.
@@ -118,6 +119,7 @@ class Plan:
     scale: Scale | None = None
     drafted_only: bool = False
     learns_accepted: bool = False
+    ngrams: bool = False
 
     def __post_init__(self) -> None:
         passes = [stage.passes for stage in self.stages]
@@ -149,6 +151,8 @@ class Plan:
                     f"stage {stage.name} has {stage.rows} rows, but only {candidates} drafted and "
                     f"{len(self.scale.template)} retrieved candidates: lower its widths"
                 )
+        if self.ngrams and not self.retrieves:
+            raise GraftError("a plan that follows n-grams needs a template of retrieved nodes")
         if self.scale and self.max_passes > len(self.scale.drafted):
             raise GraftError(f"the scale knows {len(self.scale.drafted)} drafted depths, the plan {self.max_passes}")
 
@@ -183,7 +187,7 @@ class Plan:
         if self.scale:
             return replace(self, drafted_only=True) if self.scale.template else self
         stages = tuple(replace(stage, retrieved=0, template=()) for stage in self.stages)
-        return replace(self, stages=stages)
+        return replace(self, stages=stages, ngrams=False)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -221,6 +225,10 @@ class Policy:
     eagle3: Plan
     retrieve: Plan
     measured_on: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_ngrams(self) -> bool:
+        return any(plan.ngrams for plan in (self.graft, self.eagle3, self.retrieve))
 
     def plan(self, method: str) -> Plan:
         """The plan of one of METHODS."""

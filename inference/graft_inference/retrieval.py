@@ -26,6 +26,8 @@ class Level:
         rows, parents, ranks: of each node: its row, its parent's, its rank among the parent's successors.
         inner: the distinct parents.
         places: place of each node's parent in `inner`.
+        flat: place of each node in [inner, ranks up to the template's greatest], flattened.
+        above: place of each of `inner` among the nodes of the level above; of the root, 0.
     """
 
     rows: Tensor
@@ -33,6 +35,8 @@ class Level:
     ranks: Tensor
     inner: Tensor
     places: Tensor
+    flat: Tensor
+    above: Tensor
 
 
 class Template:
@@ -62,7 +66,9 @@ class Template:
         self.depths_T = column([len(path) for path in paths])
         self.ranks_T = column([path[-1] if path else 0 for path in paths])
         self.depth = max(map(len, paths))
+        self.max_rank = max((path[-1] for path in rank_paths), default=-1)
         self.levels = []
+        above: list[RankPath] = [()]
         for depth in range(1, self.depth + 1):
             level = [path for path in paths if len(path) == depth]
             inner = sorted({rows[path[:-1]] for path in level})
@@ -73,9 +79,13 @@ class Template:
                     ranks=column([path[-1] for path in level]),
                     inner=column(inner),
                     places=column([inner.index(rows[path[:-1]]) for path in level]),
+                    flat=column([inner.index(rows[path[:-1]]) * (self.max_rank + 1) + path[-1] for path in level]),
+                    above=column([above.index(paths[row]) for row in inner]),
                 )
             )
-        self.max_rank = max((path[-1] for path in rank_paths), default=-1)
+            above = level
+        by_level = torch.cat([torch.zeros(1, dtype=torch.long, device=device), *(level.rows for level in self.levels)])
+        self.by_level_T = by_level.argsort()  # place of each row among the levels, one after the other
         powers = torch.zeros((len(paths), len(paths)), dtype=torch.long)
         for path in rank_paths:
             for depth in range(1, len(path) + 1):

@@ -7,6 +7,7 @@ from torch import Tensor
 from .drafting import Drafter
 from .grafting import Grafter
 from .kv_cache import TreeCache
+from .ngrams import NgramSource
 from .policy import Plan
 from .retrieval import SuccessorMatrix
 from .sampling import Sampler
@@ -19,6 +20,7 @@ class DecodeState:
     """Everything that changes while one prompt is decoded.
 
     Attributes:
+        ngrams: looked up in the matrix's place where the plan says so; backs off to it.
         learns: whether the matrix is updated.
         place: tokens emitted so far; what was accepted beyond the request's end counts too.
         root_1: the last emitted token, not yet in the cache.
@@ -34,6 +36,7 @@ class DecodeState:
     cache: TreeCache
     drafter: Drafter | None
     successors: SuccessorMatrix | None
+    ngrams: NgramSource | None
     learns: bool
     sampler: Sampler
     place: int

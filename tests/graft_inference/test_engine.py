@@ -1,6 +1,7 @@
 """Losslessness: whatever is proposed, the target's own output comes out; and drafting costs what it should."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,10 +12,12 @@ from transformers import LogitsProcessorList
 from graft_inference import METHODS, GraftError, Plan, Policy, Stage
 from graft_inference import engine as engine_module
 from graft_inference.engine import GraftEngine
+from graft_inference.ngrams import NgramSource, NgramTable
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.sampling import Sampler
 
-from .tiny import VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny import TEMPLATE, VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny_bundle import tiny_ngrams
 
 SMALL = 8
 GREEDY = Sampler(LogitsProcessorList(), greedy=True, seed=0)
@@ -153,6 +156,103 @@ def test_greedy_output_of_a_learned_plan_equals_generate(family, threshold):
             stages += out.stats.stages
     assert "none" in stages, "some rounds left drafting out, and the head caught up afterwards"
     assert len(stages) >= 2
+
+
+def ngram_engine(family: str = "llama", threshold: float = 0.5, gate: float = 2.25, vocab_size: int = SMALL):
+    """Both ways to use longer contexts: `graft` competes with the head, `retrieve` has rows of its own."""
+    policy = learned_policy(threshold, gate)
+    policy = replace(
+        policy,
+        graft=replace(policy.graft, ngrams=True),
+        retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),), budget=12, ngrams=True),
+    )
+    engine = small_engine(family, policy, vocab_size)
+    engine.ngrams = NgramTable(*tiny_ngrams(vocab_size).values())
+    return engine
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_greedy_output_with_longer_contexts_equals_generate(family, threshold):
+    engine = ngram_engine(family, threshold)
+    accepted: Counter[str] = Counter()
+    for seed in range(4):
+        input_ids = prompt(3 + seed, seed, SMALL)
+        expected = greedy_reference(engine.target.model, input_ids, 60)
+        for method in ("graft", "prune", "retrieve"):
+            out = engine.generate(input_ids, max_new_tokens=60, method=method)
+            assert out.sequences.tolist() == expected.tolist(), method
+            accepted += Counter(out.stats.accepted)
+    assert accepted["retrieved"] > 60
+
+
+@pytest.mark.parametrize("method", ["graft", "retrieve"])
+def test_samples_with_longer_contexts_follow_the_targets_own_law(method):
+    engine = ngram_engine(gate=2.57, vocab_size=6)
+    input_ids = prompt(4, 1, 6)
+    samples = 800
+    counts: Counter[tuple[int, ...]] = Counter()
+    rounds = 0
+    for seed in range(samples):
+        out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, method=method, seed=seed)
+        counts[tuple(out.sequences[0, 4:].tolist())] += 1
+        rounds += out.stats.rounds
+    assert chi_square_p(counts, three_token_law(engine.target.model, input_ids), samples) > 1e-3
+    assert rounds < 1.8 * samples
+
+
+def told(monkeypatch) -> list[list[int]]:
+    """The text each source is told, source by source."""
+    texts: dict[int, list[int]] = {}
+    sources = []
+    read = NgramSource.read
+
+    def kept(source, tokens_A):
+        sources.append(source)  # or its id would be given again
+        texts.setdefault(id(source), []).extend(tokens_A.tolist())
+        read(source, tokens_A)
+
+    monkeypatch.setattr(NgramSource, "read", kept)
+    return texts.values()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("keep_prefix", [False, True])
+def test_longer_contexts_are_those_of_the_requests_own_text(monkeypatch, keep_prefix):
+    engine = ngram_engine()
+    engine.keep_prefix = keep_prefix
+    texts = told(monkeypatch)
+    first = engine.generate(prompt(5, 0, SMALL), 30, method="retrieve").sequences
+    second = engine.generate(torch.cat((first[:, :-1], prompt(3, 1, SMALL)), dim=1), 30, method="retrieve")
+    assert (second.stats.reused > 0) == keep_prefix
+    for text, sequence in zip(texts, (first[0], second.sequences[0]), strict=True):
+        # The last round may have gone past the end of the request.
+        assert text[: len(sequence)] == sequence.tolist()[: len(text)]
+        assert len(text) >= len(sequence)
+
+
+@pytest.mark.parametrize("scope", ["request", "engine", "frozen"])
+def test_longer_contexts_last_as_long_as_the_scope_says(scope):
+    engine = ngram_engine()
+    engine.retrieval_scope = scope
+    engine.successors.learned_V = torch.zeros(SMALL, dtype=torch.long)
+    runs = []
+    for _ in range(2):
+        out = engine.generate(prompt(5, 0, SMALL), 40, method="retrieve")
+        runs.append((out.sequences.tolist(), out.stats.rounds, out.stats.accepted))
+        engine.generate(prompt(9, 1, SMALL), 40, method="retrieve")
+    assert runs[0][0] == runs[1][0]
+    assert (runs[0] == runs[1]) == (scope != "engine")
+    if scope == "engine":
+        assert runs[1][1] < runs[0][1], "the text was seen before"
+
+
+def test_longer_contexts_need_a_table():
+    engine = ngram_engine()
+    engine.ngrams = None
+    with pytest.raises(GraftError, match="no n-gram table"):
+        engine.generate(prompt(5, 0, SMALL), 5)
+    with pytest.raises(GraftError, match="needs a template of retrieved nodes"):
+        Plan((Stage(1, drafted=2),), ngrams=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

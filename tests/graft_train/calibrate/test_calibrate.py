@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graft_inference import GraftError, Plan, Stage, paper_policy
+from graft_inference.ngrams import NgramTable
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.scale import calibration_error, fit_scale, raw_scale
@@ -13,11 +14,19 @@ from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, bes
 from graft_train.calibrate.traces import Traces, on_path, record_traces
 from tests.graft_inference.test_tree import random_tree, token_path
 from tests.graft_inference.tiny import tiny_engine, tiny_head, tiny_model
+from tests.graft_inference.tiny_bundle import tiny_ngrams
 
 BEAM, PASSES, NEW, BUDGET = 3, 4, 40, 12
 WIDTHS = [1, 2, 4, 8, 12]
 LATENCY = Latency(
-    WIDTHS, [16, 64], [[1.0, 1.1, 1.3, 1.9, 2.6]] * 2, [0.0, 0.2, 0.4, 0.6, 0.8], [0.05, 0.1], [0.1, 0.2], 0.01, [0, 0]
+    widths=WIDTHS,
+    contexts=[16, 64],
+    verify_ms=[[1.0, 1.1, 1.3, 1.9, 2.6]] * 2,
+    draft_ms=[0.0, 0.2, 0.4, 0.6, 0.8],
+    graft_ms=[0.05, 0.1, 0.4],
+    commit_ms=[0.1, 0.2, 0.25],
+    read_ms=0.01,
+    spread=[0, 0],
 )
 ALLOWED = Allowed(tuple(WIDTHS))
 
@@ -26,7 +35,9 @@ ALLOWED = Allowed(tuple(WIDTHS))
 def engine():
     # Few tokens, so that a random head is often right.
     model = tiny_model("llama", vocab_size=8)
-    return tiny_engine(model, head=tiny_head(model, draft_vocab_size=8))
+    engine = tiny_engine(model, head=tiny_head(model, draft_vocab_size=8))
+    engine.ngrams = NgramTable(*tiny_ngrams(8).values())
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +91,27 @@ def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, n
     visited = replay.outcome(plan).stage_T[replay.visits(replay.outcome(plan))]
     for index, stage in enumerate(plan.stages):
         assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
+
+
+@pytest.mark.parametrize("name", ["both compete", "retrieved alone", "everything", "quotas"])
+def test_replay_reproduces_rounds_with_longer_contexts(engine, prompts, traces, name):
+    longer = traces.of_ngrams()
+    assert longer.template != traces.template
+    plan = replace(plans(longer)[name], ngrams=True)
+    stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
+    tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
+    assert tau > 1.1
+    assert Replay(traces, LATENCY, BUDGET, ngrams=True).run(plan)[1] == pytest.approx(tau, abs=1e-9)
+    assert tau != pytest.approx(Replay(traces, LATENCY, BUDGET).run(plans(traces)[name])[1], abs=1e-9)
+
+
+def test_longer_contexts_cost_what_was_measured(traces):
+    longer = Replay(traces, LATENCY, BUDGET, ngrams=True)
+    plan = replace(competing(longer.traces, Stage(0, widths=(8,))), ngrams=True)
+    speed, tau = longer.run(plan)
+    assert speed == pytest.approx(1e3 * tau / (0.4 + 0.25 + 1.9))
+    assert best_learned(longer, fit_scale(longer.traces), ALLOWED).ngrams
+    assert not best_eagle3(longer, WIDTHS).ngrams
 
 
 def test_at_the_same_prefix_graft_accepts_what_prune_does(traces, replay):

@@ -21,7 +21,7 @@ from graft_train.data.target import TargetConfig
 from graft_train.device import describe_device
 from graft_train.stage import write_json
 from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_head, tiny_model
-from tests.graft_inference.tiny_bundle import tiny_successors, write_target
+from tests.graft_inference.tiny_bundle import tiny_ngrams, tiny_successors, write_target
 
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
 
@@ -37,7 +37,7 @@ def write_run(run_dir: Path) -> Path:
     with (run_dir / "data" / "samples.jsonl").open("wb") as file:
         for index in range(3):
             ids = torch.randint(0, VOCAB, (6,), generator=generator).tolist()
-            append_samples(file, [Sample(f"file{index}.py@0", "calibration", ids, [], 0.0, 0)])
+            append_samples(file, [Sample(f"file{index}.py@0", "calibration", ids)])
     for stage in ("target", "head", "data", "corpus"):
         write_json(run_dir / stage / "stage.json", {"fingerprint": stage, "settings": {}, "inputs": {}})
     return run_dir
@@ -106,6 +106,22 @@ def test_latency_alone_needs_traces_of_these_weights(run_dir):
     write_json(run_dir / "head" / "stage.json", {"fingerprint": "other", "settings": {}, "inputs": {}})
     with pytest.raises(GraftError, match=r"traced with another head \(head, now other\)"):
         calibrate(config_for(run_dir, latency_only=True))
+
+
+def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
+    save_file(tiny_ngrams(), run_dir / "corpus" / "ngrams.safetensors")
+    directory = calibrate(config_for(run_dir))
+    report = json.loads((directory / "report.json").read_text())
+    longer = {"retrieve_ngrams", "learned_ngrams"}
+    assert set(report["measured"]) == set(report["predicted"]) == set(report["frontier"]) == {*PLANS, *longer}
+    assert len(report["latency_ms"]["graft_ms"]) == len(report["latency_ms"]["commit_ms"]) == 3
+    found = report["ablation"]
+    assert found["all"]["tokens_per_second"] >= found["no longer contexts"]["tokens_per_second"]
+    policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
+    assert policy.graft.ngrams == (report["graft_is"] in longer)
+    calibrate(config_for(run_dir, latency_only=True))
+    calibrate(config_for(run_dir, latency_only=True, ngrams=False))
+    assert not Policy.from_dict(json.loads((directory / "policy.json").read_text())).needs_ngrams
 
 
 @pytest.mark.parametrize("kind", ["paper", "prune_only", "retrieve_only"])
