@@ -37,7 +37,7 @@ def write_run(run_dir: Path) -> Path:
     with (run_dir / "data" / "samples.jsonl").open("wb") as file:
         for index in range(3):
             ids = torch.randint(0, VOCAB, (6,), generator=generator).tolist()
-            append_samples(file, [Sample(f"file{index}.py@0", "calibration", ids, [], 0.0, 0)])
+            append_samples(file, [Sample(f"file{index}.py@0", "calibration", ids)])
     for stage in ("target", "head", "data", "corpus"):
         write_json(run_dir / stage / "stage.json", {"fingerprint": stage, "settings": {}, "inputs": {}})
     return run_dir
