@@ -66,8 +66,8 @@ def test_a_branch_moves_behind_the_committed_rows(path):
 def test_buffers_are_allocated_once():
     cache = TreeCache(LAYERS, 12)
     write(cache, 0, 2)
-    buffer = cache.layers[0].keys.data_ptr()
     cache.commit(2)
+    buffer = cache.layers[0].keys.data_ptr()
     for _ in range(3):
         write(cache, 50, 4)
         cache.commit_branch(torch.tensor([0, 2]))
