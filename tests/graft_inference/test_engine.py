@@ -335,7 +335,7 @@ def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
         nonlocal calls
         calls += 1
 
-    engine.head.register_forward_hook(count)
+    engine.head.midlayer.register_forward_hook(count)
     seen = set()
     stats = GenerationStats()
     before, stages_before = 0, Counter()
@@ -351,7 +351,7 @@ def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
 @pytest.mark.parametrize("method", ["retrieve", "autoregressive"])
 def test_methods_without_a_head_never_run_it(method):
     engine = small_engine()
-    engine.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    engine.head.midlayer.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     assert engine.generate(prompt(5, 0, SMALL), 20, method=method).stats.stages.keys() == {"none"}
 
 
