@@ -56,13 +56,12 @@ def run_stage(
     if _matches(final, record):
         say(f"{name}: reusing {final}")
         return final
-    _matches(partial, record)
-
     if is_main():
+        _matches(partial, record)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(partial / RECORD, record)
     else:
-        _await(partial / RECORD)
+        _await(partial / RECORD, record["fingerprint"])
     say(f"{name}: building {final}")
     started = time.perf_counter()
     build(partial)
@@ -183,9 +182,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions}
 
 
-def _await(path: Path) -> None:
+def _await(path: Path, fingerprint: str) -> None:
+    """Until the main process has written this record: it alone judges what is there, and may be at it."""
     for _ in range(6000):
-        if path.exists():
+        if path.exists() and _read_record(path)["fingerprint"] == fingerprint:
             return
         time.sleep(0.1)
     raise GraftError(f"the main process did not make {path} within ten minutes; see its output")

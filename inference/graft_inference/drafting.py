@@ -1,6 +1,7 @@
 """From draft head to scored candidate nodes, one pass at a time."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,24 +14,65 @@ from .tree import DraftTree, Source, child_paths, root_tree
 
 
 @dataclass
-class Draft:
-    """A tree that grows by one depth a pass.
+class Layer:
+    """What one head pass proposed: beam_width children of every row it expanded, best first.
 
     Attributes:
-        candidates: the root and every node proposed so far.
-        passes: head passes run.
-        confidence: exp of the best cumulative log-probability at the deepest layer (Graft Eq. 6), 0-d.
-        beam_k: rows of `candidates` that the next pass expands, best first.
-        features_kH: the head's outputs at their parents.
-        lineage_kR: bool, which rows that earlier passes wrote each beam node sees.
+        tokens_C, logp_C, paths_C: the children's columns of the tree, by parent.
+        parents_A: rows of their parents in the tree.
+        hidden_AH: the head's outputs at their parents.
+        visible_AK: bool, which rows of the head's cache their parents see.
     """
 
-    candidates: DraftTree
-    passes: int
-    confidence: Tensor
-    beam_k: Tensor
-    features_kH: Tensor
-    lineage_kR: Tensor
+    tokens_C: Tensor
+    logp_C: Tensor
+    paths_C: Tensor
+    parents_A: Tensor
+    hidden_AH: Tensor
+    visible_AK: Tensor
+
+
+@dataclass
+class Draft:
+    """A tree that grows by one depth a pass; root_1 is its root's token."""
+
+    root_1: Tensor
+    layers: list[Layer]
+
+    @property
+    def passes(self) -> int:
+        """Head passes run."""
+        return len(self.layers)
+
+    @property
+    def confidence(self) -> Tensor:
+        """exp of the best cumulative log-probability at the deepest layer (Graft Eq. 6), 0-d."""
+        return self.layers[-1].logp_C.max().exp()
+
+    @property
+    def candidates(self) -> DraftTree:
+        """The root and every node proposed so far."""
+        root = root_tree(self.root_1)
+        width = len(self.layers[0].tokens_C)
+        depths_N, sources_N = _depths_and_sources(width, self.passes, self.root_1.device)
+        # The root is its own parent once, not `width` times.
+        parents_A = torch.cat([root.parents_N, *(layer.parents_A for layer in self.layers)])
+        return DraftTree(
+            torch.cat([root.tokens_N, *(layer.tokens_C for layer in self.layers)]),
+            parents_A.repeat_interleave(width)[width - 1 :],
+            depths_N,
+            torch.cat([root.logp_N, *(layer.logp_C for layer in self.layers)]),
+            sources_N,
+            torch.cat([root.paths_N, *(layer.paths_C for layer in self.layers)]),
+        )
+
+
+@cache
+def _depths_and_sources(width: int, passes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the candidates that so many passes propose; the same for every draft."""
+    depths = [0] + [1] * width + [depth for depth in range(2, passes + 1) for _ in range(width**2)]
+    sources = [Source.ROOT] + [Source.DRAFTED] * (len(depths) - 1)
+    return torch.tensor(depths, device=device), torch.tensor(sources, device=device)
 
 
 class Drafter:
@@ -47,13 +89,21 @@ class Drafter:
     def __init__(self, head: DraftHead, target: Target, beam_width: int, capacity: int) -> None:
         self.head = head
         self.target = target
-        self.beam_width = beam_width
         config = head.config
-        shape = (1, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = (allocate(shape, head.fc.weight, 2) for _ in range(2))
+        self.keys, self.values = allocate((2, 1, config.num_key_value_heads, capacity, config.head_dim), head.fc.weight)
+        self._prepare(beam_width, capacity)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.length = 0
         self._deferred: list[tuple[Tensor, Tensor]] = []
+
+    def _prepare(self, beam_width: int, capacity: int) -> None:
+        """What is the same in every pass: cos and sin of all positions, and that a row sees itself."""
+        weight = self.head.fc.weight
+        # No token beyond the limit is ever emitted, and its position must not change the others' frequencies.
+        positions_1S = torch.arange(capacity, device=weight.device)[None].clamp(max=self.target.max_positions - 1)
+        self._rope = self.head.rotary_emb(weight, positions_1S)
+        self._own_kk = torch.eye(beam_width, dtype=torch.bool, device=weight.device)
+        self.beam_width = beam_width
 
     def defer(self, tokens_A: Tensor, taps_AE: Tensor) -> None:
         """Keeps newly committed positions for the next `begin`: a round that does not draft."""
@@ -63,11 +113,10 @@ class Drafter:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
         self.length = length
         self._deferred = []
-        self.beam_width = beam_width
+        self._prepare(beam_width, max(capacity, self.keys.shape[2]))
         keys, values = self.keys, self.values
         if capacity > keys.shape[2]:
-            shape = (1, keys.shape[1], capacity, keys.shape[3])
-            self.keys, self.values = allocate(shape, keys, 2), allocate(shape, values, 2)
+            self.keys, self.values = allocate((2, 1, keys.shape[1], capacity, keys.shape[3]), keys)
             self.keys[:, :, :length] = keys[:, :, :length]
             self.values[:, :, :length] = values[:, :, :length]
 
@@ -83,57 +132,44 @@ class Drafter:
             tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
             self._deferred = []
         count = len(tokens_A)
-        positions_A = torch.arange(self.length, self.length + count, device=tokens_A.device)
         causal_AK = None
         if count > 1 and self.length:
-            causal_AK = positions_A[:, None] >= torch.arange(self.length + count, device=tokens_A.device)
+            shape = (count, self.length + count)
+            causal_AK = torch.ones(shape, dtype=torch.bool, device=tokens_A.device).tril_(self.length)
         feature_AH = self.head.fuse(taps_AE)
-        hidden_AH = self._pass(tokens_A, feature_AH, positions_A, self.length, causal_AK)
+        hidden_AH = self._pass(tokens_A, feature_AH, self.length, count, self.length, causal_AK)
         self.length += count
         return hidden_AH
 
     def begin(self, tokens_A: Tensor, taps_AE: Tensor) -> Draft:
         """Catches up as `read` does and proposes the children of the root, which is the last of the tokens."""
-        hidden_AH = self.read(tokens_A, taps_AE)
-        logp_k, tokens_k = self._propose(hidden_AH[-1:])
-        logp_k, tokens_k = logp_k[0], tokens_k[0]
-        root = root_tree(tokens_A[-1:])
-        zero_k = torch.zeros_like(tokens_k)
-        candidates = _append(root, tokens_k, zero_k, logp_k, depth=1)
-        beam_k = torch.arange(1, self.beam_width + 1, device=tokens_k.device)
-        lineage_kR = torch.ones((self.beam_width, 0), dtype=torch.bool, device=tokens_k.device)
-        features_kH = hidden_AH[-1:].expand(self.beam_width, -1)
-        return Draft(candidates, 1, logp_k[0].exp(), beam_k, features_kH, lineage_kR)
+        hidden_1H = self.read(tokens_A, taps_AE)[-1:]
+        root_1 = tokens_A[-1:]
+        logp_1k, tokens_1k = self._propose(hidden_1H)
+        zero_1 = torch.zeros_like(root_1)
+        visible_1K = torch.ones((1, self.length), dtype=torch.bool, device=root_1.device)
+        paths_k = child_paths(zero_1, tokens_1k[0])
+        return Draft(root_1, [Layer(tokens_1k[0], logp_1k[0], paths_k, zero_1, hidden_1H, visible_1K)])
 
     def deepen(self, draft: Draft) -> Draft:
-        """One more pass: expands the beam, proposes its children, keeps the best as the next beam."""
-        k, pool = self.beam_width, draft.candidates
-        written = draft.lineage_kR.shape[1]
-        own_kk = torch.eye(k, dtype=torch.bool, device=draft.beam_k.device)
-        lineage_kR = torch.cat((draft.lineage_kR, own_kk), dim=1)
-        prefix_kL = lineage_kR.new_ones((k, self.length))
-        positions_k = torch.full_like(draft.beam_k, self.length + draft.passes - 1)
-        hidden_kH = self._pass(
-            pool.tokens_N[draft.beam_k],
-            draft.features_kH,
-            positions_k,
-            self.length + written,
-            torch.cat((prefix_kL, lineage_kR), dim=1),
-        )
-        logp_kk, tokens_kk = self._propose(hidden_kH)
-        logp_C = (pool.logp_N[draft.beam_k, None] + logp_kk).flatten()
-        parents_C = draft.beam_k.repeat_interleave(k, output_size=k * k)
-        candidates = _append(pool, tokens_kk.flatten(), parents_C, logp_C, depth=draft.passes + 1)
-        best = logp_C.topk(k)
+        """One more pass: expands the best of the last one's children."""
+        k, last = self.beam_width, draft.layers[-1]
+        best = last.logp_C.topk(k)
         parent_k = best.indices // k
-        return Draft(
-            candidates,
-            draft.passes + 1,
-            best.values[0].exp(),
-            len(pool) + best.indices,
-            hidden_kH[parent_k],
-            lineage_kR[parent_k],
+        visible_kK = torch.cat((last.visible_AK[parent_k], self._own_kk), dim=1)
+        start = visible_kK.shape[1] - k
+        position = self.length + draft.passes - 1
+        hidden_kH = self._pass(last.tokens_C[best.indices], last.hidden_AH[parent_k], position, 1, start, visible_kK)
+        logp_kk, tokens_kk = self._propose(hidden_kH)
+        layer = Layer(
+            tokens_kk.flatten(),
+            (best.values[:, None] + logp_kk).flatten(),
+            child_paths(last.paths_C[best.indices, None], tokens_kk).flatten(),
+            best.indices + (1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])),
+            hidden_kH,
+            visible_kK,
         )
+        return Draft(draft.root_1, [*draft.layers, layer])
 
     def _propose(self, hidden_BH: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids of the beam_width likeliest children, [B, k] each."""
@@ -142,9 +178,13 @@ class Drafter:
         return logp_Bk, self.head.target_ids[draft_ids_Bk]
 
     def _pass(
-        self, tokens_A: Tensor, feature_AH: Tensor, positions_A: Tensor, start: int, mask_AK: Tensor | None
+        self, tokens_A: Tensor, feature_AH: Tensor, position: int, positions: int, start: int, mask_AK: Tensor | None
     ) -> Tensor:
-        """Runs the layer over A rows, writing their keys and values at `start`."""
+        """Runs the layer over A rows, writing their keys and values at `start`.
+
+        Args:
+            position, positions: the rows stand at so many consecutive positions; at one, all of them.
+        """
         end = start + len(tokens_A)
 
         def attend(query_BQSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor) -> Tensor:
@@ -161,16 +201,5 @@ class Drafter:
 
         embed = self.head.embed_tokens or self.target.embed
         embedding_BSH = embed(tokens_A[None]).to(feature_AH.dtype)
-        return self.head(embedding_BSH, feature_AH[None], positions_A[None], attend)[0]
-
-
-def _append(tree: DraftTree, tokens_C: Tensor, parents_C: Tensor, logp_C: Tensor, depth: int) -> DraftTree:
-    """The tree with C drafted nodes of one depth behind its rows."""
-    return DraftTree(
-        torch.cat((tree.tokens_N, tokens_C)),
-        torch.cat((tree.parents_N, parents_C)),
-        torch.cat((tree.depths_N, torch.full_like(tokens_C, depth))),
-        torch.cat((tree.logp_N, logp_C)),
-        torch.cat((tree.sources_N, torch.full_like(tokens_C, Source.DRAFTED))),
-        torch.cat((tree.paths_N, child_paths(tree.paths_N[parents_C], tokens_C))),
-    )
+        cos_1SD, sin_1SD = (table[:, position : position + positions] for table in self._rope)
+        return self.head.midlayer(embedding_BSH, feature_AH[None], (cos_1SD, sin_1SD), attend)[0]

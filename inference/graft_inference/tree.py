@@ -84,7 +84,7 @@ def root_tree(token_1: Tensor) -> DraftTree:
 
 def child_paths(parent_paths_M: Tensor, tokens_M: Tensor) -> Tensor:
     """Path keys of children from their parents' keys and their own tokens."""
-    return parent_paths_M * PATH_BASE + tokens_M + 1
+    return torch.add(tokens_M, parent_paths_M, alpha=PATH_BASE) + 1
 
 
 def merge(drafted: DraftTree, retrieved: DraftTree, rows: int) -> DraftTree:

@@ -9,12 +9,12 @@ import torch
 from scipy.stats import chi2
 from transformers import LogitsProcessorList
 
-from graft_inference import METHODS, GraftError, Plan, Policy, Stage
-from graft_inference import engine as engine_module
+from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage
 from graft_inference.engine import GraftEngine
 from graft_inference.ngrams import NgramSource, NgramTable
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.sampling import Sampler
+from graft_inference.verification import accept
 
 from .tiny import TEMPLATE, VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
 from .tiny_bundle import tiny_ngrams
@@ -280,7 +280,7 @@ def test_stream_yields_what_generate_returns(method, temperature):
     engine = small_engine()
     input_ids = prompt(5, 0, SMALL)
     expected = engine.generate(input_ids, 30, temperature=temperature, method=method, seed=3)
-    stats = engine_module.GenerationStats()
+    stats = GenerationStats()
     streamed = []
     for token in engine.stream(input_ids[0], 30, temperature=temperature, method=method, seed=3, stats=stats):
         assert not torch.is_inference_mode_enabled()
@@ -364,7 +364,7 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
             tokens = {}
             stages = {}
             for method in ("graft", "prune"):
-                stats = engine_module.GenerationStats()
+                stats = GenerationStats()
                 with torch.inference_mode():
                     state, first = engine._prefill(full[:end], 20, GREEDY, engine.policy.plan(method), stats)
                     tokens[method], _ = engine._round(state)
@@ -394,7 +394,7 @@ def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch
     monkeypatch.undo()
     assert len(drafted) < 35  # of 39, had no branch been kept
     for emitted, tree in drafted:
-        stats = engine_module.GenerationStats()
+        stats = GenerationStats()
         with torch.inference_mode():
             before_root = full[: 5 + emitted - 1]
             state, _ = engine._prefill(before_root, 20, GREEDY, engine.policy.eagle3, stats)
@@ -435,9 +435,9 @@ def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
         nonlocal calls
         calls += 1
 
-    engine.head.register_forward_hook(count)
+    engine.head.midlayer.register_forward_hook(count)
     seen = set()
-    stats = engine_module.GenerationStats()
+    stats = GenerationStats()
     before, stages_before = 0, Counter()
     for _ in engine.stream(prompt(5, 0, SMALL), 60, method=method, stats=stats):
         for name in (stats.stages - stages_before).elements():
@@ -451,7 +451,7 @@ def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
 @pytest.mark.parametrize("method", ["retrieve", "autoregressive"])
 def test_methods_without_a_head_never_run_it(method):
     engine = small_engine()
-    engine.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    engine.head.midlayer.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     assert engine.generate(prompt(5, 0, SMALL), 20, method=method).stats.stages.keys() == {"none"}
 
 
@@ -462,7 +462,7 @@ def test_a_head_that_was_left_out_catches_up(family):
     plan = engine.policy.graft
     input_ids = prompt(5, 1, SMALL)
     with torch.inference_mode():
-        state, _ = engine._prefill(input_ids[0], 40, 0.0, None, plan, engine_module.GenerationStats())
+        state, _ = engine._prefill(input_ids[0], 40, GREEDY, plan, GenerationStats())
         text = [*input_ids[0].tolist(), int(state.root_1)]
         left_out = 0
         for _ in range(12):
@@ -470,8 +470,8 @@ def test_a_head_that_was_left_out_catches_up(family):
             if stage.passes == 0:
                 left_out += 1
             elif left_out:
-                stats = engine_module.GenerationStats()
-                fresh_state, _ = engine._prefill(torch.tensor(text[:-1]), 20, 0.0, None, plan, stats)
+                stats = GenerationStats()
+                fresh_state, _ = engine._prefill(torch.tensor(text[:-1]), 20, GREEDY, plan, stats)
                 draft = fresh_state.drafter.begin(fresh_state.fresh_tokens_A, fresh_state.fresh_taps_AE)
                 while draft.passes < stage.passes:
                     draft = fresh_state.drafter.deepen(draft)
@@ -482,8 +482,9 @@ def test_a_head_that_was_left_out_catches_up(family):
             depth = state.grafter.depths[stage.passes]
             ancestors_NN = tree.ancestors(depth)
             output = engine.target.verify(tree, ancestors_NN, state.cache)
-            drawn_N = engine_module.draw(output.logits_NV, 0.0, state.generator)
-            text += engine._commit(state, tree, output, engine_module.accept(tree, ancestors_NN, drawn_N, depth))[0]
+            drawn_N = output.logits_NV.argmax(dim=-1)
+            acceptance = accept(tree, ancestors_NN, drawn_N, depth)
+            text += engine._commit(state, tree, output, acceptance, None)[0]
     pytest.fail("no round drafted after one that did not")
 
 

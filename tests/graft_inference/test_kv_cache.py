@@ -66,8 +66,8 @@ def test_a_branch_moves_behind_the_committed_rows(path):
 def test_buffers_are_allocated_once():
     cache = TreeCache(LAYERS, 12)
     write(cache, 0, 2)
-    buffer = cache.layers[0].keys.data_ptr()
     cache.commit(2)
+    buffer = cache.layers[0].keys.data_ptr()
     for _ in range(3):
         write(cache, 50, 4)
         cache.commit_branch(torch.tensor([0, 2]))
@@ -99,3 +99,26 @@ def test_more_rows_than_there_is_room_for_fail_loudly():
     cache.commit(3)
     with pytest.raises(RuntimeError):
         write(cache, 3, 2)
+
+
+def test_layers_of_another_shape_have_a_buffer_of_their_own():
+    """As layers on another device have; commit and growth reach all of them."""
+    cache = TreeCache(LAYERS, 8)
+
+    def write_both(first: int, count: int) -> None:
+        states = rows(first, count)
+        cache.update(states, -states, 0)
+        cache.update(states[:, :1], -states[:, :1, :, :2], 1)
+
+    write_both(0, 2)
+    cache.commit(2)
+    write_both(50, 5)
+    cache.commit_branch(torch.tensor([0, 2, 4]))
+    cache.grow(12)
+    write_both(70, 4)
+    cache.commit_branch(torch.tensor([0, 3]))
+    for layer, (heads, width) in enumerate(((HEADS, WIDTH), (1, 2))):
+        assert content(cache, layer) == [0, 1, 50, 52, 54, 70, 73]
+        assert cache.layers[layer].values.shape == (1, heads, 12, width)
+        values = cache.layers[layer].values[0, 0, : cache.length, 0]
+        assert values.int().tolist() == [0, -1, -50, -52, -54, -70, -73]

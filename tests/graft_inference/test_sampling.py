@@ -19,8 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage
-from graft_inference import engine as engine_module
+from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage, grafting
 from graft_inference import sampling as sampling_module
 from graft_inference.sampling import Sampler, gumbel
 from graft_inference.verification import accept
@@ -284,7 +283,7 @@ def test_the_joint_law_of_three_tokens_is_the_targets(method, setting, noise_SPV
     engine = small_engine(policy=PRUNED, vocab_size=VOCAB_OF_LAW)
     processors = LogitsProcessorList(SETTINGS[setting][1](4) if setting != "plain" else [])
     twins = []
-    merge = engine_module.merge
+    merge = grafting.merge
 
     def merged(drafted, retrieved, rows):
         twins.append(len(set(drafted.paths_N.tolist()) & set(retrieved.paths_N.tolist())) - 1)
@@ -294,7 +293,7 @@ def test_the_joint_law_of_three_tokens_is_the_targets(method, setting, noise_SPV
     law = exact_law(engine.target.model, input_ids, processors)
     assert sum(law.values()) == pytest.approx(1)
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "merge", merged)
+        patch.setattr(grafting, "merge", merged)
         counts, stages = first_three_tokens(engine, input_ids, method, processors, noise_SPV, patch)
     assert counts.total() == SAMPLES
     check_law(counts, law)

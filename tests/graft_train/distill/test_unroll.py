@@ -181,11 +181,11 @@ def test_unroll_equals_the_chain_that_a_server_drafts():
     with torch.no_grad():
         drafter = Drafter(head, Target(model, (0, 2, 3)), beam_width=1, capacity=32)
         draft = drafter.begin(tokens_S[1 : start + 2], taps_SE[: start + 1])
-        features = [draft.features_kH]
+        features = [draft.layers[0].hidden_AH]
         for step in range(1, 4):
             # Force the row's own token into the beam, as teacher forcing does.
-            draft.candidates.tokens_N[draft.beam_k] = tokens_S[start + 1 + step]
+            draft.layers[-1].tokens_C.fill_(tokens_S[start + 1 + step])
             draft = drafter.deepen(draft)
-            features.append(draft.features_kH)
+            features.append(draft.layers[-1].hidden_AH)
     for step in range(4):
         torch.testing.assert_close(features[step][0], outputs[step][0], atol=1e-5, rtol=1e-4)
