@@ -42,8 +42,8 @@ class Traces:
         template_RL: the rank paths, padded with -1.
         ngrams_TG, ngrams_logp_TG, ngrams_template_GL: the same three for longer contexts (`NgramSource`); G is 0
             where the corpus has none.
-        reach_TC, reach_TR, ngrams_reach_TG: P(accepted) under the target, that is of all tokens on the path; at temperature
-            0 whether they are the greedy ones.
+        reach_TC, reach_TR, ngrams_reach_TG: P(accepted) under the target, that is of all tokens on the
+            path; at temperature 0 whether they are the greedy ones.
     """
 
     prompt_T: Tensor

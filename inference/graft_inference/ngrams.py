@@ -175,8 +175,7 @@ class NgramSource:
         self._order_C = torch.cat((orders, orders[-1].expand(successors.k)))
         width = len(self._order_C)
         self._earlier_CC = torch.ones((width, width), dtype=torch.bool, device=device).tril(-1)
-        self._one_half = torch.tensor([1.0, 0.5], device=device).unbind()
-        self._zero = torch.zeros((), device=device)
+        self._zero, self._half, self._one = torch.tensor([0.0, 0.5, 1.0], device=device).unbind()
 
     @property
     def k(self) -> int:
@@ -206,18 +205,16 @@ class NgramSource:
         tokens, steps = [root_1], [torch.ones_like(root_1, dtype=torch.float32)]
         for level in template.levels:
             if len(tokens) > 1:
-                parents_M = above.places.index_select(0, level.above)
                 last_M1 = tokens[-1].index_select(0, level.above)[:, None]
-                windows_MC = torch.cat((windows_MC.index_select(0, parents_M)[:, 1:], last_M1), dim=1)
+                windows_MC = torch.cat((windows_MC.index_select(0, level.parents_above)[:, 1:], last_M1), dim=1)
             ids_MK, probs_MK = self._likeliest(windows_MC, template.max_rank + 1)
             tokens.append(ids_MK.take(level.flat))
             steps.append(probs_MK.take(level.flat))
-            above = level
-        step_T = torch.cat(steps)[template.by_level_T].log()
+        tokens_T, prob_T = (torch.cat(parts)[template.by_level_T] for parts in (tokens, steps))
         # What hangs below a node that was not found is none either.
-        absent_T = (template.lineage_TT & (step_T == -torch.inf)).any(dim=1)
-        tokens_T = torch.cat(tokens)[template.by_level_T].masked_fill_(absent_T, -1)
-        return template.tree(tokens_T, step_T)
+        found_T = (prob_T > 0) & (tokens_T >= 0)
+        tokens_T = tokens_T.masked_fill_((template.lineage_TT & ~found_T).any(dim=1), -1)
+        return template.tree(tokens_T, prob_T.log().masked_fill_(~found_T, -torch.inf))
 
     def successors_of(self, windows_MC: Tensor) -> tuple[Tensor, Tensor]:
         """The k likeliest successors, int32, and their log-probabilities, [M, k]; -1 and -inf where there are fewer.
@@ -240,12 +237,11 @@ class NgramSource:
         # What the request has seen once gets a half, before the corpus of the same order.
         missing_MO = own_MO < 0
         ratios_MOJ[..., 0].masked_fill_(missing_MO, 0.0)
-        mass_MO = (passed_Q.view_as(keys_MO) * torch.where(missing_MO, *self._one_half)).cumprod(dim=1)
+        mass_MO = (passed_Q.view_as(keys_MO) * torch.where(missing_MO, self._one, self._half)).cumprod(dim=1)
 
         row_M = windows_MC[:, -1].clamp(min=0)
-        matrix_ids_MK, matrix_MK = (
-            table.index_select(0, row_M) for table in (self.successors.ids_VK, self.successors.probs_VK)
-        )
+        matrix_ids_MK = self.successors.ids_VK.index_select(0, row_M)
+        matrix_MK = self.successors.probs_VK.index_select(0, row_M)
         ids_MC = torch.cat((ids_MOJ.flatten(1), matrix_ids_MK), dim=1)
         probs_MC = torch.cat((ratios_MOJ.flatten(1), matrix_MK.float()), dim=1)
         probs_MC *= mass_MO.index_select(1, self._order_C)

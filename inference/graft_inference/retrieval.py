@@ -28,6 +28,7 @@ class Level:
         places: place of each node's parent in `inner`.
         flat: place of each node in [inner, ranks up to the template's greatest], flattened.
         above: place of each of `inner` among the nodes of the level above; of the root, 0.
+        parents_above: place of their parents among the `inner` of the level above; of the root's, 0.
     """
 
     rows: Tensor
@@ -37,6 +38,7 @@ class Level:
     places: Tensor
     flat: Tensor
     above: Tensor
+    parents_above: Tensor
 
 
 class Template:
@@ -69,6 +71,7 @@ class Template:
         self.max_rank = max((path[-1] for path in rank_paths), default=-1)
         self.levels = []
         above: list[RankPath] = [()]
+        above_inner = [0]
         for depth in range(1, self.depth + 1):
             level = [path for path in paths if len(path) == depth]
             inner = sorted({rows[path[:-1]] for path in level})
@@ -81,9 +84,10 @@ class Template:
                     places=column([inner.index(rows[path[:-1]]) for path in level]),
                     flat=column([inner.index(rows[path[:-1]]) * (self.max_rank + 1) + path[-1] for path in level]),
                     above=column([above.index(paths[row]) for row in inner]),
+                    parents_above=column([above_inner.index(rows[paths[row][:-1]]) for row in inner]),
                 )
             )
-            above = level
+            above, above_inner = level, inner
         by_level = torch.cat([torch.zeros(1, dtype=torch.long, device=device), *(level.rows for level in self.levels)])
         self.by_level_T = by_level.argsort()  # place of each row among the levels, one after the other
         powers = torch.zeros((len(paths), len(paths)), dtype=torch.long)

@@ -251,7 +251,7 @@ def test_longer_contexts_are_in_the_bundle_of_a_policy_that_uses_them(run_dir):
     assert engine.generate(prompt(9), max_new_tokens=24, method="retrieve").sequences.tolist() == expected.tolist()
     assert torch.equal(engine.ngrams.tags_RS, tiny_ngrams()["tags"])
     (bundle / "ngrams.safetensors").unlink()
-    with pytest.raises(GraftError, match="ngrams.safetensors is missing"):
+    with pytest.raises(GraftError, match=r"ngrams\.safetensors is missing"):
         GraftEngine.from_pretrained(bundle, run_dir / "target")
 
 
