@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
 NGRAM_PLANS = ("retrieve_ngrams", "learned_ngrams")
 """`retrieve_only` and `learned` once more, with longer contexts."""
-SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams")
+SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams", "paper")
 """What the learned policy must not be slower than, the learned plans themselves first."""
 
 

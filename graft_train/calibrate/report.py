@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -133,12 +134,17 @@ HEADER = ("plan", "passes: rows", "predicted", "measured", "error", "tau", "over
 
 
 def print_report(report: dict[str, Any], plans: dict[str, Plan]) -> None:
-    table = Table(title="plans on the calibration prompts, tokens/s", caption=f"graft is {report['graft_is']}")
-    for column in HEADER:
-        table.add_column(column, justify="left" if column in HEADER[:2] else "right")
+    """The stages of a plan do not fit beside its figures in a terminal: they come below."""
+    table = Table(title="plans on the calibration prompts, tokens/s", box=SIMPLE_HEAD, pad_edge=False)
+    shown = [index for index, column in enumerate(HEADER) if column != "passes: rows"]
+    for index in shown:
+        table.add_column(HEADER[index], justify="right" if index else "left", no_wrap=True)
     for row in rows_of(report, plans):
-        table.add_row(*row)
+        table.add_row(*(row[index] for index in shown), style="bold" if row[0] == report["graft_is"] else None)
     Console().print(table)
+    for name, plan in plans.items():
+        print(f"  {name}: {describe(plan)}")
+    print(f"graft is {report['graft_is']}")
 
 
 def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
