@@ -16,7 +16,8 @@ from pathlib import Path
 from graft_train.distill.divergence import LOSSES
 
 ROOT = Path(__file__).parents[1]
-ROWS = {name: [f"head.loss={name}"] for name in LOSSES} | {"muon": ["head.optimizer=muon"]}
+OPTIMIZERS = ("adamw", "muon")
+ROWS = {name: [f"head.loss={name}"] for name in LOSSES} | {name: [f"head.optimizer={name}"] for name in OPTIMIZERS}
 
 
 def train(name: str, overrides: list[str], run_dir: Path, arguments: list[str]) -> dict:

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
-from graft_inference.bundle import Bundle, load_successors, load_target_model
+from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
 from graft_inference.head_checkpoint import load_head
-from graft_train.calibrate import learn, plan_of
+from graft_train.calibrate import learn, plan_of, replay_sources
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.latency import measure_latency
 from graft_train.calibrate.race import race, ratio
@@ -86,7 +86,8 @@ def load_engine(run_dir: Path) -> GraftEngine:
     model, _ = load_target_model(run_dir / "target", "cpu", "float32")
     head = load_head(run_dir / "head")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
-    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors), model)
+    ngrams = load_ngrams(run_dir / "corpus" / "ngrams.safetensors", head.config.vocab_size)
+    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), model)
 
 
 def stage_prompts(run_dir: Path, count: int) -> dict[str, list[Tensor]]:
@@ -137,18 +138,17 @@ def measure(
         settings.beam_width,
         settings.max_passes,
         settings.repeats,
-        traces[first].template[: 2 * max(settings.widths)],
+        *(part.template[: 2 * max(settings.widths)] for part in (traces[first], traces[first].of_ngrams())),
     )
-    replays = {name: Replay(traces[name], latency, max(settings.widths)) for name in domains}
-    learned = {name: learn(settings, replay) for name, replay in replays.items()}
+    replays = {name: replay_sources(settings, traces[name], latency) for name in domains}
+    learned = {name: learn(settings, both) for name, both in replays.items()}
     found = []
     for name, prompts in domains.items():
-        replay = replays[name]
-        plans = contenders(settings, replay, learned, name)
-        raced = race(engine, prompts["evaluation"], plans, settings.max_new_tokens, temperature, settings.repeats)
-        predicted = {plan: replay.run(learned[name][plan])[0] for plan in learned[name]}
+        plans = contenders(settings, replays[name], learned, name)
+        raced = race_distinct(engine, prompts["evaluation"], plans, settings, settings.repeats)
+        predicted = {plan: replays[name][plans[plan].ngrams].run(plans[plan])[0] for plan in learned[name]}
         # The prediction is of the calibration prompts: it is held against the speed on those.
-        seen = race(engine, prompts["calibration"], learned[name], settings.max_new_tokens, temperature, 1)
+        seen = race_distinct(engine, prompts["calibration"], learned[name], settings, 1)
         found.append(
             {
                 "domain": name,
@@ -178,10 +178,20 @@ def trace(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor])
     )
 
 
+def race_distinct(
+    engine: GraftEngine, prompts: list[Tensor], plans: dict[str, Plan], settings: CalibrateConfig, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Plans that came out equal are raced once, under the first one's name."""
+    names = {plan: name for name, plan in reversed(plans.items())}
+    distinct = {name: plan for name, plan in plans.items() if names[plan] == name}
+    raced = race(engine, prompts, distinct, settings.max_new_tokens, settings.temperature, repeats)
+    return {name: raced[names[plan]] for name, plan in plans.items()}
+
+
 def contenders(
-    settings: CalibrateConfig, replay: Replay, learned: dict[str, dict[str, Plan]], domain: str
+    settings: CalibrateConfig, replays: tuple[Replay, ...], learned: dict[str, dict[str, Plan]], domain: str
 ) -> dict[str, Plan]:
-    """The plans of one race by name. Plans that came out equal are raced once each all the same."""
+    """The plans of one race by name."""
     plans = dict(learned[domain])
     plans["prune of learned"] = plans["learned"].without_retrieval()
     plans["paper as printed"] = paper_policy().graft
@@ -190,7 +200,7 @@ def contenders(
             plans[f"learned on {other}"] = learned[other]["learned"]
     for piece, change in PIECES.items():
         if change:
-            plans[piece] = plan_of("learned", replace(settings, **change), replay)
+            plans[piece] = plan_of("learned", replace(settings, **change), replays)
     plans["matrix learns from all"] = replace(plans["learned"], learns_accepted=False)
     return plans
 

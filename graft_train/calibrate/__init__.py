@@ -111,7 +111,7 @@ def _build(config: "Config", out: Path) -> None:
         traces.save(file, made_of)
     _check_enough(settings, len(traces))
     latency = _latency(config, engine, prompts, traces)
-    replays = _replays(settings, traces, latency)
+    replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
     measured = race(engine, prompts, plans, settings.max_new_tokens, settings.temperature, settings.repeats)
     speeds = {name: found["tokens_per_second"] for name, found in measured.items()}
@@ -144,7 +144,7 @@ def _renew(config: "Config", directory: Path) -> Path:
     traces = Traces.load(directory / "traces.safetensors", _made_of(config))
     engine = _engine(config)
     latency = _latency(config, engine, _prompts(config), traces)
-    replays = _replays(settings, traces, latency)
+    replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
     speeds = {name: replays[plan.ngrams].run(plan)[0] for name, plan in plans.items()}
     report = {
@@ -166,7 +166,8 @@ def _fastest(speeds: dict[str, float], kind: str) -> str:
     return max((name for name in names if name in speeds), key=speeds.__getitem__)
 
 
-def _replays(settings: CalibrateConfig, traces: Traces, latency: Latency) -> tuple[Replay, ...]:
+def replay_sources(settings: CalibrateConfig, traces: Traces, latency: Latency) -> tuple[Replay, ...]:
+    """Replays with the matrix, and with longer contexts where they may be used and were traced."""
     longer = settings.ngrams and traces.ngrams_TG.shape[1] > 0
     return tuple(Replay(traces, latency, max(settings.widths), ngrams) for ngrams in (False, True)[: 1 + longer])
 
