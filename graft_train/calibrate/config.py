@@ -28,7 +28,8 @@ class CalibrateConfig:
         calibrated: fit P(accepted); false takes each source's own probabilities as they are.
         learned_template: look up the rank paths most often accepted; false takes hand-made ones.
         retrieve_first: may leave out drafting where retrieval promises enough.
-        ngrams: try plans that follow the corpus's longer contexts too, if it has them; false: the matrix alone.
+        ngrams: try plans that follow the corpus's longer contexts too, if it has them: more tokens per round, a
+            dearer look-up.
         width_by_gain: every round takes the width with the best expected gain; false fixes one per stage.
     """
 
@@ -47,7 +48,7 @@ class CalibrateConfig:
     calibrated: bool = True
     learned_template: bool = True
     retrieve_first: bool = True
-    ngrams: bool = True
+    ngrams: bool = False
     width_by_gain: bool = True
 
     def __post_init__(self) -> None:

@@ -110,7 +110,7 @@ def test_latency_alone_needs_traces_of_these_weights(run_dir):
 
 def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
     save_file(tiny_ngrams(), run_dir / "corpus" / "ngrams.safetensors")
-    directory = calibrate(config_for(run_dir))
+    directory = calibrate(config_for(run_dir, ngrams=True))
     report = json.loads((directory / "report.json").read_text())
     longer = {"retrieve_ngrams", "learned_ngrams"}
     assert set(report["measured"]) == set(report["predicted"]) == set(report["frontier"]) == {*PLANS, *longer}
@@ -119,8 +119,8 @@ def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
     assert found["all"]["tokens_per_second"] >= found["no longer contexts"]["tokens_per_second"]
     policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
     assert policy.graft.ngrams == (report["graft_is"] in longer)
+    calibrate(config_for(run_dir, latency_only=True, ngrams=True))
     calibrate(config_for(run_dir, latency_only=True))
-    calibrate(config_for(run_dir, latency_only=True, ngrams=False))
     assert not Policy.from_dict(json.loads((directory / "policy.json").read_text())).needs_ngrams
 
 
