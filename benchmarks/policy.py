@@ -62,6 +62,7 @@ def main() -> None:
         widths=[1, 2, 4, 6, 8, 10, 12, 16],
         retrieval_depth=6,
         checkpoints=2,
+        ngrams=True,
         repeats=arguments.repeats,
     )
     domains = {
