@@ -12,6 +12,7 @@ intervals by bootstrap over prompts. About ten minutes on two cores.
 import argparse
 import json
 import sysconfig
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.report import PIECES, calibration, describe
 from graft_train.calibrate.traces import Traces, record_traces
-from graft_train.data.documents import DataConfig, read_documents
+from graft_train.data.chat import Chat
+from graft_train.data.documents import DataConfig, of_split, read_documents
 from graft_train.data.prompts import build_prompts
 from graft_train.data.samples import read_samples
 from graft_train.device import describe_device
@@ -110,18 +112,18 @@ def prose_prompts(target: Path, count: int) -> dict[str, list[Tensor]]:
             texts.setdefault(text[:500], {"id": str(path), "text": text})  # many packages carry one licence
     if len(texts) < 20:
         raise GraftError("site-packages holds too little prose: install the packages of constraints.txt")
-    records = Path(target).parent / "prose.jsonl"
-    records.write_text("".join(json.dumps(record) + "\n" for record in texts.values()), encoding="utf-8")
-    try:
-        documents = read_documents(DataConfig(path=str(records), calibration_share=0.45, evaluation_share=0.45))
-    finally:
-        records.unlink()
     tokenizer = AutoTokenizer.from_pretrained(target)
-    found = {}
-    for split in ("calibration", "evaluation"):
-        mine = [document for document in documents if document.split == split]
-        prompts = build_prompts(mine, tokenizer, count=count, prompt_tokens=48, max_tokens=48, seed=0)
-        found[split] = [torch.tensor(prompt.ids) for prompt in prompts]
+    # Documents read their text when it is asked for: the file stays until the prompts are made.
+    with tempfile.TemporaryDirectory() as directory:
+        records = Path(directory) / "prose.jsonl"
+        records.write_text("".join(json.dumps(record) + "\n" for record in texts.values()), encoding="utf-8")
+        config = DataConfig(path=str(records), prompt_tokens=48, calibration_share=0.45, evaluation_share=0.45)
+        documents = read_documents(config)
+        found = {}
+        for split in ("calibration", "evaluation"):
+            mine = of_split(documents, split, config)
+            prompts = build_prompts(mine, Chat(tokenizer, set()), config, count=count, max_tokens=48, seed=0)
+            found[split] = [torch.tensor(prompt.ids) for prompt in prompts]
     return found
 
 
