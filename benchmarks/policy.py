@@ -24,13 +24,11 @@ from transformers import AutoTokenizer
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
 from graft_inference.head_checkpoint import load_head
-from graft_train.calibrate import learn, plan_of, replay_sources
+from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, trace
 from graft_train.calibrate.config import CalibrateConfig
-from graft_train.calibrate.latency import measure_latency
 from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.report import PIECES, calibration, describe
-from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, of_split, read_documents
 from graft_train.data.prompts import build_prompts
@@ -132,17 +130,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Learns on each domain's calibration prompts, races on each domain's evaluation prompts."""
     settings = replace(settings, temperature=temperature)
-    traces = {name: trace(engine, settings, prompts["calibration"]) for name, prompts in domains.items()}
+    traces = {name: trace(settings, engine, prompts["calibration"]) for name, prompts in domains.items()}
     first = next(iter(domains))
-    latency = measure_latency(
-        engine,
-        domains[first]["calibration"],
-        settings.widths,
-        settings.beam_width,
-        settings.max_passes,
-        settings.repeats,
-        *(part.template[: 2 * max(settings.widths)] for part in (traces[first], traces[first].of_ngrams())),
-    )
+    latency = latency_of(settings, engine, domains[first]["calibration"], traces[first])
     replays = {name: replay_sources(settings, traces[name], latency) for name in domains}
     learned = {name: learn(settings, both) for name, both in replays.items()}
     found = []
@@ -166,19 +156,6 @@ def measure(
             }
         )
     return found
-
-
-def trace(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor]) -> Traces:
-    return record_traces(
-        engine,
-        prompts,
-        settings.max_new_tokens,
-        settings.beam_width,
-        settings.max_passes,
-        settings.retrieval_depth,
-        4 * max(settings.widths),
-        settings.temperature,
-    )
 
 
 def race_distinct(

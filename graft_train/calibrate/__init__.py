@@ -98,19 +98,10 @@ def _build(config: "Config", out: Path) -> None:
     if file.exists():  # an interrupted run's
         traces = Traces.load(file, made_of)
     else:
-        traces = record_traces(
-            engine,
-            prompts,
-            settings.max_new_tokens,
-            settings.beam_width,
-            settings.max_passes,
-            settings.retrieval_depth,
-            4 * max(settings.widths),
-            settings.temperature,
-        )
+        traces = trace(settings, engine, prompts)
         traces.save(file, made_of)
     _check_enough(settings, len(traces))
-    latency = _latency(config, engine, prompts, traces)
+    latency = latency_of(settings, engine, prompts, traces)
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
     measured = race(engine, prompts, plans, settings.max_new_tokens, settings.temperature, settings.repeats)
@@ -143,7 +134,7 @@ def _renew(config: "Config", directory: Path) -> Path:
     settings = config.policy
     traces = Traces.load(directory / "traces.safetensors", _made_of(config))
     engine = _engine(config)
-    latency = _latency(config, engine, _prompts(config), traces)
+    latency = latency_of(settings, engine, _prompts(config), traces)
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
     speeds = {name: replays[plan.ngrams].run(plan)[0] for name, plan in plans.items()}
@@ -225,8 +216,22 @@ def _engine(config: "Config") -> GraftEngine:
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), load_target(config))
 
 
-def _latency(config: "Config", engine: GraftEngine, prompts: list[Tensor], traces: Traces) -> Latency:
-    settings = config.policy
+def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor]) -> Traces:
+    """Traces of these prompts, with room for more retrieved nodes than any plan verifies."""
+    return record_traces(
+        engine,
+        prompts,
+        settings.max_new_tokens,
+        settings.beam_width,
+        settings.max_passes,
+        settings.retrieval_depth,
+        4 * max(settings.widths),
+        settings.temperature,
+    )
+
+
+def latency_of(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: Traces) -> Latency:
+    """This device's latency table, with the templates that plans would look up."""
     templates = [part.template[: 2 * max(settings.widths)] for part in (traces, traces.of_ngrams())]
     if not settings.ngrams:
         templates = templates[:1]

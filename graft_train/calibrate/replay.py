@@ -13,8 +13,6 @@ from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.scale import fit_scale
 from graft_train.calibrate.traces import Traces
 
-NEVER = torch.iinfo(torch.int32).max
-
 
 @dataclass
 class Outcome:

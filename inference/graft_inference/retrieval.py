@@ -24,18 +24,14 @@ class Level:
 
     Attributes:
         rows, parents, ranks: of each node: its row, its parent's, its rank among the parent's successors.
-        inner: the distinct parents.
-        places: place of each node's parent in `inner`.
-        flat: place of each node in [inner, ranks up to the template's greatest], flattened.
-        above: place of each of `inner` among the nodes of the level above; of the root, 0.
-        parents_above: place of their parents among the `inner` of the level above; of the root's, 0.
+        flat: place of each node in [distinct parents, ranks up to the template's greatest], flattened.
+        above: place of each distinct parent among the nodes of the level above; of the root, 0.
+        parents_above: place of their parents among the distinct parents of the level above; of the root's, 0.
     """
 
     rows: Tensor
     parents: Tensor
     ranks: Tensor
-    inner: Tensor
-    places: Tensor
     flat: Tensor
     above: Tensor
     parents_above: Tensor
@@ -67,12 +63,11 @@ class Template:
         self.parents_T = column([rows[path[:-1]] for path in paths])
         self.depths_T = column([len(path) for path in paths])
         self.ranks_T = column([path[-1] if path else 0 for path in paths])
-        self.depth = max(map(len, paths))
         self.max_rank = max((path[-1] for path in rank_paths), default=-1)
         self.levels = []
         above: list[RankPath] = [()]
         above_inner = [0]
-        for depth in range(1, self.depth + 1):
+        for depth in range(1, max(map(len, paths)) + 1):
             level = [path for path in paths if len(path) == depth]
             inner = sorted({rows[path[:-1]] for path in level})
             self.levels.append(
@@ -80,8 +75,6 @@ class Template:
                     rows=column([rows[path] for path in level]),
                     parents=column([rows[path[:-1]] for path in level]),
                     ranks=column([path[-1] for path in level]),
-                    inner=column(inner),
-                    places=column([inner.index(rows[path[:-1]]) for path in level]),
                     flat=column([inner.index(rows[path[:-1]]) * (self.max_rank + 1) + path[-1] for path in level]),
                     above=column([above.index(paths[row]) for row in inner]),
                     parents_above=column([above_inner.index(rows[paths[row][:-1]]) for row in inner]),
