@@ -31,3 +31,5 @@ def run_recipe(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
         # Hydra would add advice about its own traces to anything but an exit.
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from .tiny import tiny_head, tiny_model
 ROOT = Path(__file__).parents[2]
 
 RANK = """
-import json, sys
+import json, os, sys
 import torch
 from torch import distributed
 from transformers import AutoModelForCausalLM
@@ -37,7 +37,8 @@ except GraftError as error:
     found.append(str(error))
 if distributed.get_rank() == 0:
     open(out, "w").write(json.dumps(found))
-distributed.destroy_process_group()
+distributed.barrier()
+os._exit(0)  # gloo's threads may still hold Python objects, and an interpreter that is ending aborts on them
 """
 
 

@@ -34,6 +34,8 @@ loop.train_step = counted_step
 if saving:
     checkpoint.write_json = dying_write
 distill(make_run(directory, **changes))
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may still hold Python objects, and an interpreter that is ending aborts on them
 """
 
 
