@@ -4,7 +4,8 @@
     python benchmarks/losses.py run_dir=runs/qwen3_8b experiment=qwen3_8b head.max_steps=2000
 
 Trains a head per row into {run_dir}/losses/NAME, from the target and the samples of the run; other arguments are
-the recipe's. A row that is there already is not trained again.
+the recipe's. "scratch" rows show which losses can train a new head at all; "continued" ones go on from the forward
+KL's head. A row that is there already is not trained again.
 """
 
 import json
@@ -16,8 +17,17 @@ from pathlib import Path
 from graft_train.distill.divergence import LOSSES
 
 ROOT = Path(__file__).parents[1]
-OPTIMIZERS = ("adamw", "muon")
-ROWS = {name: [f"head.loss={name}"] for name in LOSSES} | {name: [f"head.optimizer={name}"] for name in OPTIMIZERS}
+ADAMW_RATES = (1e-3, 2.5e-3, 5e-3)
+
+
+def rows(run_dir: Path) -> dict[str, list[str]]:
+    """The settings of every head by its name."""
+    first = run_dir.resolve() / "losses" / "forward_kl" / "head"
+    whole = {"forward_kl": [], "survival": ["head.loss=survival"]}
+    adamw = {f"adamw_{rate:g}": ["head.optimizer=adamw", f"head.learning_rate={rate}"] for rate in ADAMW_RATES}
+    scratch = {f"scratch_{loss}": [f"head.loss={loss}", "head.max_steps=200"] for loss in LOSSES}
+    goes_on = [f"head.init_from={first}", "head.max_steps=300", "head.learning_rate=1e-3"]
+    return whole | adamw | scratch | {f"continued_{loss}": [f"head.loss={loss}", *goes_on] for loss in LOSSES}
 
 
 def train(name: str, overrides: list[str], run_dir: Path, arguments: list[str]) -> dict:
@@ -36,8 +46,9 @@ def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     if "run_dir" not in given:
         sys.exit("which run? python benchmarks/losses.py run_dir=runs/quickstart")
+    run_dir = Path(given["run_dir"])
     others = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
-    results = {name: train(name, overrides, Path(given["run_dir"]), others) for name, overrides in ROWS.items()}
+    results = {name: train(name, overrides, run_dir, others) for name, overrides in rows(run_dir).items()}
     print("| head | steps | tau in the engine | tau, teacher-forced | acceptance by step | seconds |")
     print("|---|---:|---:|---:|---|---:|")
     for name, result in results.items():
