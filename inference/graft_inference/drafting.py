@@ -255,7 +255,7 @@ def _propose(drafter: Drafter, hidden: list[Tensor]) -> list[tuple[Tensor, Tenso
     logp_Bk, draft_ids_Bk = logp_BD.topk(drafter.beam_width, dim=-1)
     tokens_Bk = drafter.head.target_ids[draft_ids_Bk]
     counts = [len(part) for part in hidden]
-    return list(zip(logp_Bk.split(counts), tokens_Bk.split(counts), strict=True))
+    return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
 
 
 def _pass(rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
@@ -272,7 +272,7 @@ def _pass(rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
     embed = head.embed_tokens or target.embed
     embedding_1SH = embed(_joined([part.tokens_A for part in rows])[None]).to(feature_AH.dtype)
     hidden_1SH = head.midlayer(embedding_1SH, feature_AH[None], _rope(rows), attend)
-    return list(hidden_1SH[0].split(counts))
+    return _parted(hidden_1SH[0], counts)
 
 
 def _rope(rows: list[HeadRows]) -> tuple[Tensor, Tensor]:
@@ -286,3 +286,7 @@ def _rope(rows: list[HeadRows]) -> tuple[Tensor, Tensor]:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parted(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    return [rows] if len(counts) == 1 else list(rows.split(counts))
