@@ -21,7 +21,7 @@ from .ngrams import NgramSource, NgramTable, RequestNgrams
 from .packed_linear import pack_linears
 from .policy import Plan, Policy
 from .prefix import KeptPrefix
-from .prompts import NO_PAD_TOKEN, Prompts
+from .prompts import Prompts
 from .request import Request
 from .retrieval import SuccessorMatrix
 from .round import Emitted, run_round
@@ -169,7 +169,7 @@ class GraftEngine:
             GraftError: an empty or overlong prompt, a bad argument, or no memory for the caches.
         """
         request = Request(max_new_tokens, temperature, method, seed, plan, **options)
-        prompts = self._prompts(input_ids, attention_mask, request)
+        prompts = request.prompts(input_ids, attention_mask, self.target.model, self.eos_token_ids, self.tokenizer)
         each = [GenerationStats() for _ in prompts.prompts]
         logprobs: list[list[Tensor]] | None = [[] for _ in each] if request.return_logprobs else None
         tokens: list[list[int]] = [[] for _ in each]
@@ -194,24 +194,11 @@ class GraftEngine:
     ) -> Iterator[int]:
         """Yields token ids of one prompt as they are accepted. Arguments as `generate`; `stats` is filled meanwhile."""
         request = Request(max_new_tokens, temperature, method, seed, **options)
-        prompts = self._prompts(input_ids, None, request)
+        prompts = request.prompts(input_ids, None, self.target.model, self.eos_token_ids, self.tokenizer)
         if len(prompts) > 1:
             raise GraftError(f"a batch of {len(prompts)} prompts cannot be streamed: stream them one by one")
         for _, token in self._decode(prompts, request, [stats if stats is not None else GenerationStats()]):
             yield token
-
-    def _prompts(
-        self, input_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, request: Request
-    ) -> Prompts:
-        config: Any = self.target.model.generation_config
-        known = (request.pad_token_id, getattr(self.tokenizer, "pad_token_id", None), config.pad_token_id)
-        pad = next((one for one in (*known, *sorted(self.eos_token_ids)) if one is not None), None)
-        prompts = Prompts.of(input_ids, attention_mask, pad, self.eos_token_ids)
-        if len(prompts) > 1 and request.streamer is not None:
-            raise GraftError("a streamer follows one prompt: leave it out of a batch, or pass prompts one by one")
-        if len(prompts) > 1 and pad is None and (request.stop_strings or request.stopping_criteria):
-            raise GraftError(NO_PAD_TOKEN)
-        return prompts
 
     def _decode(
         self,

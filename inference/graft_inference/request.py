@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .errors import GraftError
 from .policy import Plan
-from .prompts import Prompts
+from .prompts import NO_PAD_TOKEN, Prompts
 from .sampling import CONTEXT_FREE, Sampler
 from .target import Target
 
@@ -79,6 +79,28 @@ class Request:
     return_logprobs: bool = False
     pad_token_id: int | None = None
     padding_counts: bool = False
+
+    def prompts(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | None,
+        model: Any,
+        eos_token_ids: Set[int],
+        tokenizer: Any | None,
+    ) -> Prompts:
+        """The prompts, and what pads them.
+
+        Raises:
+            GraftError: what `Prompts.of` raises, or a batch with a streamer.
+        """
+        known = (self.pad_token_id, getattr(tokenizer, "pad_token_id", None), model.generation_config.pad_token_id)
+        pad = next((one for one in (*known, *sorted(eos_token_ids)) if one is not None), None)
+        prompts = Prompts.of(input_ids, attention_mask, pad, eos_token_ids)
+        if len(prompts) > 1 and self.streamer is not None:
+            raise GraftError("a streamer follows one prompt: leave it out of a batch, or pass prompts one by one")
+        if len(prompts) > 1 and pad is None and (self.stop_strings or self.stopping_criteria):
+            raise GraftError(NO_PAD_TOKEN)
+        return prompts
 
     def rows(self, prompts: Prompts, target: Target, eos_token_ids: Set[int], tokenizer: Any | None) -> list["Row"]:
         """What each prompt asks, before any pass.

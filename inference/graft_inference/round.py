@@ -14,11 +14,10 @@ from torch import Tensor
 
 from .drafting import Draft, Drafter, begin_all, deepen_all
 from .policy import Stage
-from .retrieval import SuccessorMatrix
 from .state import DecodeState
 from .target import Target, TargetOutput
 from .tree import DraftTree, Source, root_tree
-from .verification import Acceptance, accept
+from .verification import Acceptance, accept, learn
 
 Emitted = tuple[list[int], list[str]]
 """Tokens that a round emits for one prompt, and where each came from."""
@@ -167,7 +166,7 @@ def _keep_branch(
         if state.plan.learns_accepted:
             state.successors.update(tree.tokens_N[path_A], output.logits_NV[path_A])
         else:
-            _learn(state.successors, tree, output.logits_NV, acceptance)
+            learn(state.successors, tree, output.logits_NV, acceptance)
     state.fresh_tokens_A = acceptance.emitted_D[:count]
     state.fresh_taps_AE = output.taps_NE[path_A]
     state.root_1 = state.fresh_tokens_A[-1:]
@@ -178,19 +177,6 @@ def _keep_branch(
         state.history_S = torch.cat((state.history_S, state.fresh_tokens_A))
     if state.logprobs is not None and logp_N is not None:
         state.logprobs.append(logp_N[path_A])
-
-
-def _learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:
-    """Every verified node updates the matrix; accepted nodes win conflicts, then those earlier in the tree.
-
-    Empty rows pose as the root, which outranks them.
-    """
-    row_N = torch.arange(len(tree), device=logits_NV.device)
-    empty_N = tree.sources_N == Source.EMPTY
-    rank_N = acceptance.accepted_N * 2 * len(tree) - row_N - empty_N * 2 * len(tree)
-    order_N = rank_N.argsort()
-    tokens_N = torch.where(empty_N, tree.tokens_N[0], tree.tokens_N)
-    successors.update(tokens_N[order_N], logits_NV[order_N])
 
 
 def _read(records: list[Tensor]) -> list[list[Any]]:
