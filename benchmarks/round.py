@@ -158,9 +158,9 @@ def count(engine: GraftEngine, prompt: Tensor, plan: Plan, rounds: int) -> tuple
         counts.reads += 1
         return read(tensor)
 
-    def counted(state: Any) -> Any:
+    def counted(states: Any) -> Any:
         before = counts.reads, counts.operators
-        emitted = run(state)
+        emitted = run(states)
         found.append((counts.reads - before[0], counts.operators - before[1]))
         return emitted
 

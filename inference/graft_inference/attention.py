@@ -1,5 +1,6 @@
 """Attention of a tree over cache and itself, registered with transformers as `graft_tree`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,22 +69,22 @@ class Visibility:
 def tree_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Sequence[Tensor],
+    value: Tensor | Sequence[Tensor],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    visible: Visibility | None = None,
+    visible: Visibility | Sequence[Visibility] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of N queries over K keys. Grouped query heads become query rows, which saves repeating K and V.
+    """Attention of N queries over K keys, or of several segments of queries, each over keys of its own.
 
     Args:
-        query: [1, q_heads, N, D]; key, value: [1, kv_heads, K, D].
-        visible: which keys each query sees.
+        query: [1, q_heads, N, D]; key, value: [1, kv_heads, K, D], one of each per segment.
+        visible: which keys each query sees; of several segments, that of each.
         sliding_window: keys this far back, and further, are hidden.
         softcap: scores s become softcap * tanh(s / softcap).
         s_aux: attention sinks, one logit per query head that takes part in the softmax and has no value.
@@ -93,6 +94,25 @@ def tree_attention(
     """
     if visible is None:
         raise GraftError("this model serves a GraftEngine: call engine.target.release() to use it otherwise")
+    settings = (scaling, sliding_window, softcap, s_aux)
+    if isinstance(visible, Visibility):
+        return _attend(query, key, value, visible, *settings).transpose(1, 2), None  # type: ignore[arg-type]
+    queries = query.split([len(one.positions_N) for one in visible], dim=2)
+    segments = zip(queries, key, value, visible, strict=True)
+    return torch.cat([_attend(*segment, *settings) for segment in segments], dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visibility,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Of one segment, [1, q_heads, N, D]. Grouped query heads become query rows, which saves repeating K and V."""
     groups, queries = query.shape[1] // key.shape[1], query.shape[2]
     mask = visible.mask(sliding_window, groups, query.device)
     start = visible.first_key(sliding_window)
@@ -107,8 +127,7 @@ def tree_attention(
         )
     else:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    out = out.reshape(1, query.shape[1], queries, -1)
-    return out.transpose(1, 2), None
+    return out.reshape(1, query.shape[1], queries, -1)
 
 
 def _explicit(

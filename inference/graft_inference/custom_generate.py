@@ -48,22 +48,23 @@ def generate(
     revision: str | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Continues one prompt exactly as `model.generate` would, only faster.
+    """Continues a prompt, or a batch of them, exactly as `model.generate` would, only faster.
 
     transformers prepares the request: lengths, special tokens, logits processors and stopping criteria are
-    those of a plain `generate`. Sampling is reproducible under `torch.manual_seed`, but other draws than
-    those of a plain `generate` come out (of the same distribution; the same ones for every method).
+    those of a plain `generate`, and so is the padding of a batch, on the left. Sampling is reproducible under
+    `torch.manual_seed`, but other draws than those of a plain `generate` come out (of the same distribution; the
+    same ones for every method).
 
     Args:
         draft: where the bundle is now, if it was moved after its export.
         method: one of `policy.METHODS`.
-        streamer: gets the prompt, then every token as it is accepted.
+        streamer: gets the prompt, then every token as it is accepted; not of a batch.
         tokenizer: if given, checked to be the one the bundle was made for. `stop_strings` need it.
         revision: of the bundle, where it is on the Hub.
         kwargs: as for `model.generate`.
 
     Returns:
-        Prompt and new tokens, [1, prompt + new] int64.
+        Prompts and new tokens, [B, prompt + new] int64, padded on the right after the end of a sequence.
 
     Raises:
         GraftError: a setting that would change the output and is not supported, or a bundle that does not
@@ -84,7 +85,10 @@ def generate(
         generation_config: GenerationConfig,
         **prepared: Any,
     ) -> Tensor:
-        _check_supported(generation_config, input_ids, prepared.get("attention_mask"))
+        attention_mask = prepared.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        _check_supported(generation_config, input_ids, attention_mask)
         check = model not in _bundles
         bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
         engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check)
@@ -93,6 +97,10 @@ def generate(
         try:
             return engine.generate(
                 input_ids,
+                attention_mask=attention_mask,
+                padding_counts=True,
+                # Without an end of sequence a plain `generate` fills stopped sequences with what comes next.
+                pad_token_id=generation_config.pad_token_id or 0,
                 # The temperature itself is one of the processors.
                 temperature=float(generation_config.do_sample),
                 method=method,
@@ -112,22 +120,20 @@ def generate(
     return sequences
 
 
-def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask: Tensor) -> None:
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise GraftError(
             f"{config.get_generation_mode().value} is not supported with Graft: decode greedily or sample, "
             "with num_beams=1 and no assistant"
         )
-    if len(input_ids) != 1:
+    if not bool(attention_mask[:, -1].all()):
         raise GraftError(
-            f"a batch of {len(input_ids)} sequences: Graft decodes one, so pass prompts one by one, "
-            "and leave num_return_sequences at 1"
+            "attention_mask (or a pad token at the end of a prompt) hides a prompt's last token, from which it is "
+            "continued: pad on the left (padding_side='left'), or pass attention_mask=torch.ones_like(input_ids)"
         )
-    if attention_mask is not None and not bool(attention_mask.bool().all()):
-        raise GraftError(
-            "attention_mask (or a pad token in the prompt) hides part of the prompt: pass it without "
-            "padding, or with attention_mask=torch.ones_like(input_ids)"
-        )
+    of_prompt = config.encoder_repetition_penalty not in (None, 1.0) or config.encoder_no_repeat_ngram_size
+    if len(input_ids) > 1 and of_prompt:
+        raise GraftError("encoder_repetition_penalty and encoder_no_repeat_ngram_size: pass prompts one by one")
     if config.return_dict_in_generate:
         raise GraftError("return_dict_in_generate=True is not supported: leave it out to get the sequences")
 

@@ -1,5 +1,6 @@
 """From draft head to scored candidate nodes, one pass at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -101,7 +102,7 @@ class Drafter:
         weight = self.head.fc.weight
         # No token beyond the limit is ever emitted, and its position must not change the others' frequencies.
         positions_1S = torch.arange(capacity, device=weight.device)[None].clamp(max=self.target.max_positions - 1)
-        self._rope = self.head.rotary_emb(weight, positions_1S)
+        self.rope = self.head.rotary_emb(weight, positions_1S)
         self._own_kk = torch.eye(beam_width, dtype=torch.bool, device=weight.device)
         self.beam_width = beam_width
 
@@ -127,79 +128,165 @@ class Drafter:
             tokens_A: the token after each position.
             taps_AE: the target's tapped states at these positions.
         """
+        return read_all([self], [(tokens_A, taps_AE)])[0]
+
+    def begin(self, tokens_A: Tensor, taps_AE: Tensor) -> Draft:
+        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens."""
+        return begin_all([self], [(tokens_A, taps_AE)])[0]
+
+    def deepen(self, draft: Draft) -> Draft:
+        """One more pass: expands the best of the last one's children."""
+        return deepen_all([self], [draft])[0]
+
+    def caught_up(self, tokens_A: Tensor, taps_AE: Tensor) -> tuple[Tensor, Tensor]:
+        """What `read` has to read: these positions, and before them those that were deferred."""
         if self._deferred:
             self.defer(tokens_A, taps_AE)
             tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
             self._deferred = []
-        count = len(tokens_A)
+        return tokens_A, taps_AE
+
+    def line(self, tokens_A: Tensor) -> "HeadRows":
+        """Rows that stand in a line behind what was read; they count as read from now on."""
+        start, count = self.length, len(tokens_A)
         causal_AK = None
-        if count > 1 and self.length:
-            shape = (count, self.length + count)
-            causal_AK = torch.ones(shape, dtype=torch.bool, device=tokens_A.device).tril_(self.length)
-        feature_AH = self.head.fuse(taps_AE)
-        hidden_AH = self._pass(tokens_A, feature_AH, self.length, count, self.length, causal_AK)
+        if count > 1 and start:
+            causal_AK = torch.ones((count, start + count), dtype=torch.bool, device=tokens_A.device).tril_(start)
         self.length += count
-        return hidden_AH
+        return HeadRows(self, tokens_A, start, count, start, causal_AK)
 
-    def begin(self, tokens_A: Tensor, taps_AE: Tensor) -> Draft:
-        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens."""
-        hidden_1H = self.read(tokens_A, taps_AE)[-1:]
-        root_1 = tokens_A[-1:]
-        logp_1k, tokens_1k = self._propose(hidden_1H)
-        zero_1 = torch.zeros_like(root_1)
-        visible_1K = torch.ones((1, self.length), dtype=torch.bool, device=root_1.device)
-        paths_k = child_paths(zero_1, tokens_1k[0])
-        return Draft(root_1, [Layer(tokens_1k[0], logp_1k[0], paths_k, zero_1, hidden_1H, visible_1K)])
-
-    def deepen(self, draft: Draft) -> Draft:
-        """One more pass: expands the best of the last one's children."""
-        k, last = self.beam_width, draft.layers[-1]
-        best = last.logp_C.topk(k)
-        parent_k = best.indices // k
+    def branches(self, draft: Draft, chosen_k: Tensor, parent_k: Tensor) -> "HeadRows":
+        """The rows of the last pass's children that are expanded; they stand at one position."""
+        last = draft.layers[-1]
         visible_kK = torch.cat((last.visible_AK[parent_k], self._own_kk), dim=1)
-        start = visible_kK.shape[1] - k
-        position = self.length + draft.passes - 1
-        hidden_kH = self._pass(last.tokens_C[best.indices], last.hidden_AH[parent_k], position, 1, start, visible_kK)
-        logp_kk, tokens_kk = self._propose(hidden_kH)
+        start = visible_kK.shape[1] - self.beam_width
+        return HeadRows(self, last.tokens_C[chosen_k], self.length + draft.passes - 1, 1, start, visible_kK)
+
+
+@dataclass
+class HeadRows:
+    """One prompt's rows in a pass of the head.
+
+    Attributes:
+        position, positions: the rows stand at so many consecutive positions; at one, all of them.
+        start: row of the cache where their keys and values are written.
+        visible_AK: which rows of the cache they see; None for plain causal.
+    """
+
+    drafter: Drafter
+    tokens_A: Tensor
+    position: int
+    positions: int
+    start: int
+    visible_AK: Tensor | None
+
+    def attend(self, query_BQSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor) -> Tensor:
+        keys, values = self.drafter.keys, self.drafter.values
+        end = self.start + len(self.tokens_A)
+        keys[:, :, self.start : end] = key_BKSD
+        values[:, :, self.start : end] = value_BKSD
+        return F.scaled_dot_product_attention(
+            query_BQSD,
+            keys[:, :, :end],
+            values[:, :, :end],
+            attn_mask=self.visible_AK,
+            is_causal=self.visible_AK is None and len(self.tokens_A) > 1,
+            enable_gqa=self.drafter.groups > 1,
+        )
+
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, [1, positions, D] each."""
+        cos_1SD, sin_1SD = (table[:, self.position : self.position + self.positions] for table in self.drafter.rope)
+        return cos_1SD, sin_1SD
+
+
+def read_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """`Drafter.read` for several prompts, in one pass of their head."""
+    fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
+    feature_AH = drafters[0].head.fuse(_joined([taps_AE for _, taps_AE in fresh]))
+    return _pass([drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)], feature_AH)
+
+
+def begin_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Draft]:
+    """`Drafter.begin` for several prompts, in one pass of their head."""
+    hidden = [hidden_AH[-1:] for hidden_AH in read_all(drafters, fresh)]
+    drafts = []
+    for drafter, (tokens_A, _), hidden_1H, (logp_1k, tokens_1k) in zip(
+        drafters, fresh, hidden, _propose(drafters[0], hidden), strict=True
+    ):
+        root_1 = tokens_A[-1:]
+        zero_1 = torch.zeros_like(root_1)
+        visible_1K = torch.ones((1, drafter.length), dtype=torch.bool, device=root_1.device)
+        paths_k = child_paths(zero_1, tokens_1k[0])
+        drafts.append(Draft(root_1, [Layer(tokens_1k[0], logp_1k[0], paths_k, zero_1, hidden_1H, visible_1K)]))
+    return drafts
+
+
+def deepen_all(drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Draft]:
+    """`Drafter.deepen` for several prompts of one beam width, in one pass of their head."""
+    k = drafters[0].beam_width
+    best = [draft.layers[-1].logp_C.topk(k) for draft in drafts]
+    parents = [one.indices // k for one in best]
+    rows = [
+        drafter.branches(draft, one.indices, parent_k)
+        for drafter, draft, one, parent_k in zip(drafters, drafts, best, parents, strict=True)
+    ]
+    features = [draft.layers[-1].hidden_AH[parent_k] for draft, parent_k in zip(drafts, parents, strict=True)]
+    hidden = _pass(rows, _joined(features))
+    deeper = []
+    for draft, one, part, hidden_kH, (logp_kk, tokens_kk) in zip(
+        drafts, best, rows, hidden, _propose(drafters[0], hidden), strict=True
+    ):
         layer = Layer(
             tokens_kk.flatten(),
-            (best.values[:, None] + logp_kk).flatten(),
-            child_paths(last.paths_C[best.indices, None], tokens_kk).flatten(),
-            best.indices + (1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])),
+            (one.values[:, None] + logp_kk).flatten(),
+            child_paths(draft.layers[-1].paths_C[one.indices, None], tokens_kk).flatten(),
+            one.indices + (1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])),
             hidden_kH,
-            visible_kK,
+            part.visible_AK,  # type: ignore[arg-type]
         )
-        return Draft(draft.root_1, [*draft.layers, layer])
+        deeper.append(Draft(draft.root_1, [*draft.layers, layer]))
+    return deeper
 
-    def _propose(self, hidden_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and target ids of the beam_width likeliest children, [B, k] each."""
-        logp_BD = self.head.logits(hidden_BH).float().log_softmax(dim=-1)
-        logp_Bk, draft_ids_Bk = logp_BD.topk(self.beam_width, dim=-1)
-        return logp_Bk, self.head.target_ids[draft_ids_Bk]
 
-    def _pass(
-        self, tokens_A: Tensor, feature_AH: Tensor, position: int, positions: int, start: int, mask_AK: Tensor | None
-    ) -> Tensor:
-        """Runs the layer over A rows, writing their keys and values at `start`.
+def _propose(drafter: Drafter, hidden: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of each prompt: log-probabilities and target ids of the likeliest children of its rows, [rows, k] each."""
+    logp_BD = drafter.head.logits(_joined(hidden)).float().log_softmax(dim=-1)
+    logp_Bk, draft_ids_Bk = logp_BD.topk(drafter.beam_width, dim=-1)
+    tokens_Bk = drafter.head.target_ids[draft_ids_Bk]
+    counts = [len(part) for part in hidden]
+    return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
 
-        Args:
-            position, positions: the rows stand at so many consecutive positions; at one, all of them.
-        """
-        end = start + len(tokens_A)
 
-        def attend(query_BQSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor) -> Tensor:
-            self.keys[:, :, start:end] = key_BKSD
-            self.values[:, :, start:end] = value_BKSD
-            return F.scaled_dot_product_attention(
-                query_BQSD,
-                self.keys[:, :, :end],
-                self.values[:, :, :end],
-                attn_mask=mask_AK,
-                is_causal=mask_AK is None and len(tokens_A) > 1,
-                enable_gqa=self.groups > 1,
-            )
+def _pass(rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
+    """Runs the layer over the rows of all prompts, one behind the other: its outputs at each one's, [rows, H]."""
+    head, target = rows[0].drafter.head, rows[0].drafter.target
+    counts = [len(part.tokens_A) for part in rows]
 
-        embed = self.head.embed_tokens or self.target.embed
-        embedding_BSH = embed(tokens_A[None]).to(feature_AH.dtype)
-        cos_1SD, sin_1SD = (table[:, position : position + positions] for table in self._rope)
-        return self.head.midlayer(embedding_BSH, feature_AH[None], (cos_1SD, sin_1SD), attend)[0]
+    def attend(*query_key_value: Tensor) -> Tensor:
+        if len(rows) == 1:
+            return rows[0].attend(*query_key_value)
+        parts = zip(rows, *(tensor.split(counts, dim=2) for tensor in query_key_value), strict=True)
+        return torch.cat([part.attend(*tensors) for part, *tensors in parts], dim=2)
+
+    embed = head.embed_tokens or target.embed
+    embedding_1SH = embed(_joined([part.tokens_A for part in rows])[None]).to(feature_AH.dtype)
+    hidden_1SH = head.midlayer(embedding_1SH, feature_AH[None], _rope(rows), attend)
+    return _parted(hidden_1SH[0], counts)
+
+
+def _rope(rows: list[HeadRows]) -> tuple[Tensor, Tensor]:
+    """cos and sin of all rows, [1, rows, D]; [1, 1, D] where one prompt's rows share a position."""
+    if len(rows) == 1:
+        return rows[0].rope()
+    tables = [[table.expand(-1, len(part.tokens_A), -1) for table in part.rope()] for part in rows]
+    cos_1SD, sin_1SD = (torch.cat(table, dim=1) for table in zip(*tables, strict=True))
+    return cos_1SD, sin_1SD
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parted(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    return [rows] if len(counts) == 1 else list(rows.split(counts))

@@ -8,27 +8,29 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .bundle import Bundle, load_bundle, load_target_model
 from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
 from .errors import GraftError
-from .grafting import Grafter
+from .grafting import Grafter, check_sources
 from .kv_cache import TreeCache
 from .ngrams import NgramSource, NgramTable, RequestNgrams
 from .packed_linear import pack_linears
-from .policy import Plan, Policy, Stage
+from .policy import Plan, Policy
 from .prefix import KeptPrefix
+from .prompts import Prompts
 from .request import Request
 from .retrieval import SuccessorMatrix
+from .round import Emitted, run_round
 from .sampling import Sampler
 from .self_check import self_check
 from .state import DecodeState
 from .stats import Generation, GenerationStats, PhaseClock
-from .target import Target, TargetOutput
-from .tree import DraftTree, Source, root_tree
-from .verification import Acceptance, accept
+from .target import Target
+from .tree import root_tree
 
 SCOPES = ("request", "engine", "frozen")
 
@@ -144,31 +146,41 @@ class GraftEngine:
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Sequence[Tensor],
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         method: str = "graft",
         seed: int | None = None,
         plan: Plan | None = None,
+        attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Generation:
-        """Continues one prompt.
+        """Continues one prompt, or a batch of prompts at the same time.
+
+        Each prompt of a batch has its own trees, and ends for itself; one pass of the target serves all of them.
+        Kept prefixes are neither used nor replaced by a batch.
 
         Args:
-            input_ids: [prompt] or [1, prompt] int64.
+            input_ids: [prompt] or [1, prompt] int64; a batch as [B, prompt] or as a list of [prompt].
+            attention_mask: [B, prompt], 0 for padding, which stands on the left or the right of a prompt.
             max_new_tokens, temperature, method, seed, plan, options: the attributes of `Request`.
 
         Raises:
             GraftError: an empty or overlong prompt, a bad argument, or no memory for the caches.
         """
         request = Request(max_new_tokens, temperature, method, seed, plan, **options)
-        stats = GenerationStats()
-        prompt = _prompt(input_ids)
-        logprobs: list[Tensor] | None = [] if request.return_logprobs else None
-        tokens = list(self._decode(prompt, request, stats, logprobs))
-        new = torch.tensor([tokens], dtype=torch.long, device=input_ids.device)
-        sequences = torch.cat((prompt[None].to(input_ids.device), new), dim=1)
-        return Generation(sequences, stats, torch.cat(logprobs)[: len(tokens)] if logprobs else None)
+        prompts = request.prompts(input_ids, attention_mask, self.target.model, self.eos_token_ids, self.tokenizer)
+        each = [GenerationStats() for _ in prompts.prompts]
+        logprobs: list[list[Tensor]] | None = [[] for _ in each] if request.return_logprobs else None
+        tokens: list[list[int]] = [[] for _ in each]
+        for index, token in self._decode(prompts, request, each, logprobs):
+            tokens[index].append(token)
+        sequences = prompts.with_new(tokens)
+        if logprobs is None:
+            return Generation(sequences, GenerationStats.together(each), each)
+        lines = [torch.cat(parts)[: len(line)] for parts, line in zip(logprobs, tokens, strict=True)]
+        found = lines[0] if len(lines) == 1 else pad_sequence(lines, batch_first=True)
+        return Generation(sequences, GenerationStats.together(each), each, found)
 
     def stream(
         self,
@@ -180,61 +192,57 @@ class GraftEngine:
         stats: GenerationStats | None = None,
         **options: Any,
     ) -> Iterator[int]:
-        """Yields token ids as they are accepted. Arguments as `generate`; `stats` is filled meanwhile."""
+        """Yields token ids of one prompt as they are accepted. Arguments as `generate`; `stats` is filled meanwhile."""
         request = Request(max_new_tokens, temperature, method, seed, **options)
-        yield from self._decode(_prompt(input_ids), request, stats if stats is not None else GenerationStats())
+        prompts = request.prompts(input_ids, None, self.target.model, self.eos_token_ids, self.tokenizer)
+        if len(prompts) > 1:
+            raise GraftError(f"a batch of {len(prompts)} prompts cannot be streamed: stream them one by one")
+        for _, token in self._decode(prompts, request, [stats if stats is not None else GenerationStats()]):
+            yield token
 
     def _decode(
-        self, prompt_S: Tensor, request: Request, stats: GenerationStats, logprobs: list[Tensor] | None = None
-    ) -> Iterator[int]:
+        self,
+        prompts: Prompts,
+        request: Request,
+        each: Sequence[GenerationStats],
+        logprobs: Sequence[list[Tensor]] | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """Yields tokens as they are accepted, with the index of their prompt."""
         plan = request.plan or self.policy.plan(request.method)
-        new_tokens = request.new_tokens(len(prompt_S), self.target.max_positions)
-        self._check(prompt_S, plan)
+        check_sources(plan, self.successors, self.ngrams)
         if request.temperature and request.seed is None and self.target.is_parallel:
             raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
-        sampler = request.sampler(len(prompt_S), self.eos_token_ids, self.target.device)
-        is_last = request.stopper(prompt_S, new_tokens, self.eos_token_ids, self.tokenizer)
+        rows = request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)
         if request.streamer is not None:
-            request.streamer.put(prompt_S[None].cpu())
-        # Not a decorator: inference mode must not leak to the caller between two tokens.
-        with self._lock, torch.inference_mode():
-            state, first = self._prefill(prompt_S, new_tokens, sampler, plan, stats, logprobs)
-        tokens, sources = [first], ["prefill"]
-        done = False
-        while not done:
-            for token, source in zip(tokens, sources, strict=True):
-                stats.emitted += 1
-                if source != "prefill":
-                    stats.accepted[source] += 1
-                done = is_last(token)
-                if request.streamer is not None:
-                    request.streamer.put(torch.tensor([token]))
-                yield token
-                if done:
-                    break
-            else:
+            request.streamer.put(prompts.padded_BS.cpu())
+        states, emitted = {}, {}
+        for index, (row, stats) in enumerate(zip(rows, each, strict=True)):
+            found = None if logprobs is None else logprobs[index]
+            # Not a decorator: inference mode must not leak to the caller between two tokens.
+            with self._lock, torch.inference_mode():
+                state, first = self._prefill(
+                    row.prompt_S, row.new_tokens, row.sampler, plan, stats, found, row.seen_S, resumes=len(rows) == 1
+                )
+            states[index], emitted[index] = state, ([first], ["prefill"])
+        while states:
+            for index, (tokens, sources) in emitted.items():
+                for token, source in zip(tokens, sources, strict=True):
+                    each[index].count(source)
+                    done = rows[index].is_last(token)
+                    if request.streamer is not None:
+                        request.streamer.put(torch.tensor([token]))
+                    yield index, token
+                    if done:
+                        state = states.pop(index)
+                        break
+            if states:
                 with self._lock, torch.inference_mode():
-                    tokens, sources = self._round(state)
+                    emitted = dict(zip(states, self._round(list(states.values())), strict=True))
         if request.streamer is not None:
             request.streamer.end()
-        if self.keep_prefix:
-            self._keep(prompt_S, state)
-
-    def _check(self, prompt_S: Tensor, plan: Plan) -> None:
-        if int(prompt_S.min()) < 0 or int(prompt_S.max()) >= self.target.config.vocab_size:
-            raise GraftError(f"the prompt has token ids outside the vocabulary of {self.target.config.vocab_size}")
-        if plan.retrieves and plan.max_rank >= self.successors.ids_VK.shape[1]:
-            raise GraftError(
-                f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps "
-                f"{self.successors.ids_VK.shape[1]} successors: calibrate again with this corpus"
-            )
-        if plan.retrieves and plan.scale and self.successors.probs_VK is None:
-            raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
-        if plan.ngrams and (self.ngrams is None or self.successors.probs_VK is None):
-            raise GraftError(
-                "the plan follows longer contexts, but the engine has no n-gram table or its matrix no probabilities: "
-                "build the corpus with corpus.ngrams=true"
-            )
+        if self.keep_prefix and len(rows) == 1:
+            with self._lock:
+                self._kept = KeptPrefix.of(rows[0].prompt_S, state)
 
     def _prefill(
         self,
@@ -244,11 +252,19 @@ class GraftEngine:
         plan: Plan,
         stats: GenerationStats,
         logprobs: list[Tensor] | None = None,
+        seen_S: Tensor | None = None,
+        resumes: bool = True,
     ) -> tuple[DecodeState, int]:
-        """Reads the prompt piece by piece and emits the first token."""
+        """Reads the prompt piece by piece and emits the first token.
+
+        Args:
+            seen_S: what logits processors take for the prompt, if not `prompt_S`.
+            resumes: whether a kept prefix may be used, which only one request can.
+        """
         clock = PhaseClock(stats.seconds, self.target.device)
         prompt_S = prompt_S.to(self.target.device)
-        cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats)
+        seen_S = prompt_S if seen_S is None else seen_S.to(self.target.device)
+        cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats, resumes)
         ngrams = self._ngrams(plan, successors)
         if ngrams is not None:
             ngrams.read(prompt_S)
@@ -261,7 +277,7 @@ class GraftEngine:
             if drafter is not None and cache.length < len(prompt_S):
                 drafter.read(prompt_S[start + 1 : cache.length + 1], output.taps_NE)
         tree = root_tree(prompt_S[-1:])
-        root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, prompt_S, logprobs is not None)
+        root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, seen_S, logprobs is not None)
         if logprobs is not None and logp_1 is not None:
             logprobs.append(logp_1)
         if ngrams is not None:
@@ -280,7 +296,7 @@ class GraftEngine:
             root_1=root_1,
             fresh_tokens_A=torch.cat((prompt_S[start + 1 :], root_1)),
             fresh_taps_AE=output.taps_NE,
-            history_S=torch.cat((prompt_S, root_1)) if sampler.needs_history else None,
+            history_S=torch.cat((seen_S, root_1)) if sampler.needs_history else None,
             tokens=[first],
             logprobs=logprobs,
             stats=stats,
@@ -298,7 +314,7 @@ class GraftEngine:
         return NgramSource(self.ngrams, successors, self._contexts)
 
     def _caches(
-        self, prompt_S: Tensor, new_tokens: int, plan: Plan, stats: GenerationStats
+        self, prompt_S: Tensor, new_tokens: int, plan: Plan, stats: GenerationStats, resumes: bool
     ) -> tuple[TreeCache, Drafter | None, SuccessorMatrix | None]:
         """Those of this request, holding what the last one left of the same text."""
         committed = len(prompt_S) + new_tokens
@@ -307,7 +323,9 @@ class GraftEngine:
         successors = None
         if plan.retrieves:
             successors = self.successors.clone() if self.retrieval_scope == "request" else self.successors
-        kept, self._kept = self._kept, None
+        kept = None
+        if resumes:
+            kept, self._kept = self._kept, None
         stats.reused = kept.shared(prompt_S, plan.drafts) if kept else 0
         if kept is None or not stats.reused:
             drafter = Drafter(self.head, self.target, plan.beam_width, head_rows) if plan.drafts else None
@@ -316,113 +334,11 @@ class GraftEngine:
             successors = kept.successors
         return *kept.resume(stats.reused, plan, rows, head_rows), successors
 
-    def _keep(self, prompt_S: Tensor, state: DecodeState) -> None:
-        """Leaves a finished request's caches to the next one. The last token emitted is not in them."""
-        device = self.target.device
-        tokens_S = torch.cat((prompt_S.to(device), torch.tensor(state.tokens[:-1], dtype=torch.long, device=device)))
-        with self._lock:
-            self._kept = KeptPrefix(tokens_S, len(prompt_S), state.cache, state.drafter, state.successors)
-
-    def _round(self, state: DecodeState) -> tuple[list[int], list[str]]:
-        """One target pass: the tokens it emits and where each came from."""
-        clock = state.clock
-        clock.start()
-        stage, drafted = self._draft(state)
-        clock.mark("draft")
-        tree = self._graft(state, stage, drafted)
-        max_depth = state.grafter.depths[stage.passes]
-        ancestors_NN = tree.ancestors(max_depth)
-        clock.mark("graft")
-        output = self.target.verify(tree, ancestors_NN, state.cache)
-        clock.mark("verify")
-        drawn_N, logp_N = state.sampler.draw(
-            tree, output.logits_NV, state.place, max_depth, state.history_S, state.logprobs is not None
-        )
-        acceptance = accept(tree, ancestors_NN, drawn_N, max_depth)
-        emitted = self._commit(state, tree, output, acceptance, logp_N)
-        state.stats.rounds += 1
-        state.stats.stages[stage.name] += 1
-        clock.mark("commit")
-        return emitted
-
-    def _draft(self, state: DecodeState) -> tuple[Stage, DraftTree]:
-        """Drafts from checkpoint to checkpoint until the head is unsure; the passes after that never run."""
-        stages = state.plan.stages
-        state.retrieved = None
-        if state.drafter is None:
-            return stages[0], root_tree(state.root_1)
-        if stages[0].passes == 0:
-            state.retrieved = state.grafter.retrieve(stages[0], state.ngrams or state.successors, state.root_1)
-            if state.grafter.skips_drafting(stages[0], state.retrieved):
-                state.drafter.defer(state.fresh_tokens_A, state.fresh_taps_AE)
-                return stages[0], root_tree(state.root_1)
-            stages = stages[1:]
-        draft = state.drafter.begin(state.fresh_tokens_A, state.fresh_taps_AE)
-        for stage in stages:
-            while draft.passes < stage.passes:
-                draft = state.drafter.deepen(draft)
-            if stage is stages[-1] or bool(draft.confidence <= stage.threshold):
-                break
-        return stage, draft.candidates
-
-    def _graft(self, state: DecodeState, stage: Stage, drafted: DraftTree) -> DraftTree:
-        """The best nodes of both sources."""
-        if state.retrieved is None:
-            state.retrieved = state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1)
-        return state.grafter.tree(stage, drafted, state.retrieved)
-
-    def _commit(
-        self, state: DecodeState, tree: DraftTree, output: TargetOutput, acceptance: Acceptance, logp_N: Tensor | None
-    ) -> tuple[list[int], list[str]]:
-        """Keeps the accepted branch and teaches the matrix; the round's one host read is here."""
-        record = torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N[acceptance.path_D])).tolist()
-        depths = len(acceptance.path_D)
-        count, tokens, sources = record[0], record[1 : 1 + depths], record[1 + depths :]
-        path_A = acceptance.path_D[:count]
-        state.cache.commit_branch(path_A)
-        if state.successors is not None and state.learns:
-            if state.plan.learns_accepted:
-                state.successors.update(tree.tokens_N[path_A], output.logits_NV[path_A])
-            else:
-                _learn(state.successors, tree, output.logits_NV, acceptance)
-        state.fresh_tokens_A = acceptance.emitted_D[:count]
-        state.root_1 = state.fresh_tokens_A[-1:]
-        if state.ngrams is not None:
-            state.ngrams.read(state.fresh_tokens_A)
-        state.fresh_taps_AE = output.taps_NE[path_A]
-        state.place += count
-        state.tokens += tokens[:count]
-        if state.history_S is not None:
-            state.history_S = torch.cat((state.history_S, state.fresh_tokens_A))
-        if state.logprobs is not None and logp_N is not None:
-            state.logprobs.append(logp_N[path_A])
-        # Emitted token i is the node at depth i + 1; the last one is nobody's proposal.
-        names = [Source(source).name.lower() for source in sources[1:count]] + ["bonus"]
-        return tokens[:count], names
+    def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:
+        """One target pass for all of them: the tokens it emits for each, and where each came from."""
+        return run_round(self.target, states)
 
     def _grafter(self, plan: Plan) -> Grafter:
         if plan not in self._grafters:
             self._grafters[plan] = Grafter(plan, self.target.device)
         return self._grafters[plan]
-
-
-def _learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:
-    """Every verified node updates the matrix; accepted nodes win conflicts, then those earlier in the tree.
-
-    Empty rows pose as the root, which outranks them.
-    """
-    row_N = torch.arange(len(tree), device=logits_NV.device)
-    empty_N = tree.sources_N == Source.EMPTY
-    rank_N = acceptance.accepted_N * 2 * len(tree) - row_N - empty_N * 2 * len(tree)
-    order_N = rank_N.argsort()
-    tokens_N = torch.where(empty_N, tree.tokens_N[0], tree.tokens_N)
-    successors.update(tokens_N[order_N], logits_NV[order_N])
-
-
-def _prompt(input_ids: Tensor) -> Tensor:
-    prompt = input_ids[0] if input_ids.dim() == 2 and len(input_ids) == 1 else input_ids
-    if prompt.dim() != 1 or len(prompt) == 0:
-        raise GraftError(
-            f"input_ids of shape {list(input_ids.shape)}: pass one non-empty prompt, [length] or [1, length]"
-        )
-    return prompt

@@ -3,10 +3,27 @@
 import torch
 from torch import Tensor
 
-from .ngrams import NgramSource
+from .errors import GraftError
+from .ngrams import NgramSource, NgramTable
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
 from .tree import DraftTree, Source, compete, merge
+
+
+def check_sources(plan: Plan, successors: SuccessorMatrix, ngrams: NgramTable | None) -> None:
+    """Raises GraftError where a plan looks up what the sources do not have."""
+    if plan.retrieves and plan.max_rank >= successors.k:
+        raise GraftError(
+            f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps {successors.k} "
+            "successors: calibrate again with this corpus"
+        )
+    if plan.retrieves and plan.scale and successors.probs_VK is None:
+        raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
+    if plan.ngrams and (ngrams is None or successors.probs_VK is None):
+        raise GraftError(
+            "the plan follows longer contexts, but the engine has no n-gram table or its matrix no probabilities: "
+            "build the corpus with corpus.ngrams=true"
+        )
 
 
 class Grafter:
@@ -39,12 +56,12 @@ class Grafter:
             tree.logp_N = score(self._retrieved_T2, tree.logp_N)
         return tree
 
-    def skips_drafting(self, stage: Stage, retrieved: DraftTree | None) -> bool:
-        """Whether what was retrieved promises so many tokens that the head is not asked. One host read."""
-        return retrieved is not None and bool(retrieved.logp_N.exp().sum() > stage.threshold)
+    def skips_drafting(self, stage: Stage, retrieved: DraftTree) -> Tensor:
+        """Whether what was retrieved promises so many tokens that the head is not asked, [1] bool."""
+        return (retrieved.logp_N.exp().sum() > stage.threshold)[None]
 
     def tree(self, stage: Stage, drafted: DraftTree, retrieved: DraftTree | None) -> DraftTree:
-        """The nodes to verify.
+        """The best nodes, as many as the stage verifies at most.
 
         Args:
             drafted: every node the head proposed.
@@ -58,17 +75,15 @@ class Grafter:
             trees.append(retrieved)
             scores.append(retrieved.logp_N)
         tree = compete(trees, scores, stage.rows)
-        if stage.prices:
-            tree = tree.first(self._best_width(stage, tree))
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
         return tree
 
-    def _best_width(self, stage: Stage, tree: DraftTree) -> int:
-        """The width whose expected tokens exceed its price the most. One host read."""
+    def best_width(self, stage: Stage, tree: DraftTree) -> Tensor:
+        """Which of the stage's widths has the most expected tokens above its price, [1] int64."""
         expected_N = tree.logp_N.exp().cumsum(0)
         worth = expected_N[self._widths[stage.passes] - 1] - self._prices[stage.passes]
-        return stage.widths[int(worth.argmax())]
+        return worth.argmax(dim=0, keepdim=True)
 
 
 def _table(pairs: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """A preallocated key/value cache that can keep one branch of a tree."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -119,6 +120,30 @@ class TreeCache(Cache):
                 buffer[index, :, :rows] = getattr(layer, name)[0, :, :rows]
                 setattr(layer, name, buffer[index : index + 1])
                 layer.is_initialized = True
+
+
+class PackedCaches(Cache):
+    """The caches of several prompts, under one pass whose rows are theirs, one prompt behind the other.
+
+    Args:
+        rows: of each prompt in the pass.
+    """
+
+    def __init__(self, caches: Sequence[TreeCache], rows: list[int]) -> None:
+        super().__init__(layers=list(caches[0].layers))
+        self.caches = caches
+        self.rows = rows
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Writes each prompt's rows to its own cache, and returns each one's valid keys and values.
+
+        Attention functions get what it returns as it is, so nothing is copied into one tensor.
+        """
+        parts = zip(self.caches, key_states.split(self.rows, dim=2), value_states.split(self.rows, dim=2), strict=True)
+        keys, values = zip(*(cache.update(key, value, layer_idx) for cache, key, value in parts), strict=True)
+        return list(keys), list(values)
 
 
 def allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """What a finished request leaves behind, for the next turn of its chat."""
 
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from .drafting import Drafter
 from .kv_cache import TreeCache
 from .policy import Plan
 from .retrieval import SuccessorMatrix
+from .state import DecodeState
 
 
 @dataclass
@@ -24,6 +27,13 @@ class KeptPrefix:
     cache: TreeCache
     drafter: Drafter | None
     successors: SuccessorMatrix | None
+
+    @classmethod
+    def of(cls, prompt_S: Tensor, state: DecodeState) -> Self:
+        """What the request leaves. The last token emitted is not in its caches."""
+        device = state.root_1.device
+        tokens_S = torch.cat((prompt_S.to(device), torch.tensor(state.tokens[:-1], dtype=torch.long, device=device)))
+        return cls(tokens_S, len(prompt_S), state.cache, state.drafter, state.successors)
 
     def shared(self, prompt_S: Tensor, drafts: bool) -> int:
         """Tokens of a new prompt that need not be read again; its last one always is, for its logits."""

@@ -1,8 +1,9 @@
 """What a caller asks of one generation."""
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .errors import GraftError
 from .policy import Plan
-from .sampling import Sampler
+from .prompts import NO_PAD_TOKEN, Prompts
+from .sampling import CONTEXT_FREE, Sampler
+from .target import Target
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -31,11 +34,15 @@ DEFAULT_NEW_TOKENS = 128
 class Request:
     """One generation's settings; they mean what they mean in transformers' `generate`.
 
+    A batch gives each prompt what it would get alone: lengths are counted without padding, logits processors (of
+    which each prompt has a copy of its own) and stopping criteria are asked prompt by prompt, [1, length].
+
     Attributes:
         max_new_tokens: 128 unless `max_length` is given.
         temperature: 0 is greedy.
         method: one of `policy.METHODS`.
         seed: of the sampling; the same seed gives the same text, whatever the method. None: another each time.
+            Prompt i of a batch, counted from 0, has the seed `seed + i`.
         plan: used instead of the method's own.
         max_length: tokens of prompt and continuation, instead of max_new_tokens.
         min_new_tokens: no end-of-sequence token before that many.
@@ -47,6 +54,10 @@ class Request:
         stopping_criteria: asked after every token.
         streamer: gets the prompt, then every token as it is accepted.
         return_logprobs: whether `Generation.logprobs` is wanted.
+        pad_token_id: fills up the shorter sequences of a batch; else the tokenizer's, the model's, or the end of
+            sequence.
+        padding_counts: lengths include the padding of a prompt, and processors and criteria see it, as in
+            transformers' `generate`.
     """
 
     max_new_tokens: int | None = None
@@ -66,6 +77,58 @@ class Request:
     stopping_criteria: Iterable[Any] = ()
     streamer: BaseStreamer | None = None
     return_logprobs: bool = False
+    pad_token_id: int | None = None
+    padding_counts: bool = False
+
+    def prompts(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | None,
+        model: Any,
+        eos_token_ids: Set[int],
+        tokenizer: Any | None,
+    ) -> Prompts:
+        """The prompts, and what pads them.
+
+        Raises:
+            GraftError: what `Prompts.of` raises, or a batch with a streamer.
+        """
+        known = (self.pad_token_id, getattr(tokenizer, "pad_token_id", None), model.generation_config.pad_token_id)
+        pad = next((one for one in (*known, *sorted(eos_token_ids)) if one is not None), None)
+        prompts = Prompts.of(input_ids, attention_mask, pad, eos_token_ids)
+        if len(prompts) > 1 and self.streamer is not None:
+            raise GraftError("a streamer follows one prompt: leave it out of a batch, or pass prompts one by one")
+        if len(prompts) > 1 and pad is None and (self.stop_strings or self.stopping_criteria):
+            raise GraftError(NO_PAD_TOKEN)
+        return prompts
+
+    def rows(self, prompts: Prompts, target: Target, eos_token_ids: Set[int], tokenizer: Any | None) -> list["Row"]:
+        """What each prompt asks, before any pass.
+
+        Raises:
+            GraftError: a token id outside the vocabulary, too many tokens, or a setting that does not work.
+        """
+        rows = []
+        for index, (prompt_S, padded_S) in enumerate(zip(prompts.prompts, prompts.padded_BS, strict=True)):
+            if int(prompt_S.min()) < 0 or int(prompt_S.max()) >= target.config.vocab_size:
+                raise GraftError(f"the prompt has token ids outside the vocabulary of {target.config.vocab_size}")
+            own = self._of_prompt(index) if len(prompts) > 1 else self
+            seen_S = padded_S if self.padding_counts else prompt_S
+            new_tokens = own.new_tokens(len(seen_S), target.max_positions)
+            sampler = own.sampler(len(seen_S), eos_token_ids, target.device)
+            stopper = own.stopper(seen_S, new_tokens, eos_token_ids, tokenizer)
+            rows.append(Row(prompt_S, seen_S, new_tokens, sampler, stopper))
+        return rows
+
+    def _of_prompt(self, index: int) -> Self:
+        try:
+            processors = [one if type(one) in CONTEXT_FREE else deepcopy(one) for one in self.logits_processor]
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            raise GraftError(
+                f"each prompt of a batch needs logits processors of its own, but one cannot be copied ({error}): "
+                "pass prompts one by one"
+            ) from error
+        return replace(self, seed=None if self.seed is None else self.seed + index, logits_processor=processors)
 
     def new_tokens(self, prompt_length: int, limit: int) -> int:
         """Most tokens to emit.
@@ -127,6 +190,23 @@ class Request:
             strings = [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings)
             criteria.append(StopStringCriteria(tokenizer, strings))
         return Stopper(prompt_S, new_tokens, eos_token_ids, criteria)
+
+
+@dataclass
+class Row:
+    """One prompt of a generation, and what it asks.
+
+    Attributes:
+        seen_S: what logits processors and stopping criteria take for the prompt.
+        new_tokens: most tokens to emit.
+        is_last: told every emitted token.
+    """
+
+    prompt_S: Tensor
+    seen_S: Tensor
+    new_tokens: int
+    sampler: Sampler
+    is_last: "Stopper"
 
 
 class Stopper:

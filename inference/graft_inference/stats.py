@@ -2,7 +2,9 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ class GenerationStats:
     """What one generation did.
 
     Attributes:
-        rounds: target passes after the prefill.
+        rounds: target passes after the prefill; of a batch, the sum over its prompts, which share their passes.
         emitted: new tokens, the prefill's first one included.
         reused: tokens of the prompt whose keys and values the previous request left.
         seconds: wall time by phase. `graft` is look-up and merging, `commit` acceptance, cache and matrix.
@@ -29,11 +31,36 @@ class GenerationStats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     accepted: dict[str, int] = field(default_factory=lambda: {"drafted": 0, "retrieved": 0, "bonus": 0})
     stages: Counter[str] = field(default_factory=Counter)
+    prompts: int = 1
+
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self:
+        """Of all prompts, which were read one after the other and decoded at the same time."""
+        if len(parts) == 1:
+            return parts[0]
+        # The one that was under way longest took part in every pass.
+        seconds = {phase: max(part.seconds[phase] for part in parts) for phase in PHASES}
+        seconds["prefill"] = sum(part.seconds["prefill"] for part in parts)
+        return cls(
+            rounds=sum(part.rounds for part in parts),
+            emitted=sum(part.emitted for part in parts),
+            reused=sum(part.reused for part in parts),
+            seconds=seconds,
+            accepted={name: sum(part.accepted[name] for part in parts) for name in parts[0].accepted},
+            stages=sum((part.stages for part in parts), Counter()),
+            prompts=len(parts),
+        )
+
+    def count(self, source: str) -> None:
+        """One more token: of the "prefill", or of a round by its source."""
+        self.emitted += 1
+        if source != "prefill":
+            self.accepted[source] += 1
 
     @property
     def tau(self) -> float:
-        """Acceptance length: tokens per target pass, bonus included, the prefill's token not; 1 for AR."""
-        return (self.emitted - 1) / self.rounds if self.rounds else 1.0
+        """Acceptance length: a prompt's tokens per pass, bonus included, the prefill's token not; 1 for AR."""
+        return (self.emitted - self.prompts) / self.rounds if self.rounds else 1.0
 
     @property
     def decode_seconds(self) -> float:
@@ -42,19 +69,25 @@ class GenerationStats:
     @property
     def tokens_per_second(self) -> float:
         """Decoding speed; the prefill and its token are not counted."""
-        return (self.emitted - 1) / self.decode_seconds if self.rounds else 0.0
+        return (self.emitted - self.prompts) / self.decode_seconds if self.rounds else 0.0
 
 
 @dataclass
 class Generation:
-    """Attributes:
-    sequences: prompt and new tokens, [1, prompt + new] int64.
-    logprobs: natural log-probability of every new token under the distribution it was taken from (after
-        processors and temperature), [new] float32; None unless asked for.
+    """What came out; of a batch of B prompts, the new tokens begin at the same column for all.
+
+    Attributes:
+        sequences: the prompts as they were passed (those of a list padded on the left) and the new tokens, padded
+            on the right, [B, prompt + new] int64.
+        stats: of all prompts together.
+        each: the statistics of every prompt; its seconds are those in which it was under way.
+        logprobs: natural log-probability of every new token under the distribution it was taken from (after
+            processors and temperature), [new] float32; of a batch [B, new], 0 for padding. None unless asked for.
     """
 
     sequences: Tensor
     stats: GenerationStats
+    each: list[GenerationStats]
     logprobs: Tensor | None = None
 
 

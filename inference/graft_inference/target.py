@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .attention import ATTENTION, Visibility
 from .errors import GraftError
-from .kv_cache import TreeCache
+from .kv_cache import PackedCaches, TreeCache
 from .tree import DraftTree
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
@@ -135,18 +135,46 @@ class Target:
 
     def verify(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> TargetOutput:
         """One pass over all rows of a tree, each seeing the cache and its own ancestors. Commits nothing."""
+        return self.forward(tree.tokens_N, cache, self._visible(tree, ancestors_NN, cache))
+
+    def verify_all(
+        self, trees: Sequence[DraftTree], ancestors: Sequence[Tensor], caches: Sequence[TreeCache]
+    ) -> list[TargetOutput]:
+        """`verify` for the trees of several prompts, in one pass: none sees another's cache or tree."""
+        if len(trees) == 1:
+            return [self.verify(trees[0], ancestors[0], caches[0])]
+        rows = [len(tree) for tree in trees]
+        visible = [self._visible(*one) for one in zip(trees, ancestors, caches, strict=True)]
+        output = self.forward(torch.cat([tree.tokens_N for tree in trees]), PackedCaches(caches, rows), visible)
+        return list(map(TargetOutput, output.logits_NV.split(rows), output.taps_NE.split(rows)))
+
+    def _visible(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> Visibility:
         positions_N = cache.length + tree.depths_N
         if rope_type(self.config) in SWITCHING_ROPE:
             # No token beyond the limit is ever emitted, and its position must not change the other rows.
             positions_N = positions_N.clamp(max=self.max_positions - 1)
-        return self.forward(tree.tokens_N, cache, Visibility(positions_N, cache.length, ancestors_NN))
+        return Visibility(positions_N, cache.length, ancestors_NN)
 
-    def forward(self, tokens_N: Tensor, cache: TreeCache, visible: Visibility, all_logits: bool = True) -> TargetOutput:
-        """One pass over N rows that see the cache and each other as `visible` says. Commits nothing."""
+    def forward(
+        self,
+        tokens_N: Tensor,
+        cache: TreeCache | PackedCaches,
+        visible: Visibility | list[Visibility],
+        all_logits: bool = True,
+    ) -> TargetOutput:
+        """One pass over N rows that see the cache and each other as `visible` says. Commits nothing.
+
+        Args:
+            cache, visible: of several prompts, whose rows are one behind the other: their caches, and what each sees.
+        """
+        if isinstance(visible, Visibility):
+            positions_N = visible.positions_N
+        else:
+            positions_N = torch.cat([one.positions_N for one in visible])
         last_only = {} if all_logits or not self._keeps_last else {"logits_to_keep": 1}
         output = self.model(
             input_ids=tokens_N[None],
-            position_ids=visible.positions_N[None],
+            position_ids=positions_N[None],
             past_key_values=cache,
             use_cache=True,
             visible=visible,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, set_seed
 from transformers.generation.streamers import BaseStreamer
 
@@ -73,6 +74,39 @@ def test_the_request_decides_which_token_ends_it(model, bundle, as_list):
     other = next(token for token in range(VOCAB) if token not in free)
     unended = generate(prompt(9), model=model, draft=bundle, **(settings | {"eos_token_id": other}))
     assert unended[0, 9:].tolist() == free
+
+
+LEFT = {"padding_value": PAD, "batch_first": True, "padding_side": "left"}
+PADDED = pad_sequence([prompt(length, length)[0] for length in (4, 9, 6)], **LEFT)
+BATCH = {"inputs": PADDED, "attention_mask": (torch.arange(9) >= torch.tensor([[5], [0], [3]])).long()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_length": 20},
+        {"eos_token_id": list(range(0, VOCAB, 7))},
+        {"eos_token_id": list(range(0, VOCAB, 7)), "min_new_tokens": 4},
+        {"eos_token_id": list(range(0, VOCAB, 7)), "min_length": 13},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(0, VOCAB, 2))},
+        {"stop_strings": ["a", "e", "y"], "eos_token_id": 0, "tokenizer": tiny_tokenizer()},
+    ],
+)
+def test_a_batch_padded_on_the_left_equals_plain_generate(model, bundle, settings):
+    settings = {"pad_token_id": PAD, **({} if "max_length" in settings else {"max_new_tokens": 25}), **settings}
+    expected = model.generate(**BATCH, **settings)
+    for method in ("graft", "autoregressive"):
+        assert generate(**BATCH, model=model, draft=bundle, method=method, **settings).tolist() == expected.tolist()
+
+
+def test_several_sequences_of_one_prompt_differ(model, bundle):
+    settings = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "temperature": 5.0, "num_return_sequences": 3}
+    ours = generate(prompt(9), model=model, draft=bundle, **settings)
+    assert ours[:, :9].tolist() == prompt(9).tolist() * 3
+    assert len(set(map(str, ours.tolist()))) == 3
 
 
 def test_a_stopping_criterion_is_asked_after_every_token(model, bundle):
@@ -165,11 +199,12 @@ def test_the_model_comes_back_as_it_was(model, bundle, monkeypatch):
     [
         ({"num_beams": 2}, "beam_search is not supported"),
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation is not supported"),
-        ({"num_return_sequences": 2, "do_sample": True, "top_k": 0}, "a batch of 2 sequences"),
-        ({"inputs": torch.zeros(2, 4, dtype=torch.long)}, "a batch of 2 sequences"),
-        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]])}, "without padding"),
+        ({"inputs": prompt(8).view(2, 4), "streamer": Recorder()}, "a streamer follows one prompt"),
+        ({"inputs": prompt(8).view(2, 4), "encoder_no_repeat_ngram_size": 2}, "pass prompts one by one"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 0]])}, "pad on the left"),
         # transformers takes pad tokens of a prompt for padding, unless a mask says otherwise.
-        ({"pad_token_id": int(prompt(9)[0, 4])}, "or with attention_mask=torch.ones_like"),
+        ({"pad_token_id": int(prompt(9)[0, 4])}, "holes in prompt 0"),
+        ({"pad_token_id": int(prompt(9)[0, 8])}, "or pass attention_mask=torch.ones_like"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
         ({"stop_strings": ["a"]}, "stop_strings need a tokenizer"),
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [1]}, "prefix_allowed_tokens_fn"),

@@ -10,6 +10,7 @@ from scipy.stats import chi2
 from transformers import LogitsProcessorList
 
 from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage
+from graft_inference import round as rounds
 from graft_inference.engine import GraftEngine
 from graft_inference.ngrams import NgramSource, NgramTable
 from graft_inference.retrieval import SuccessorMatrix
@@ -321,10 +322,10 @@ def count_committed(engine: GraftEngine) -> list[int]:
     counts: list[int] = []
     inner = engine._round
 
-    def counted(state):
-        tokens, sources = inner(state)
-        counts.append(len(tokens))
-        return tokens, sources
+    def counted(states):
+        emitted = inner(states)
+        counts.extend(len(tokens) for tokens, _ in emitted)
+        return emitted
 
     engine._round = counted
     return counts
@@ -367,7 +368,7 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
                 stats = GenerationStats()
                 with torch.inference_mode():
                     state, first = engine._prefill(full[:end], 20, GREEDY, engine.policy.plan(method), stats)
-                    tokens[method], _ = engine._round(state)
+                    ((tokens[method], _),) = engine._round([state])
                 assert first == int(full[end])
                 stages[method] = stats.stages
             assert stages["graft"] == stages["prune"]
@@ -381,15 +382,15 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
 def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch, family):
     """The head got the right states and tokens of the accepted branch, at the right positions."""
     engine = small_engine(family)
-    draft = engine._draft
+    draft = rounds.draft
     drafted = []
 
-    def kept(state):
-        stage, tree = draft(state)
-        drafted.append((state.stats.emitted, tree))
-        return stage, tree
+    def kept(states):
+        ((stage, tree),) = draft(states)
+        drafted.append((states[0].stats.emitted, tree))
+        return [(stage, tree)]
 
-    monkeypatch.setattr(engine, "_draft", kept)
+    monkeypatch.setattr(rounds, "draft", kept)
     full = engine.generate(prompt(5, 1, SMALL), 40, method="eagle3").sequences[0]
     monkeypatch.undo()
     assert len(drafted) < 35  # of 39, had no branch been kept
@@ -398,7 +399,7 @@ def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch
         with torch.inference_mode():
             before_root = full[: 5 + emitted - 1]
             state, _ = engine._prefill(before_root, 20, GREEDY, engine.policy.eagle3, stats)
-            _, fresh = engine._draft(state)
+            ((_, fresh),) = rounds.draft([state])
         assert tree.tokens_N.tolist() == fresh.tokens_N.tolist()
         assert tree.parents_N.tolist() == fresh.parents_N.tolist()
         torch.testing.assert_close(tree.logp_N, fresh.logp_N, atol=1e-3, rtol=1e-3)
@@ -466,7 +467,8 @@ def test_a_head_that_was_left_out_catches_up(family):
         text = [*input_ids[0].tolist(), int(state.root_1)]
         left_out = 0
         for _ in range(12):
-            stage, drafted = engine._draft(state)
+            drafts = rounds.draft([state])
+            ((stage, drafted),) = drafts
             if stage.passes == 0:
                 left_out += 1
             elif left_out:
@@ -478,13 +480,14 @@ def test_a_head_that_was_left_out_catches_up(family):
                 assert draft.candidates.tokens_N.tolist() == drafted.tokens_N.tolist()
                 return
             state.stats.stages[stage.name] += 1
-            tree = engine._graft(state, stage, drafted)
+            (tree,) = rounds.graft([state], drafts)
             depth = state.grafter.depths[stage.passes]
             ancestors_NN = tree.ancestors(depth)
             output = engine.target.verify(tree, ancestors_NN, state.cache)
             drawn_N = output.logits_NV.argmax(dim=-1)
             acceptance = accept(tree, ancestors_NN, drawn_N, depth)
-            text += engine._commit(state, tree, output, acceptance, None)[0]
+            ((tokens, _),) = rounds.commit([state], [tree], [output], [acceptance], [None])
+            text += tokens
     pytest.fail("no round drafted after one that did not")
 
 
@@ -542,7 +545,7 @@ def test_accepted_tokens_add_up(method):
     [
         ({"input_ids": torch.empty((1, 0), dtype=torch.long)}, "pass one non-empty prompt"),
         ({"input_ids": torch.empty(0, dtype=torch.long)}, "pass one non-empty prompt"),
-        ({"input_ids": torch.zeros((2, 3), dtype=torch.long)}, "pass one non-empty prompt"),
+        ({"input_ids": torch.zeros((1, 2, 3), dtype=torch.long)}, "pass one non-empty prompt"),
         ({"input_ids": torch.zeros(250, dtype=torch.long), "max_new_tokens": 7}, "limit of 256 positions: shorten"),
         ({"input_ids": torch.tensor([0, VOCAB])}, "outside the vocabulary of 61"),
         ({"input_ids": torch.tensor([0, -1])}, "outside the vocabulary of 61"),

@@ -8,6 +8,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.round import draft
 
 from .test_custom_generate import Recorder
 from .test_engine import GREEDY, SMALL, greedy_reference, prompt, small_engine
@@ -280,7 +281,7 @@ def test_the_head_drafts_from_a_kept_prefix_what_it_drafts_from_a_fresh_read():
             stats = GenerationStats()
             with torch.inference_mode():
                 state, _ = engine._prefill(text, 8, GREEDY, engine.policy.eagle3, stats)
-                trees.append(engine._draft(state)[1])
+                trees.append(draft([state])[0][1])
             assert (stats.reused > 0) == (engine is kept)
         assert trees[0].tokens_N.tolist() == trees[1].tokens_N.tolist()
         torch.testing.assert_close(trees[0].logp_N, trees[1].logp_N, atol=1e-3, rtol=1e-3)

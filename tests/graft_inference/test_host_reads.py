@@ -51,28 +51,31 @@ def test_every_kind_of_read_is_counted(mode):
         assert reads.count == 6
 
 
+@pytest.mark.parametrize("prompts", [1, 4])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
-def test_a_round_reads_once_and_at_each_checkpoint(policy, method, temperature):
+def test_a_round_reads_once_and_at_each_checkpoint_however_many_prompts(policy, method, temperature, prompts):
     engine = tiny_engine(tiny_model("llama"), policy())
     plan = engine.policy.plan(method)
     decided = {}
     for place, stage in enumerate(plan.stages):
         # Every earlier checkpoint, and this one unless it is the last; then the width where there is a choice.
-        decided[stage.name] = place + (stage is not plan.stages[-1]) + (len(stage.widths) > 1)
+        passed = set(range(place + (stage is not plan.stages[-1])))
+        decided[stage.name] = passed | ({"width"} if len(stage.widths) > 1 else set())
     rounds, run = [], engine._round
 
-    def counted(state):
-        before, stages = reads.count, state.stats.stages.copy()
-        emitted = run(state)
-        (stage,) = (state.stats.stages - stages).elements()
-        rounds.append((reads.count - before, stage))
+    def counted(states):
+        before, stages = reads.count, [state.stats.stages.copy() for state in states]
+        emitted = run(states)
+        reached = [next((state.stats.stages - old).elements()) for state, old in zip(states, stages, strict=True)]
+        rounds.append((reads.count - before, reached))
         return emitted
 
     engine._round = counted
+    batch = [torch.arange(9 + 3 * index) for index in range(prompts)]
     with HostReads() as reads, mock.patch.object(Tensor, "tolist", lambda tensor: reads.tolist(tensor)):
-        engine.generate(torch.arange(9), 40, temperature, method, seed=1)
+        engine.generate(batch, 40 if prompts == 1 else 16, temperature, method, seed=1, pad_token_id=0)
     assert len(rounds) > 5
-    for count, stage in rounds:
-        assert count == 1 + decided[stage]
+    for count, reached in rounds:
+        assert count == 1 + len(set().union(*(decided[stage] for stage in reached)))

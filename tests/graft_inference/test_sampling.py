@@ -190,7 +190,7 @@ def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeyp
         with torch.inference_mode():
             state, _ = engine._prefill(input_ids[0], 12, sampler, engine.policy.plan(method), stats)
             for _ in recorded:
-                engine._round(state)
+                engine._round([state])
         stages[str(dict(stats.stages))] += len(samples_S)
         tree, logits_NV, place, max_depth = sampler.asked
         assert place == len(emitted)

@@ -31,6 +31,7 @@ assert engine.target.is_split
 ids = torch.tensor(json.loads(ids))
 found = [engine.generate(ids, 16, method=method).sequences.tolist() for method in METHODS]
 found.append(engine.generate(ids, 16, temperature=1.0, seed=3).sequences.tolist())
+found.append(engine.generate([ids, ids[:, :4]], 16, pad_token_id=0).sequences.tolist())
 try:
     engine.generate(ids, 16, temperature=1.0)
 except GraftError as error:
@@ -63,5 +64,6 @@ def test_two_processes_serve_one_target(tmp_path):
     engine = GraftEngine.from_bundle(load_bundle(bundle, model.config, None), model)
     expected = [engine.generate(prompt(9), 16, method=method).sequences.tolist() for method in METHODS]
     expected.append(engine.generate(prompt(9), 16, temperature=1.0, seed=3).sequences.tolist())
+    expected.append(engine.generate([prompt(9), prompt(9)[:, :4]], 16, pad_token_id=0).sequences.tolist())
     assert sequences == expected
     assert "pass seed=" in refusal
