@@ -109,6 +109,14 @@ class Drafter:
         """Keeps newly committed positions for the next `begin`: a round that does not draft."""
         self._deferred.append((tokens_A, taps_AE))
 
+    def caught_up(self, tokens_A: Tensor, taps_AE: Tensor) -> tuple[Tensor, Tensor]:
+        """What `read` has to read: these positions, and before them those that were deferred."""
+        if self._deferred:
+            self.defer(tokens_A, taps_AE)
+            tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
+            self._deferred = []
+        return tokens_A, taps_AE
+
     def resume(self, length: int, beam_width: int, capacity: int) -> None:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
         self.length = length
@@ -127,10 +135,7 @@ class Drafter:
             tokens_A: the token after each position.
             taps_AE: the target's tapped states at these positions.
         """
-        if self._deferred:
-            self.defer(tokens_A, taps_AE)
-            tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
-            self._deferred = []
+        tokens_A, taps_AE = self.caught_up(tokens_A, taps_AE)
         count = len(tokens_A)
         causal_AK = None
         if count > 1 and self.length:

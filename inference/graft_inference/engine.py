@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .bundle import Bundle, load_bundle, load_target_model
+from .captured import CapturedRounds
+from .cuda_graph import CudaGraphs
 from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
@@ -28,7 +30,7 @@ from .state import DecodeState
 from .stats import Generation, GenerationStats, PhaseClock
 from .target import Target, TargetOutput
 from .tree import DraftTree, Source, root_tree
-from .verification import Acceptance, accept
+from .verification import Acceptance, accept, learn
 
 SCOPES = ("request", "engine", "frozen")
 
@@ -51,6 +53,7 @@ class GraftEngine:
         keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
             what is new. Output is the same; memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
+        captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
     """
 
     def __init__(
@@ -65,11 +68,15 @@ class GraftEngine:
         prefill_chunk: int = 1024,
         keep_prefix: bool = False,
         ngrams: NgramTable | None = None,
+        captured: bool | None = None,
     ) -> None:
         if retrieval_scope not in SCOPES:
             raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
         if prefill_chunk < 1:
             raise GraftError(f"prefill_chunk={prefill_chunk}: a prompt is read at least one token at a time")
+        is_cuda = target.device.type == "cuda"
+        if captured and not is_cuda:
+            raise GraftError(f"captured=True needs a CUDA device, and the target is on {target.device}")
         self.target = target
         self.policy = policy
         self.head = head
@@ -80,6 +87,9 @@ class GraftEngine:
         self.retrieval_scope = retrieval_scope
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
+        self.captured: CapturedRounds | None = None
+        if captured or (captured is None and is_cuda):
+            self.captured = CapturedRounds(target, head, successors, CudaGraphs(target.device))
         self._kept: KeptPrefix | None = None
         self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
@@ -103,7 +113,7 @@ class GraftEngine:
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
             check: compare a small tree pass with the target's own linear passes (`self_check`).
             device_map: spreads the target over devices, as transformers does; instead of `device`.
-            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`.
+            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`.
 
         Raises:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
@@ -214,7 +224,8 @@ class GraftEngine:
                     break
             else:
                 with self._lock, torch.inference_mode():
-                    tokens, sources = self._round(state)
+                    emitted = self.captured.round(state) if self.captured is not None else None
+                    tokens, sources = emitted or self._round(state)
         if request.streamer is not None:
             request.streamer.end()
         if self.keep_prefix:
@@ -353,7 +364,7 @@ class GraftEngine:
             return stages[0], root_tree(state.root_1)
         if stages[0].passes == 0:
             state.retrieved = state.grafter.retrieve(stages[0], state.ngrams or state.successors, state.root_1)
-            if state.grafter.skips_drafting(stages[0], state.retrieved):
+            if state.retrieved is not None and bool(state.grafter.skips_drafting(stages[0], state.retrieved)):
                 state.drafter.defer(state.fresh_tokens_A, state.fresh_taps_AE)
                 return stages[0], root_tree(state.root_1)
             stages = stages[1:]
@@ -369,7 +380,8 @@ class GraftEngine:
         """The best nodes of both sources."""
         if state.retrieved is None:
             state.retrieved = state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1)
-        return state.grafter.tree(stage, drafted, state.retrieved)
+        tree = state.grafter.tree(stage, drafted, state.retrieved)
+        return tree.first(stage.widths[int(state.grafter.best_width(stage, tree))]) if stage.prices else tree
 
     def _commit(
         self, state: DecodeState, tree: DraftTree, output: TargetOutput, acceptance: Acceptance, logp_N: Tensor | None
@@ -384,7 +396,7 @@ class GraftEngine:
             if state.plan.learns_accepted:
                 state.successors.update(tree.tokens_N[path_A], output.logits_NV[path_A])
             else:
-                _learn(state.successors, tree, output.logits_NV, acceptance)
+                learn(state.successors, tree, output.logits_NV, acceptance)
         state.fresh_tokens_A = acceptance.emitted_D[:count]
         state.root_1 = state.fresh_tokens_A[-1:]
         if state.ngrams is not None:
@@ -404,19 +416,6 @@ class GraftEngine:
         if plan not in self._grafters:
             self._grafters[plan] = Grafter(plan, self.target.device)
         return self._grafters[plan]
-
-
-def _learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:
-    """Every verified node updates the matrix; accepted nodes win conflicts, then those earlier in the tree.
-
-    Empty rows pose as the root, which outranks them.
-    """
-    row_N = torch.arange(len(tree), device=logits_NV.device)
-    empty_N = tree.sources_N == Source.EMPTY
-    rank_N = acceptance.accepted_N * 2 * len(tree) - row_N - empty_N * 2 * len(tree)
-    order_N = rank_N.argsort()
-    tokens_N = torch.where(empty_N, tree.tokens_N[0], tree.tokens_N)
-    successors.update(tokens_N[order_N], logits_NV[order_N])
 
 
 def _prompt(input_ids: Tensor) -> Tensor:

@@ -39,12 +39,12 @@ class Grafter:
             tree.logp_N = score(self._retrieved_T2, tree.logp_N)
         return tree
 
-    def skips_drafting(self, stage: Stage, retrieved: DraftTree | None) -> bool:
-        """Whether what was retrieved promises so many tokens that the head is not asked. One host read."""
-        return retrieved is not None and bool(retrieved.logp_N.exp().sum() > stage.threshold)
+    def skips_drafting(self, stage: Stage, retrieved: DraftTree) -> Tensor:
+        """Whether what was retrieved promises so many tokens that the head is not asked, [1] bool."""
+        return (retrieved.logp_N.exp().sum() > stage.threshold)[None]
 
     def tree(self, stage: Stage, drafted: DraftTree, retrieved: DraftTree | None) -> DraftTree:
-        """The nodes to verify.
+        """The best nodes, as many as the stage verifies at most.
 
         Args:
             drafted: every node the head proposed.
@@ -58,17 +58,15 @@ class Grafter:
             trees.append(retrieved)
             scores.append(retrieved.logp_N)
         tree = compete(trees, scores, stage.rows)
-        if stage.prices:
-            tree = tree.first(self._best_width(stage, tree))
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
         return tree
 
-    def _best_width(self, stage: Stage, tree: DraftTree) -> int:
-        """The width whose expected tokens exceed its price the most. One host read."""
+    def best_width(self, stage: Stage, tree: DraftTree) -> Tensor:
+        """Which of the stage's widths has the most expected tokens above its price, [1] int64."""
         expected_N = tree.logp_N.exp().cumsum(0)
         worth = expected_N[self._widths[stage.passes] - 1] - self._prices[stage.passes]
-        return stage.widths[int(worth.argmax())]
+        return worth.argmax(dim=0, keepdim=True)
 
 
 def _table(pairs: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:

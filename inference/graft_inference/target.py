@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import ATTENTION, Visibility
+from .bucket_cache import BucketCache
 from .errors import GraftError
 from .kv_cache import TreeCache
 from .tree import DraftTree
@@ -141,7 +142,9 @@ class Target:
             positions_N = positions_N.clamp(max=self.max_positions - 1)
         return self.forward(tree.tokens_N, cache, Visibility(positions_N, cache.length, ancestors_NN))
 
-    def forward(self, tokens_N: Tensor, cache: TreeCache, visible: Visibility, all_logits: bool = True) -> TargetOutput:
+    def forward(
+        self, tokens_N: Tensor, cache: TreeCache | BucketCache, visible: Visibility, all_logits: bool = True
+    ) -> TargetOutput:
         """One pass over N rows that see the cache and each other as `visible` says. Commits nothing."""
         last_only = {} if all_logits or not self._keeps_last else {"logits_to_keep": 1}
         output = self.model(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .retrieval import SuccessorMatrix
 from .tree import DraftTree, Source
 
 
@@ -47,3 +48,16 @@ def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: in
     path_D = torch.zeros(max_depth + 2, dtype=torch.long, device=drawn_N.device)
     path_D = path_D.scatter(0, depth_N, torch.arange(len(tree), device=drawn_N.device))[: max_depth + 1]
     return Acceptance(accepted_N.sum(), path_D, drawn_N[path_D], accepted_N)
+
+
+def learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:
+    """Every verified node updates the matrix; accepted nodes win conflicts, then those earlier in the tree.
+
+    Empty rows pose as the root, which outranks them.
+    """
+    row_N = torch.arange(len(tree), device=logits_NV.device)
+    empty_N = tree.sources_N == Source.EMPTY
+    rank_N = acceptance.accepted_N * 2 * len(tree) - row_N - empty_N * 2 * len(tree)
+    order_N = rank_N.argsort()
+    tokens_N = torch.where(empty_N, tree.tokens_N[0], tree.tokens_N)
+    successors.update(tokens_N[order_N], logits_NV[order_N])
