@@ -26,16 +26,18 @@ def _small_buckets(monkeypatch):
     monkeypatch.setattr(bucket_cache, "SMALLEST", 32)
 
 
-def pair(policy=None, model=None, **settings):
+def pair(policy=None, model=None, graphs=None, device="cpu", **settings):
     """Two engines on one model, the second with captured rounds."""
-    model = model or tiny_model("llama", vocab_size=SMALL)
-    head = tiny_head(model, draft_vocab_size=SMALL - 1)
+    model = (model or tiny_model("llama", vocab_size=SMALL)).to(device)
+    head = tiny_head(model, draft_vocab_size=SMALL - 1).to(device, model.dtype)
     eager, captured = (tiny_engine(model, policy or tiny_policy(0.5), head) for _ in range(2))
     captured.target = eager.target
     for engine in (eager, captured):
+        engine.captured = None
+        engine.successors = engine.successors.to(torch.device(device))
         for name, value in settings.items():
             setattr(engine, name, value)
-    captured.captured = CapturedRounds(captured.target, head, captured.successors, RecordedGraphs())
+    captured.captured = CapturedRounds(captured.target, head, captured.successors, graphs or RecordedGraphs())
     return eager, captured
 
 
