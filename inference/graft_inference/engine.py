@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .bundle import Bundle, load_bundle, load_target_model
+from .captured import CapturedRounds
+from .cuda_graph import CudaGraphs
 from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
@@ -53,6 +55,7 @@ class GraftEngine:
         keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
             what is new. Output is the same; memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
+        captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
     """
 
     def __init__(
@@ -67,11 +70,15 @@ class GraftEngine:
         prefill_chunk: int = 1024,
         keep_prefix: bool = False,
         ngrams: NgramTable | None = None,
+        captured: bool | None = None,
     ) -> None:
         if retrieval_scope not in SCOPES:
             raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
         if prefill_chunk < 1:
             raise GraftError(f"prefill_chunk={prefill_chunk}: a prompt is read at least one token at a time")
+        is_cuda = target.device.type == "cuda"
+        if captured and not is_cuda:
+            raise GraftError(f"captured=True needs a CUDA device, and the target is on {target.device}")
         self.target = target
         self.policy = policy
         self.head = head
@@ -82,6 +89,9 @@ class GraftEngine:
         self.retrieval_scope = retrieval_scope
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
+        self.captured: CapturedRounds | None = None
+        if captured or (captured is None and is_cuda):
+            self.captured = CapturedRounds(target, head, successors, CudaGraphs(target.device))
         self._kept: KeptPrefix | None = None
         self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
@@ -105,7 +115,7 @@ class GraftEngine:
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
             check: compare a small tree pass with the target's own linear passes (`self_check`).
             device_map: spreads the target over devices, as transformers does; instead of `device`.
-            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`.
+            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`.
 
         Raises:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
@@ -336,6 +346,13 @@ class GraftEngine:
 
     def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:
         """One target pass for all of them: the tokens it emits for each, and where each came from."""
+        if self.captured is not None and len(states) == 1:
+            emitted = self.captured.round(states[0])
+            if emitted is not None:
+                return [emitted]
+        elif self.captured is not None:
+            for state in states:
+                state.stats.uncaptured = "several prompts are decoded together"
         return run_round(self.target, states)
 
     def _grafter(self, plan: Plan) -> Grafter:

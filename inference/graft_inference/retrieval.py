@@ -148,6 +148,11 @@ class SuccessorMatrix:
     def k(self) -> int:
         return self.ids_VK.shape[1]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that an update changes."""
+        return [tensor for tensor in (self.ids_VK, self.probs_VK, self.learned_V) if tensor is not None]
+
     def clone(self) -> "SuccessorMatrix":
         return self._each(Tensor.clone)
 

@@ -46,14 +46,20 @@ class Sampler:
         seed: of the noise, any 64-bit integer.
     """
 
-    def __init__(self, processors: LogitsProcessorList, greedy: bool, seed: int) -> None:
+    def __init__(self, processors: LogitsProcessorList, greedy: bool, seed: int | Tensor) -> None:
         self.processors: Any = processors  # whose annotations ask for legacy tensor types
         self.greedy = greedy
         self.seed = seed
         self.needs_history = any(type(processor) not in CONTEXT_FREE for processor in processors)
 
     def draw(
-        self, tree: DraftTree, logits_NV: Tensor, place: int, max_depth: int, history_S: Tensor | None, logprobs: bool
+        self,
+        tree: DraftTree,
+        logits_NV: Tensor,
+        place: int | Tensor,
+        max_depth: int,
+        history_S: Tensor | None,
+        logprobs: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The target's token after every node that the output may reach.
 
@@ -75,14 +81,14 @@ class Sampler:
         tokens_N = self._choose(scores_NV, place, max_depth, tree.depths_N)
         return tokens_N, _logprobs(scores_NV, tokens_N) if logprobs else None
 
-    def _choose(self, scores_NV: Tensor, place: int, max_depth: int, depths_N: Tensor) -> Tensor:
+    def _choose(self, scores_NV: Tensor, place: int | Tensor, max_depth: int, depths_N: Tensor) -> Tensor:
         if self.greedy:
             return scores_NV.argmax(dim=-1)
         noise_DV = gumbel(self.seed, place, max_depth + 1, scores_NV.shape[-1], scores_NV.device)
         return (scores_NV + noise_DV[depths_N]).argmax(dim=-1)
 
     def _walk(
-        self, tree: DraftTree, logits_NV: Tensor, place: int, max_depth: int, history_S: Tensor, logprobs: bool
+        self, tree: DraftTree, logits_NV: Tensor, place: int | Tensor, max_depth: int, history_S: Tensor, logprobs: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Draws node by node along the emitted path, as far as the tree has it.
 
@@ -110,17 +116,19 @@ def _logprobs(scores_NV: Tensor, tokens_N: Tensor) -> Tensor:
     return scores_NV.float().log_softmax(dim=-1).gather(1, tokens_N[:, None])[:, 0]
 
 
-def gumbel(seed: int, place: int, places: int, vocab_size: int, device: torch.device) -> Tensor:
+def gumbel(seed: int | Tensor, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise for consecutive places of the output, [places, V] float32.
+
+    Seed and first place may be int64 tensors of one element, which a captured graph reads anew.
 
     A pure function of seed, place and token id (counters through the finaliser of SplitMix64, Steele et al.
     2014), so that a place keeps its noise however the rounds fall. argmax(score + noise) samples
     softmax(score).
     """
-    place_P = torch.arange(place, place + places, device=device)
+    place_P = torch.arange(places, device=device) + place
     token_V = torch.arange(vocab_size, device=device)
-    key_P = _mix(place_P * _signed(0x9E3779B97F4A7C15) + _signed(seed))
-    bits_PV = _mix(key_P[:, None] + token_V * _signed(0xD1342543DE82EF95))
+    key_P = _mix(place_P * signed(0x9E3779B97F4A7C15) + (seed if isinstance(seed, Tensor) else signed(seed)))
+    bits_PV = _mix(key_P[:, None] + token_V * signed(0xD1342543DE82EF95))
     # The top 32 bits as a number in (0, 1); small ones keep their relative precision in float32.
     uniform_PV = ((bits_PV >> 32) + 2**31).float().add_(0.5).mul_(2.0**-32)
     # -log1p(-u) is exponential, and minus its logarithm Gumbel.
@@ -129,11 +137,11 @@ def gumbel(seed: int, place: int, places: int, vocab_size: int, device: torch.de
 
 def _mix(bits: Tensor) -> Tensor:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
     return bits ^ ((bits >> 31) & (2**33 - 1))
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The 64-bit pattern of an integer as a signed one, which is what int64 tensors hold."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value

@@ -23,9 +23,13 @@ class GenerationStats:
         seconds: wall time by phase. `graft` is look-up and merging, `commit` acceptance, cache and matrix.
         accepted: kept tokens of the rounds by source: drafted, retrieved, and bonus (the target's own).
         stages: rounds by the stage they stopped at; "none" where no head ran.
+        captured: rounds that were replayed from CUDA graphs, of which `verify` holds the commit's work too.
+        uncaptured: why others were not, where the engine captures.
     """
 
     rounds: int = 0
+    captured: int = 0
+    uncaptured: str | None = None
     emitted: int = 0
     reused: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))

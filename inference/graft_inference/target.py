@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import ATTENTION, Visibility
+from .bucket_cache import BucketCache
 from .errors import GraftError
 from .kv_cache import PackedCaches, TreeCache
 from .tree import DraftTree
@@ -158,7 +159,7 @@ class Target:
     def forward(
         self,
         tokens_N: Tensor,
-        cache: TreeCache | PackedCaches,
+        cache: TreeCache | BucketCache | PackedCaches,
         visible: Visibility | list[Visibility],
         all_logits: bool = True,
     ) -> TargetOutput:

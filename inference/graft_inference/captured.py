@@ -1,0 +1,255 @@
+"""Rounds as CUDA graphs: one per segment and bucket of the caches, captured when first needed, then replayed.
+
+The host reads a small record when a round ends and a number at each decision on the way, and chooses the next
+segment; nothing else waits for the device.
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+from torch import Tensor
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .bucket_cache import BucketCache, bucket, move
+from .cuda_graph import CannotCapture, Captured, CudaGraphs, Function
+from .draft_head import DraftHead
+from .drafting import Layer
+from .errors import GraftError
+from .kv_cache import TreeCache
+from .policy import Stage
+from .retrieval import SuccessorMatrix
+from .sampling import Sampler, signed
+from .segments import Segments, Statics
+from .state import DecodeState
+from .static_drafting import StaticDrafter
+from .target import SWITCHING_ROPE, Target, rope_type
+from .tree import DraftTree, Source
+
+CAPTURED_PROCESSORS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
+"""They read nothing but the scores, and nothing on the host."""
+COLUMNS = 6
+"""Of a layer, and of a tree."""
+
+
+class CapturedRounds:
+    """Serves one request at a time; another that is under way meanwhile runs eagerly.
+
+    Args:
+        shared: the engine's own matrix, which requests may use in place.
+        graphs: what captures and replays.
+    """
+
+    def __init__(self, target: Target, head: DraftHead, shared: SuccessorMatrix, graphs: CudaGraphs) -> None:
+        self.target = target
+        self.head = head
+        self.shared = shared
+        self.graphs = graphs
+        self._static: Statics | None = None
+        self._caches: dict[int, BucketCache] = {}
+        self._owner: Callable[[], TreeCache | None] = lambda: None
+        self._current: Callable[[], DecodeState | None] = lambda: None
+        self._place = self._pending = 0
+        self._captured: dict[tuple, Captured] = {}
+        self._refused: dict[tuple, str] = {}
+
+    def round(self, state: DecodeState) -> tuple[list[int], list[str]] | None:
+        """The tokens that one round emits and where each came from.
+
+        Returns:
+            None, and nothing has changed, where the round has to run eagerly: `stats.uncaptured` says why.
+        """
+        key = (state.plan, _settings(state.sampler), bucket(state.cache.length))
+        reason = self._refused.get(key) or self._obstacle(state)
+        if reason is None:
+            try:
+                emitted = self._round(state, self._adopt(state))
+            except (CannotCapture, GraftError) as error:
+                self._current = lambda: None
+                reason = self._refused[key] = str(error)
+            else:
+                state.stats.captured += 1
+                return emitted
+        state.stats.uncaptured = reason
+        return None
+
+    def _obstacle(self, state: DecodeState) -> str | None:
+        """What is known not to work."""
+        if self.target.is_split:
+            return "the target is spread over several devices"
+        if rope_type(self.target.config) in SWITCHING_ROPE:
+            return "the target's RoPE looks at every position before it is applied"
+        if any(type(processor) not in CAPTURED_PROCESSORS for processor in state.sampler.processors):
+            return "a logits processor may read more than the scores"
+        if state.ngrams is not None:
+            return "the plan follows longer contexts"
+        if self._owner() not in (None, state.cache):
+            return "the graphs serve another request that is under way"
+        return None
+
+    def _adopt(self, state: DecodeState) -> Statics:
+        """The fixed buffers, made those of this request where they are not yet."""
+        static = self._room(state)
+        if self._current() is state and self._place == state.place:
+            return static
+        self._owner, self._current = weakref.ref(state.cache), weakref.ref(state)
+        self._place = state.place
+        if state.cache.buffers[0] is not static.buffers[0]:
+            move(state.cache, static.buffers)
+        static.length_1.fill_(state.cache.length)
+        static.place_1.fill_(state.place)
+        static.root_1.copy_(state.root_1)
+        assert isinstance(state.sampler.seed, int)
+        static.seed_1.fill_(signed(state.sampler.seed))
+        if state.drafter is not None and static.drafter is not None:
+            static.drafter.adopt(state.drafter, state.fresh_tokens_A, state.fresh_taps_AE)
+            self._leave_pending(state, static.drafter, 1)
+        if state.successors is not None and state.successors is not self.shared:
+            assert static.successors is not None
+            if state.successors is not static.successors:
+                for mine, theirs in zip(static.successors.tensors, state.successors.tensors, strict=True):
+                    mine.copy_(theirs)
+            state.successors = static.successors
+        return static
+
+    def _room(self, state: DecodeState) -> Statics:
+        """Buffers that are large enough. New ones cost every graph."""
+        plan, static = state.plan, self._static
+        depth, rows = max(state.grafter.depths.values()), max(stage.rows for stage in plan.stages)
+        if static is not None:
+            depth, rows = max(depth, static.depth), max(rows, static.rows)
+        slack = max(rows, 2 * (depth + 1) + plan.beam_width * plan.max_passes)
+        capacity = bucket(state.cache.tree_layers[0].capacity + slack)
+        if static is None or capacity > static.capacity or (depth, rows) != (static.depth, static.rows):
+            capacity = max(capacity, static.capacity if static else 0)
+            self._captured.clear()
+            self._caches.clear()
+            self._static = static = None
+            self._current = lambda: None
+            static = self._static = Statics(state.cache, capacity, rows, depth, self.graphs)
+        if state.drafter is not None and static.drafter is None:
+            static.drafter = StaticDrafter(self.head, self.target, static.capacity, static.fresh)
+        if state.successors is not None and state.successors is not self.shared and static.successors is None:
+            static.successors = state.successors.clone()
+        return static
+
+    def _round(self, state: DecodeState, static: Statics) -> tuple[list[int], list[str]]:
+        graphs, drafter = self.graphs, state.drafter
+        size = bucket(state.cache.length + static.slack(state.plan))
+        if size not in self._caches:
+            self._caches[size] = BucketCache(state.cache, size)
+        segments = Segments(
+            static=static,
+            target=self.target,
+            plan=state.plan,
+            grafter=state.grafter,
+            sampler=Sampler(state.sampler.processors, state.sampler.greedy, static.seed_1),
+            size=size,
+            cache=self._caches[size],
+            successors=state.successors,
+            learns=state.learns,
+            drafts=drafter is not None,
+            logprobs=state.logprobs is not None,
+        )
+        times = [graphs.now()]
+        stage, layers, retrieved = self._draft(segments)
+        read = self._pending if layers else 0
+        if drafter is not None and not layers and self._pending > static.fresh // 2:
+            self._run(segments, ("catch up", size), segments.catch_up)
+            read = self._pending
+        times.append(graphs.now())
+        width = self._graft(segments, stage, layers, retrieved)
+        times.append(graphs.now())
+        depth = max(state.grafter.depths.values())
+        settings = (segments.drafts, segments.logprobs, state.learns, state.plan.learns_accepted)
+        key = ("verify", size, width, depth, settings, state.successors is self.shared, _settings(state.sampler))
+        self._run(segments, key, lambda: segments.verify(width, depth))
+        times.append(graphs.now())
+        graphs.wait()
+        record = static.record[: 1 + 2 * (depth + 1)].tolist()
+        for phase, (start, end) in zip(("draft", "graft", "verify"), pairwise(times), strict=True):
+            state.stats.seconds[phase] += graphs.seconds(start, end)
+        count, tokens, sources = record[0], record[1 : 2 + depth], record[2 + depth :]
+        self._commit(state, static, count, read)
+        state.tokens += tokens[:count]
+        state.stats.rounds += 1
+        state.stats.stages[stage.name] += 1
+        names = [Source(source).name.lower() for source in sources[1:count]] + ["bonus"]
+        return tokens[:count], names
+
+    def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], DraftTree | None]:
+        """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
+        plan = segments.plan
+        key = (plan, segments.size, segments.successors is self.shared)
+        stages, retrieved = plan.stages, None
+        layers: list[Layer] = []
+        if not segments.drafts or not plan.drafts:
+            return stages[0], [], None
+        if stages[0].passes == 0:
+            outputs = self._run(segments, ("look up", *key), lambda: segments.look_up(stages[0]))
+            retrieved = DraftTree(*outputs)
+            if self._told(segments):
+                return stages[0], [], retrieved
+            stages = stages[1:]
+        for stage in stages:
+            given = retrieved if plan.scale is not None else None
+            outputs = self._run(
+                segments, ("draft", stage.passes, *key), partial(segments.draft, stage, tuple(layers), given)
+            )
+            ends = COLUMNS * (stage.passes - len(layers))
+            layers = layers + [Layer(*outputs[i : i + COLUMNS]) for i in range(0, ends, COLUMNS)]
+            retrieved = DraftTree(*outputs[ends:]) if outputs[ends:] else given
+            if stage is stages[-1] or self._told(segments):
+                break
+        return stage, layers, retrieved
+
+    def _graft(self, segments: Segments, stage: Stage, layers: list[Layer], retrieved: DraftTree | None) -> int:
+        """Puts the tree together; returns its width."""
+        if stage.rows == 1:
+            return 1
+        key = ("graft", stage.passes, segments.plan, segments.size, segments.successors is self.shared)
+        self._run(segments, key, lambda: segments.graft(stage, layers, retrieved))
+        return stage.widths[self._told(segments)] if stage.prices else stage.rows
+
+    def _run(self, segments: Segments, key: tuple, function: Function) -> list[Tensor]:
+        """Replays a segment, captured first where it was not yet."""
+        if key not in self._captured:
+            changing = segments.static.changing(segments.successors)
+            self._captured[key] = self.graphs.capture(function, changing)
+        captured = self._captured[key]
+        captured.replay()
+        return captured.outputs
+
+    def _told(self, segments: Segments) -> int:
+        """What the segment that was just replayed tells the host: one read."""
+        self.graphs.wait()
+        return int(segments.static.record[0])
+
+    def _commit(self, state: DecodeState, static: Statics, count: int, read: int) -> None:
+        """Tells the request, which may go on eagerly, what has happened on the device.
+
+        Args:
+            count: positions committed.
+            read: positions that the head has read.
+        """
+        state.cache.commit(count)
+        state.place += count
+        self._place = state.place
+        state.root_1 = static.root_1
+        if state.drafter is not None and static.drafter is not None:
+            state.drafter.length += read
+            self._leave_pending(state, static.drafter, self._pending + count - read)
+        if state.logprobs is not None:
+            state.logprobs.append(static.logp_D[:count].clone())
+
+    def _leave_pending(self, state: DecodeState, drafter: StaticDrafter, count: int) -> None:
+        """So many positions are yet to be read by the head, eagerly too if it comes to that."""
+        self._pending = count
+        state.fresh_tokens_A, state.fresh_taps_AE = drafter.tokens_F[:count], drafter.taps_FE[:count]
+
+
+def _settings(sampler: Sampler) -> tuple:
+    """What tells samplers apart, the seed excepted."""
+    processors = ((type(processor), *sorted(vars(processor).items())) for processor in sampler.processors)
+    return sampler.greedy, *processors

@@ -1,0 +1,112 @@
+"""Functions of tensors at fixed addresses, captured into CUDA graphs and replayed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Function = Callable[[], Sequence[Tensor]]
+
+
+class CannotCapture(Exception):
+    """The function waits for the device somewhere, or there is no memory for its graph."""
+
+
+@dataclass
+class Captured:
+    """A captured function.
+
+    Attributes:
+        replay: runs it again on what its inputs hold now.
+        outputs: what it returned last, at addresses that stay and that no other graph writes to.
+    """
+
+    replay: Callable[[], None]
+    outputs: list[Tensor]
+
+
+class CudaGraphs:
+    """Captures and replays on one device. All graphs share a pool: what one leaves there the next may overwrite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._side = torch.cuda.Stream(device)
+
+    def capture(self, function: Function, changing: Sequence[Tensor]) -> Captured:
+        """Runs the function twice, in vain, and records a third run.
+
+        Args:
+            changing: what the function changes and must find unchanged.
+
+        Raises:
+            CannotCapture: it reads something on the host, or there is no memory.
+        """
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        try:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                with undone(changing):
+                    outputs = [tensor.clone() for tensor in function()]
+                with undone(changing), no_host_reads():
+                    function()
+            current.wait_stream(self._stream)
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                for kept, tensor in zip(outputs, function(), strict=True):
+                    kept.copy_(tensor)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise CannotCapture(str(error).partition("\n")[0]) from error
+        return Captured(graph.replay, outputs)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs inside may overlap with what follows, up to `join`."""
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+    def host(self, size: int) -> Tensor:
+        """Host memory that a graph may write to, [size] int64."""
+        return torch.zeros(size, dtype=torch.long, pin_memory=True)
+
+    def wait(self) -> None:
+        """Returns once everything replayed so far has been done."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """Between two moments that lie before the last `wait`."""
+        return start.elapsed_time(end) / 1e3
+
+
+@contextmanager
+def undone(changing: Sequence[Tensor]) -> Iterator[None]:
+    """Puts back what was changed inside."""
+    before = [tensor.clone() for tensor in changing]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(changing, before, strict=True):
+            tensor.copy_(value)
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """Whatever would wait for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

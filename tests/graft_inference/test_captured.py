@@ -1,0 +1,289 @@
+"""Captured rounds give what eager ones give. The graphs are recordings (`recorded.py`); test_cuda.py has real ones."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from graft_inference import METHODS, GenerationStats, GraftError, bucket_cache
+from graft_inference.bucket_cache import bucket
+from graft_inference.captured import CapturedRounds
+
+from .families import FAMILIES, WINDOW, family_model
+from .recorded import RecordedGraphs
+from .test_engine import ngram_engine, prompt
+from .test_host_reads import HostReads
+from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
+
+SMALL = 8
+
+
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch):
+    """Short texts cross the edges of several buckets."""
+    monkeypatch.setattr(bucket_cache, "SMALLEST", 32)
+
+
+def pair(policy=None, model=None, graphs=None, device="cpu", **settings):
+    """Two engines on one model, the second with captured rounds."""
+    model = (model or tiny_model("llama", vocab_size=SMALL)).to(device)
+    head = tiny_head(model, draft_vocab_size=SMALL - 1).to(device, model.dtype)
+    eager, captured = (tiny_engine(model, policy or tiny_policy(0.5), head) for _ in range(2))
+    captured.target = eager.target
+    for engine in (eager, captured):
+        engine.captured = None
+        engine.successors = engine.successors.to(torch.device(device))
+        for name, value in settings.items():
+            setattr(engine, name, value)
+    captured.captured = CapturedRounds(captured.target, head, captured.successors, graphs or RecordedGraphs())
+    return eager, captured
+
+
+def same(eager, captured, ids, new_tokens, *args, is_captured=True, **options):
+    """Whether both engines give the same, in the same rounds."""
+    expected = eager.generate(ids, new_tokens, *args, **options)
+    out = captured.generate(ids, new_tokens, *args, **options)
+    assert out.sequences.tolist() == expected.sequences.tolist()
+    for name in ("rounds", "stages", "accepted", "reused"):
+        assert getattr(out.stats, name) == getattr(expected.stats, name), name
+    assert out.stats.captured == (out.stats.rounds if is_captured else 0), out.stats.uncaptured
+    assert expected.stats.captured == 0
+    return expected, out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
+def test_captured_rounds_equal_eager_ones(policy, method, temperature):
+    eager, captured = pair(policy(0.5))
+    graphs = captured.captured.graphs
+    for length in (30, 3, 30):
+        captures = graphs.captures
+        same(eager, captured, prompt(length, length, SMALL), 24, temperature, method, seed=length)
+    assert graphs.captures == captures  # what the last request needs is there
+
+
+STOPS = {
+    (tiny_policy, 0.0): {"d3"},
+    (tiny_policy, 0.3): {"d1", "d3"},
+    (tiny_policy, 1.0): {"d0"},
+    (learned_policy, 0.3): {"none", "d1", "d3"},
+}
+
+
+@pytest.mark.parametrize(("policy", "threshold"), STOPS)
+def test_they_stop_where_eager_ones_stop(policy, threshold):
+    eager, captured = pair(policy(threshold))
+    stages = set()
+    for seed in range(2):
+        _, out = same(eager, captured, prompt(9, seed, SMALL), 24)
+        stages |= set(out.stats.stages)
+    assert stages == STOPS[policy, threshold]
+
+
+@pytest.mark.parametrize("scope", ["request", "engine", "frozen"])
+@pytest.mark.parametrize(("policy", "decay"), [(tiny_policy, 0.0), (learned_policy, 0.4)])
+def test_the_matrix_learns_the_same(policy, decay, scope):
+    eager, captured = pair(policy(0.5), retrieval_scope=scope)
+    before = captured.successors.clone()
+    for engine in (eager, captured):
+        engine.successors.decay = decay
+    for seed in range(2):
+        same(eager, captured, prompt(6, seed, SMALL), 20)
+    assert torch.equal(captured.successors.ids_VK, before.ids_VK) == (scope != "engine")
+    assert torch.equal(captured.successors.ids_VK, eager.successors.ids_VK)
+    assert torch.equal(captured.successors.learned_V, eager.successors.learned_V)
+    torch.testing.assert_close(captured.successors.probs_VK, eager.successors.probs_VK)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("method", METHODS)
+def test_requests_with_settings_of_their_own_take_turns_on_the_same_graphs(method, temperature):
+    eager, captured = pair()
+    for seed in (3, 2**63 + 5):
+        options = {"top_k": 6, "top_p": 0.95, "min_p": 0.01, "seed": seed, "return_logprobs": True}
+        expected, out = same(eager, captured, prompt(8, 0, SMALL), 12, temperature, method, **options)
+        torch.testing.assert_close(out.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
+    same(eager, captured, prompt(8, 0, SMALL), 12, temperature / 2, method, seed=3)
+
+
+@pytest.mark.parametrize("scope", ["request", "engine"])
+def test_the_turns_of_a_chat_keep_their_prefix(scope):
+    eager, captured = pair(retrieval_scope=scope, keep_prefix=True)
+    ids = prompt(9, 0, SMALL)
+    for turn in range(3):
+        _, out = same(eager, captured, ids, 12, method="prune" if turn == 1 else "graft")
+        assert (out.stats.reused > 0) == (turn > 0)
+        ids = torch.cat((out.sequences, prompt(4, turn, SMALL)), dim=1)
+    same(eager, captured, prompt(5, 7, SMALL), 40)
+
+
+@pytest.mark.parametrize(("temperature", "policy"), [(0.0, learned_policy), (1.0, tiny_policy)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_round_reads_once_and_at_each_checkpoint(policy, method, temperature):
+    _, engine = pair(policy(0.5))
+    plan, graphs = engine.policy.plan(method), engine.captured.graphs
+    decided = {}
+    for place, stage in enumerate(plan.stages):
+        decided[stage.name] = place + (stage is not plan.stages[-1]) + (len(stage.widths) > 1)
+    rounds, run = [], engine.captured.round
+
+    def counted(state):
+        before, stages = (graphs.reads, reads.count, graphs.captures), state.stats.stages.copy()
+        emitted = run(state)
+        (stage,) = (state.stats.stages - stages).elements()
+        if graphs.captures == before[2]:
+            rounds.append((graphs.reads - before[0], reads.count - before[1], stage))
+        return emitted
+
+    engine.captured.round = counted
+    with HostReads() as reads, mock.patch.object(Tensor, "tolist", lambda tensor: reads.tolist(tensor)):
+        engine.generate(prompt(9, 0, SMALL), 30, temperature, method, seed=1)
+    assert len(rounds) > 5
+    for waits, values, stage in rounds:
+        assert waits == values == 1 + decided[stage]
+
+
+def test_a_recording_is_what_a_graph_is():
+    """Baked numbers stay, memory is read anew, host reads are refused, scratch memory is lost."""
+    value, length = torch.zeros(4), 2
+    graphs = RecordedGraphs()
+    scratch = []
+
+    def function():
+        scratch[:] = [value * 2]
+        value[:length] += 1
+        return [scratch[0][1:] + length]
+
+    captured = graphs.capture(function, [value])
+    assert value.tolist() == [0, 0, 0, 0]
+    length, value[3] = 4, 5.0
+    captured.replay()
+    assert value.tolist() == [1, 1, 0, 5]
+    assert captured.outputs[0].tolist() == [2, 2, 12]
+    assert scratch[0].isnan().all()
+    for read in (
+        lambda: value.sum().item(),
+        lambda: value[value > 0],
+        lambda: value.tolist(),
+        lambda: bool(value[0] > 0),
+    ):
+        with pytest.raises(Exception, match="waits for the device"):
+            graphs.capture(lambda read=read: [torch.zeros(1), read()][:1], [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_captured(family):
+    """No family's forward reads on the host or bakes a length in."""
+    eager, captured = pair(model=family_model(family, seed=5 if "qwen2" in family else 3, vocab_size=SMALL))
+    for length in (WINDOW - 3, 24):
+        _, out = same(eager, captured, prompt(length, length, SMALL), 20)
+        assert 0 < out.stats.accepted["bonus"] < 19  # some branch was kept
+
+
+class Favours(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + torch.arange(scores.shape[-1]) / 4
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_says_so():
+    eager, captured = pair()
+    for reason, options in {
+        "processor": {"logits_processor": [Favours()]},
+        "a logits": {"repetition_penalty": 1.3},
+    }.items():
+        _, out = same(eager, captured, prompt(6, 0, SMALL), 20, is_captured=False, **options)
+        assert reason in out.stats.uncaptured
+    same(eager, captured, prompt(6, 0, SMALL), 20)
+    engine = ngram_engine()
+    expected = engine.generate(prompt(6, 0, SMALL), 20).sequences
+    engine.captured = CapturedRounds(engine.target, engine.head, engine.successors, RecordedGraphs())
+    out = engine.generate(prompt(6, 0, SMALL), 20)
+    assert out.sequences.tolist() == expected.tolist()
+    assert "longer contexts" in out.stats.uncaptured
+
+
+def test_a_model_that_reads_on_the_host_runs_eagerly_from_the_round_where_that_shows():
+    eager, captured = pair()
+    layer = captured.target.model.model.layers[2]
+    hook = layer.register_forward_hook(lambda module, args, output: output * int(output.sum() == output.sum()))
+    for _ in range(2):
+        captures = captured.captured.graphs.captures
+        _, out = same(eager, captured, prompt(6, 0, SMALL), 20, is_captured=False)
+        assert "waits for the device" in out.stats.uncaptured
+    assert captured.captured.graphs.captures == captures  # it is not tried again
+    hook.remove()
+
+
+def test_of_two_streams_at_once_one_is_captured():
+    eager, captured = pair()
+    texts = [prompt(6, seed, SMALL) for seed in range(2)]
+    expected = [eager.generate(text, 30).sequences[0, 6:].tolist() for text in texts]
+    stats = [GenerationStats() for _ in texts]
+    streams = [captured.stream(text, 30, stats=one) for text, one in zip(texts, stats, strict=True)]
+    turns = [list(turn) for turn in zip(*streams, strict=True)]
+    assert [list(tokens) for tokens in zip(*turns, strict=True)] == expected
+    assert (stats[0].captured, stats[1].captured) == (stats[0].rounds, 0)
+    assert "another request" in stats[1].uncaptured
+    same(eager, captured, texts[1], 30)
+
+
+def test_captured_and_eager_rounds_may_alternate():
+    eager, captured = pair()
+    run, turn = captured.captured.round, iter(range(10**6))
+    captured.captured.round = lambda state: run(state) if next(turn) % 5 < 3 else None
+    expected = eager.generate(prompt(6, 1, SMALL), 40)
+    out = captured.generate(prompt(6, 1, SMALL), 40)
+    assert out.sequences.tolist() == expected.sequences.tolist()
+    assert out.stats.stages == expected.stats.stages
+    assert 0 < out.stats.captured < out.stats.rounds
+
+
+PLANS = {
+    "another method": [tiny_policy(0.5).plan(method) for method in ("graft", "eagle3", "prune")],
+    "a head left out for long": [learned_policy(0.5, gate).graft for gate in (0.0, 0.0, 0.0, 99.0)],
+}
+
+
+@pytest.mark.parametrize("plans", PLANS.values(), ids=PLANS)
+def test_the_plan_may_change_between_rounds(plans):
+    eager, captured = pair()
+
+    def change(holder, name, engine):
+        run = getattr(holder, name)
+
+        def changing(states):
+            state = states[0] if isinstance(states, list) else states
+            state.plan = plans[state.stats.rounds // 2 % len(plans)]
+            state.grafter = engine._grafter(state.plan)
+            return run(states)
+
+        setattr(holder, name, changing)
+
+    change(eager, "_round", eager)
+    change(captured.captured, "round", captured)
+    same(eager, captured, prompt(6, 1, SMALL), 40)
+
+
+def test_buckets_hold_what_they_are_asked_for_and_are_few():
+    sizes = {bucket(rows) for rows in range(1, 1500)}
+    assert sizes == {32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536}
+    assert all(rows <= bucket(rows) < max(33, 1.5 * rows) for rows in range(1, 1500))
+
+
+def test_without_cuda_there_is_nothing_to_capture_with():
+    engine, _ = pair()
+    assert engine.captured is None
+    if not torch.cuda.is_available():
+        with pytest.raises(GraftError, match="captured=True needs a CUDA device, and the target is on cpu"):
+            type(engine)(engine.target, engine.policy, engine.head, engine.successors, captured=True)
+
+
+def test_a_batch_runs_eagerly_and_says_so():
+    eager, captured = pair()
+    texts = [prompt(6, 1, SMALL), prompt(9, 2, SMALL)]
+    out = captured.generate(texts, 8)
+    assert out.sequences.tolist() == eager.generate(texts, 8).sequences.tolist()
+    assert all("several prompts" in one.uncaptured and not one.captured for one in out.each)

@@ -1,0 +1,97 @@
+"""Captured rounds on a CUDA device: real graphs give what eager rounds give."""
+
+import pytest
+import torch
+
+from graft_inference import METHODS, bucket_cache
+from graft_inference.cuda_graph import CannotCapture, Captured, CudaGraphs, no_host_reads, undone
+
+from .families import FAMILIES, WINDOW, family_model
+from .recorded import RecordedGraphs
+from .test_captured import SMALL, pair, same
+from .test_engine import prompt
+from .tiny import learned_policy, tiny_engine, tiny_model, tiny_policy
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch):
+    monkeypatch.setattr(bucket_cache, "SMALLEST", 32)
+    # Reduced precision would part the two on near ties.
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+class EagerSegments(RecordedGraphs):
+    """Runs segments one operator after the other, refusing whatever waits for the device."""
+
+    def capture(self, function, changing) -> Captured:
+        with undone(changing):
+            outputs = [tensor.clone() for tensor in function()]
+
+        def replay() -> None:
+            with no_host_reads():
+                for kept, tensor in zip(outputs, function(), strict=True):
+                    kept.copy_(tensor)
+
+        return Captured(replay, outputs)
+
+    def host(self, size):
+        return torch.zeros(size, dtype=torch.long, pin_memory=True)
+
+    def wait(self):
+        self.reads += 1
+        torch.cuda.current_stream().synchronize()
+
+
+@pytest.mark.parametrize("graphs", [lambda: CudaGraphs(CUDA), EagerSegments], ids=["graphs", "eager segments"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
+def test_captured_rounds_equal_eager_ones(policy, method, temperature, graphs):
+    eager, captured = pair(policy(0.5), graphs=graphs(), device=CUDA)
+    for length in (30, 3, 30):
+        same(eager, captured, prompt(length, length, SMALL), 40, temperature, method, seed=length)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_captured_or_runs_eagerly(family):
+    model = family_model(family, seed=5 if "qwen2" in family else 3, vocab_size=SMALL)
+    eager, captured = pair(model=model, graphs=CudaGraphs(CUDA), device=CUDA)
+    has_experts = any(name in family for name in ("mixtral", "moe", "gpt-oss"))
+    for length in (WINDOW - 3, 24):
+        ids = prompt(length, length, SMALL)
+        out = captured.generate(ids, 30)
+        assert out.sequences.tolist() == eager.generate(ids, 30).sequences.tolist()
+        assert out.stats.captured == out.stats.rounds or (has_experts and out.stats.uncaptured)
+
+
+@pytest.mark.parametrize("scope", ["request", "engine"])
+def test_chats_and_changes_of_scope(scope):
+    eager, captured = pair(retrieval_scope=scope, keep_prefix=True, graphs=CudaGraphs(CUDA), device=CUDA)
+    ids = prompt(9, 0, SMALL)
+    for turn in range(3):
+        _, out = same(eager, captured, ids, 20)
+        ids = torch.cat((out.sequences, prompt(4, turn, SMALL)), dim=1)
+    assert torch.equal(captured.successors.ids_VK, eager.successors.ids_VK)
+
+
+def test_a_function_that_reads_on_the_host_is_refused_and_leaves_the_device_usable():
+    value = torch.ones(3, device=CUDA)
+    graphs = CudaGraphs(CUDA)
+    with torch.inference_mode():
+        for function in (lambda: [value * value.sum().item()], lambda: [value[value > 0]]):
+            with pytest.raises(CannotCapture):
+                graphs.capture(function, [])
+        captured = graphs.capture(lambda: [value + 1], [])
+        value.fill_(4)
+        captured.replay()
+        graphs.wait()
+        assert captured.outputs[0].tolist() == [5, 5, 5]
+
+
+def test_an_engine_on_cuda_captures_unless_told_otherwise():
+    engine = tiny_engine(tiny_model("llama").to(CUDA))
+    engine.head.to(CUDA)
+    assert engine.captured is not None

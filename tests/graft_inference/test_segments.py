@@ -1,0 +1,147 @@
+"""No segment of a captured round moves data between host and device, whatever the family and the plan.
+
+Seen without CUDA on the meta device: its tensors have no values, so reading one on the host fails, and every operator
+shows whether its arguments lie on the host.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from graft_inference import METHODS
+from graft_inference.bucket_cache import BucketCache, move
+from graft_inference.drafting import Layer
+from graft_inference.grafting import Grafter
+from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.sampling import Sampler
+from graft_inference.segments import Segments, Statics
+from graft_inference.static_drafting import StaticDrafter
+from graft_inference.target import Target
+from graft_inference.tree import DraftTree
+
+from .families import FAMILIES, family_model
+from .recorded import RecordedGraphs
+from .tiny import VOCAB, learned_policy, tiny_head, tiny_model, tiny_policy
+
+SIZE = 64
+META = torch.device("meta")
+SCALAR_OPERATORS = {"add", "sub", "mul", "div", "pow"}
+"""They pass a number of the host to the kernel as an argument."""
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises AssertionError where a tensor of the host meets the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        leaves = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        host = [leaf for leaf in leaves if leaf.device != META]
+        if host and len(host) < len(leaves):
+            is_argument = name in SCALAR_OPERATORS and not any(leaf.dim() for leaf in host)
+            assert is_argument, f"{func} mixes devices"
+        return result
+
+
+def tensor(values, device=None, **options):
+    assert device is None or torch.device(device).type == "cpu", "torch.tensor copies to the device"
+    return TENSOR(values, device=device, **options)
+
+
+TENSOR = torch.tensor
+
+
+def checked(function, *args):
+    """What the function returns the second time: the first may fill tables that are kept."""
+    function(*args)
+    with OneDevice(), mock.patch.object(torch, "tensor", tensor):
+        return function(*args)
+
+
+class MetaGraphs(RecordedGraphs):
+    def host(self, size):
+        return torch.zeros(size, dtype=torch.long, device=META)
+
+
+def segments(model, plan, processors=(), greedy=True, decay=0.0, logprobs=False) -> Segments:
+    head, target = tiny_head(model).to(META, model.dtype), Target(model.to(META), (0, 1, 3))
+    cache = target.new_cache(40)
+    target.prefill(torch.zeros(9, dtype=torch.long, device=META), cache)
+    static = Statics(cache, SIZE, rows=12, depth=4, graphs=MetaGraphs())
+    move(cache, static.buffers)
+    static.drafter = StaticDrafter(head, target, SIZE, static.fresh)
+    ids_VK = torch.zeros((VOCAB, 4), dtype=torch.int32, device=META)
+    matrix = SuccessorMatrix(ids_VK, torch.zeros((VOCAB, 4), dtype=torch.float16, device=META), decay=decay)
+    return Segments(
+        static=static,
+        target=target,
+        plan=plan,
+        grafter=Grafter(plan, META),
+        sampler=Sampler(LogitsProcessorList(processors), greedy, static.seed_1),
+        size=SIZE,
+        cache=BucketCache(cache, SIZE),
+        successors=matrix if plan.retrieves else None,
+        learns=True,
+        drafts=True,
+        logprobs=logprobs,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
+@torch.inference_mode()
+def test_every_piece_of_every_plan(policy, method):
+    pieces = segments(tiny_model("llama"), policy().plan(method))
+    layers, retrieved = [], None
+    for stage in pieces.plan.stages:
+        if stage.passes == 0 and len(pieces.plan.stages) > 1:
+            retrieved = DraftTree(*checked(pieces.look_up, stage))
+            checked(pieces.graft, stage, (), retrieved)
+            continue
+        if stage.passes:
+            outputs = checked(pieces.draft, stage, tuple(layers), retrieved if pieces.plan.scale else None)
+            new = 6 * (stage.passes - len(layers))
+            layers += [Layer(*outputs[at : at + 6]) for at in range(0, new, 6)]
+            retrieved = DraftTree(*outputs[new:]) if outputs[new:] else retrieved
+        if stage.rows > 1:
+            checked(pieces.graft, stage, tuple(layers), retrieved)
+        checked(pieces.verify, stage.rows, pieces.grafter.depths[stage.passes])
+    checked(pieces.catch_up)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_every_family_verifies(family):
+    pieces = segments(family_model(family).bfloat16(), tiny_policy().graft)  # experts' fast path knows no other
+    checked(pieces.verify, 12, 4)
+    checked(pieces.verify, 1, 0)
+
+
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
+@torch.inference_mode()
+def test_every_way_to_sample_and_to_learn(policy):
+    ways = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1))
+    pieces = segments(tiny_model("llama"), policy().graft, ways, greedy=False, decay=0.5, logprobs=True)
+    checked(pieces.verify, 12, 4)
+
+
+def test_the_check_finds_what_it_looks_for():
+    device = torch.zeros(3, device=META)
+    host = torch.zeros(3, dtype=torch.long)
+    for copy in (lambda: device[host], lambda: host.to(META), lambda: device.copy_(host), lambda: bool(device[0] > 0)):
+        with pytest.raises((AssertionError, RuntimeError)):
+            checked(copy)
+    with pytest.raises(AssertionError, match=r"torch.tensor copies"):
+        checked(lambda: torch.tensor([1, 2], device=META))
+    checked(lambda: device * torch.tensor(2.0))
