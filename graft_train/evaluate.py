@@ -35,12 +35,14 @@ class EvaluateConfig:
         max_new_tokens: per prompt and method.
         temperature: of the timed runs; losslessness is checked greedily.
         repeats: timed runs of every prompt with every method; the median counts.
+        governed: graft may narrow its tree or stop speculating where it does not pay, as it does by default.
     """
 
     prompts: int = 80
     max_new_tokens: int = 512
     temperature: float = 0.0
     repeats: int = 5
+    governed: bool = True
 
     def __post_init__(self) -> None:
         least = {"prompts": 1, "max_new_tokens": 2, "repeats": 1}  # the prefill gives the first token
@@ -72,7 +74,11 @@ def _build(config: "Config", out: Path) -> None:
     settings, run_dir = config.evaluation, Path(config.run_dir)
     samples = read_samples(run_dir / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
     engine = GraftEngine.from_pretrained(
-        run_dir / "bundle", target_path(config), str(resolve_device(config.target.device)), config.target.dtype
+        run_dir / "bundle",
+        target_path(config),
+        str(resolve_device(config.target.device)),
+        config.target.dtype,
+        governed=settings.governed,
     )
     _check_lengths(engine, samples, settings.max_new_tokens)
     runs = _interleaved(engine, samples, settings, config.seed)
@@ -141,8 +147,9 @@ def _interleaved(
     """Timed runs by method, prompt and repeat. The order of methods turns with every prompt and repeat."""
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in samples] for name in METHODS}
     prompts = [torch.tensor(sample.prompt_ids) for sample in samples]
-    for name in METHODS:  # warm-up
-        engine.generate(prompts[0], settings.max_new_tokens, settings.temperature, name, seed)
+    for prompt in (min(prompts, key=len), max(prompts, key=len)):  # warms up, the governor too
+        for name in METHODS:
+            engine.generate(prompt, settings.max_new_tokens, settings.temperature, name, seed)
     total = settings.repeats * len(samples) * len(METHODS)
     with tqdm(total=total, desc="evaluate: speed", unit="run") as bar:
         for repeat in range(settings.repeats):
@@ -175,10 +182,12 @@ def _summary(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any]
     phases: Counter[str] = Counter()
     accepted: Counter[str] = Counter()
     stages: Counter[str] = Counter()
+    governed: Counter[str] = Counter()
     for stats in typical:
         phases.update(stats.seconds)
         accepted.update(stats.accepted)
         stages.update(stats.stages)
+        governed.update(stats.governed)
     prefill = phases.pop("prefill")
     every = [run for prompt in runs for run in prompt]
     wall = sum(run.wall_seconds for run in every)
@@ -192,6 +201,7 @@ def _summary(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any]
         "prefill_ms": 1e3 * prefill / len(typical),
         "accepted_per_round": {name: count / rounds for name, count in accepted.items()},
         "stages": dict(sorted(stages.items())),
+        "governed": dict(sorted(governed.items())),
         "same_tokens_as_autoregressive": sum(same) / len(same),
         "time_outside_phases": 1 - sum(sum(run.stats.seconds.values()) for run in every) / wall,
     }
@@ -231,7 +241,9 @@ def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
     eos = reference.generation_config.eos_token_id
     reference.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
-    engine = GraftEngine.from_pretrained(Path(config.run_dir) / "bundle", path, str(device), "float32")
+    # Not governed: each method's own plan is to be checked, whether it pays in fp32 or not.
+    bundle = Path(config.run_dir) / "bundle"
+    engine = GraftEngine.from_pretrained(bundle, path, str(device), "float32", governed=False)
     divergences: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for sample in tqdm(samples, desc="evaluate: losslessness", unit="prompt"):
         prompt = torch.tensor([sample.prompt_ids], device=device)

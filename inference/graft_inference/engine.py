@@ -14,6 +14,7 @@ from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
 from .errors import GraftError
+from .governor import Governor, ladder
 from .grafting import Grafter
 from .kv_cache import TreeCache
 from .ngrams import NgramSource, NgramTable, RequestNgrams
@@ -51,6 +52,8 @@ class GraftEngine:
         keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
             what is new. Output is the same; memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
+        governed: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.
+            A request's own `plan` and the other methods stay what they are.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class GraftEngine:
         prefill_chunk: int = 1024,
         keep_prefix: bool = False,
         ngrams: NgramTable | None = None,
+        governed: bool = True,
     ) -> None:
         if retrieval_scope not in SCOPES:
             raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
@@ -80,6 +84,8 @@ class GraftEngine:
         self.retrieval_scope = retrieval_scope
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
+        self.governed = governed
+        self.governors: dict[Plan, Governor] = {}
         self._kept: KeptPrefix | None = None
         self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
@@ -103,7 +109,7 @@ class GraftEngine:
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
             check: compare a small tree pass with the target's own linear passes (`self_check`).
             device_map: spreads the target over devices, as transformers does; instead of `device`.
-            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`.
+            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `governed`.
 
         Raises:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
@@ -199,6 +205,8 @@ class GraftEngine:
         # Not a decorator: inference mode must not leak to the caller between two tokens.
         with self._lock, torch.inference_mode():
             state, first = self._prefill(prompt_S, new_tokens, sampler, plan, stats, logprobs)
+            if self.governed and request.plan is None and request.method == "graft":
+                self._govern(state)
         tokens, sources = [first], ["prefill"]
         done = False
         while not done:
@@ -270,6 +278,8 @@ class GraftEngine:
         state = DecodeState(
             plan=plan,
             grafter=self._grafter(plan),
+            governor=None,
+            ladder=(),
             cache=cache,
             drafter=drafter,
             successors=successors,
@@ -327,6 +337,12 @@ class GraftEngine:
         """One target pass: the tokens it emits and where each came from."""
         clock = state.clock
         clock.start()
+        started = clock.last
+        if state.governor is not None:
+            place, reason = state.governor.choose(state.cache.length)
+            state.grafter = state.ladder[place]
+            state.plan = state.grafter.plan
+            state.stats.governed[reason] += 1
         stage, drafted = self._draft(state)
         clock.mark("draft")
         tree = self._graft(state, stage, drafted)
@@ -343,13 +359,25 @@ class GraftEngine:
         state.stats.rounds += 1
         state.stats.stages[stage.name] += 1
         clock.mark("commit")
+        if state.governor is not None:
+            state.governor.record(clock.last - started, len(emitted[0]))
         return emitted
+
+    def _govern(self, state: DecodeState) -> None:
+        """Lets the governor of this request's plan choose among what its caches have room for."""
+        rungs = ladder(state.plan)
+        if state.plan not in self.governors:
+            self.governors[state.plan] = Governor(tuple(rungs), self.target.agree)
+        state.governor = self.governors[state.plan]
+        state.ladder = tuple(map(self._grafter, rungs.values()))
 
     def _draft(self, state: DecodeState) -> tuple[Stage, DraftTree]:
         """Drafts from checkpoint to checkpoint until the head is unsure; the passes after that never run."""
         stages = state.plan.stages
         state.retrieved = None
-        if state.drafter is None:
+        if state.drafter is None or not state.plan.drafts:
+            if state.drafter is not None:
+                state.drafter.defer(state.fresh_tokens_A, state.fresh_taps_AE)
             return stages[0], root_tree(state.root_1)
         if stages[0].passes == 0:
             state.retrieved = state.grafter.retrieve(stages[0], state.ngrams or state.successors, state.root_1)

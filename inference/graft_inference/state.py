@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .drafting import Drafter
+from .governor import Governor
 from .grafting import Grafter
 from .kv_cache import TreeCache
 from .ngrams import NgramSource
@@ -20,6 +21,8 @@ class DecodeState:
     """Everything that changes while one prompt is decoded.
 
     Attributes:
+        plan, grafter: of this round.
+        governor, ladder: what chooses them among these for each round; None and empty for the same ones throughout.
         ngrams: looked up in the matrix's place where the plan says so; backs off to it.
         learns: whether the matrix is updated.
         place: tokens emitted so far; what was accepted beyond the request's end counts too.
@@ -33,6 +36,8 @@ class DecodeState:
 
     plan: Plan
     grafter: Grafter
+    governor: Governor | None
+    ladder: tuple[Grafter, ...]
     cache: TreeCache
     drafter: Drafter | None
     successors: SuccessorMatrix | None

@@ -21,6 +21,7 @@ class GenerationStats:
         seconds: wall time by phase. `graft` is look-up and merging, `commit` acceptance, cache and matrix.
         accepted: kept tokens of the rounds by source: drafted, retrieved, and bonus (the target's own).
         stages: rounds by the stage they stopped at; "none" where no head ran.
+        governed: rounds by the plan that the governor gave them, and why; empty where it had no say.
     """
 
     rounds: int = 0
@@ -29,6 +30,7 @@ class GenerationStats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     accepted: dict[str, int] = field(default_factory=lambda: {"drafted": 0, "retrieved": 0, "bonus": 0})
     stages: Counter[str] = field(default_factory=Counter)
+    governed: Counter[str] = field(default_factory=Counter)
 
     @property
     def tau(self) -> float:

@@ -1,6 +1,7 @@
 """The comparison of the methods: fair arithmetic, and a losslessness check that can fail."""
 
 import json
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ from transformers import GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference import engine as engine_module
+from graft_inference.governor import MEASURED
+from graft_inference.stats import PhaseClock
 from graft_train import evaluate as evaluate_module
 from graft_train.config import Config
 from graft_train.data.samples import Sample, append_samples
 from graft_train.data.target import TargetConfig
 from graft_train.evaluate import EvaluateConfig, Run, evaluate
+from graft_train.report import print_table
 from graft_train.stage import write_json
 
 from ..graft_inference.tiny import VOCAB
@@ -39,7 +43,7 @@ def write_run(run_dir: Path, prompt_lengths: tuple[int, ...] = (5, 9, 7)) -> Pat
 
 
 def config_for(run_dir: Path, **settings) -> Config:
-    settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2} | settings
+    settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2, "governed": False} | settings
     return Config(
         run_dir=str(run_dir),
         target=TargetConfig(dtype="float32", device="cpu"),
@@ -86,6 +90,22 @@ def test_everything_is_measured_and_written(run_dir, capsys):
     assert json.loads((run_dir / "bundle" / "evaluation.json").read_text()) == evaluation
     assert "calibrated plan is that of" not in report
     assert (run_dir / "evaluation" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_governor_chose_is_told(run_dir, capsys, monkeypatch):
+    """In a world where every round takes equally long, the first rounds are timed plain and the rest pay."""
+    ticks = count()
+    monkeypatch.setattr(PhaseClock, "_now", lambda clock: float(next(ticks)))
+    evaluation = run_evaluate(run_dir, governed=True)
+    found = evaluation["methods"]["graft"]
+    assert set(found["governed"]) == {"plan"}, "the warm-up left nothing to be measured"
+    assert sum(found["governed"].values()) == sum(found["stages"].values())
+    assert all(not method["governed"] for name, method in evaluation["methods"].items() if name != "graft")
+    assert "by what its governor chose: plan 100.0%" in (run_dir / "evaluation" / "report.md").read_text()
+    assert "its plan did not pay" not in capsys.readouterr().out
+    found["governed"] = {"plan": 60, "narrowed": 20, "autoregressive, nothing else pays": 15, MEASURED: 5}
+    print_table(evaluation)
+    assert "in 35.0% of graft's rounds its plan did not pay" in capsys.readouterr().out
 
 
 def test_a_second_call_measures_nothing_and_prints_the_table_again(run_dir, capsys, monkeypatch):
