@@ -73,13 +73,7 @@ def evaluate(config: "Config") -> Path:
 def _build(config: "Config", out: Path) -> None:
     settings, run_dir = config.evaluation, Path(config.run_dir)
     samples = read_samples(run_dir / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
-    engine = GraftEngine.from_pretrained(
-        run_dir / "bundle",
-        target_path(config),
-        str(resolve_device(config.target.device)),
-        config.target.dtype,
-        governed=settings.governed,
-    )
+    engine = _engine(config, config.target.dtype, settings.governed)
     _check_lengths(engine, samples, settings.max_new_tokens)
     runs = _interleaved(engine, samples, settings, config.seed)
     evaluation = {
@@ -96,6 +90,13 @@ def _build(config: "Config", out: Path) -> None:
     (out / "report.md").write_text(to_markdown(evaluation), encoding="utf-8")
     draw(evaluation, out / "report.png")
     write_card(run_dir / "bundle", evaluation)
+
+
+def _engine(config: "Config", dtype: str, governed: bool) -> GraftEngine:
+    device = str(resolve_device(config.target.device))
+    places = config.target.device_map
+    bundle = Path(config.run_dir) / "bundle"
+    return GraftEngine.from_pretrained(bundle, target_path(config), device, dtype, device_map=places, governed=governed)
 
 
 def _check_lengths(engine: GraftEngine, samples: list[Sample], max_new_tokens: int) -> None:
@@ -234,19 +235,21 @@ def _speedups(runs: list[list[Run]], baseline: list[list[Run]]) -> np.ndarray:
 
 def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     """Greedy fp32 output of every method against transformers' own `generate` on an untouched model."""
-    settings, device = config.evaluation, resolve_device(config.target.device)
-    path = target_path(config)
-    reference: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES["float32"])
-    reference.to(device).eval()
+    settings, spread = config.evaluation, config.target.device_map
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        target_path(config), dtype=DTYPES["float32"], device_map=spread
+    )
+    if spread is None:
+        reference.to(resolve_device(config.target.device))
+    reference.eval()
     # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
     eos = reference.generation_config.eos_token_id
     reference.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
     # Not governed: each method's own plan is to be checked, whether it pays in fp32 or not.
-    bundle = Path(config.run_dir) / "bundle"
-    engine = GraftEngine.from_pretrained(bundle, path, str(device), "float32", governed=False)
+    engine = _engine(config, "float32", governed=False)
     divergences: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for sample in tqdm(samples, desc="evaluate: losslessness", unit="prompt"):
-        prompt = torch.tensor([sample.prompt_ids], device=device)
+        prompt = torch.tensor([sample.prompt_ids], device=reference.device)
         expected = reference.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

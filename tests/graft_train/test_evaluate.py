@@ -22,6 +22,7 @@ from graft_train.stage import write_json
 
 from ..graft_inference.tiny import VOCAB
 from ..graft_inference.tiny_bundle import write_bundle, write_target
+from .tiny_run import spread_over_devices
 
 PHASES = ("draft", "graft", "verify", "commit")
 
@@ -167,6 +168,17 @@ def test_the_targets_own_sampling_settings_do_not_blur_the_check(run_dir):
         repetition_penalty=5.0, do_sample=True, temperature=3.0, top_k=2, eos_token_id=[eos, 60]
     ).save_pretrained(run_dir / "target")
     assert run_evaluate(run_dir)["lossless"] == dict.fromkeys(METHODS, True)
+
+
+def test_a_target_spread_over_devices_is_measured_and_checked(run_dir, monkeypatch):
+    """Half of its layers in memory, half fetched from the disk for every pass."""
+    spread = spread_over_devices(monkeypatch)
+    config = config_for(run_dir, prompts=1, repeats=1)
+    config.target.device_map = "auto"
+    evaluation = json.loads((evaluate(config) / "evaluation.json").read_text())
+    assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
+    assert evaluation["methods"]["graft"]["accepted_per_round"]["retrieved"] > 0
+    assert spread == [True] * 3, "timed, reference, checked"
 
 
 def test_a_sampled_run_is_still_checked_greedily(run_dir):
