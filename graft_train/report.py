@@ -9,6 +9,7 @@ from rich.table import Table
 
 from graft_inference import METHODS
 from graft_inference.governor import AS_PLANNED, MEASURED
+from graft_train.stage import say
 
 COLUMNS = (
     "method",
@@ -118,7 +119,11 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
 
 def draw(evaluation: dict[str, Any], path: Path) -> None:
     """Speed with intervals, a round's time by phase, its tokens by source, and where rounds stopped."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        say(f"no {path.name}: matplotlib is not installed")
+        return
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
