@@ -1,10 +1,7 @@
 """The one configuration every recipe composes, so that a misspelt key fails at once in all of them."""
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from graft_train.build_corpus import CorpusConfig
 from graft_train.calibrate.config import CalibrateConfig
@@ -15,6 +12,9 @@ from graft_train.evaluate import EvaluateConfig
 from graft_train.export import ExportConfig
 from graft_train.pretrain_target import PretrainConfig
 from graft_train.regenerate import RegenerateConfig
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,10 +40,14 @@ class Config:
 
 def register() -> None:
     """Makes the schema known to Hydra; recipes call it before composing."""
+    from hydra.core.config_store import ConfigStore  # here, as the stages alone do not need Hydra
+
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config(composed: "DictConfig") -> Config:
     """The composed values as dataclasses, once, at the edge."""
+    from omegaconf import OmegaConf
+
     values: Any = OmegaConf.to_object(composed)
     return values

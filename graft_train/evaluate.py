@@ -35,12 +35,14 @@ class EvaluateConfig:
         max_new_tokens: per prompt and method.
         temperature: of the timed runs; losslessness is checked greedily.
         repeats: timed runs of every prompt with every method; the median counts.
+        governed: graft may narrow its tree or stop speculating where it does not pay, as it does by default.
     """
 
     prompts: int = 80
     max_new_tokens: int = 512
     temperature: float = 0.0
     repeats: int = 5
+    governed: bool = True
 
     def __post_init__(self) -> None:
         least = {"prompts": 1, "max_new_tokens": 2, "repeats": 1}  # the prefill gives the first token
@@ -71,9 +73,7 @@ def evaluate(config: "Config") -> Path:
 def _build(config: "Config", out: Path) -> None:
     settings, run_dir = config.evaluation, Path(config.run_dir)
     samples = read_samples(run_dir / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
-    engine = GraftEngine.from_pretrained(
-        run_dir / "bundle", target_path(config), str(resolve_device(config.target.device)), config.target.dtype
-    )
+    engine = _engine(config, config.target.dtype, settings.governed)
     _check_lengths(engine, samples, settings.max_new_tokens)
     runs = _interleaved(engine, samples, settings, config.seed)
     evaluation = {
@@ -90,6 +90,13 @@ def _build(config: "Config", out: Path) -> None:
     (out / "report.md").write_text(to_markdown(evaluation), encoding="utf-8")
     draw(evaluation, out / "report.png")
     write_card(run_dir / "bundle", evaluation)
+
+
+def _engine(config: "Config", dtype: str, governed: bool) -> GraftEngine:
+    device = str(resolve_device(config.target.device))
+    places = config.target.device_map
+    bundle = Path(config.run_dir) / "bundle"
+    return GraftEngine.from_pretrained(bundle, target_path(config), device, dtype, device_map=places, governed=governed)
 
 
 def _check_lengths(engine: GraftEngine, samples: list[Sample], max_new_tokens: int) -> None:
@@ -141,8 +148,9 @@ def _interleaved(
     """Timed runs by method, prompt and repeat. The order of methods turns with every prompt and repeat."""
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in samples] for name in METHODS}
     prompts = [torch.tensor(sample.prompt_ids) for sample in samples]
-    for name in METHODS:  # warm-up
-        engine.generate(prompts[0], settings.max_new_tokens, settings.temperature, name, seed)
+    for prompt in (min(prompts, key=len), max(prompts, key=len)):  # warms up, the governor too
+        for name in METHODS:
+            engine.generate(prompt, settings.max_new_tokens, settings.temperature, name, seed)
     total = settings.repeats * len(samples) * len(METHODS)
     with tqdm(total=total, desc="evaluate: speed", unit="run") as bar:
         for repeat in range(settings.repeats):
@@ -175,10 +183,12 @@ def _summary(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any]
     phases: Counter[str] = Counter()
     accepted: Counter[str] = Counter()
     stages: Counter[str] = Counter()
+    governed: Counter[str] = Counter()
     for stats in typical:
         phases.update(stats.seconds)
         accepted.update(stats.accepted)
         stages.update(stats.stages)
+        governed.update(stats.governed)
     prefill = phases.pop("prefill")
     every = [run for prompt in runs for run in prompt]
     wall = sum(run.wall_seconds for run in every)
@@ -192,6 +202,7 @@ def _summary(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any]
         "prefill_ms": 1e3 * prefill / len(typical),
         "accepted_per_round": {name: count / rounds for name, count in accepted.items()},
         "stages": dict(sorted(stages.items())),
+        "governed": dict(sorted(governed.items())),
         "same_tokens_as_autoregressive": sum(same) / len(same),
         "time_outside_phases": 1 - sum(sum(run.stats.seconds.values()) for run in every) / wall,
     }
@@ -224,17 +235,21 @@ def _speedups(runs: list[list[Run]], baseline: list[list[Run]]) -> np.ndarray:
 
 def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     """Greedy fp32 output of every method against transformers' own `generate` on an untouched model."""
-    settings, device = config.evaluation, resolve_device(config.target.device)
-    path = target_path(config)
-    reference: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES["float32"])
-    reference.to(device).eval()
+    settings, spread = config.evaluation, config.target.device_map
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        target_path(config), dtype=DTYPES["float32"], device_map=spread
+    )
+    if spread is None:
+        reference.to(resolve_device(config.target.device))
+    reference.eval()
     # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
     eos = reference.generation_config.eos_token_id
     reference.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
-    engine = GraftEngine.from_pretrained(Path(config.run_dir) / "bundle", path, str(device), "float32")
+    # Not governed: each method's own plan is to be checked, whether it pays in fp32 or not.
+    engine = _engine(config, "float32", governed=False)
     divergences: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for sample in tqdm(samples, desc="evaluate: losslessness", unit="prompt"):
-        prompt = torch.tensor([sample.prompt_ids], device=device)
+        prompt = torch.tensor([sample.prompt_ids], device=reference.device)
         expected = reference.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

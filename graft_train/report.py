@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from graft_inference import METHODS
+from graft_inference.governor import AS_PLANNED, MEASURED
+from graft_train.stage import say
 
 COLUMNS = (
     "method",
@@ -65,6 +67,10 @@ def print_table(evaluation: dict[str, Any]) -> None:
     for row in rows_of(evaluation):
         table.add_row(*(row[index] for index in shown), style="bold" if row[0] == "graft" else None)
     Console().print(table)
+    if narrower := _narrower(evaluation):
+        print(
+            f"note: in {narrower:.1%} of graft's rounds its plan did not pay: a narrower one, or none, took its place"
+        )
     for name in _twins(evaluation["settings"]):
         print(f"note: graft's calibrated plan is that of {name}; these rows show one method")
 
@@ -92,6 +98,9 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     if not settings["temperature"]:
         same = min(method["same_tokens_as_autoregressive"] for method in evaluation["methods"].values())
         facts.append(f"- timed in {settings['dtype']}: the autoregressive tokens on at least {same:.0%} of the prompts")
+    if governed := evaluation["methods"]["graft"]["governed"]:
+        shares = ", ".join(f"{reason} {share:.1%}" for reason, share in _shares(governed).items())
+        facts.append(f"- rounds of graft by what its governor chose: {shares}")
     facts.append(
         f"- {settings['repetition']:.0%} of the answers' 8-token windows repeat earlier text of the same request"
     )
@@ -110,7 +119,11 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
 
 def draw(evaluation: dict[str, Any], path: Path) -> None:
     """Speed with intervals, a round's time by phase, its tokens by source, and where rounds stopped."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        say(f"no {path.name}: matplotlib is not installed")
+        return
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -168,6 +181,12 @@ def _stacked(axes: Any, names: list[str], parts: dict[str, list[float]], title: 
         left = [start + value for start, value in zip(left, values, strict=True)]
     axes.set_title(title)
     axes.legend(frameon=False, ncols=len(parts), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+
+
+def _narrower(evaluation: dict[str, Any]) -> float:
+    """Share of graft's rounds for which its governor found that the plan did not pay."""
+    shares = _shares(evaluation["methods"]["graft"]["governed"])
+    return sum(share for reason, share in shares.items() if reason not in (AS_PLANNED, MEASURED))
 
 
 def _twins(settings: dict[str, Any]) -> list[str]:

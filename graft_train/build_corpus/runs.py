@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from graft_inference.errors import GraftError
 
@@ -100,6 +99,8 @@ def _firsts(keys_P: np.ndarray) -> np.ndarray:
 
 def write_run(path: Path, blocks: Iterator[Block], units: list[int]) -> None:
     """Writes ascending blocks to an Arrow file, aside and renamed; its metadata says which units it holds."""
+    import pyarrow as pa
+
     metadata = {"units": np.array(units, dtype=np.int64).tobytes()}
     schema = pa.schema([("key", pa.int64()), ("weight", pa.int64())], metadata)
     aside = path.with_suffix(".new")
@@ -112,6 +113,8 @@ def write_run(path: Path, blocks: Iterator[Block], units: list[int]) -> None:
 
 def read_run(path: Path) -> Iterator[Block]:
     """The blocks of a run, one in memory at a time (a mapped file would stay resident)."""
+    import pyarrow as pa
+
     with pa.OSFile(str(path)) as file:
         reader = pa.ipc.open_file(file)
         for index in range(reader.num_record_batches):
@@ -125,6 +128,8 @@ def units_of(path: Path) -> list[int]:
     Raises:
         GraftError: the file is damaged.
     """
+    import pyarrow as pa
+
     try:
         with pa.OSFile(str(path)) as file:
             return np.frombuffer(pa.ipc.open_file(file).schema.metadata[b"units"], dtype=np.int64).tolist()

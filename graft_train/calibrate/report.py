@@ -16,6 +16,7 @@ from graft_train.calibrate.race import ratio
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.scale import Nodes, calibration_error, drafted_nodes, fit_scale, retrieved_nodes
 from graft_train.calibrate.traces import Traces
+from graft_train.stage import say
 
 PlanOf = Callable[[str, CalibrateConfig, tuple[Replay, ...]], Plan]
 POINTS = 4
@@ -209,7 +210,11 @@ def _times(milliseconds: list[float]) -> str:
 
 def draw_frontier(report: dict[str, Any], path: Path) -> None:
     """Speed against tau: predicted along the widths, measured as stars."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        say(f"no {path.name}: matplotlib is not installed")
+        return
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

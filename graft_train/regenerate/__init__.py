@@ -16,7 +16,6 @@ from graft_train.data.samples import Sample, append_samples, parse_sample, to_li
 from graft_train.data.target import load_tokenizer, target_path
 from graft_train.regenerate.config import RegenerateConfig
 from graft_train.regenerate.in_process import answer_in_process
-from graft_train.regenerate.servers import ask_servers
 from graft_train.stage import run_stage, say
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ def _build(config: "Config", out: Path) -> None:
             for sample in tqdm(work.answered(settings.samples), desc="regenerate", unit="sample"):
                 file.write(to_line(sample))
     elif settings.servers():
+        from graft_train.regenerate.servers import ask_servers  # here, as without servers no client is needed
+
         ask_servers(work.prompts("train", settings.samples), path, settings, config.seed, work.chat)
     else:
         answer_in_process(work.prompts("train", settings.samples), path, config)

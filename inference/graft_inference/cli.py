@@ -72,10 +72,12 @@ def summary(stats: GenerationStats) -> str:
     """Two lines for people."""
     stages = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.stages.items()))
     accepted = ", ".join(f"{source} {tokens}" for source, tokens in stats.accepted.items())
+    governed = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.governed.items()))
+    governed = f"; by plan: {governed}" if governed else ""
     return (
         f"{stats.emitted} tokens, {stats.tokens_per_second:.1f} tokens/s, tau {stats.tau:.2f}, "
         f"prefill {stats.seconds['prefill'] * 1e3:.0f} ms\n"
-        f"{stats.rounds} rounds stopped at: {stages or 'none'}; accepted: {accepted}"
+        f"{stats.rounds} rounds stopped at: {stages or 'none'}; accepted: {accepted}{governed}"
     )
 
 

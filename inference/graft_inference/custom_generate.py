@@ -19,6 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 from .bundle import Bundle, load_bundle, resolve
 from .engine import GraftEngine
 from .errors import GraftError
+from .governor import Governor
+from .policy import Plan
 
 # Written by export: the bundle's absolute path or Hub id, and the SHA-256 of its model.safetensors.
 BUNDLE = ""
@@ -35,6 +37,7 @@ ACCEPTED = {
 }
 
 _bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Bundle]] = WeakKeyDictionary()
+_governors: WeakKeyDictionary[nn.Module, dict[tuple[Plan, int], Governor]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -94,6 +97,7 @@ def generate(
         engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check)
         # The request's own stopping criteria include its end-of-sequence tokens.
         engine.eos_token_ids = frozenset()
+        engine.governors = _governors.setdefault(model, {})
         try:
             return engine.generate(
                 input_ids,

@@ -13,6 +13,9 @@ from .kv_cache import allocate
 from .target import Target
 from .tree import DraftTree, Source, child_paths, root_tree
 
+DEFERRED = 64
+"""Positions that the head leaves unread at most: they hold memory, and the next draft waits for them."""
+
 
 @dataclass
 class Layer:
@@ -109,6 +112,8 @@ class Drafter:
     def defer(self, tokens_A: Tensor, taps_AE: Tensor) -> None:
         """Keeps newly committed positions for the next `begin`: a round that does not draft."""
         self._deferred.append((tokens_A, taps_AE))
+        if sum(len(tokens_A) for tokens_A, _ in self._deferred) >= DEFERRED:
+            self.read(*self._deferred.pop())
 
     def resume(self, length: int, beam_width: int, capacity: int) -> None:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
@@ -141,7 +146,7 @@ class Drafter:
     def caught_up(self, tokens_A: Tensor, taps_AE: Tensor) -> tuple[Tensor, Tensor]:
         """What `read` has to read: these positions, and before them those that were deferred."""
         if self._deferred:
-            self.defer(tokens_A, taps_AE)
+            self._deferred.append((tokens_A, taps_AE))
             tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
             self._deferred = []
         return tokens_A, taps_AE

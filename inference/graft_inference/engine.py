@@ -17,6 +17,7 @@ from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
 from .errors import GraftError
+from .governor import Governor, ladder
 from .grafting import Grafter, check_sources
 from .kv_cache import TreeCache
 from .ngrams import NgramSource, NgramTable, RequestNgrams
@@ -56,6 +57,8 @@ class GraftEngine:
             what is new. Output is the same; memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
         captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
+        governed: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.
+            A request's own `plan` and the other methods stay what they are.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class GraftEngine:
         keep_prefix: bool = False,
         ngrams: NgramTable | None = None,
         captured: bool | None = None,
+        governed: bool = True,
     ) -> None:
         if retrieval_scope not in SCOPES:
             raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
@@ -92,6 +96,8 @@ class GraftEngine:
         self.captured: CapturedRounds | None = None
         if captured or (captured is None and is_cuda):
             self.captured = CapturedRounds(target, head, successors, CudaGraphs(target.device))
+        self.governed = governed
+        self.governors: dict[tuple[Plan, int], Governor] = {}
         self._kept: KeptPrefix | None = None
         self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
@@ -115,7 +121,7 @@ class GraftEngine:
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
             check: compare a small tree pass with the target's own linear passes (`self_check`).
             device_map: spreads the target over devices, as transformers does; instead of `device`.
-            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`.
+            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`, `governed`.
 
         Raises:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
@@ -233,6 +239,8 @@ class GraftEngine:
                 state, first = self._prefill(
                     row.prompt_S, row.new_tokens, row.sampler, plan, stats, found, row.seen_S, resumes=len(rows) == 1
                 )
+                if self.governed and request.plan is None and request.method == "graft":
+                    state.ladder = tuple(map(self._grafter, ladder(plan).values()))
             states[index], emitted[index] = state, ([first], ["prefill"])
         while states:
             for index, (tokens, sources) in emitted.items():
@@ -296,6 +304,7 @@ class GraftEngine:
         state = DecodeState(
             plan=plan,
             grafter=self._grafter(plan),
+            ladder=(),
             cache=cache,
             drafter=drafter,
             successors=successors,
@@ -346,14 +355,39 @@ class GraftEngine:
 
     def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:
         """One target pass for all of them: the tokens it emits for each, and where each came from."""
-        if self.captured is not None and len(states) == 1:
+        governor, clock = self._govern(states), states[0].clock
+        started = clock.now()
+        emitted = self._replayed(states) or run_round(self.target, states)
+        if governor is not None:
+            governor.record(clock.now() - started, sum(len(tokens) for tokens, _ in emitted))
+        return emitted
+
+    def _govern(self, states: Sequence[DecodeState]) -> Governor | None:
+        """Gives governed requests their plan of the next round. So many prompts at a time are a case of their own."""
+        rungs = states[0].ladder
+        if not rungs:
+            return None
+        key = (rungs[0].plan, len(states).bit_length())
+        if key not in self.governors:
+            self.governors[key] = Governor(tuple(ladder(rungs[0].plan)), self.target.agree)
+        governor = self.governors[key]
+        place, reason = governor.choose(max(state.cache.length for state in states))
+        for state in states:
+            state.grafter = state.ladder[place]
+            state.plan = state.grafter.plan
+            state.stats.governed[reason] += 1
+        return governor
+
+    def _replayed(self, states: Sequence[DecodeState]) -> list[Emitted] | None:
+        """The round from CUDA graphs; None where it has to run eagerly."""
+        if self.captured is None:
+            return None
+        if len(states) == 1:
             emitted = self.captured.round(states[0])
-            if emitted is not None:
-                return [emitted]
-        elif self.captured is not None:
-            for state in states:
-                state.stats.uncaptured = "several prompts are decoded together"
-        return run_round(self.target, states)
+            return None if emitted is None else [emitted]
+        for state in states:
+            state.stats.uncaptured = "several prompts are decoded together"
+        return None
 
     def _grafter(self, plan: Plan) -> Grafter:
         if plan not in self._grafters:

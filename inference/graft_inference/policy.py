@@ -189,6 +189,32 @@ class Plan:
         stages = tuple(replace(stage, retrieved=0, template=()) for stage in self.stages)
         return replace(self, stages=stages, ngrams=False)
 
+    def narrowed(self) -> Self | None:
+        """Half the rows and half the head passes; None where there is no half."""
+        if max(stage.rows for stage in self.stages) < 3:
+            return None
+        passes = -(-self.max_passes // 2)
+        stages = [stage for stage in self.stages if stage.passes < passes]
+        stages.append(replace(self.stages[-1], passes=passes))
+        return replace(self, stages=tuple(map(self._halved, stages)))
+
+    def _halved(self, stage: Stage) -> Stage:
+        candidates = self.candidates(stage.passes)
+        if self.scale is None:
+            drafted = min(-(-stage.drafted // 2), candidates)
+            return replace(stage, drafted=drafted, retrieved=-(-stage.retrieved // 2))
+        return _at_most(stage, min(-(-stage.rows // 2), 1 + candidates + len(self.scale.template)))
+
+    def without_drafting(self) -> Self:
+        """The retrieved nodes alone, of the stage that has most of them."""
+        if self.scale is None:
+            stage = max(self.stages, key=lambda stage: stage.retrieved)
+            stage = replace(stage, passes=0, drafted=0)
+        else:
+            stage = self.stages[0] if not self.stages[0].passes else max(self.stages, key=lambda stage: stage.rows)
+            stage = _at_most(replace(stage, passes=0), 1 + len(self.scale.template))
+        return replace(self, stages=(stage,))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         try:
@@ -197,6 +223,12 @@ class Plan:
             return _exactly(cls, {**values, "stages": stages, "scale": scale})
         except (KeyError, TypeError) as error:
             raise GraftError(f"not a plan of a graft.json: {error}") from error
+
+
+def _at_most(stage: Stage, rows: int) -> Stage:
+    """With those of its widths that are not greater; with this one if all are."""
+    widths = tuple(width for width in stage.widths if width <= rows) or (rows,)
+    return replace(stage, widths=widths, prices=stage.prices[: len(widths)] if len(widths) > 1 else ())
 
 
 def _exactly(cls: type, values: dict[str, Any]) -> Any:

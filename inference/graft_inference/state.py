@@ -20,6 +20,8 @@ class DecodeState:
     """Everything that changes while one prompt is decoded.
 
     Attributes:
+        plan, grafter: of this round.
+        ladder: what the engine's governor chooses them from for each round; empty for the same ones throughout.
         ngrams: looked up in the matrix's place where the plan says so; backs off to it.
         learns: whether the matrix is updated.
         place: tokens emitted so far; what was accepted beyond the request's end counts too.
@@ -33,6 +35,7 @@ class DecodeState:
 
     plan: Plan
     grafter: Grafter
+    ladder: tuple[Grafter, ...]
     cache: TreeCache
     drafter: Drafter | None
     successors: SuccessorMatrix | None

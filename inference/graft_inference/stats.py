@@ -25,6 +25,7 @@ class GenerationStats:
         stages: rounds by the stage they stopped at; "none" where no head ran.
         captured: rounds that were replayed from CUDA graphs, of which `verify` holds the commit's work too.
         uncaptured: why others were not, where the engine captures.
+        governed: rounds by the plan that the governor gave them, and why; empty where it had no say.
     """
 
     rounds: int = 0
@@ -35,6 +36,7 @@ class GenerationStats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     accepted: dict[str, int] = field(default_factory=lambda: {"drafted": 0, "retrieved": 0, "bonus": 0})
     stages: Counter[str] = field(default_factory=Counter)
+    governed: Counter[str] = field(default_factory=Counter)
     prompts: int = 1
 
     @classmethod
@@ -52,6 +54,9 @@ class GenerationStats:
             seconds=seconds,
             accepted={name: sum(part.accepted[name] for part in parts) for name in parts[0].accepted},
             stages=sum((part.stages for part in parts), Counter()),
+            captured=sum(part.captured for part in parts),
+            uncaptured=next((part.uncaptured for part in parts if part.uncaptured), None),
+            governed=sum((part.governed for part in parts), Counter()),
             prompts=len(parts),
         )
 
@@ -101,17 +106,17 @@ class PhaseClock:
     def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
         self.seconds = seconds
         self.device = device
-        self.last = self._now()
+        self.last = self.now()
 
-    def _now(self) -> float:
+    def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def start(self) -> None:
-        self.last = self._now()
+        self.last = self.now()
 
     def mark(self, phase: str) -> None:
-        now = self._now()
+        now = self.now()
         self.seconds[phase] += now - self.last
         self.last = now

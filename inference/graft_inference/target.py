@@ -107,6 +107,14 @@ class Target:
         """Whether it is spread over several devices or processes."""
         return self.is_parallel or len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
 
+    def agree(self, seconds: float) -> float:
+        """What the first of the processes measured, where several compute the target and must decide alike."""
+        if not self.is_parallel:
+            return seconds
+        measured_1 = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(measured_1, 0)
+        return float(measured_1)
+
     @property
     def max_positions(self) -> int:
         """Longest prompt and continuation."""

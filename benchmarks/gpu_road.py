@@ -1,0 +1,129 @@
+"""The whole road on one GPU: pretrains a target on this machine's Python sources, distils, calibrates, evaluates.
+
+    bash benchmarks/gpu_road.sh
+
+Calls the stages' functions: neither Hydra nor datasets, deepspeed or wandb need be there. Without accelerate a process
+of our own stands in for it, without pyarrow the corpus is counted in memory, without matplotlib no picture is drawn.
+`--tiny` runs everything in a minute on a CPU, to see that it runs.
+"""
+
+import argparse
+import sysconfig
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.one_process import stand_in
+
+stand_in()  # before anything imports accelerate
+
+from graft_inference.retrieval import save_table  # noqa: E402
+from graft_train.build_corpus import CorpusConfig, _window_pairs, build_corpus, describe_corpus  # noqa: E402
+from graft_train.build_corpus.pairs import windows  # noqa: E402
+from graft_train.build_corpus.runs import sum_pairs  # noqa: E402
+from graft_train.build_corpus.tables import successor_matrix  # noqa: E402
+from graft_train.calibrate import calibrate  # noqa: E402
+from graft_train.calibrate.config import CalibrateConfig  # noqa: E402
+from graft_train.config import Config  # noqa: E402
+from graft_train.data.documents import DataConfig  # noqa: E402
+from graft_train.data.target import TargetConfig, load_target, target_path  # noqa: E402
+from graft_train.distill import distill  # noqa: E402
+from graft_train.distill.config import HeadTrainConfig  # noqa: E402
+from graft_train.evaluate import EvaluateConfig, evaluate  # noqa: E402
+from graft_train.export import export  # noqa: E402
+from graft_train.pretrain_target import PretrainConfig, pretrain_target  # noqa: E402
+from graft_train.regenerate import RegenerateConfig, regenerate  # noqa: E402
+from graft_train.stage import run_stage  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--run", default="runs/gpu_road")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sources", default=sysconfig.get_path("purelib"), help="default: the packages installed here")
+    parser.add_argument("--steps", type=int, help="of pretraining")
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    config = tiny(arguments) if arguments.tiny else road(arguments)
+    if arguments.steps:
+        config.pretrain_target = replace(config.pretrain_target, steps=arguments.steps)
+    count_corpus = build_corpus if find_spec("pyarrow") else corpus_in_memory
+    started = time.perf_counter()
+    for stage in (pretrain_target, regenerate, distill, count_corpus, calibrate, export, evaluate):
+        stage(config)
+        print(f"gpu_road: {time.perf_counter() - started:.0f} s so far", flush=True)
+
+
+def road(arguments: argparse.Namespace) -> Config:
+    """A target of some 100 million parameters. Nothing is checkpointed: it is over before it would matter."""
+    steps = 1500
+    return Config(
+        run_dir=arguments.run,
+        target=TargetConfig(dtype="bfloat16", device=arguments.device),
+        data=DataConfig(
+            path=arguments.sources, glob="**/*.py", limit=12_000, prompt_tokens=128,
+            calibration_share=0.02, evaluation_share=0.02,
+        ),
+        pretrain_target=PretrainConfig(
+            vocab_size=8192, hidden_size=768, layers=14, heads=12, intermediate_size=2048, max_positions=1024,
+            length=256, batch=64, steps=steps, adamw_lr=0.01, checkpoint_every=10**9,
+        ),
+        regenerate=RegenerateConfig(samples=6000, held_out=24, max_new_tokens=128, batch=512),
+        head=HeadTrainConfig(
+            tapped_layers=[1, 6, 11], draft_vocab_size=8192, unroll_steps=5, epochs=6, batch_tokens=16_384,
+            batches_per_step=1, optimizer="muon", learning_rate=5e-3, schedule="wsd", decay_share=0.4, max_length=256,
+            mixed_precision="no", states="online", measure_every=None, checkpoint_every=10**9, wandb=False,
+        ),
+        corpus=CorpusConfig(ngrams=False),
+        policy=CalibrateConfig(
+            prompts=16, max_new_tokens=96, beam_width=8, max_passes=6, widths=[1, 4, 8, 16, 32, 64],
+            retrieval_depth=6, checkpoints=2, repeats=3,
+        ),
+        evaluation=EvaluateConfig(prompts=16, max_new_tokens=128, repeats=3),
+    )  # fmt: skip
+
+
+def tiny(arguments: argparse.Namespace) -> Config:
+    """A few steps of everything."""
+    config = road(arguments)
+    config.target = TargetConfig(dtype="float32", device="cpu")
+    config.data = replace(config.data, limit=40, prompt_tokens=12, calibration_share=0.2, evaluation_share=0.2)
+    config.pretrain_target = replace(
+        config.pretrain_target, vocab_size=300, hidden_size=32, layers=3, heads=4, intermediate_size=48,
+        max_positions=128, length=16, batch=4, steps=3,
+    )  # fmt: skip
+    config.regenerate = replace(config.regenerate, samples=12, held_out=3, max_new_tokens=8, batch=4)
+    config.head = replace(
+        config.head, tapped_layers=None, draft_vocab_size=100, unroll_steps=2, max_steps=2, batch_tokens=128
+    )
+    config.policy = replace(
+        config.policy, prompts=2, max_new_tokens=10, beam_width=3, max_passes=3, widths=[1, 4, 8], retrieval_depth=3,
+        repeats=1, least_rounds=10,
+    )  # fmt: skip
+    config.evaluation = replace(config.evaluation, prompts=2, max_new_tokens=10, repeats=1)
+    return config
+
+
+def corpus_in_memory(config: Config) -> Path:
+    """What `build_corpus` makes, without its runs on disk, which are Arrow files."""
+    data, settings = Path(config.run_dir) / "data", config.corpus
+
+    def build(out: Path) -> None:
+        made_for, samples = describe_corpus(config), data / "samples.jsonl"
+        model, vocab_size = load_target(config), made_for["vocab_size"]
+        pairs = [
+            pair for window in windows(samples) for pair in _window_pairs(settings, model, window, samples, vocab_size)
+        ]
+        matrix = successor_matrix(iter([sum_pairs(pairs)]), vocab_size, settings.successors)
+        save_table(out / "successors.safetensors", matrix, made_for)
+
+    inputs = [target_path(config), data]
+    return run_stage(config, "build_corpus", "corpus", settings.decisive() | {"in_memory": True}, inputs, build)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# One command, one GPU: pretrain, distil, calibrate, evaluate. Arguments go to gpu_road.py, for example --tiny.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:$PWD/inference${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec "${PYTHON:-python3}" benchmarks/gpu_road.py "$@"

@@ -1,0 +1,286 @@
+"""In a world whose rounds take a known time, the governor loses little where nothing pays and wins where it does."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from graft_inference import GraftEngine, drafting, paper_policy
+from graft_inference.drafting import DEFERRED, Drafter
+from graft_inference.governor import GRANT, PLAIN_EVERY, PURSE, SHARE, Governor, ladder
+from graft_inference.policy import AUTOREGRESSIVE
+from graft_inference.stats import PhaseClock
+from graft_inference.target import Target
+
+from .test_engine import SMALL, greedy_reference, ngram_engine, prompt, small_engine
+from .tiny import learned_plan, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
+
+NAMES = ("plan", "narrowed", "retrieval alone", "autoregressive")
+AR = 1.0  # milliseconds, say
+
+
+class World:
+    """Rounds of every plan: what they cost, in autoregressive rounds, and how many tokens they emit on average."""
+
+    def __init__(self, *rungs: tuple[float, float], seed: int = 0) -> None:
+        self.rungs = [*rungs, (1.0, 1.0)]
+        self.draw = random.Random(seed)
+        self.governor = Governor(NAMES[: len(rungs)] + NAMES[-1:])
+        self.seconds = 0.0
+        self.reasons: Counter[str] = Counter()
+
+    def run(self, tokens: int, context: int = 100) -> float:
+        """Time over the autoregressive one for so many tokens more."""
+        started, emitted = self.seconds, 0
+        while emitted < tokens:
+            place, reason = self.governor.choose(context + emitted)
+            cost, tau = self.rungs[place]
+            count = 1
+            while tau > 1 and self.draw.random() < 1 - 1 / tau:  # geometric, with mean tau
+                count += 1
+            seconds = cost * AR * self.draw.uniform(0.95, 1.05)
+            self.governor.record(seconds, count)
+            self.seconds += seconds
+            emitted += count
+            self.reasons[reason] += 1
+        return (self.seconds - started) / (emitted * AR)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("costs", [(3.0, 2.0, 1.4), (1.2, 1.15, 1.1), (8.0, 5.0, 3.0)])
+def test_what_never_pays_costs_less_than_five_per_cent(costs, seed):
+    world = World(*((cost, 1.0) for cost in costs), seed=seed)
+    assert world.run(4000) < 1.05
+    assert world.run(4000) < 1.03
+    assert world.reasons["autoregressive, nothing else pays"] > 6500
+    assert all(world.reasons[name] for name in NAMES[:3])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_at_no_time_is_more_lost_than_the_purse_allows(seed):
+    worst = 2.5
+    world = World((1 + worst, 1.0), (2.0, 1.3), (1.5, 1.2), seed=seed)
+    for _ in range(3000):
+        world.run(1)
+        allowed = (1 + SHARE) * world.governor.emitted + GRANT + 1 + worst
+        assert world.seconds < 1.03 * allowed  # a plain round is timed with some noise
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("cost", "tau"), [(1.5, 3.0), (3.0, 8.0), (1.2, 1.8)])
+def test_what_pays_stays_and_is_hardly_slowed_down(cost, tau, seed):
+    world = World((cost, tau), (1.1, 1.3), (1.3, 1.5), seed=seed)
+    world.run(500)  # the first plain rounds
+    rounds = sum(world.reasons.values())
+    world.reasons.clear()
+    emitted = 6000
+    assert world.run(emitted, context=600) < 1.04 * cost / tau  # with the noise of the draws
+    rounds = sum(world.reasons.values())
+    assert world.reasons["plan"] > 0.98 * rounds - 4
+    assert rounds // PLAIN_EVERY <= world.reasons["autoregressive, measured"] <= rounds // PLAIN_EVERY + 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_narrower_plan_has_its_turn_before_speculation_stops(seed):
+    world = World((4.0, 2.0), (1.4, 2.0), (1.2, 1.1), seed=seed)
+    world.run(1000)
+    assert world.run(4000) < 1.1 * 1.4 / 2.0
+    assert world.reasons["narrowed"] > 0.8 * sum(world.reasons.values())
+    assert "autoregressive, nothing else pays" not in world.reasons or (
+        world.reasons["autoregressive, nothing else pays"] < 300
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_faster_narrow_plan_is_not_left_for_a_wide_one_that_pays_less(seed):
+    world = World((4.0, 2.0), (1.2, 2.4), (1.2, 1.1), seed=seed)
+    world.run(1500)
+    world.rungs[0] = (2.0, 2.2)
+    world.reasons.clear()
+    world.run(4000)
+    assert world.reasons["narrowed"] > 0.8 * sum(world.reasons.values())
+
+
+def test_what_turns_good_is_found_again_and_what_turns_bad_is_left():
+    world = World((3.0, 1.0), (2.0, 1.0), (1.5, 1.0))
+    world.run(3000)
+    world.rungs[0] = (1.5, 3.0)
+    world.run(2000)
+    assert world.run(2000) < 1.1 * 1.5 / 3.0
+    world.rungs[0] = (3.0, 1.0)
+    assert world.run(2000) < 1 + SHARE + (PURSE + 5) / 2000 + 0.01
+
+
+def test_a_plain_round_is_timed_for_each_power_of_two_of_context():
+    """A long context makes every round dearer: that is no reason to stop."""
+    world = World((1.5, 3.0))
+    world.run(300)
+    world.rungs = [(15.0, 3.0), (10.0, 1.0)]
+    world.reasons.clear()
+    world.run(900, context=16384)
+    world.rungs = [(1.5, 3.0), (1.0, 1.0)]
+    world.run(300)
+    assert set(world.reasons) == {"plan", "autoregressive, measured"}
+
+
+def test_processes_decide_by_the_same_times():
+    """One of them measures nonsense, and is told what the first one measured."""
+    first, told = Governor(NAMES), []
+    second = Governor(NAMES, agree=lambda seconds: told[-1])
+    for count in range(500):
+        place, reason = first.choose(100 + count)
+        assert second.choose(100 + count) == (place, reason)
+        told.append((3.0, 2.0, 1.4, 1.0)[place])
+        first.record(told[-1], 1)
+        second.record(random.random(), 1)
+
+
+@pytest.mark.parametrize("plan", [paper_policy().graft, paper_policy(rows=12, max_passes=6).graft, learned_plan()])
+def test_the_ladder_gets_cheaper_from_rung_to_rung(plan):
+    rungs = ladder(plan)
+    assert tuple(rungs) == NAMES
+    assert rungs["plan"] is plan
+    assert rungs["autoregressive"] is AUTOREGRESSIVE
+    most = max(stage.rows for stage in plan.stages)
+    narrowed = rungs["narrowed"]
+    assert max(stage.rows for stage in narrowed.stages) <= -(-most // 2) + 1
+    assert narrowed.max_passes == -(-plan.max_passes // 2)
+    assert (narrowed.scale, narrowed.learns_accepted) == (plan.scale, plan.learns_accepted)
+    alone = rungs["retrieval alone"]
+    assert not alone.drafts
+    assert alone.retrieves
+
+
+def test_a_plan_without_anything_to_narrow_has_no_such_rung():
+    assert tuple(ladder(AUTOREGRESSIVE)) == ("plan", "autoregressive")
+    assert tuple(ladder(paper_policy().eagle3)) == ("plan", "narrowed", "autoregressive")
+    assert tuple(ladder(paper_policy().retrieve)) == ("plan", "narrowed", "autoregressive")
+
+
+class FakeTime:
+    """A clock that the engine reads and that only what it runs moves on: verified rows and head passes."""
+
+    def __init__(self, monkeypatch, row: float = 0.02, head: float = 0.3) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(PhaseClock, "now", lambda clock: self.now)
+        run_target, run_head = Target.forward, drafting._pass
+
+        def forward(target, tokens, *arguments, **named):
+            self.now += 1 + row * (len(tokens) - 1)
+            return run_target(target, tokens, *arguments, **named)
+
+        def head_pass(*arguments):
+            self.now += head
+            return run_head(*arguments)
+
+        monkeypatch.setattr(Target, "forward", forward)
+        monkeypatch.setattr(drafting, "_pass", head_pass)
+
+
+def governed_engine(policy=None) -> GraftEngine:
+    model = tiny_model("llama", max_position_embeddings=1024)
+    return tiny_engine(model, policy or paper_policy(8, 32, 5, 3), tiny_head(model), governed=True)
+
+
+def test_a_random_head_is_nearly_as_fast_as_autoregressive(monkeypatch):
+    engine = governed_engine()
+    FakeTime(monkeypatch)
+    methods = ("graft", "autoregressive")
+    found = {method: engine.generate(prompt(9), 600, 1.0, method, seed=0) for method in methods}
+    governed = found["graft"].stats
+    assert found["graft"].sequences.tolist() == found["autoregressive"].sequences.tolist()
+    assert governed.decode_seconds < 1.05 * found["autoregressive"].stats.decode_seconds
+    assert sum(governed.governed.values()) == governed.rounds
+    assert governed.governed["plan"]
+    assert governed.governed["narrowed"]
+    assert governed.governed["autoregressive, nothing else pays"] > 400
+    engine.governed = False
+    ungoverned = engine.generate(prompt(9), 100, 1.0, seed=0).stats
+    assert ungoverned.tokens_per_second < 0.7 * found["autoregressive"].stats.tokens_per_second
+    assert not ungoverned.governed
+
+
+@pytest.mark.parametrize("method", ["prune", "eagle3", "retrieve", "autoregressive"])
+def test_baselines_and_a_plan_of_ones_own_stay_what_they_are(monkeypatch, method):
+    engine = governed_engine()
+    FakeTime(monkeypatch)
+    plan = engine.policy.plan(method)
+    for stats in (
+        engine.generate(prompt(9), 100, method=method).stats,
+        engine.generate(prompt(9), 100, plan=plan).stats,
+    ):
+        assert not stats.governed
+        assert set(stats.stages) <= {stage.name for stage in plan.stages}
+
+
+@pytest.mark.parametrize("policy", [tiny_policy(0.5), learned_policy(0.5), "ngrams"])
+@pytest.mark.parametrize("scope", ["request", "engine"])
+def test_plans_may_change_from_round_to_round(policy, scope):
+    """Every rung after every other, in one request, with deferred reading and caches of the request's own plan."""
+    engine = ngram_engine() if policy == "ngrams" else small_engine(policy=policy)
+    engine.governed, engine.retrieval_scope = True, scope
+
+    class Restless(Governor):
+        draw = random.Random(0)
+
+        def choose(self, context):
+            place = self.draw.randrange(len(self.names))
+            return place, self.names[place]
+
+        def record(self, seconds, tokens):
+            pass
+
+    engine.governors[engine.policy.graft, 1] = Restless(tuple(ladder(engine.policy.graft)))
+    accepted: Counter[str] = Counter()
+    for seed in range(3):
+        input_ids = prompt(3 + seed, seed, SMALL)
+        expected = greedy_reference(engine.target.model, input_ids, 120)
+        found = engine.generate(input_ids, 120)
+        assert found.sequences.tolist() == expected.tolist()
+        assert len(found.stats.governed) == 4
+        accepted.update(found.stats.accepted)
+    assert accepted["retrieved"]
+    assert accepted["drafted"] or policy == "ngrams"
+
+
+def test_the_head_leaves_few_positions_unread(monkeypatch):
+    """However long it is not asked; and what it has read in pieces it knows as if it had read it at once."""
+    engine = governed_engine(learned_policy())
+    most = []
+    defer = Drafter.defer
+
+    def watched(drafter, tokens_A, taps_AE):
+        defer(drafter, tokens_A, taps_AE)
+        most.append(sum(len(tokens) for tokens, _ in drafter._deferred))
+
+    monkeypatch.setattr(Drafter, "defer", watched)
+    always = replace(learned_plan().stages[0], threshold=-1.0)  # retrieved nodes promise more than that
+    skipping = replace(learned_plan(), stages=(always, *learned_plan().stages[1:]))
+    engine.generate(prompt(9), 300, plan=skipping)
+    assert max(most) < DEFERRED
+    assert len(most) > 2 * DEFERRED
+
+    target, head = engine.target, engine.head
+    tokens = prompt(200)[0]
+    with torch.inference_mode():
+        taps = target.prefill(tokens, target.new_cache(200)).taps_NE
+        drafters = [Drafter(head, target, 3, 240) for _ in range(2)]
+        for place in range(150):
+            drafters[0].defer(tokens[place + 1 : place + 2], taps[place : place + 1])
+        drafts = [
+            drafters[0].begin(tokens[151:152], taps[150:151]),
+            drafters[1].begin(tokens[1:152], taps[:151]),
+        ]
+    assert drafters[0].length == drafters[1].length == 151
+    assert drafts[0].candidates.tokens_N.tolist() == drafts[1].candidates.tokens_N.tolist()
+    torch.testing.assert_close(drafts[0].candidates.logp_N, drafts[1].candidates.logp_N)
+
+
+def test_the_wide_rungs_fit_the_caches_of_the_plan():
+    """Every narrower plan's rows and beams fit what was made for the plan itself."""
+    for plan in (paper_policy().graft, paper_policy(4, 16, 6, 3).graft, learned_plan()):
+        for rung in ladder(plan).values():
+            assert max(stage.rows for stage in rung.stages) <= max(stage.rows for stage in plan.stages)
+            assert rung.beam_width * rung.max_passes <= plan.beam_width * plan.max_passes
