@@ -244,6 +244,17 @@ def test_plans_may_change_from_round_to_round(policy, scope):
     assert accepted["drafted"] or policy == "ngrams"
 
 
+def test_requests_that_take_turns_share_a_governor(monkeypatch):
+    engine = governed_engine()
+    FakeTime(monkeypatch)
+    expected = [engine.generate(prompt(length), 60, 1.0, seed=0).sequences[0, length:].tolist() for length in (9, 70)]
+    engine.governors.clear()
+    streams = [engine.stream(prompt(length), 60, 1.0, seed=0) for length in (9, 70)]
+    assert list(zip(*streams, strict=True)) == list(zip(*expected, strict=True))
+    (governor,) = engine.governors.values()
+    assert governor.emitted >= 118
+
+
 def test_the_head_leaves_few_positions_unread(monkeypatch):
     """However long it is not asked; and what it has read in pieces it knows as if it had read it at once."""
     engine = governed_engine(learned_policy())
