@@ -2,12 +2,13 @@
 
 Everything is counted in tokens' worth of autoregressive time. A round that takes longer than its tokens would have
 taken one by one is a loss. Losses come out of a purse that every emitted token feeds a little, so that whatever
-happens n tokens take at most (1 + SHARE) * n + PURSE tokens' worth of time, and one round more.
+happens n tokens take at most (1 + SHARE) * n + PURSE tokens' worth of time, a first round of every plan, and one
+round more. What a round takes beyond OUTLIER times its plan's median is the machine's doing, and counts for no plan.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from statistics import median
 
@@ -24,8 +25,9 @@ WAIT, LONGEST_WAIT = 64, 512
 AS_PLANNED, MEASURED, STOPPED = "plan", "autoregressive, measured", "autoregressive, nothing else pays"
 """Why a round has its plan; the other reasons are the names of narrower plans."""
 PLAIN_ROUNDS = 3
-PLAIN_EVERY = 64
-"""Rounds after which one of them is plain, to time it anew."""
+PLAIN_EVERY, PLAIN_IN_DOUBT = 64, 8
+"""Rounds after which one of them is plain, to time it anew; fewer where the plan is not far from failing."""
+OUTLIER = 2.0
 FADE = 0.98
 """Weight that a round keeps in a plan's speed at each later one."""
 
@@ -49,6 +51,7 @@ class Rung:
         is_new: its trial has not begun: the first round, which may have to catch up, will not be judged.
         wait, until: tokens that it rests after failing, and the place until which it does.
         spent, earned: its faded time and tokens.
+        seconds: of its last rounds, trials before this one included.
     """
 
     standing: float = 0.0
@@ -57,6 +60,7 @@ class Rung:
     until: int = 0
     spent: float = 0.0
     earned: float = 0.0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=9))
 
     @property
     def speed(self) -> float:
@@ -95,11 +99,12 @@ class Governor:
         self._size = context.bit_length()
         plain = len(self.names) - 1
         wanted = 1 if any(times for size, times in self._plain.items() if size != self._size) else PLAIN_ROUNDS
-        measures = len(self._plain[self._size]) < wanted or self._since[self._size] >= PLAIN_EVERY
-        if measures:
+        self._chosen = self._best()
+        sure = self._chosen < plain and self.rungs[self._chosen].standing > SLACK / 2
+        every = PLAIN_EVERY if sure else PLAIN_IN_DOUBT
+        if len(self._plain[self._size]) < wanted or self._since[self._size] >= every:
             self._chosen = plain
             return plain, MEASURED
-        self._chosen = self._best()
         return self._chosen, STOPPED if self._chosen == plain else self.names[self._chosen]
 
     def _best(self) -> int:
@@ -122,9 +127,13 @@ class Governor:
             self._since[self._size] = 0
             return
         self._since[self._size] += 1
-        spent = seconds / median(self._plain[self._size])
-        self.purse = min(self.purse + tokens - spent, PURSE)
-        self._judge(self._chosen, spent, tokens)
+        usual = self.rungs[self._chosen].seconds
+        is_first = not usual  # nothing says whether it took its usual time
+        usual.append(seconds)
+        if not is_first:
+            spent = min(seconds, OUTLIER * median(usual)) / median(self._plain[self._size])
+            self.purse = min(self.purse + tokens - spent, PURSE)
+            self._judge(self._chosen, spent, tokens)
 
     def _judge(self, place: int, spent: float, tokens: int) -> None:
         """Against autoregressive, or a narrower plan that is faster."""
@@ -138,4 +147,5 @@ class Governor:
         if rung.standing >= SLACK:
             rung.wait = WAIT
         elif rung.standing < -STAKE:
-            self.rungs[place] = Rung(wait=min(2 * rung.wait, LONGEST_WAIT), until=self.emitted + rung.wait)
+            wait = min(2 * rung.wait, LONGEST_WAIT)
+            self.rungs[place] = Rung(wait=wait, until=self.emitted + rung.wait, seconds=rung.seconds)

@@ -24,9 +24,10 @@ AR = 1.0  # milliseconds, say
 class World:
     """Rounds of every plan: what they cost, in autoregressive rounds, and how many tokens they emit on average."""
 
-    def __init__(self, *rungs: tuple[float, float], seed: int = 0) -> None:
+    def __init__(self, *rungs: tuple[float, float], seed: int = 0, hiccups: float = 0.0) -> None:
         self.rungs = [*rungs, (1.0, 1.0)]
         self.draw = random.Random(seed)
+        self.hiccups = hiccups
         self.governor = Governor(NAMES[: len(rungs)] + NAMES[-1:])
         self.seconds = 0.0
         self.reasons: Counter[str] = Counter()
@@ -41,7 +42,7 @@ class World:
             while tau > 1 and self.draw.random() < 1 - 1 / tau:  # geometric, with mean tau
                 count += 1
             seconds = cost * AR * self.draw.uniform(0.95, 1.05)
-            self.governor.record(seconds, count)
+            self.governor.record(seconds + 30 * AR * (self.draw.random() < self.hiccups), count)
             self.seconds += seconds
             emitted += count
             self.reasons[reason] += 1
@@ -64,7 +65,7 @@ def test_at_no_time_is_more_lost_than_the_purse_allows(seed):
     world = World((1 + worst, 1.0), (2.0, 1.3), (1.5, 1.2), seed=seed)
     for _ in range(3000):
         world.run(1)
-        allowed = (1 + SHARE) * world.governor.emitted + GRANT + 1 + worst
+        allowed = (1 + SHARE) * world.governor.emitted + GRANT + 2 * (1 + worst) + 2.0 + 1.5
         assert world.seconds < 1.03 * allowed  # a plain round is timed with some noise
 
 
@@ -73,13 +74,24 @@ def test_at_no_time_is_more_lost_than_the_purse_allows(seed):
 def test_what_pays_stays_and_is_hardly_slowed_down(cost, tau, seed):
     world = World((cost, tau), (1.1, 1.3), (1.3, 1.5), seed=seed)
     world.run(500)  # the first plain rounds
-    rounds = sum(world.reasons.values())
     world.reasons.clear()
     emitted = 6000
-    assert world.run(emitted, context=600) < 1.04 * cost / tau  # with the noise of the draws
-    rounds = sum(world.reasons.values())
-    assert world.reasons["plan"] > 0.98 * rounds - 4
-    assert rounds // PLAIN_EVERY <= world.reasons["autoregressive, measured"] <= rounds // PLAIN_EVERY + 4
+    seconds = world.run(emitted, context=600) * emitted
+    rounds, plain = sum(world.reasons.values()), world.reasons["autoregressive, measured"]
+    assert world.reasons["plan"] == rounds - plain
+    assert rounds // PLAIN_EVERY <= plain <= rounds // PLAIN_EVERY + 8
+    # What a plain round takes longer than speculation takes for its one token.
+    assert plain * (1 - cost / tau) * AR < 0.02 * seconds
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_machine_that_stumbles_now_and_then_is_not_taken_for_a_bad_plan(seed):
+    """One round in fifty takes thirty times as long, whatever its plan."""
+    world = World((1.5, 3.0), (1.1, 1.3), (1.3, 1.5), seed=seed, hiccups=0.02)
+    world.run(4000)
+    assert world.reasons["plan"] > 0.93 * sum(world.reasons.values())
+    bad = World((3.0, 1.0), (2.0, 1.0), (1.5, 1.0), seed=seed, hiccups=0.02)
+    assert bad.run(4000) < 1.05
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -243,6 +255,17 @@ def test_plans_may_change_from_round_to_round(policy, scope):
         accepted.update(found.stats.accepted)
     assert accepted["retrieved"]
     assert accepted["drafted"] or policy == "ngrams"
+
+
+def test_requests_that_take_turns_share_a_governor(monkeypatch):
+    engine = governed_engine()
+    FakeTime(monkeypatch)
+    expected = [engine.generate(prompt(length), 60, 1.0, seed=0).sequences[0, length:].tolist() for length in (9, 70)]
+    engine.governors.clear()
+    streams = [engine.stream(prompt(length), 60, 1.0, seed=0) for length in (9, 70)]
+    assert list(zip(*streams, strict=True)) == list(zip(*expected, strict=True))
+    (governor,) = engine.governors.values()
+    assert governor.emitted >= 118
 
 
 def test_the_head_leaves_few_positions_unread(monkeypatch):

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from graft_inference import packed_linear
+from graft_inference import METHODS, packed_linear
 from graft_inference.packed_linear import pack_linears
 
-from .tiny import tiny_model
+from .tiny import tiny_engine, tiny_head, tiny_model
 
 needs_operator = pytest.mark.skipif(not packed_linear._available(), reason="this build has no packed product")
 
@@ -53,6 +53,24 @@ def test_packing_a_model_leaves_its_output_and_its_weights(always):
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@needs_operator
+@pytest.mark.parametrize("method", METHODS)
+def test_every_token_in_bf16_is_the_targets_choice_but_for_rounding(always, method):
+    """A wider pass rounds otherwise, and near ties may fall differently: so greedy text need not be the same."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    engine = tiny_engine(model, head=tiny_head(model).to(torch.bfloat16))
+    assert pack_linears(model)
+    assert pack_linears(engine.head)
+    tokens_S = engine.generate(torch.arange(9), 40, method=method).sequences[0]
+    with engine.target.own_attention() as plain, torch.inference_mode():
+        logits_NV = plain(tokens_S[None]).logits[0, 8:-1].float()
+    chosen_N = logits_NV.gather(1, tokens_S[9:, None])[:, 0]
+    assert logits_NV.isfinite().all()
+    rounding = 0.03 * logits_NV.abs().max()
+    assert (logits_NV.max(dim=1).values - chosen_N).max() < rounding
+    assert (logits_NV.max(dim=1).values - logits_NV.median(dim=1).values).min() > 2 * rounding
 
 
 @needs_operator
