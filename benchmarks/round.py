@@ -5,9 +5,9 @@
     python benchmarks/round.py --shape 8b --device cuda --dtype bfloat16
 
 Times a trained pair, or one of random weights, at forced stages, interleaved, medians with the interquartile
-range; on CUDA eager and captured side by side, whose commit is part of verify. Counts operators, host reads and (CUDA)
-launches in rounds of their own. The floor is what the round's passes must read, all weights of the target and of the
-head's passes and the keys and values of the target's context, over the copy bandwidth measured here.
+range; on CUDA eager and captured side by side, whose verify holds most of the commit. Counts operators, host reads
+and (on CUDA) launches in rounds of their own. The floor is what a round's passes must read, all weights of the target
+and of the head once per pass and the keys and values of the context, over the copy bandwidth measured here.
 """
 
 import argparse
@@ -220,9 +220,9 @@ def count(engine: GraftEngine, prompt: Tensor, plan: Plan, rounds: int) -> tuple
         counts.reads += 1
         return read(tensor)
 
-    def counted(state: Any) -> Any:
+    def counted(*args: Any) -> Any:
         before = counts.reads, counts.operators
-        emitted = run(state)
+        emitted = run(*args)
         found.append((counts.reads - before[0], counts.operators - before[1]))
         return emitted
 

@@ -89,7 +89,7 @@ class GraftEngine:
         self.keep_prefix = keep_prefix
         self.captured: CapturedRounds | None = None
         if captured or (captured is None and is_cuda):
-            self.captured = CapturedRounds(target, head, successors, CudaGraphs(target.device))
+            self.captured = CapturedRounds(target, head, CudaGraphs(target.device))
         self._kept: KeptPrefix | None = None
         self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
@@ -224,7 +224,7 @@ class GraftEngine:
                     break
             else:
                 with self._lock, torch.inference_mode():
-                    emitted = self.captured.round(state) if self.captured is not None else None
+                    emitted = self.captured.round(state, self.successors) if self.captured is not None else None
                     tokens, sources = emitted or self._round(state)
         if request.streamer is not None:
             request.streamer.end()
