@@ -2,10 +2,12 @@
 
     python benchmarks/round.py --run runs/quickstart
     python benchmarks/round.py --shape 100m
+    python benchmarks/round.py --shape 8b --device cuda --dtype bfloat16
 
 Times a trained pair, or one of random weights, at forced stages, interleaved, medians with the interquartile
-range. Counts operators and host reads in rounds of their own. The floor is what the target's pass must read, all
-weights and the keys and values of its context, over the copy bandwidth measured here.
+range; on CUDA eager and captured side by side, whose verify holds most of the commit. Counts operators, host reads
+and (on CUDA) launches in rounds of their own. The floor is what a round's passes must read, all weights of the target
+and of the head once per pass and the keys and values of the context, over the copy bandwidth measured here.
 """
 
 import argparse
@@ -35,12 +37,38 @@ from graft_train.device import describe_device
 SHAPES = {
     "15m": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 9},
     "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "32b": {
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
 }
-VOCABULARY = {"15m": 8192, "100m": 16384}
+"""Of which the last three stand for Llama 3.2 1B, Llama 3.1 8B and Qwen3 32B."""
+VOCABULARY = {"15m": 8192, "100m": 16384, "1b": 128256, "8b": 128256, "32b": 151936}
+DRAFT_VOCABULARY = 32000
 PHASES = ("draft", "graft", "verify", "commit")
 READS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "masked_select"}
 """Operators whose result, or its size, the host has to know; `tolist` reads without one."""
-BEAM = 4
+LAUNCHES = {"cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"}
+BEAM, ROWS = 4, 16
+GPU_BEAM, GPU_ROWS = 10, 64
 
 
 def main() -> None:
@@ -61,31 +89,61 @@ def main() -> None:
         engine = trained_pair(arguments.run, arguments.device, arguments.dtype)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(engine.target.config.vocab_size, (arguments.prompt,), generator=generator)
-    plans = forced_plans()
+    is_cuda = engine.target.device.type == "cuda"
+    plans = forced_plans(GPU_BEAM, GPU_ROWS) if is_cuda else forced_plans(BEAM, ROWS)
     if not arguments.shape:
         plans |= {method: engine.policy.plan(method) for method in ("graft", "eagle3")}
-    costs = {name: Cost(*count(engine, prompt, plan, arguments.rounds)) for name, plan in plans.items()}
-    models = ForwardClock(engine)
-    for repeat in range(arguments.repeats + 1):
-        for name in plans if repeat % 2 else reversed(plans):
-            models.seconds = 0.0
-            stats = engine.generate(prompt, arguments.rounds, plan=plans[name]).stats
+    title, costs = measure(engine, plans, prompt, arguments.rounds, arguments.repeats)
+    Console(width=200).print(to_table(costs, title))
+
+
+def measure(
+    engine: GraftEngine, plans: dict[str, Plan], prompt: Tensor, rounds: int, repeats: int
+) -> tuple[str, dict[str, "Cost"]]:
+    """What a round costs under each plan, eager and, where the engine captures, captured; and of what device."""
+    device, captured = engine.target.device, engine.captured
+    rate = bandwidth(device)
+    arms = {name: (plan, None) for name, plan in plans.items()}
+    if captured is not None:
+        arms |= {f"{name}, captured": (plan, captured) for name, plan in plans.items()}
+    costs = {}
+    for name, (plan, engine.captured) in arms.items():
+        moved = pass_bytes(engine, len(prompt) + rounds // 2) + plan.max_passes * head_bytes(engine)
+        costs[name] = Cost(*count(engine, prompt, plan, rounds), moved, 1e3 * moved / rate)
+    # Its hooks wait for the device, which a capture cannot.
+    models = ForwardClock(engine) if captured is None else None
+    for repeat in range(repeats + 1):
+        for name in arms if repeat % 2 else reversed(arms):
+            plan, engine.captured = arms[name]
+            if models:
+                models.seconds = 0.0
+            stats = engine.generate(prompt, rounds, plan=plan).stats
             if repeat and stats.rounds:  # the first warms up
                 sample = {phase: 1e3 * stats.seconds[phase] / stats.rounds for phase in PHASES}
-                outside = 1 - models.since_prefill / stats.decode_seconds
-                costs[name].samples.append(sample | {"round": sum(sample.values()), "outside": 100 * outside})
-    floor_ms = 1e3 * pass_bytes(engine, arguments.prompt + arguments.rounds // 2) / bandwidth(engine.target.device)
-    device = describe_device(engine.target.device)
-    title = f"{device['name']}, {device['threads']} threads: floor of a target pass {floor_ms:.2f} ms"
-    Console(width=160).print(to_table(costs, floor_ms, title))
+                if models:
+                    sample["outside"] = 100 * (1 - models.since_prefill / stats.decode_seconds)
+                costs[name].samples.append(sample | {"round": sum(sample[phase] for phase in PHASES)})
+    engine.captured = captured
+    floor = 1e3 * pass_bytes(engine, len(prompt) + rounds // 2) / rate
+    of = describe_device(device)
+    return f"{of['name']}, {of['threads']} threads: floor of a target pass {floor:.2f} ms", costs
 
 
 @dataclass
 class Cost:
-    """Of one plan: host reads and operators of a round, and a sample a generation, in ms and per cent."""
+    """Of one plan: what a round does, and a sample a generation, in ms and per cent.
+
+    Attributes:
+        operators: that the host runs.
+        launches: of kernels and graphs; None off CUDA.
+        moved: bytes that the passes read at least, in a round that drafts to its plan's end.
+    """
 
     reads: float
     operators: float
+    launches: float | None
+    moved: int
+    floor_ms: float
     samples: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -101,8 +159,9 @@ def random_pair(shape: str, device: str, dtype: torch.dtype) -> GraftEngine:
     torch.manual_seed(0)
     sizes = SHAPES[shape] | {"vocab_size": VOCABULARY[shape], "max_position_embeddings": 2048}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = LlamaConfig(**sizes, **ends, tie_word_embeddings=True)
-    model = LlamaForCausalLM(config).to(device, dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
+    config = LlamaConfig(**sizes, **ends, tie_word_embeddings=shape in ("15m", "100m", "1b"))
+    with torch.device(device):  # where a large one would not fit on the host
+        model: Any = LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
     head = DraftHead(
         DraftHeadConfig(
             hidden_size=config.hidden_size,
@@ -111,7 +170,7 @@ def random_pair(shape: str, device: str, dtype: torch.dtype) -> GraftEngine:
             num_key_value_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
-            draft_vocab_size=config.vocab_size // 2,
+            draft_vocab_size=min(config.vocab_size // 2, DRAFT_VOCABULARY),
             tapped_layers=default_tapped_layers(config.num_hidden_layers),
             max_position_embeddings=2048,
         )
@@ -121,16 +180,17 @@ def random_pair(shape: str, device: str, dtype: torch.dtype) -> GraftEngine:
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), SuccessorMatrix(ids_VK, probs_VK)), model)
 
 
-def forced_plans() -> dict[str, Plan]:
-    """Plans that leave no choice: one row, and 16 rows after so many passes, without and with retrieval."""
+def forced_plans(beam: int, rows: int) -> dict[str, Plan]:
+    """Plans that leave no choice: one row, and full width after so many passes, without and with retrieval."""
     flat = ((1.0, 0.0),) * 6
-    both = Scale(flat, flat, depth_template((8, 6, 4, 3, 2, 1)))
+    both = Scale(flat, flat, depth_template(tuple(-(-count * rows // ROWS) for count in (8, 6, 4, 3, 2, 1))))
     drafted = replace(both, template=())
     plans = {"autoregressive": Plan((Stage(0),), 1, 1)}
     for passes in (1, 3, 6):
-        plans[f"d{passes - 1}"] = Plan((Stage(passes, widths=(5 if passes == 1 else 16,)),), BEAM, 16, drafted)
-    plans["d2, retrieval"] = Plan((Stage(3, widths=(16,)),), BEAM, 16, both, learns_accepted=True)
-    plans["retrieval"] = Plan((Stage(0, widths=(16,)),), BEAM, 16, both, learns_accepted=True)
+        width = min(rows, 1 + beam + (passes - 1) * beam**2)
+        plans[f"d{passes - 1}"] = Plan((Stage(passes, widths=(width,)),), beam, rows, drafted)
+    plans["d2, retrieval"] = Plan((Stage(3, widths=(rows,)),), beam, rows, both, learns_accepted=True)
+    plans["retrieval"] = Plan((Stage(0, widths=(rows,)),), beam, rows, both, learns_accepted=True)
     return plans
 
 
@@ -150,24 +210,38 @@ class Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(engine: GraftEngine, prompt: Tensor, plan: Plan, rounds: int) -> tuple[float, float]:
-    """Host reads and operators of a round, the prefill's left out."""
-    run, read, found = engine._round, Tensor.tolist, []
+def count(engine: GraftEngine, prompt: Tensor, plan: Plan, rounds: int) -> tuple[float, float, float | None]:
+    """Host reads, operators and launches of a round, the prefill's left out."""
+    holder, name = (engine, "_round") if engine.captured is None else (engine.captured, "round")
+    engine.generate(prompt, rounds, plan=plan)  # captures
+    run, read, found = getattr(holder, name), Tensor.tolist, []
 
     def tolist(tensor: Tensor) -> Any:
         counts.reads += 1
         return read(tensor)
 
-    def counted(states: Any) -> Any:
+    def counted(*args: Any) -> Any:
         before = counts.reads, counts.operators
-        emitted = run(states)
+        emitted = run(*args)
         found.append((counts.reads - before[0], counts.operators - before[1]))
         return emitted
 
-    with Counts() as counts, mock.patch.object(Tensor, "tolist", tolist), mock.patch.object(engine, "_round", counted):
+    with Counts() as counts, mock.patch.object(Tensor, "tolist", tolist), mock.patch.object(holder, name, counted):
         engine.generate(prompt, rounds, plan=plan)
     reads, operators = zip(*found, strict=True)
-    return sum(reads) / len(found), sum(operators) / len(found)
+    return sum(reads) / len(found), sum(operators) / len(found), launches(engine, prompt, plan, rounds)
+
+
+def launches(engine: GraftEngine, prompt: Tensor, plan: Plan, rounds: int) -> float | None:
+    """Kernels and graphs that the host launches in a round; None off CUDA."""
+    if engine.target.device.type != "cuda":
+        return None
+    counts = []
+    for tokens in (1, rounds):
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+            done = engine.generate(prompt, tokens, plan=plan).stats.rounds
+        counts.append(sum(event.count for event in profile.key_averages() if event.key in LAUNCHES))
+    return (counts[1] - counts[0]) / max(done, 1)
 
 
 class ForwardClock:
@@ -217,6 +291,12 @@ def pass_bytes(engine: GraftEngine, context: int) -> int:
     return weights + context * rows * model.dtype.itemsize
 
 
+def head_bytes(engine: GraftEngine) -> int:
+    """What one pass of the draft head reads at least; its embeddings are a few rows."""
+    own = [value.nbytes for name, value in engine.head.named_parameters() if not name.startswith("embed_tokens")]
+    return sum(own)
+
+
 def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
     """Bytes read and written per second by a large copy: the best of ten."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -230,19 +310,21 @@ def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
     return 2 * size / best
 
 
-def to_table(costs: dict[str, Cost], floor_ms: float, title: str) -> Table:
+def to_table(costs: dict[str, Cost], title: str) -> Table:
     table = Table(title=title)
-    columns = (*PHASES, "round", "outside the models %", "verify / floor", "host reads", "operators")
-    for name in ("ms per round", *columns):
+    columns = (*PHASES, "round", "outside the models %", "MB", "floor", "round / floor", "host reads", "operators")
+    for name in ("ms per round", *columns, "launches"):
         table.add_column(name, justify="left" if name == "ms per round" else "right")
     for name, cost in costs.items():
         cells = []
         for key in (*PHASES, "round", "outside"):
-            values = [sample[key] for sample in cost.samples]
-            low, _, high = quantiles(values, n=4)
-            cells.append(f"{median(values):.2f} ({low:.2f}-{high:.2f})")
-        ratio = median(sample["verify"] for sample in cost.samples) / floor_ms
-        table.add_row(name, *cells, f"{ratio:.1f}", f"{cost.reads:.1f}", f"{cost.operators:.0f}")
+            values = [sample[key] for sample in cost.samples if key in sample]
+            low, middle, high = quantiles(values, n=4) if len(values) > 1 else (values or [float("nan")]) * 3
+            cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})" if values else "")
+        ratio = median(sample["round"] for sample in cost.samples) / cost.floor_ms
+        cells += [f"{cost.moved / 1e6:,.0f}", f"{cost.floor_ms:.2f}", f"{ratio:.2f}"]
+        launched = "" if cost.launches is None else f"{cost.launches:.0f}"
+        table.add_row(name, *cells, f"{cost.reads:.1f}", f"{cost.operators:.0f}", launched)
     return table
 
 

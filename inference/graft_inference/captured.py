@@ -4,6 +4,7 @@ The host reads a small record when a round ends and a number at each decision on
 segment; nothing else waits for the device.
 """
 
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -37,39 +38,45 @@ class CapturedRounds:
     """Serves one request at a time; another that is under way meanwhile runs eagerly.
 
     Args:
-        shared: the engine's own matrix, which requests may use in place.
         graphs: what captures and replays.
     """
 
-    def __init__(self, target: Target, head: DraftHead, shared: SuccessorMatrix, graphs: CudaGraphs) -> None:
+    def __init__(self, target: Target, head: DraftHead, graphs: CudaGraphs) -> None:
         self.target = target
         self.head = head
-        self.shared = shared
         self.graphs = graphs
+        self._shared: SuccessorMatrix | None = None
         self._static: Statics | None = None
         self._caches: dict[int, BucketCache] = {}
         self._owner: Callable[[], TreeCache | None] = lambda: None
         self._current: Callable[[], DecodeState | None] = lambda: None
         self._place = self._pending = 0
+        # By grafters, of which a plan has one and which hash faster.
         self._captured: dict[tuple, Captured] = {}
         self._refused: dict[tuple, str] = {}
 
-    def round(self, state: DecodeState) -> tuple[list[int], list[str]] | None:
+    def round(self, state: DecodeState, shared: SuccessorMatrix) -> tuple[list[int], list[str]] | None:
         """The tokens that one round emits and where each came from.
+
+        Args:
+            shared: the engine's own matrix, which is used in place where the request has no copy.
 
         Returns:
             None, and nothing has changed, where the round has to run eagerly: `stats.uncaptured` says why.
         """
-        key = (state.plan, _settings(state.sampler), bucket(state.cache.length))
+        start = time.perf_counter()
+        key = (state.grafter, _settings(state.sampler), bucket(state.cache.length))
         reason = self._refused.get(key) or self._obstacle(state)
         if reason is None:
             try:
-                emitted = self._round(state, self._adopt(state))
+                self._share(shared)
+                emitted, device_seconds = self._round(state, self._adopt(state))
             except (CannotCapture, GraftError) as error:
                 self._current = lambda: None
                 reason = self._refused[key] = str(error)
             else:
                 state.stats.captured += 1
+                state.stats.seconds["commit"] += time.perf_counter() - start - device_seconds
                 return emitted
         state.stats.uncaptured = reason
         return None
@@ -88,6 +95,14 @@ class CapturedRounds:
             return "the graphs serve another request that is under way"
         return None
 
+    def _share(self, shared: SuccessorMatrix) -> None:
+        """Graphs on another matrix would read and write that one."""
+        if shared is not self._shared:
+            self._captured.clear()
+            self._shared = shared
+            if self._static is not None:
+                self._static.successors = None
+
     def _adopt(self, state: DecodeState) -> Statics:
         """The fixed buffers, made those of this request where they are not yet."""
         static = self._room(state)
@@ -105,11 +120,12 @@ class CapturedRounds:
         if state.drafter is not None and static.drafter is not None:
             static.drafter.adopt(state.drafter, state.fresh_tokens_A, state.fresh_taps_AE)
             self._leave_pending(state, static.drafter, 1)
-        if state.successors is not None and state.successors is not self.shared:
+        if state.successors is not None and state.successors is not self._shared:
             assert static.successors is not None
             if state.successors is not static.successors:
                 for mine, theirs in zip(static.successors.tensors, state.successors.tensors, strict=True):
                     mine.copy_(theirs)
+                static.successors.decay = state.successors.decay
             state.successors = static.successors
         return static
 
@@ -130,11 +146,12 @@ class CapturedRounds:
             static = self._static = Statics(state.cache, capacity, rows, depth, self.graphs)
         if state.drafter is not None and static.drafter is None:
             static.drafter = StaticDrafter(self.head, self.target, static.capacity, static.fresh)
-        if state.successors is not None and state.successors is not self.shared and static.successors is None:
+        if state.successors is not None and state.successors is not self._shared and static.successors is None:
             static.successors = state.successors.clone()
         return static
 
-    def _round(self, state: DecodeState, static: Statics) -> tuple[list[int], list[str]]:
+    def _round(self, state: DecodeState, static: Statics) -> tuple[tuple[list[int], list[str]], float]:
+        """What was emitted, and the seconds that the segments took."""
         graphs, drafter = self.graphs, state.drafter
         size = bucket(state.cache.length + static.slack(state.plan))
         if size not in self._caches:
@@ -162,26 +179,29 @@ class CapturedRounds:
         width = self._graft(segments, stage, layers, retrieved)
         times.append(graphs.now())
         depth = max(state.grafter.depths.values())
-        settings = (segments.drafts, segments.logprobs, state.learns, state.plan.learns_accepted)
-        key = ("verify", size, width, depth, settings, state.successors is self.shared, _settings(state.sampler))
+        learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
+        decay = state.successors.decay if state.successors is not None else 0.0
+        settings = (segments.drafts, segments.logprobs, learning, decay, _settings(state.sampler))
+        key = ("verify", size, width, depth, settings)
         self._run(segments, key, lambda: segments.verify(width, depth))
         times.append(graphs.now())
         graphs.wait()
         record = static.record[: 1 + 2 * (depth + 1)].tolist()
-        for phase, (start, end) in zip(("draft", "graft", "verify"), pairwise(times), strict=True):
-            state.stats.seconds[phase] += graphs.seconds(start, end)
+        seconds = [graphs.seconds(start, end) for start, end in pairwise(times)]
+        for phase, taken in zip(("draft", "graft", "verify"), seconds, strict=True):
+            state.stats.seconds[phase] += taken
         count, tokens, sources = record[0], record[1 : 2 + depth], record[2 + depth :]
         self._commit(state, static, count, read)
         state.tokens += tokens[:count]
         state.stats.rounds += 1
         state.stats.stages[stage.name] += 1
         names = [Source(source).name.lower() for source in sources[1:count]] + ["bonus"]
-        return tokens[:count], names
+        return (tokens[:count], names), sum(seconds)
 
     def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], DraftTree | None]:
         """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
         plan = segments.plan
-        key = (plan, segments.size, segments.successors is self.shared)
+        key = (segments.grafter, segments.size, segments.successors is self._shared)
         stages, retrieved = plan.stages, None
         layers: list[Layer] = []
         if not segments.drafts or not plan.drafts:
@@ -208,7 +228,7 @@ class CapturedRounds:
         """Puts the tree together; returns its width."""
         if stage.rows == 1:
             return 1
-        key = ("graft", stage.passes, segments.plan, segments.size, segments.successors is self.shared)
+        key = ("graft", stage.passes, segments.grafter, segments.size, segments.successors is self._shared)
         self._run(segments, key, lambda: segments.graft(stage, layers, retrieved))
         return stage.widths[self._told(segments)] if stage.prices else stage.rows
 

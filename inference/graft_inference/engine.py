@@ -95,7 +95,7 @@ class GraftEngine:
         self.keep_prefix = keep_prefix
         self.captured: CapturedRounds | None = None
         if captured or (captured is None and is_cuda):
-            self.captured = CapturedRounds(target, head, successors, CudaGraphs(target.device))
+            self.captured = CapturedRounds(target, head, CudaGraphs(target.device))
         self.governed = governed
         self.governors: dict[tuple[Plan, int], Governor] = {}
         self._kept: KeptPrefix | None = None
@@ -383,7 +383,7 @@ class GraftEngine:
         if self.captured is None:
             return None
         if len(states) == 1:
-            emitted = self.captured.round(states[0])
+            emitted = self.captured.round(states[0], self.successors)
             return None if emitted is None else [emitted]
         for state in states:
             state.stats.uncaptured = "several prompts are decoded together"

@@ -23,7 +23,8 @@ class GenerationStats:
         seconds: wall time by phase. `graft` is look-up and merging, `commit` acceptance, cache and matrix.
         accepted: kept tokens of the rounds by source: drafted, retrieved, and bonus (the target's own).
         stages: rounds by the stage they stopped at; "none" where no head ran.
-        captured: rounds that were replayed from CUDA graphs, of which `verify` holds the commit's work too.
+        captured: rounds that were replayed from CUDA graphs. Their `verify` is acceptance, cache and matrix too, and
+            their `commit` what the host adds, captures included.
         uncaptured: why others were not, where the engine captures.
         governed: rounds by the plan that the governor gave them, and why; empty where it had no say.
     """

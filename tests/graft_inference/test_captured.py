@@ -1,5 +1,6 @@
 """Captured rounds give what eager ones give. The graphs are recordings (`recorded.py`); test_cuda.py has real ones."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -37,7 +38,7 @@ def pair(policy=None, model=None, graphs=None, device="cpu", **settings):
         engine.successors = engine.successors.to(torch.device(device))
         for name, value in settings.items():
             setattr(engine, name, value)
-    captured.captured = CapturedRounds(captured.target, head, captured.successors, graphs or RecordedGraphs())
+    captured.captured = CapturedRounds(captured.target, head, graphs or RecordedGraphs())
     return eager, captured
 
 
@@ -98,6 +99,17 @@ def test_the_matrix_learns_the_same(policy, decay, scope):
     torch.testing.assert_close(captured.successors.probs_VK, eager.successors.probs_VK)
 
 
+@pytest.mark.parametrize("scope", ["request", "engine"])
+def test_another_matrix_may_be_put_in(scope):
+    eager, captured = pair(retrieval_scope=scope)
+    for _ in range(2):
+        same(eager, captured, prompt(6, 0, SMALL), 20)
+        assert torch.equal(captured.successors.ids_VK, eager.successors.ids_VK)
+        for engine in (eager, captured):
+            ids_VK = engine.successors.ids_VK.flip(0).clone()
+            engine.successors = replace(engine.successors, ids_VK=ids_VK, decay=0.5)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("method", METHODS)
 def test_requests_with_settings_of_their_own_take_turns_on_the_same_graphs(method, temperature):
@@ -130,9 +142,9 @@ def test_a_round_reads_once_and_at_each_checkpoint(policy, method, temperature):
         decided[stage.name] = place + (stage is not plan.stages[-1]) + (len(stage.widths) > 1)
     rounds, run = [], engine.captured.round
 
-    def counted(state):
+    def counted(state, shared):
         before, stages = (graphs.reads, reads.count, graphs.captures), state.stats.stages.copy()
-        emitted = run(state)
+        emitted = run(state, shared)
         (stage,) = (state.stats.stages - stages).elements()
         if graphs.captures == before[2]:
             rounds.append((graphs.reads - before[0], reads.count - before[1], stage))
@@ -199,7 +211,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so():
     same(eager, captured, prompt(6, 0, SMALL), 20)
     engine = ngram_engine()
     expected = engine.generate(prompt(6, 0, SMALL), 20).sequences
-    engine.captured = CapturedRounds(engine.target, engine.head, engine.successors, RecordedGraphs())
+    engine.captured = CapturedRounds(engine.target, engine.head, RecordedGraphs())
     out = engine.generate(prompt(6, 0, SMALL), 20)
     assert out.sequences.tolist() == expected.tolist()
     assert "longer contexts" in out.stats.uncaptured
@@ -233,7 +245,7 @@ def test_of_two_streams_at_once_one_is_captured():
 def test_captured_and_eager_rounds_may_alternate():
     eager, captured = pair()
     run, turn = captured.captured.round, iter(range(10**6))
-    captured.captured.round = lambda state: run(state) if next(turn) % 5 < 3 else None
+    captured.captured.round = lambda *args: run(*args) if next(turn) % 5 < 3 else None
     expected = eager.generate(prompt(6, 1, SMALL), 40)
     out = captured.generate(prompt(6, 1, SMALL), 40)
     assert out.sequences.tolist() == expected.sequences.tolist()
@@ -254,11 +266,11 @@ def test_the_plan_may_change_between_rounds(plans):
     def change(holder, name, engine):
         run = getattr(holder, name)
 
-        def changing(states):
+        def changing(states, *shared):
             state = states[0] if isinstance(states, list) else states
             state.plan = plans[state.stats.rounds // 2 % len(plans)]
             state.grafter = engine._grafter(state.plan)
-            return run(states)
+            return run(states, *shared)
 
         setattr(holder, name, changing)
 
