@@ -1,5 +1,6 @@
 """What the frozen target makes of a row: the states that feed a draft head, and those that teach it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from graft_inference.errors import GraftError
+from graft_train.data.sharded import is_parallel, is_shared, whole
+from graft_train.data.target import DTYPES
 
 CHUNK = 2048
 """Positions whose logits over the whole vocabulary exist at a time."""
 
+FLOATS = set(DTYPES.values())
 ATTENTION = "graft_documents"
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 
@@ -133,15 +137,33 @@ class TappedTarget:
     def __init__(self, model: PreTrainedModel, tapped_layers: tuple[int, ...]) -> None:
         self.model = model
         self.tapped_layers = tapped_layers
-        self.lm_head_VH: Tensor = model.get_output_embeddings().weight
+        self.is_parallel = is_parallel(model)
+        self.is_shared = is_shared(model)
+        self._lm_head: Any = model.get_output_embeddings()
         layers = model.get_decoder().layers
         if tapped_layers[-1] >= len(layers) or tapped_layers[0] < 0:
             raise GraftError(f"head.tapped_layers={list(tapped_layers)}: the target has layers 0..{len(layers) - 1}")
         check_packable(model)
         self._check_logits()
+        # Each process embeds the tokens of its own rows, which is no work that all could do together.
+        ids_V = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
+        self._embeddings_VH = self._embed(ids_V) if self.is_shared else None
         self._taps: dict[int, Tensor] = {}
         for index in tapped_layers:
             layers[index].register_forward_hook(self._keep(index))
+
+    @property
+    def lm_head_VH(self) -> Tensor:
+        """lm_head's rows. Of a target that is shared out all processes must ask together.
+
+        Where they are not at hand as they are (shared out, offloaded, quantised), they are what lm_head makes of
+        the identity.
+        """
+        weight, size = self._lm_head.weight, self.model.config.get_text_config().hidden_size
+        if type(weight) is nn.Parameter and weight.dtype in FLOATS and not (self.is_shared or weight.is_meta):
+            return weight
+        identity_HH = torch.eye(size, dtype=self.model.dtype, device=self.model.device)
+        return torch.cat(list(self._project(identity_HH)), dim=0).T.contiguous()
 
     @torch.no_grad()
     def states(self, tokens_S: Tensor, lengths: list[int]) -> TargetStates:
@@ -152,17 +174,30 @@ class TappedTarget:
         output = self.model.get_decoder()(
             input_ids=tokens_S[None], position_ids=positions_S[None], use_cache=False, document_lengths=lengths
         )
-        final_SH = output.last_hidden_state[0]
         # A target spread over several devices ends on another one than it began on.
         device = tokens_S.device
-        final_SH = final_SH.to(self.lm_head_VH.device)
+        final_SH = output.last_hidden_state[0].to(device)
         taps_SE = torch.cat([self._taps[index][0].to(device) for index in self.tapped_layers], dim=-1)
         self._taps.clear()
-        choices = [(chunk_CH @ self.lm_head_VH.T).argmax(dim=-1) for chunk_CH in final_SH.split(CHUNK)]
-        return TargetStates(taps_SE, final_SH.to(device), torch.cat(choices).to(device))
+        choices = [logits_CV.argmax(dim=-1) for logits_CV in self._project(final_SH)]
+        return TargetStates(taps_SE, final_SH, torch.cat(choices).to(device))
 
     def embed(self, tokens_S: Tensor) -> Tensor:
+        return self._embed(tokens_S) if self._embeddings_VH is None else self._embeddings_VH[tokens_S]
+
+    def run_idly(self, times: int) -> None:
+        """Runs over nothing in particular, for other processes that still have something to read."""
+        for _ in range(times):
+            self.states(torch.zeros(1, dtype=torch.long, device=self.model.device), [1])
+
+    def _embed(self, tokens_S: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(tokens_S[None])[0]
+
+    def _project(self, final_SH: Tensor) -> Iterator[Tensor]:
+        """Logits over the whole vocabulary, some positions at a time."""
+        with whole(self._lm_head.parameters()):
+            for chunk_CH in final_SH.split(CHUNK):
+                yield self._lm_head(chunk_CH[None])[0]
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -175,7 +210,8 @@ class TappedTarget:
         tokens_BS = torch.arange(4, device=self.model.device)[None]
         expected_BSV = self.model(input_ids=tokens_BS, use_cache=False).logits.float()
         final_BSH = self.model.get_decoder()(input_ids=tokens_BS, use_cache=False).last_hidden_state
-        logits_BSV = (final_BSH @ self.lm_head_VH.T).float()
+        lm_head_VH = self.lm_head_VH
+        logits_BSV = (final_BSH.to(lm_head_VH.device) @ lm_head_VH.T).float().to(expected_BSV.device)
         tolerance = 0.02 * expected_BSV.abs().max().item()
         if not torch.allclose(logits_BSV, expected_BSV, atol=tolerance, rtol=0):
             raise GraftError(

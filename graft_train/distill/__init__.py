@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 
 from graft_inference.head_checkpoint import save_head
 from graft_train.data.samples import Sample, read_samples
+from graft_train.data.sharded import count_parameters, held_bytes, whole
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import load_target, resolve_device, target_path
 from graft_train.distill.batches import Row, to_rows
@@ -26,7 +27,7 @@ from graft_train.distill.estimate import as_graft_error, describe, estimate_trai
 from graft_train.distill.head import head_config, new_head, published_head
 from graft_train.distill.loop import Training, plan_training, start_training, train, validate
 from graft_train.distill.measure import held_out_prompts, measure_tau
-from graft_train.distill.parallel import make_accelerator, whole
+from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
 from graft_train.stage import fingerprint_of, run_stage, say, write_json
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from graft_inference.draft_head import DraftHead
+    from graft_inference.draft_head import DraftHead, DraftHeadConfig
     from graft_train.config import Config
 
 __all__ = ["distill"]
@@ -59,16 +60,18 @@ def _build(config: "Config", data: Path, out: Path) -> None:
     started, settings = time.perf_counter(), config.head
     samples = read_samples(data / "samples.jsonl", "train")
     accelerator = make_accelerator(settings, resolve_device(config.target.device))
+    model = load_target(config, settings.shard_target)
     set_seed(config.seed)
-    model = load_target(config)
     rows = to_rows(samples, settings.max_length, model.config.get_text_config().vocab_size)
     held_out = min(settings.validation_samples, len(rows) // 10)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     validation, training_rows = order[:held_out], order[held_out:]
     plan, steps = plan_training(rows, training_rows, settings, config.seed, accelerator.num_processes)
 
-    head, covered = _head(model, config, [samples[row] for row in training_rows])
-    target = TappedTarget(model, head.config.tapped_layers)
+    published = published_head(settings.init_from, model) if settings.init_from else None
+    shape = published.config if published else head_config(model, settings)
+    target = TappedTarget(model, shape.tapped_layers)
+    head, covered = _head(published, shape, target, [samples[row] for row in training_rows])
     say(
         f"distill: {len(training_rows)} samples, head of {sum(p.numel() for p in head.parameters()):,} "
         f"parameters on layers {list(head.config.tapped_layers)}, "
@@ -114,15 +117,14 @@ def _build(config: "Config", data: Path, out: Path) -> None:
     _finish(training, out, summary)
 
 
-def _head(model: "PreTrainedModel", config: "Config", samples: list[Sample]) -> tuple["DraftHead", float]:
+def _head(
+    published: "DraftHead | None", shape: "DraftHeadConfig", target: TappedTarget, samples: list[Sample]
+) -> tuple["DraftHead", float]:
     """The head to train, and the share of the answers' tokens that it can propose."""
-    settings = config.head
-    if settings.init_from is not None:
-        head = published_head(settings.init_from, model)
-        return head, coverage(samples, head.target_ids, head.config.vocab_size)
-    shape = head_config(model, settings)
+    if published is not None:
+        return published, coverage(samples, published.target_ids, shape.vocab_size)
     vocabulary = choose_draft_vocabulary(samples, shape.vocab_size, shape.draft_vocab_size)
-    return new_head(shape, vocabulary.token_ids_D, model.get_output_embeddings().weight), vocabulary.coverage
+    return new_head(shape, vocabulary.token_ids_D, target.lm_head_VH), vocabulary.coverage
 
 
 def _source(config: "Config", target: TappedTarget, rows: list[Row], accelerator: "Accelerator") -> StateSource:
@@ -156,8 +158,8 @@ def _announce(
     )
     estimated = estimate_training(
         head,
-        model.num_parameters(),
-        sum(parameter.nbytes for parameter in model.parameters()),
+        count_parameters(model),
+        held_bytes(model),
         settings,
         settings.batches_per_step // accelerator.num_processes,
         answered / tokens,
@@ -168,7 +170,7 @@ def _announce(
 
 def _finish(training: Training, out: Path, summary: dict[str, Any]) -> None:
     accelerator = training.accelerator
-    with whole(accelerator, training.head):
+    with whole(training.head.parameters()):
         if accelerator.is_main_process:
             save_head(training.head, out)
     if accelerator.is_main_process:

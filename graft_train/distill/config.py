@@ -31,9 +31,11 @@ CHOICES = {
     "states": ("online", "memory", "disk"),
     "states_dtype": (None, "float32", "bfloat16", "float16"),
     "mixed_precision": ("bf16", "no"),
+    "shard_target": (None, "zero3", "tp"),
     "resume": ("auto", "never"),
 }
 BOOKKEEPING = (
+    "shard_target",
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
@@ -72,6 +74,8 @@ class HeadTrainConfig:
         states: "online" runs the target over every batch; "memory" once over all samples, whose states stay
             in host memory; "disk" writes them once to {run_dir}/states, for any number of processes and runs.
         states_dtype: of the states on disk; None: the target's.
+        shard_target: share the target out over the processes: "zero3" (a DeepSpeed ZeRO-3 launch) or "tp"
+            (transformers' tensor parallelism); None: each holds all of it, or what target.device_map says.
         validation_samples: held out of training (at most a tenth), measured at the end.
         measure_every: optimizer steps between measurements of the acceptance length on `measure_prompts`
             held-out prompts, `measure_tokens` each, with the engine that serves the head.
@@ -105,6 +109,7 @@ class HeadTrainConfig:
     mixed_precision: str = "bf16"
     states: str = "online"
     states_dtype: str | None = None
+    shard_target: str | None = None
     validation_samples: int = 64
     measure_every: int | None = 500
     measure_prompts: int = 8

@@ -94,6 +94,17 @@ class Training:
         skip, steps = self.settings.skip_out_of_vocabulary, self.settings.unroll_steps
         return Prepared(batch, states, taught_positions(batch.layout, states.choice_S, kept_V, steps, skip))
 
+    def prepare_share(self, batches: dict[int, list[int]]) -> list[Prepared]:
+        """This process's batches; a target that all processes compute together reads the others' as well."""
+        share = []
+        for place, (number, chosen) in enumerate(batches.items()):
+            own = place % self.accelerator.num_processes == self.accelerator.process_index
+            if own or self.target.is_parallel:
+                prepared = self.prepare(chosen, number)
+            if own:
+                share.append(prepared)
+        return share
+
     def run(self, prepared: Prepared, coefficient_K: Tensor) -> tuple[Tensor, Tensor]:
         embedding_SH = self.target.embed(prepared.batch.tokens_S).to(self.accelerator.device)
         layout = prepared.batch.layout
@@ -150,9 +161,9 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
     training.distiller.train()
     for step in range(first, total):
         started = time.perf_counter()
-        mine = range(step * per_step + accelerator.process_index, (step + 1) * per_step, accelerator.num_processes)
         rate = learning_rate(step, total, settings)
-        sums, tokens = train_step(training, {number: plan[number] for number in mine}, rate)
+        batches = {number: plan[number] for number in range(step * per_step, (step + 1) * per_step)}
+        sums, tokens = train_step(training, batches, rate)
         seconds = time.perf_counter() - started
         due = training.measure and settings.measure_every and (step + 1) % settings.measure_every == 0
         measured = training.measure() if training.measure and due else None
@@ -162,7 +173,7 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
 
 
 def train_step(training: Training, batches: dict[int, list[int]], rate: float) -> tuple[StepSums, int]:
-    """One optimizer step over this process's batches.
+    """One optimizer step over these batches, of which this process takes its share.
 
     Every position trained in the whole step, of all batches and processes, weighs the same, however
     unequal their counts: hence the counts come first.
@@ -171,7 +182,7 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
         Sums over all processes, and the answer tokens behind them.
     """
     accelerator, settings = training.accelerator, training.settings
-    prepared = [training.prepare(chosen, number) for number, chosen in batches.items()]
+    prepared = training.prepare_share(batches)
     trained_K = torch.stack([one.taught.trained_NK.sum(0) for one in prepared]).sum(0)
     trained_K = accelerator.reduce(trained_K, "sum")
     weight_K = torch.tensor(settings.weights(), device=trained_K.device)

@@ -125,12 +125,16 @@ def _write(
         partial.mkdir(parents=True, exist_ok=True)
         write_json(begun, identity)
     accelerator.wait_for_everyone()
-    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
-    for number in tqdm(mine, desc="states", unit="shard", disable=not accelerator.is_main_process):
-        path = _shard(partial, number)
-        if path.exists():
+    missing = [number for number in range(len(shards)) if not _shard(partial, number).exists()]
+    accelerator.wait_for_everyone()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    passes = {number: _cut(rows, shards[number], batch_tokens) for number in missing}
+    read = missing if target.is_parallel else mine
+    for number in tqdm(read, desc="states", unit="shard", disable=not accelerator.is_main_process):
+        states = [_run(target, rows, chosen) for chosen in passes[number]]
+        if number not in mine:
             continue
-        states = [_run(target, rows, chosen) for chosen in _cut(rows, shards[number], batch_tokens)]
+        path = _shard(partial, number)
         whole = TargetStates.cat([one.to(torch.device("cpu")) for one in states])
         tensors = {"taps": whole.taps_SE.to(dtype), "final": whole.final_SH.to(dtype), "choice": whole.choice_S.int()}
         aside = path.with_suffix(".new")
@@ -142,6 +146,12 @@ def _write(
                 f"cannot write {path} ({error}); free some space and run again, it goes on there"
             ) from error
         aside.replace(path)
+    if target.is_shared and not target.is_parallel:  # all must run it equally often
+        times = [
+            sum(len(passes[number]) for number in missing[process :: accelerator.num_processes])
+            for process in range(accelerator.num_processes)
+        ]
+        target.run_idly(max(times) - times[accelerator.process_index])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(partial / INDEX, identity | {"shards": shards, "lengths": [len(row.tokens_S) for row in rows]})
@@ -163,7 +173,7 @@ def _cut(rows: list[Row], chosen: list[int], batch_tokens: int) -> list[list[int
 
 def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: torch.dtype) -> None:
     tokens = sum(len(row.tokens_S) for row in rows)
-    width = (len(target.tapped_layers) + 1) * target.lm_head_VH.shape[1]
+    width = (len(target.tapped_layers) + 1) * target.model.config.get_text_config().hidden_size
     needed = tokens * (width * dtype.itemsize + 4)
     done = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     partial.parent.mkdir(parents=True, exist_ok=True)

@@ -36,13 +36,13 @@ def assert_same_training(head: Path, alone: Path, tolerance: float) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=10 * tolerance, msg=name)
 
 
-@pytest.mark.parametrize(("kill", "saving"), [(3, False), (2, True)])
-def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, saving):
+@pytest.mark.parametrize(("kill", "during"), [(3, "step"), (2, "saving")])
+def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, during):
     """Killed between two checkpoints, and in the midst of writing the first one."""
     make_run(tmp_path, **CHANGES)
-    assert was_killed(run_ranks(tmp_path, json.dumps(CHANGES), kill=kill, saving=saving))
+    assert was_killed(run_ranks(tmp_path, json.dumps(CHANGES), kill=kill, during=during))
     saved = sorted(path.name for path in (tmp_path / "run" / "head.partial" / "checkpoints").iterdir())
-    assert saved == ["step-00000002.partial" if saving else "step-00000002"]
+    assert saved == ["step-00000002.partial" if during == "saving" else "step-00000002"]
     head = distill(make_run(tmp_path, **CHANGES))
     assert metrics(head) == metrics(alone)
     for name, tensor in load_file(alone / "model.safetensors").items():

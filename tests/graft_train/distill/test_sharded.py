@@ -1,0 +1,47 @@
+"""A target shared out over processes, and target states that several processes write together."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graft_inference import GraftError
+from graft_train.distill import distill, state_source
+
+from .pair import tiny_target
+from .ranks import deepspeed, run_ranks, torchrun
+from .test_distill import make_run
+from .test_parallel import assert_same_training
+
+CHANGES = {"max_steps": 4, "measure_every": 2, "measure_prompts": 3, "measure_tokens": 6}
+
+
+def prepare(directory: Path, **changes):
+    """A run whose target has a vocabulary that two processes can halve."""
+    config = make_run(directory, **(CHANGES | changes))
+    tiny_target(vocab_size=32).save_pretrained(config.target.name_or_path)
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    return distill(prepare(tmp_path_factory.mktemp("alone"), states="disk"))
+
+
+def launch(directory: Path, launcher: tuple[str, ...], **changes):
+    prepare(directory, **changes)
+    return run_ranks(directory, json.dumps(CHANGES | changes), launcher)
+
+
+def measured_tau(head: Path) -> float:
+    return json.loads((head / "training.json").read_text())["measured_tau"]
+
+
+@pytest.mark.parametrize("states", ["online", "disk"])
+@pytest.mark.parametrize(("shard", "launcher"), [("tp", torchrun(2)), ("zero3", deepspeed(3, 2))])
+def test_a_target_shared_out_trains_as_one_process(tmp_path, alone, shard, launcher, states):
+    run = launch(tmp_path, launcher, shard_target=shard, states=states)
+    assert run.returncode == 0, run.stderr[-3000:]
+    head = tmp_path / "run" / "head"
+    assert_same_training(head, alone, 1e-4)
+    assert measured_tau(head) == measured_tau(alone)
