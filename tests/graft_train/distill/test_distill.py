@@ -16,9 +16,10 @@ from graft_inference.policy import Plan, Policy, Stage
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
 from graft_train.config import Config
+from graft_train.data import target as target_module
 from graft_train.data.samples import append_samples
 from graft_train.data.states import TappedTarget
-from graft_train.data.target import TargetConfig
+from graft_train.data.target import TargetConfig, load_target
 from graft_train.distill import distill, loop
 from graft_train.distill import estimate as estimate_module
 from graft_train.distill.batches import to_rows
@@ -277,11 +278,24 @@ def test_online_and_offline_states_train_to_the_same_losses(tmp_path):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-def test_a_target_spread_by_a_device_map_trains_the_same(tmp_path):
-    """Here there is one device to spread over."""
-    config = make_run(tmp_path / "spread", max_steps=3)
+@pytest.mark.parametrize("states", ["online", "disk"])
+def test_a_target_spread_by_a_device_map_trains_the_same(tmp_path, monkeypatch, states):
+    """Here there is one device to spread over, and the disk: what is there has no weights between its calls."""
+    plain = distill(make_run(tmp_path / "plain", max_steps=3, measure_tokens=6))
+    config = make_run(tmp_path / "spread", max_steps=3, states=states, measure_tokens=6)
     config.target.device_map = "auto"
-    assert metrics(distill(config)) == metrics(distill(make_run(tmp_path / "plain", max_steps=3)))
+    offloaded = {"model.layers.1": "disk", "model.layers.3": "disk", "lm_head": "disk"}
+    kept = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb")
+    places = offloaded | dict.fromkeys(kept, "cpu")
+    load = target_module.AutoModelForCausalLM.from_pretrained
+
+    def split(path, device_map, **settings):
+        assert device_map == "auto"
+        return load(path, device_map=places, offload_folder=str(tmp_path / "offloaded"), **settings)
+
+    monkeypatch.setattr(target_module.AutoModelForCausalLM, "from_pretrained", split)
+    assert metrics(distill(config)) == metrics(plain)
+    assert load_target(config).get_output_embeddings().weight.is_meta
 
 
 def test_a_trained_head_can_be_gone_on_from(tmp_path):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graft_inference import GraftError
-from graft_train.distill import distill, state_source
+from graft_train.distill import distill
 
 from .pair import tiny_target
 from .ranks import deepspeed, run_ranks, torchrun
