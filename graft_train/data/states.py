@@ -1,6 +1,6 @@
 """What the frozen target makes of a row: the states that feed a draft head, and those that teach it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,31 +95,35 @@ def _plain(
 
 @dataclass
 class TargetStates:
-    """Attributes:
-    taps_SE: outputs of the tapped layers, concatenated, before any final norm.
-    final_SH: what the target's lm_head reads, after the final norm.
-    choice_S: the target's likeliest next token, over its whole vocabulary, int64.
+    """What a target makes of S tokens. Either the final states or the M best logits of each say what it predicts.
+
+    Attributes:
+        taps_SE: outputs of the tapped layers, concatenated, before any final norm.
+        choice_S: the target's likeliest next token, over its whole vocabulary, int64.
+        final_SH: what the target's lm_head reads, after the final norm.
+        top_ids_SM, top_logits_SM: the likeliest tokens, best first, and their logits less the best one's.
     """
 
     taps_SE: Tensor
-    final_SH: Tensor
     choice_S: Tensor
+    final_SH: Tensor | None = None
+    top_ids_SM: Tensor | None = None
+    top_logits_SM: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TargetStates":
+        return TargetStates(**{name: change(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
     def to(self, device: torch.device) -> "TargetStates":
-        return TargetStates(self.taps_SE.to(device), self.final_SH.to(device), self.choice_S.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def slice(self, start: int, end: int) -> "TargetStates":
         """A copy, for a view would keep the whole row alive."""
-        tensors = (self.taps_SE, self.final_SH, self.choice_S)
-        return TargetStates(*(tensor[start:end].clone() for tensor in tensors))
+        return self.map(lambda tensor: tensor[start:end].clone())
 
     @classmethod
     def cat(cls, states: list["TargetStates"]) -> "TargetStates":
-        return cls(
-            torch.cat([one.taps_SE for one in states]),
-            torch.cat([one.final_SH for one in states]),
-            torch.cat([one.choice_S for one in states]),
-        )
+        names = [name for name, tensor in vars(states[0]).items() if tensor is not None]
+        return cls(**{name: torch.cat([getattr(one, name) for one in states]) for name in names})
 
 
 class TappedTarget:
@@ -166,8 +170,12 @@ class TappedTarget:
         return torch.cat(list(self._project(identity_HH)), dim=0).T.contiguous()
 
     @torch.no_grad()
-    def states(self, tokens_S: Tensor, lengths: list[int]) -> TargetStates:
-        """Reads documents of these lengths that lie in a row; none sees another."""
+    def states(self, tokens_S: Tensor, lengths: list[int], top: int | None = None) -> TargetStates:
+        """Reads documents of these lengths that lie in a row; none sees another.
+
+        Args:
+            top: so many best logits in place of the final states.
+        """
         positions_S = torch.cat([torch.arange(length) for length in lengths]).to(tokens_S.device)
         if self.model.config.get_text_config()._attn_implementation != ATTENTION:
             self.model.set_attn_implementation(ATTENTION)
@@ -179,8 +187,13 @@ class TappedTarget:
         final_SH = output.last_hidden_state[0].to(device)
         taps_SE = torch.cat([self._taps[index][0].to(device) for index in self.tapped_layers], dim=-1)
         self._taps.clear()
-        choices = [logits_CV.argmax(dim=-1) for logits_CV in self._project(final_SH)]
-        return TargetStates(taps_SE, final_SH, torch.cat(choices).to(device))
+        if top is None:
+            choices = [logits_CV.argmax(dim=-1) for logits_CV in self._project(final_SH)]
+            return TargetStates(taps_SE, torch.cat(choices).to(device), final_SH)
+        best = [logits_CV.float().topk(top, dim=-1) for logits_CV in self._project(final_SH)]
+        ids_SM = torch.cat([one.indices for one in best]).to(device)
+        logits_SM = torch.cat([one.values - one.values[:, :1] for one in best]).to(device)
+        return TargetStates(taps_SE, ids_SM[:, 0], top_ids_SM=ids_SM, top_logits_SM=logits_SM)
 
     def embed(self, tokens_S: Tensor) -> Tensor:
         return self._embed(tokens_S) if self._embeddings_VH is None else self._embeddings_VH[tokens_S]

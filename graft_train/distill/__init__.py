@@ -134,8 +134,8 @@ def _source(config: "Config", target: TappedTarget, rows: list[Row], accelerator
             return memory_states(target, rows, settings.batch_tokens)
         case "disk":
             directory, fingerprint = Path(config.run_dir) / "states", fingerprint_of(target_path(config))
-            dtype = settings.states_dtype
-            return disk_states(target, rows, settings.batch_tokens, directory, fingerprint, dtype, accelerator)
+            dtype, top = settings.states_dtype, settings.states_top_k
+            return disk_states(target, rows, settings.batch_tokens, directory, fingerprint, dtype, accelerator, top)
     return online_states(target)
 
 

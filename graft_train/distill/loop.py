@@ -19,7 +19,15 @@ from graft_train.distill.batches import Batch, Row, collate, pack, plan_batches
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.layout import Layout
-from graft_train.distill.loss import StepSums, TaughtPositions, distillation_loss, taught_positions
+from graft_train.distill.loss import (
+    StepSums,
+    TaughtPositions,
+    Teacher,
+    distillation_loss,
+    final_state_teacher,
+    taught_positions,
+    top_logits_teacher,
+)
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource
@@ -48,9 +56,16 @@ class Distiller(nn.Module):
         """The loss and `StepSums.stack()` of one batch."""
         dtype = self.head.fc.weight.dtype
         outputs = unroll(self.head, embedding_SH.to(dtype), states.taps_SE.to(dtype), layout, self.steps)
-        final_SH = states.final_SH.to(self.teacher_DH.dtype)
-        loss, sums = distillation_loss(self.head, outputs, final_SH, self.teacher_DH, taught, coefficient_K, self.loss)
+        loss, sums = distillation_loss(self.head, outputs, self._teacher(states), taught, coefficient_K, self.loss)
         return loss, sums.stack()
+
+    def _teacher(self, states: TargetStates) -> Teacher:
+        if states.final_SH is not None:
+            return final_state_teacher(states.final_SH.to(self.teacher_DH.dtype), self.teacher_DH)
+        assert states.top_ids_SM is not None
+        assert states.top_logits_SM is not None
+        vocab_size = self.head.config.vocab_size
+        return top_logits_teacher(states.top_ids_SM, states.top_logits_SM, self.head.target_ids, vocab_size)
 
 
 @dataclass

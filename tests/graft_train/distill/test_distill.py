@@ -203,6 +203,10 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
         ({"states": "cache"}, "head.states=cache"),
         ({"step_weights": [1.0]}, r"head.step_weights=\[1.0\] must be head.unroll_steps=7 weights"),
         ({"feature_noise": -0.1}, "head.feature_noise=-0.1"),
+        ({"states_top_k": 0, "states": "disk"}, "head.states_top_k=0 must be positive"),
+        ({"states_top_k": 8}, "head.states_top_k=8 is for head.states=disk"),
+        ({"states_top_k": 8, "states": "disk", "loss": "reverse_kl"}, "head.loss=reverse_kl is infinite"),
+        ({"states_top_k": 8, "states": "disk", "skip_out_of_vocabulary": False}, "skip_out_of_vocabulary=true"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
@@ -276,6 +280,15 @@ def test_online_and_offline_states_train_to_the_same_losses(tmp_path):
     for states in ("disk", "memory"):
         for one, two in zip(curves["online"], curves[states], strict=True):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_all_logits_on_disk_train_to_the_losses_of_the_final_states(tmp_path):
+    exact = metrics(distill(make_run(tmp_path / "exact")))
+    stored = metrics(distill(make_run(tmp_path / "stored", states="disk", states_top_k=VOCAB)))
+    cut = metrics(distill(make_run(tmp_path / "cut", states="disk", states_top_k=2)))
+    for one, two, three in zip(exact, stored, cut, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert three["loss"] != pytest.approx(one["loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("states", ["online", "disk"])

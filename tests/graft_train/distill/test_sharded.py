@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graft_train.distill import distill
+from graft_train.distill import distill, state_source
 
 from .pair import tiny_target
 from .ranks import deepspeed, run_ranks, torchrun
@@ -27,9 +27,9 @@ def alone(tmp_path_factory) -> Path:
     return distill(prepare(tmp_path_factory.mktemp("alone"), states="disk"))
 
 
-def launch(directory: Path, launcher: tuple[str, ...], **changes):
+def launch(directory: Path, launcher: tuple[str, ...], kill: int = -1, during: str = "step", **changes):
     prepare(directory, **changes)
-    return run_ranks(directory, json.dumps(CHANGES | changes), launcher)
+    return run_ranks(directory, json.dumps(CHANGES | changes), launcher, kill, during)
 
 
 def measured_tau(head: Path) -> float:
@@ -44,3 +44,26 @@ def test_a_target_shared_out_trains_as_one_process(tmp_path, alone, shard, launc
     head = tmp_path / "run" / "head"
     assert_same_training(head, alone, 1e-4)
     assert measured_tau(head) == measured_tau(alone)
+
+
+@pytest.mark.parametrize(("shard", "launcher"), [(None, torchrun(2)), ("zero3", deepspeed(3, 2))])
+def test_several_processes_write_the_shards_that_one_writes_and_go_on_after_a_kill(
+    tmp_path, monkeypatch, shard, launcher
+):
+    monkeypatch.setattr(state_source, "SHARD_TOKENS", 60)  # as in the processes
+    distill(prepare(tmp_path / "one", states="disk", max_steps=1, measure_every=None))
+    expected = contents(tmp_path / "one" / "run" / "states")
+    changes = {"states": "disk", "shard_target": shard, "max_steps": 1, "measure_every": None}
+    killed = launch(tmp_path, launcher, kill=1, during="states", **changes)
+    assert killed.returncode != 0
+    partial = contents(tmp_path / "run" / "states.partial")
+    assert partial.items() < expected.items()
+    assert any(name.startswith("shard") for name in partial)
+    run = launch(tmp_path, launcher, **changes)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert contents(tmp_path / "run" / "states") == expected
+    assert sum(name.startswith("shard") for name in expected) == 5  # one process has one more than the other
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
