@@ -17,7 +17,7 @@ from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
 from graft_train.config import Config
 from graft_train.data import target as target_module
-from graft_train.data.samples import append_samples
+from graft_train.data.samples import answered, append_samples
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import TargetConfig, load_target
 from graft_train.distill import distill, loop
@@ -26,6 +26,7 @@ from graft_train.distill.batches import to_rows
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.loop import start_training, train_step
+from graft_train.distill.loss import StepMetrics
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.state_source import online_states
 
@@ -159,6 +160,23 @@ def test_accumulated_batches_of_unequal_counts_equal_one_batch():
     assert parts_sums.trained_K.tolist() == whole_sums.trained_K.tolist()
     for name, gradient in whole.items():
         torch.testing.assert_close(parts_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_batch_of_answers_of_one_token_adds_nothing(monkeypatch):
+    """Nor does a step of nothing else, after which every weight is as it was."""
+    rows = to_rows([answered("mute", [1, 2], [3], {}), *samples()], 64, VOCAB)
+    monkeypatch.setitem(globals(), "to_rows", lambda *unused: rows)
+    expected, sums = accumulate([[1, 2]])
+    got, got_sums = accumulate([[0], [1, 2]])
+    assert got_sums.metrics() == sums.metrics()
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+    training = start_training(Accelerator(cpu=True), *parts(), HeadTrainConfig(**SETTINGS))
+    before = {name: parameter.clone() for name, parameter in training.head.named_parameters()}
+    sums, tokens = train_step(training, {0: [0], 1: [0]}, 1e-3)
+    assert tokens == 2
+    assert sums.metrics() == StepMetrics(loss=[0] * 3, acceptance=[0] * 3, conditional_acceptance=[0] * 3, tau=1)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in training.head.named_parameters())
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

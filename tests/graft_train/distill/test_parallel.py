@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from graft_train.data.samples import answered, append_samples
 from graft_train.distill import distill
 
+from .pair import samples
 from .ranks import deepspeed, run_ranks, torchrun, was_killed
 from .test_distill import make_run, metrics
 
@@ -51,6 +53,22 @@ def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, during
 
 def test_two_processes_train_as_one(tmp_path, alone):
     assert_same_training(head_of(tmp_path, launcher=torchrun(2)), alone, 1e-4)
+
+
+def test_a_process_whose_answers_have_one_token_takes_part(tmp_path):
+    """And steps in which no process has anything to train on."""
+    few = [answered(f"few{n}", [1, 2, 3], [4], {}) for n in range(12)]
+    changes = {"max_steps": 10, "batch_tokens": 4, "log_every": 1}
+    heads = []
+    for name, launcher in (("one", ()), ("two", torchrun(2))):
+        make_run(tmp_path / name, **changes)
+        with (tmp_path / name / "run" / "data" / "samples.jsonl").open("wb") as file:
+            append_samples(file, few + samples(8))
+        heads.append(head_of(tmp_path / name, changes, launcher=launcher))
+    assert_same_training(heads[1], heads[0], 1e-4)
+    drafts = [any(line["loss"]) for line in metrics(heads[0])]
+    assert any(drafts)
+    assert not all(drafts)
 
 
 def test_one_process_goes_on_from_two(tmp_path, alone):
