@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from graft_inference.attention import explicit_attention
 from graft_inference.errors import GraftError
 from graft_train.data.sharded import is_parallel, is_shared, whole
 from graft_train.data.target import DTYPES
@@ -44,53 +45,33 @@ def document_attention(
         document_lengths: None for one document.
     """
     lengths = document_lengths or [query.shape[2]]
-    out = []
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    plain = softcap is None and s_aux is None
+    groups, out = query.shape[1] // key.shape[1], []
+    if plain and groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    for query_BQLD, key_BQLD, value_BQLD in zip(*split, strict=True):
-        window = sliding_window if sliding_window and sliding_window < query_BQLD.shape[2] else None
-        if softcap is None and s_aux is None:
-            mask_LL = None if window is None else _causal(query_BQLD, window)
+    for query_BQLD, key_BKLD, value_BKLD in zip(*split, strict=True):
+        length = query_BQLD.shape[2]
+        window = sliding_window if sliding_window and sliding_window < length else None
+        mask_LL = None if window is None else _windowed(length, window, query.device)
+        if plain:
             causal = mask_LL is None
-            out.append(
-                F.scaled_dot_product_attention(
-                    query_BQLD, key_BQLD, value_BQLD, mask_LL, is_causal=causal, scale=scaling
-                )
+            attended = F.scaled_dot_product_attention(
+                query_BQLD, key_BKLD, value_BKLD, mask_LL, is_causal=causal, scale=scaling
             )
         else:
-            out.append(_plain(query_BQLD, key_BQLD, value_BQLD, scaling, window, softcap, s_aux))
+            folded_BKLD = query_BQLD.reshape(*key_BKLD.shape[:2], groups * length, -1)
+            mask = None if mask_LL is None else mask_LL.repeat(groups, 1)
+            attended = explicit_attention(folded_BKLD, key_BKLD, value_BKLD, length, mask, scaling, softcap, s_aux)
+        out.append(attended.view_as(query_BQLD))
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
+def _windowed(length: int, window: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
 AttentionInterface.register(ATTENTION, document_attention)
-
-
-def _causal(query_BQLD: Tensor, window: int | None) -> Tensor:
-    length = query_BQLD.shape[2]
-    mask_LL = torch.ones(length, length, dtype=torch.bool, device=query_BQLD.device).tril()
-    return mask_LL if window is None else mask_LL.triu(1 - window)
-
-
-def _plain(
-    query_BQLD: Tensor,
-    key_BQLD: Tensor,
-    value_BQLD: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sink_Q: Tensor | None,
-) -> Tensor:
-    scores_BQLL = query_BQLD @ key_BQLD.transpose(2, 3) * (scaling or query_BQLD.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores_BQLL = softcap * torch.tanh(scores_BQLL / softcap)
-    scores_BQLL = scores_BQLL.float().masked_fill(~_causal(query_BQLD, window), -torch.inf)
-    if sink_Q is not None:
-        sink_BQL1 = sink_Q.float().view(1, -1, 1, 1).expand(*scores_BQLL.shape[:3], 1)
-        scores_BQLL = torch.cat((scores_BQLL, sink_BQL1), dim=-1)
-    weights_BQLL = scores_BQLL.softmax(dim=-1)[..., : key_BQLD.shape[2]]
-    return weights_BQLL.to(value_BQLD.dtype) @ value_BQLD
 
 
 @dataclass

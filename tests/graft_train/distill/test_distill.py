@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -298,6 +299,16 @@ def test_online_and_offline_states_train_to_the_same_losses(tmp_path):
     for states in ("disk", "memory"):
         for one, two in zip(curves["online"], curves[states], strict=True):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_states_of_another_tokenizer_are_refused(tmp_path):
+    config = make_run(tmp_path, states="disk", max_steps=1)
+    tokenizer = Path(config.target.name_or_path) / "tokenizer.json"
+    tokenizer.write_text("{}")
+    shutil.rmtree(distill(config))
+    tokenizer.write_text("{} ")
+    with pytest.raises(GraftError, match=r"states in .* are stale \(target: .*delete"):
+        distill(config)
 
 
 def test_all_logits_on_disk_train_to_the_losses_of_the_final_states(tmp_path):
