@@ -23,7 +23,7 @@ from graft_train.data.target import load_target, resolve_device, target_path
 from graft_train.distill.batches import Row, to_rows
 from graft_train.distill.checkpoint import vocabulary_hash
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
-from graft_train.distill.estimate import as_graft_error, describe, estimate_training, speed_of
+from graft_train.distill.estimate import describe, estimate_training, naming_what_to_lower, speed_of
 from graft_train.distill.head import head_config, new_head, published_head
 from graft_train.distill.loop import Training, plan_training, start_training, train, validate
 from graft_train.distill.measure import held_out_prompts, measure_tau
@@ -53,7 +53,12 @@ def distill(config: "Config") -> Path:
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
     if config.head.init_from and Path(config.head.init_from).expanduser().is_dir():
         settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
-    return run_stage(config, "distill", "head", settings, [target, data], lambda out: _build(config, data, out))
+
+    def build(out: Path) -> None:
+        with naming_what_to_lower(config.head):
+            _build(config, data, out)
+
+    return run_stage(config, "distill", "head", settings, [target, data], build)
 
 
 def _build(config: "Config", data: Path, out: Path) -> None:
@@ -90,11 +95,6 @@ def _build(config: "Config", data: Path, out: Path) -> None:
         train(training, plan, steps, out, progress)
         result = validate(training, validation).metrics() if validation else None
         measured = training.measure() if training.measure else None
-    except RuntimeError as error:
-        told = as_graft_error(error, settings)
-        if told is None:
-            raise
-        raise told from error
     finally:
         progress.end()
     if result is not None:

@@ -16,6 +16,7 @@ from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import Plan, Policy, Stage
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
+from graft_train import distill as stage_module
 from graft_train.config import Config
 from graft_train.data import target as target_module
 from graft_train.data.samples import answered, append_samples
@@ -141,9 +142,9 @@ def parts():
     return tiny_head(), target, online_states(target), to_rows(samples(), 64, VOCAB)
 
 
-def accumulate(batches: list[list[int]]) -> tuple[dict[str, torch.Tensor], object]:
+def accumulate(batches: list[list[int]], clip: float = 1e9) -> tuple[dict[str, torch.Tensor], object]:
     """The gradients of one optimizer step over these batches."""
-    settings = HeadTrainConfig(**(SETTINGS | {"clip": 1e9}))
+    settings = HeadTrainConfig(**(SETTINGS | {"clip": clip}))
     training = start_training(Accelerator(cpu=True), *parts(), settings)
     gradients: dict[str, torch.Tensor] = {}
 
@@ -161,6 +162,14 @@ def test_accumulated_batches_of_unequal_counts_equal_one_batch():
     assert parts_sums.trained_K.tolist() == whole_sums.trained_K.tolist()
     for name, gradient in whole.items():
         torch.testing.assert_close(parts_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_gradients_of_a_whole_step_are_clipped_together():
+    whole, clipped = accumulate([[0, 1], [2]])[0], accumulate([[0, 1], [2]], clip=1e-3)[0]
+    norm = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
+    assert norm > 1e-2
+    for name, gradient in whole.items():
+        torch.testing.assert_close(clipped[name], gradient * 1e-3 / norm, atol=1e-7, rtol=2e-3, msg=name)
 
 
 def test_a_batch_of_answers_of_one_token_adds_nothing(monkeypatch):
@@ -283,12 +292,22 @@ def test_what_cannot_be_saved_is_said_and_the_last_checkpoint_stays(tmp_path):
     assert resume_checkpoint(accelerator, training.head, tmp_path, "auto") == 3
 
 
-def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["train_step", "states", "measure_tau"])
+def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, where):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(loop, "train_step", full)
+    monkeypatch.setattr({"train_step": loop, "states": TappedTarget, "measure_tau": stage_module}[where], where, full)
     with pytest.raises(GraftError, match=r"head.batch_tokens=40.*lower head.batch_tokens"):
+        distill(make_run(tmp_path, states="disk", measure_tokens=6))
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
         distill(make_run(tmp_path))
 
 

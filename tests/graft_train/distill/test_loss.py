@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from graft_train.data import states as states_module
 from graft_train.data.states import TappedTarget
 from graft_train.distill import loss as loss_module
 from graft_train.distill.divergence import LOSSES
@@ -126,6 +129,30 @@ def test_a_teacher_of_the_best_logits_is_the_plain_one_cut_off_and_normalised(na
     whole_loss, whole_sums, _ = run(name=name)
     assert torch.isclose(loss, whole_loss, rtol=1e-5) == (top == VOCAB)
     assert torch.equal(sums.matched_K, whole_sums.matched_K)
+
+
+def test_logits_exist_a_chunk_at_a_time(monkeypatch):
+    """Of the target as of the head, forward and backward."""
+    monkeypatch.setattr(loss_module, "CHUNK", 6)
+    monkeypatch.setattr(states_module, "CHUNK", 6)
+    with LargestRows(VOCAB) as seen:
+        run(kept=list(range(VOCAB)))
+    assert seen.rows == 6 * 3  # positions and steps; all would be 13 * 3
+
+
+class LargestRows(TorchDispatchMode):
+    """The most rows that any tensor of this width has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.width:
+                self.rows = max(self.rows, tensor.numel() // self.width)
+        return out
 
 
 def test_survival_weighs_the_first_step_in_full_and_later_ones_less():

@@ -14,7 +14,7 @@ from .pair import samples
 from .ranks import deepspeed, run_ranks, torchrun, was_killed
 from .test_distill import make_run, metrics
 
-CHANGES = {"max_steps": 4, "checkpoint_every": 2}
+CHANGES = {"max_steps": 4, "checkpoint_every": 2, "measure_prompts": 3, "measure_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,14 @@ def head_of(directory: Path, changes: dict = CHANGES, **how) -> Path:
     return directory / "run" / "head"
 
 
+def measured_tau(head: Path) -> float | None:
+    return json.loads((head / "training.json").read_text())["measured_tau"]
+
+
 def assert_same_training(head: Path, alone: Path, tolerance: float) -> None:
     for one, two in zip(metrics(alone), metrics(head), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    assert measured_tau(head) == measured_tau(alone)
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(head / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=10 * tolerance, msg=name)
@@ -53,6 +58,7 @@ def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, during
 
 def test_two_processes_train_as_one(tmp_path, alone):
     assert_same_training(head_of(tmp_path, launcher=torchrun(2)), alone, 1e-4)
+    assert measured_tau(alone) is not None
 
 
 def test_a_process_whose_answers_have_one_token_takes_part(tmp_path):
