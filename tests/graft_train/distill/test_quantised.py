@@ -79,22 +79,27 @@ def test_an_fp8_target_is_not_shared_out_by_deepspeed(tmp_path):
         load_target(config, "zero3")
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
-def test_an_int8_target_stays_so_and_its_lm_head_is_read(tmp_path, embeddings):
+@pytest.mark.parametrize(
+    ("bits", "kind", "embeddings"),
+    [(8, "Int8Tensor", False), (8, "Int8Tensor", True), (4, "IntxUnpackedToInt8Tensor", False)],
+)
+def test_a_target_of_integers_stays_so_and_trains_as_the_numbers_it_stands_for(tmp_path, bits, kind, embeddings):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from transformers import TorchAoConfig
 
-    exact = distill(make_run(tmp_path / "exact", max_steps=3))
-    config = make_run(tmp_path / "int8", max_steps=3)
+    plain, config = (make_run(tmp_path / name, max_steps=3) for name in ("plain", "integers"))
     place = config.target.name_or_path
-    how = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2), include_input_output_embeddings=embeddings)
-    quantised = AutoModelForCausalLM.from_pretrained(place, quantization_config=how, dtype=torch.float32)
-    quantised.save_pretrained(place)
-    model = load_target(config)
-    assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
-    assert (type(model.get_output_embeddings().weight).__name__ == "Int8Tensor") == embeddings
+    eight, four = torchao.Int8WeightOnlyConfig, torchao.IntxWeightOnlyConfig
+    how = eight(version=2) if bits == 8 else four(weight_dtype=torch.int4, granularity=torchao.PerGroup(BLOCK))
+    how = TorchAoConfig(how, include_input_output_embeddings=embeddings)
+    AutoModelForCausalLM.from_pretrained(place, quantization_config=how, dtype=torch.float32).save_pretrained(place)
+
+    model, unpacked = load_target(config), tiny_target()
+    assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == kind
+    assert (type(model.get_output_embeddings().weight).__name__ == kind) == embeddings
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    lm_head_VH = TappedTarget(model, (0, 2, 3)).lm_head_VH
-    assert type(lm_head_VH) in (torch.Tensor, torch.nn.Parameter)
-    torch.testing.assert_close(lm_head_VH, tiny_target().lm_head.weight, atol=0.05, rtol=0.01)
-    assert_trains_as(config, exact, 0.05)
+    for packed, parameter in zip(model.parameters(), unpacked.parameters(), strict=True):
+        parameter.copy_(packed.dequantize() if type(packed).__name__ == kind else packed)
+    torch.testing.assert_close(TappedTarget(model, (0, 2, 3)).lm_head_VH, unpacked.lm_head.weight)
+    unpacked.save_pretrained(plain.target.name_or_path)
+    assert_trains_as(config, distill(plain), 1e-4)
