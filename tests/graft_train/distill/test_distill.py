@@ -49,7 +49,7 @@ SETTINGS = {
 }
 
 
-def make_run(directory: Path, **changes) -> Config:
+def make_run(directory: Path, dtype: str = "float32", **changes) -> Config:
     """A run directory with a target and samples, as the earlier stages leave it."""
     run_dir, target = directory / "run", directory / "tiny"
     if not run_dir.exists():
@@ -60,7 +60,7 @@ def make_run(directory: Path, **changes) -> Config:
             append_samples(file, samples(30))
     return Config(
         run_dir=str(run_dir),
-        target=TargetConfig(name_or_path=str(target), dtype="float32", device="cpu"),
+        target=TargetConfig(name_or_path=str(target), dtype=dtype, device="cpu"),
         head=HeadTrainConfig(**(SETTINGS | changes)),
     )
 

@@ -47,9 +47,10 @@ def test_several_processes_write_the_shards_that_one_writes_and_go_on_after_a_ki
     tmp_path, monkeypatch, shard, launcher
 ):
     monkeypatch.setattr(state_source, "SHARD_TOKENS", 60)  # as in the processes
-    distill(prepare(tmp_path / "one", states="disk", max_steps=1, measure_every=None))
+    changes = {"states": "disk", "max_steps": 1, "measure_every": None, "dtype": "bfloat16"}
+    distill(prepare(tmp_path / "one", **changes))
     expected = contents(tmp_path / "one" / "run" / "states")
-    changes = {"states": "disk", "shard_target": shard, "max_steps": 1, "measure_every": None}
+    changes["shard_target"] = shard
     killed = launch(tmp_path, launcher, kill=1, during="states", **changes)
     assert killed.returncode != 0
     partial = contents(tmp_path / "run" / "states.partial")
