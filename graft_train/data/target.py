@@ -72,7 +72,9 @@ def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
     path, device = _existing(config), resolve_device(config.target.device)
     spread = config.target.device_map
     if shard and spread:
-        raise GraftError(f"head.shard_target={shard} and target.device_map={spread} exclude each other")
+        raise GraftError(
+            f"head.shard_target={shard} and target.device_map={spread} exclude each other; set target.device_map=null"
+        )
     settings: dict[str, Any] = {"dtype": DTYPES[config.target.dtype], "use_safetensors": True}
     try:
         quantised = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
