@@ -33,7 +33,7 @@ from graft_train.distill.attention import reference_attention
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.layout import make_layout
 from graft_train.distill.loop import Distiller
-from graft_train.distill.loss import distillation_loss, reference_loss, taught_positions
+from graft_train.distill.loss import distillation_loss, final_state_teacher, reference_loss, taught_positions
 from graft_train.distill.optimizer import make_optimizers
 from graft_train.distill.unroll import unroll
 
@@ -61,7 +61,7 @@ class Shapes:
         self.lm_head_VH = torch.randn(args.vocab, args.width, device=device) * args.width**-0.5
         taps_SE = torch.randn(count, 3 * args.width, device=device)
         final_SH = torch.randn(count, args.width, device=device)
-        self.states = TargetStates(taps_SE, final_SH, (final_SH @ self.lm_head_VH.T).argmax(-1))
+        self.states = TargetStates(taps_SE, (final_SH @ self.lm_head_VH.T).argmax(-1), final_SH)
         self.weights = HeadTrainConfig(unroll_steps=args.steps).weights()
 
     def head(self) -> DraftHead:
@@ -133,7 +133,9 @@ def loss_step(shapes: Shapes, fast: bool) -> Callable[[], None]:
         if fast:
             taught = taught_positions(layout, states.choice_S, head.t2d, steps)
             weights_K = torch.tensor(shapes.weights, device=shapes.device)
-            loss, _ = distillation_loss(head, outputs, states.final_SH, teacher_DH, taught, weights_K)
+            loss, _ = distillation_loss(
+                head, outputs, final_state_teacher(states.final_SH, teacher_DH), taught, weights_K
+            )
         else:
             logits_SV = states.final_SH @ shapes.lm_head_VH.T
             loss = reference_loss(head, outputs, logits_SV, layout, answer_S, shapes.weights)

@@ -1,5 +1,6 @@
 """What the frozen target makes of a row: the states that feed a draft head, and those that teach it."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from graft_inference.attention import explicit_attention
 from graft_inference.errors import GraftError
+from graft_train.data.sharded import is_parallel, is_shared, whole
+from graft_train.data.target import DTYPES
 
 CHUNK = 2048
 """Positions whose logits over the whole vocabulary exist at a time."""
 
+FLOATS = set(DTYPES.values())
 ATTENTION = "graft_documents"
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 
@@ -40,82 +45,66 @@ def document_attention(
         document_lengths: None for one document.
     """
     lengths = document_lengths or [query.shape[2]]
-    out = []
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    plain = softcap is None and s_aux is None
+    groups, out = query.shape[1] // key.shape[1], []
+    if plain and groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    for query_BQLD, key_BQLD, value_BQLD in zip(*split, strict=True):
-        window = sliding_window if sliding_window and sliding_window < query_BQLD.shape[2] else None
-        if softcap is None and s_aux is None:
-            mask_LL = None if window is None else _causal(query_BQLD, window)
+    for query_BQLD, key_BKLD, value_BKLD in zip(*split, strict=True):
+        length = query_BQLD.shape[2]
+        window = sliding_window if sliding_window and sliding_window < length else None
+        mask_LL = None if window is None else _windowed(length, window, query.device)
+        if plain:
             causal = mask_LL is None
-            out.append(
-                F.scaled_dot_product_attention(
-                    query_BQLD, key_BQLD, value_BQLD, mask_LL, is_causal=causal, scale=scaling
-                )
+            attended = F.scaled_dot_product_attention(
+                query_BQLD, key_BKLD, value_BKLD, mask_LL, is_causal=causal, scale=scaling
             )
         else:
-            out.append(_plain(query_BQLD, key_BQLD, value_BQLD, scaling, window, softcap, s_aux))
+            folded_BKLD = query_BQLD.reshape(*key_BKLD.shape[:2], groups * length, -1)
+            mask = None if mask_LL is None else mask_LL.repeat(groups, 1)
+            attended = explicit_attention(folded_BKLD, key_BKLD, value_BKLD, length, mask, scaling, softcap, s_aux)
+        out.append(attended.view_as(query_BQLD))
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _windowed(length: int, window: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 AttentionInterface.register(ATTENTION, document_attention)
 
 
-def _causal(query_BQLD: Tensor, window: int | None) -> Tensor:
-    length = query_BQLD.shape[2]
-    mask_LL = torch.ones(length, length, dtype=torch.bool, device=query_BQLD.device).tril()
-    return mask_LL if window is None else mask_LL.triu(1 - window)
-
-
-def _plain(
-    query_BQLD: Tensor,
-    key_BQLD: Tensor,
-    value_BQLD: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sink_Q: Tensor | None,
-) -> Tensor:
-    scores_BQLL = query_BQLD @ key_BQLD.transpose(2, 3) * (scaling or query_BQLD.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores_BQLL = softcap * torch.tanh(scores_BQLL / softcap)
-    scores_BQLL = scores_BQLL.float().masked_fill(~_causal(query_BQLD, window), -torch.inf)
-    if sink_Q is not None:
-        sink_BQL1 = sink_Q.float().view(1, -1, 1, 1).expand(*scores_BQLL.shape[:3], 1)
-        scores_BQLL = torch.cat((scores_BQLL, sink_BQL1), dim=-1)
-    weights_BQLL = scores_BQLL.softmax(dim=-1)[..., : key_BQLD.shape[2]]
-    return weights_BQLL.to(value_BQLD.dtype) @ value_BQLD
-
-
 @dataclass
 class TargetStates:
-    """Attributes:
-    taps_SE: outputs of the tapped layers, concatenated, before any final norm.
-    final_SH: what the target's lm_head reads, after the final norm.
-    choice_S: the target's likeliest next token, over its whole vocabulary, int64.
+    """What a target makes of S tokens. Either the final states or the M best logits of each say what it predicts.
+
+    Attributes:
+        taps_SE: outputs of the tapped layers, concatenated, before any final norm.
+        choice_S: the target's likeliest next token, over its whole vocabulary, int64.
+        final_SH: what the target's lm_head reads, after the final norm.
+        top_ids_SM, top_logits_SM: the likeliest tokens, best first, and their logits less the best one's.
     """
 
     taps_SE: Tensor
-    final_SH: Tensor
     choice_S: Tensor
+    final_SH: Tensor | None = None
+    top_ids_SM: Tensor | None = None
+    top_logits_SM: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TargetStates":
+        return TargetStates(**{name: change(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
     def to(self, device: torch.device) -> "TargetStates":
-        return TargetStates(self.taps_SE.to(device), self.final_SH.to(device), self.choice_S.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def slice(self, start: int, end: int) -> "TargetStates":
         """A copy, for a view would keep the whole row alive."""
-        tensors = (self.taps_SE, self.final_SH, self.choice_S)
-        return TargetStates(*(tensor[start:end].clone() for tensor in tensors))
+        return self.map(lambda tensor: tensor[start:end].clone())
 
     @classmethod
     def cat(cls, states: list["TargetStates"]) -> "TargetStates":
-        return cls(
-            torch.cat([one.taps_SE for one in states]),
-            torch.cat([one.final_SH for one in states]),
-            torch.cat([one.choice_S for one in states]),
-        )
+        names = [name for name, tensor in vars(states[0]).items() if tensor is not None]
+        return cls(**{name: torch.cat([getattr(one, name) for one in states]) for name in names})
 
 
 class TappedTarget:
@@ -133,36 +122,76 @@ class TappedTarget:
     def __init__(self, model: PreTrainedModel, tapped_layers: tuple[int, ...]) -> None:
         self.model = model
         self.tapped_layers = tapped_layers
-        self.lm_head_VH: Tensor = model.get_output_embeddings().weight
+        self.is_parallel = is_parallel(model)
+        self.is_shared = is_shared(model)
+        self._lm_head: Any = model.get_output_embeddings()
         layers = model.get_decoder().layers
         if tapped_layers[-1] >= len(layers) or tapped_layers[0] < 0:
             raise GraftError(f"head.tapped_layers={list(tapped_layers)}: the target has layers 0..{len(layers) - 1}")
         check_packable(model)
         self._check_logits()
+        # Each process embeds the tokens of its own rows, which is no work that all could do together.
+        ids_V = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
+        self._embeddings_VH = self._embed(ids_V) if self.is_shared else None
         self._taps: dict[int, Tensor] = {}
         for index in tapped_layers:
             layers[index].register_forward_hook(self._keep(index))
 
+    @property
+    def lm_head_VH(self) -> Tensor:
+        """lm_head's rows. Of a target that is shared out all processes must ask together.
+
+        Where they are not at hand as they are (shared out, offloaded, quantised), they are what lm_head makes of
+        the identity.
+        """
+        weight, size = self._lm_head.weight, self.model.config.get_text_config().hidden_size
+        if type(weight) is nn.Parameter and weight.dtype in FLOATS and not (self.is_shared or weight.is_meta):
+            return weight
+        identity_HH = torch.eye(size, dtype=self.model.dtype, device=self.model.device)
+        return torch.cat(list(self._project(identity_HH)), dim=0).T.contiguous()
+
     @torch.no_grad()
-    def states(self, tokens_S: Tensor, lengths: list[int]) -> TargetStates:
-        """Reads documents of these lengths that lie in a row; none sees another."""
+    def states(self, tokens_S: Tensor, lengths: list[int], top: int | None = None) -> TargetStates:
+        """Reads documents of these lengths that lie in a row; none sees another.
+
+        Args:
+            top: so many best logits in place of the final states.
+        """
         positions_S = torch.cat([torch.arange(length) for length in lengths]).to(tokens_S.device)
         if self.model.config.get_text_config()._attn_implementation != ATTENTION:
             self.model.set_attn_implementation(ATTENTION)
         output = self.model.get_decoder()(
             input_ids=tokens_S[None], position_ids=positions_S[None], use_cache=False, document_lengths=lengths
         )
-        final_SH = output.last_hidden_state[0]
         # A target spread over several devices ends on another one than it began on.
         device = tokens_S.device
-        final_SH = final_SH.to(self.lm_head_VH.device)
+        final_SH = output.last_hidden_state[0].to(device)
         taps_SE = torch.cat([self._taps[index][0].to(device) for index in self.tapped_layers], dim=-1)
         self._taps.clear()
-        choices = [(chunk_CH @ self.lm_head_VH.T).argmax(dim=-1) for chunk_CH in final_SH.split(CHUNK)]
-        return TargetStates(taps_SE, final_SH.to(device), torch.cat(choices).to(device))
+        if top is None:
+            choices = [logits_CV.argmax(dim=-1) for logits_CV in self._project(final_SH)]
+            return TargetStates(taps_SE, torch.cat(choices).to(device), final_SH)
+        best = [logits_CV.float().topk(top, dim=-1) for logits_CV in self._project(final_SH)]
+        ids_SM = torch.cat([one.indices for one in best]).to(device)
+        logits_SM = torch.cat([one.values - one.values[:, :1] for one in best]).to(device)
+        return TargetStates(taps_SE, ids_SM[:, 0], top_ids_SM=ids_SM, top_logits_SM=logits_SM)
 
     def embed(self, tokens_S: Tensor) -> Tensor:
+        return self._embed(tokens_S) if self._embeddings_VH is None else self._embeddings_VH[tokens_S]
+
+    def run_idly(self, times: int) -> None:
+        """Runs over nothing in particular, for other processes that still have something to read."""
+        for _ in range(times):
+            self.states(torch.zeros(1, dtype=torch.long, device=self.model.device), [1])
+
+    def _embed(self, tokens_S: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(tokens_S[None])[0]
+
+    def _project(self, final_SH: Tensor) -> Iterator[Tensor]:
+        """Logits over the whole vocabulary, some positions at a time."""
+        with whole(self._lm_head.parameters()):
+            for chunk_CH in final_SH.split(CHUNK):
+                yield self._lm_head(chunk_CH[None])[0]
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -175,7 +204,8 @@ class TappedTarget:
         tokens_BS = torch.arange(4, device=self.model.device)[None]
         expected_BSV = self.model(input_ids=tokens_BS, use_cache=False).logits.float()
         final_BSH = self.model.get_decoder()(input_ids=tokens_BS, use_cache=False).last_hidden_state
-        logits_BSV = (final_BSH @ self.lm_head_VH.T).float()
+        lm_head_VH = self.lm_head_VH
+        logits_BSV = (final_BSH.to(lm_head_VH.device) @ lm_head_VH.T).float().to(expected_BSV.device)
         tolerance = 0.02 * expected_BSV.abs().max().item()
         if not torch.allclose(logits_BSV, expected_BSV, atol=tolerance, rtol=0):
             raise GraftError(

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graft_inference.errors import GraftError
+from graft_train.data.sharded import load_zero3
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -59,22 +60,38 @@ def target_path(config: "Config") -> Path:
         ) from error
 
 
-def load_target(config: "Config") -> PreTrainedModel:
-    """The target in evaluation mode, frozen, on its device.
+def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
+    """The target in evaluation mode, frozen, on its device or devices. One that is quantised stays so.
+
+    Args:
+        shard: `zero3` or `tp` shares it out over the processes; see `data/sharded.py`.
 
     Raises:
-        GraftError: no checkpoint there, a damaged one, or no such device.
+        GraftError: no checkpoint there, a damaged one, one that cannot be shared out, or no such device.
     """
     path, device = _existing(config), resolve_device(config.target.device)
     spread = config.target.device_map
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[config.target.dtype], use_safetensors=True, device_map=spread
+    if shard and spread:
+        raise GraftError(
+            f"head.shard_target={shard} and target.device_map={spread} exclude each other; set target.device_map=null"
         )
+    settings: dict[str, Any] = {"dtype": DTYPES[config.target.dtype], "use_safetensors": True}
+    try:
+        quantised = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+        if shard == "zero3" and quantised:
+            raise GraftError("DeepSpeed cannot share out a quantised target; set head.shard_target=tp or null")
+        if shard == "zero3":
+            model = load_zero3(path, **settings)
+        elif shard == "tp":
+            model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", **settings)
+        else:
+            # Not every quantised model can be moved once it is loaded.
+            place = {"": device} if quantised and spread is None else spread
+            model = AutoModelForCausalLM.from_pretrained(path, device_map=place, **settings)
+            if place is None:
+                model.to(device)  # type: ignore[arg-type]
     except Exception as error:  # transformers and safetensors raise many kinds
         raise GraftError(f"cannot load the target from {path}: {error}") from error
-    if spread is None:
-        model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
 
 

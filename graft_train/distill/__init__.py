@@ -17,16 +17,17 @@ from accelerate.utils import set_seed
 
 from graft_inference.head_checkpoint import save_head
 from graft_train.data.samples import Sample, read_samples
+from graft_train.data.sharded import count_parameters, held_bytes, whole
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import load_target, resolve_device, target_path
 from graft_train.distill.batches import Row, to_rows
 from graft_train.distill.checkpoint import vocabulary_hash
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
-from graft_train.distill.estimate import as_graft_error, describe, estimate_training, speed_of
+from graft_train.distill.estimate import describe, estimate_training, naming_what_to_lower, speed_of
 from graft_train.distill.head import head_config, new_head, published_head
 from graft_train.distill.loop import Training, plan_training, start_training, train, validate
 from graft_train.distill.measure import held_out_prompts, measure_tau
-from graft_train.distill.parallel import make_accelerator, whole
+from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
 from graft_train.stage import fingerprint_of, run_stage, say, write_json
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from graft_inference.draft_head import DraftHead
+    from graft_inference.draft_head import DraftHead, DraftHeadConfig
     from graft_train.config import Config
 
 __all__ = ["distill"]
@@ -52,23 +53,30 @@ def distill(config: "Config") -> Path:
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
     if config.head.init_from and Path(config.head.init_from).expanduser().is_dir():
         settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
-    return run_stage(config, "distill", "head", settings, [target, data], lambda out: _build(config, data, out))
+
+    def build(out: Path) -> None:
+        with naming_what_to_lower(config.head):
+            _build(config, data, out)
+
+    return run_stage(config, "distill", "head", settings, [target, data], build)
 
 
 def _build(config: "Config", data: Path, out: Path) -> None:
     started, settings = time.perf_counter(), config.head
     samples = read_samples(data / "samples.jsonl", "train")
     accelerator = make_accelerator(settings, resolve_device(config.target.device))
+    model = load_target(config, settings.shard_target)
     set_seed(config.seed)
-    model = load_target(config)
     rows = to_rows(samples, settings.max_length, model.config.get_text_config().vocab_size)
     held_out = min(settings.validation_samples, len(rows) // 10)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     validation, training_rows = order[:held_out], order[held_out:]
     plan, steps = plan_training(rows, training_rows, settings, config.seed, accelerator.num_processes)
 
-    head, covered = _head(model, config, [samples[row] for row in training_rows])
-    target = TappedTarget(model, head.config.tapped_layers)
+    published = published_head(settings.init_from, model) if settings.init_from else None
+    shape = published.config if published else head_config(model, settings)
+    target = TappedTarget(model, shape.tapped_layers)
+    head, covered = _head(published, shape, target, [samples[row] for row in training_rows])
     say(
         f"distill: {len(training_rows)} samples, head of {sum(p.numel() for p in head.parameters()):,} "
         f"parameters on layers {list(head.config.tapped_layers)}, "
@@ -87,11 +95,6 @@ def _build(config: "Config", data: Path, out: Path) -> None:
         train(training, plan, steps, out, progress)
         result = validate(training, validation).metrics() if validation else None
         measured = training.measure() if training.measure else None
-    except RuntimeError as error:
-        told = as_graft_error(error, settings)
-        if told is None:
-            raise
-        raise told from error
     finally:
         progress.end()
     if result is not None:
@@ -114,15 +117,14 @@ def _build(config: "Config", data: Path, out: Path) -> None:
     _finish(training, out, summary)
 
 
-def _head(model: "PreTrainedModel", config: "Config", samples: list[Sample]) -> tuple["DraftHead", float]:
+def _head(
+    published: "DraftHead | None", shape: "DraftHeadConfig", target: TappedTarget, samples: list[Sample]
+) -> tuple["DraftHead", float]:
     """The head to train, and the share of the answers' tokens that it can propose."""
-    settings = config.head
-    if settings.init_from is not None:
-        head = published_head(settings.init_from, model)
-        return head, coverage(samples, head.target_ids, head.config.vocab_size)
-    shape = head_config(model, settings)
+    if published is not None:
+        return published, coverage(samples, published.target_ids, shape.vocab_size)
     vocabulary = choose_draft_vocabulary(samples, shape.vocab_size, shape.draft_vocab_size)
-    return new_head(shape, vocabulary.token_ids_D, model.get_output_embeddings().weight), vocabulary.coverage
+    return new_head(shape, vocabulary.token_ids_D, target.lm_head_VH), vocabulary.coverage
 
 
 def _source(config: "Config", target: TappedTarget, rows: list[Row], accelerator: "Accelerator") -> StateSource:
@@ -132,8 +134,8 @@ def _source(config: "Config", target: TappedTarget, rows: list[Row], accelerator
             return memory_states(target, rows, settings.batch_tokens)
         case "disk":
             directory, fingerprint = Path(config.run_dir) / "states", fingerprint_of(target_path(config))
-            dtype = settings.states_dtype
-            return disk_states(target, rows, settings.batch_tokens, directory, fingerprint, dtype, accelerator)
+            dtype, top = settings.states_dtype, settings.states_top_k
+            return disk_states(target, rows, settings.batch_tokens, directory, fingerprint, dtype, accelerator, top)
     return online_states(target)
 
 
@@ -156,8 +158,8 @@ def _announce(
     )
     estimated = estimate_training(
         head,
-        model.num_parameters(),
-        sum(parameter.nbytes for parameter in model.parameters()),
+        count_parameters(model),
+        held_bytes(model),
         settings,
         settings.batches_per_step // accelerator.num_processes,
         answered / tokens,
@@ -168,7 +170,7 @@ def _announce(
 
 def _finish(training: Training, out: Path, summary: dict[str, Any]) -> None:
     accelerator = training.accelerator
-    with whole(accelerator, training.head):
+    with whole(training.head.parameters()):
         if accelerator.is_main_process:
             save_head(training.head, out)
     if accelerator.is_main_process:

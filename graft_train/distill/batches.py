@@ -45,10 +45,13 @@ class Batch:
 def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row]:
     """One row a sample; longer ones are cut (see `Sample.cut`), which is said.
 
+    A draft reads one token of an answer and predicts the next, so an answer of one token teaches nothing.
+
     Raises:
-        GraftError: names the sample that leaves nothing to train on, or holds a token the target lacks.
+        GraftError: names the sample that leaves nothing to train on, or holds a token the target lacks; or no
+            answer has two tokens.
     """
-    rows, cut = [], 0
+    rows, cut, mute = [], 0, 0
     for sample in samples:
         kept = sample.cut(max_length)
         if kept is None:
@@ -63,8 +66,16 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
             )
         cut += kept is not sample
         rows.append(Row(torch.tensor(kept.ids, dtype=torch.long), kept.answer_S))
+        mute += not (rows[-1].answer_S[1:-1] & rows[-1].answer_S[2:]).any()
     if cut:
         say(f"distill: {cut} of {len(samples)} samples are longer than head.max_length={max_length} and were cut")
+    if mute == len(samples):
+        raise GraftError(
+            f"none of {mute} samples has an answer of two tokens, so there is nothing to train on; regenerate with "
+            "more of regenerate.max_new_tokens, or raise head.max_length"
+        )
+    if mute:
+        say(f"distill: {mute} of {len(samples)} samples have answers of one token, which teach nothing")
     return rows
 
 

@@ -23,6 +23,7 @@ POSITIVE = (
     "measure_every",
     "measure_prompts",
     "measure_tokens",
+    "states_top_k",
 )
 CHOICES = {
     "loss": LOSSES,
@@ -31,9 +32,11 @@ CHOICES = {
     "states": ("online", "memory", "disk"),
     "states_dtype": (None, "float32", "bfloat16", "float16"),
     "mixed_precision": ("bf16", "no"),
+    "shard_target": (None, "zero3", "tp"),
     "resume": ("auto", "never"),
 }
 BOOKKEEPING = (
+    "shard_target",
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
@@ -72,6 +75,10 @@ class HeadTrainConfig:
         states: "online" runs the target over every batch; "memory" once over all samples, whose states stay
             in host memory; "disk" writes them once to {run_dir}/states, for any number of processes and runs.
         states_dtype: of the states on disk; None: the target's.
+        states_top_k: on disk, store so many best logits and their ids in place of the final state. The head then
+            learns a distribution cut off there and normalised; all of the vocabulary is exact.
+        shard_target: share the target out over the processes: "zero3" (a DeepSpeed ZeRO-3 launch) or "tp"
+            (transformers' tensor parallelism); None: each holds all of it, or what target.device_map says.
         validation_samples: held out of training (at most a tenth), measured at the end.
         measure_every: optimizer steps between measurements of the acceptance length on `measure_prompts`
             held-out prompts, `measure_tokens` each, with the engine that serves the head.
@@ -105,6 +112,8 @@ class HeadTrainConfig:
     mixed_precision: str = "bf16"
     states: str = "online"
     states_dtype: str | None = None
+    states_top_k: int | None = None
+    shard_target: str | None = None
     validation_samples: int = 64
     measure_every: int | None = 500
     measure_prompts: int = 8
@@ -126,6 +135,8 @@ class HeadTrainConfig:
                 raise GraftError(f"head.{name}={getattr(self, name)} must be one of {known}")
         if self.max_length < 3:
             raise GraftError(f"head.max_length={self.max_length} leaves nothing to train on; set at least 3")
+        if self.states_top_k is not None:
+            self._check_top_k()
         if self.feature_noise < 0:
             raise GraftError(f"head.feature_noise={self.feature_noise} must not be negative")
         weights = self.weights()
@@ -133,6 +144,17 @@ class HeadTrainConfig:
             raise GraftError(
                 f"head.step_weights={weights} must be head.unroll_steps={self.unroll_steps} weights, "
                 "none negative and not all zero"
+            )
+
+    def _check_top_k(self) -> None:
+        if self.states != "disk":
+            raise GraftError(f"head.states_top_k={self.states_top_k} is for head.states=disk")
+        if self.loss == "reverse_kl":
+            raise GraftError("head.loss=reverse_kl is infinite where head.states_top_k cuts; choose another loss")
+        if not self.skip_out_of_vocabulary:
+            raise GraftError(
+                "head.states_top_k may leave nothing of a position whose choice cannot be drafted; "
+                "set head.skip_out_of_vocabulary=true"
             )
 
     def weights(self) -> list[float]:

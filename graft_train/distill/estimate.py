@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -101,11 +103,15 @@ def describe(estimated: Estimate, device: torch.device, speed: float, steps: int
     return line
 
 
-def as_graft_error(error: RuntimeError, settings: HeadTrainConfig) -> GraftError | None:
-    """What to say of an out-of-memory error; None for any other."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return None
-    return GraftError(
-        f"out of memory with head.batch_tokens={settings.batch_tokens} and "
-        f"head.unroll_steps={settings.unroll_steps}: {OOM_ADVICE}. {str(error).splitlines()[0]}"
-    )
+@contextmanager
+def naming_what_to_lower(settings: HeadTrainConfig) -> Iterator[None]:
+    """Turns running out of memory into a GraftError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise GraftError(
+            f"out of memory with head.batch_tokens={settings.batch_tokens} and "
+            f"head.unroll_steps={settings.unroll_steps}: {OOM_ADVICE}. {str(error).splitlines()[0]}"
+        ) from error

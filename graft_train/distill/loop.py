@@ -19,7 +19,15 @@ from graft_train.distill.batches import Batch, Row, collate, pack, plan_batches
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.layout import Layout
-from graft_train.distill.loss import StepSums, TaughtPositions, distillation_loss, taught_positions
+from graft_train.distill.loss import (
+    StepSums,
+    TaughtPositions,
+    Teacher,
+    distillation_loss,
+    final_state_teacher,
+    taught_positions,
+    top_logits_teacher,
+)
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource
@@ -48,9 +56,16 @@ class Distiller(nn.Module):
         """The loss and `StepSums.stack()` of one batch."""
         dtype = self.head.fc.weight.dtype
         outputs = unroll(self.head, embedding_SH.to(dtype), states.taps_SE.to(dtype), layout, self.steps)
-        final_SH = states.final_SH.to(self.teacher_DH.dtype)
-        loss, sums = distillation_loss(self.head, outputs, final_SH, self.teacher_DH, taught, coefficient_K, self.loss)
+        loss, sums = distillation_loss(self.head, outputs, self._teacher(states), taught, coefficient_K, self.loss)
         return loss, sums.stack()
+
+    def _teacher(self, states: TargetStates) -> Teacher:
+        if states.final_SH is not None:
+            return final_state_teacher(states.final_SH.to(self.teacher_DH.dtype), self.teacher_DH)
+        assert states.top_ids_SM is not None
+        assert states.top_logits_SM is not None
+        vocab_size = self.head.config.vocab_size
+        return top_logits_teacher(states.top_ids_SM, states.top_logits_SM, self.head.target_ids, vocab_size)
 
 
 @dataclass
@@ -93,6 +108,17 @@ class Training:
         kept_V = getattr(self.head, "t2d", None)
         skip, steps = self.settings.skip_out_of_vocabulary, self.settings.unroll_steps
         return Prepared(batch, states, taught_positions(batch.layout, states.choice_S, kept_V, steps, skip))
+
+    def prepare_share(self, batches: dict[int, list[int]]) -> list[Prepared]:
+        """This process's batches; a target that all processes compute together reads the others' as well."""
+        share = []
+        for place, (number, chosen) in enumerate(batches.items()):
+            own = place % self.accelerator.num_processes == self.accelerator.process_index
+            if own or self.target.is_parallel:
+                prepared = self.prepare(chosen, number)
+            if own:
+                share.append(prepared)
+        return share
 
     def run(self, prepared: Prepared, coefficient_K: Tensor) -> tuple[Tensor, Tensor]:
         embedding_SH = self.target.embed(prepared.batch.tokens_S).to(self.accelerator.device)
@@ -150,9 +176,9 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
     training.distiller.train()
     for step in range(first, total):
         started = time.perf_counter()
-        mine = range(step * per_step + accelerator.process_index, (step + 1) * per_step, accelerator.num_processes)
         rate = learning_rate(step, total, settings)
-        sums, tokens = train_step(training, {number: plan[number] for number in mine}, rate)
+        batches = {number: plan[number] for number in range(step * per_step, (step + 1) * per_step)}
+        sums, tokens = train_step(training, batches, rate)
         seconds = time.perf_counter() - started
         due = training.measure and settings.measure_every and (step + 1) % settings.measure_every == 0
         measured = training.measure() if training.measure and due else None
@@ -162,7 +188,7 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
 
 
 def train_step(training: Training, batches: dict[int, list[int]], rate: float) -> tuple[StepSums, int]:
-    """One optimizer step over this process's batches.
+    """One optimizer step over these batches, of which this process takes its share.
 
     Every position trained in the whole step, of all batches and processes, weighs the same, however
     unequal their counts: hence the counts come first.
@@ -171,7 +197,7 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
         Sums over all processes, and the answer tokens behind them.
     """
     accelerator, settings = training.accelerator, training.settings
-    prepared = [training.prepare(chosen, number) for number, chosen in batches.items()]
+    prepared = training.prepare_share(batches)
     trained_K = torch.stack([one.taught.trained_NK.sum(0) for one in prepared]).sum(0)
     trained_K = accelerator.reduce(trained_K, "sum")
     weight_K = torch.tensor(settings.weights(), device=trained_K.device)

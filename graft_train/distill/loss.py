@@ -8,6 +8,7 @@ them is that of column n-k, in the same run.
 N taught positions = C columns, of which a chunk of C is taken at a time; K steps, D draft vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,10 @@ from graft_inference.draft_head import DraftHead
 from graft_train.distill.divergence import acceptance, divergence, reference_divergence
 from graft_train.distill.layout import Layout
 
+Teacher = Callable[[Tensor], Tensor]
+"""Positions [C] -> the target's logits there over the draft vocabulary, [C, D]."""
+ABSENT = -1e4
+"""A logit whose probability is zero in fp32, and which is finite, as zero times infinity is not."""
 CHUNK = 256
 """Positions whose logits exist at a time; each brings K rows of the draft vocabulary."""
 
@@ -114,11 +119,40 @@ def taught_positions(
     return TaughtPositions(index_N, started_NK, trained_NK, choice_N, drafted_N)
 
 
+def final_state_teacher(final_SH: Tensor, teacher_DH: Tensor) -> Teacher:
+    """The target's own logits.
+
+    Args:
+        final_SH: what the target's lm_head reads.
+        teacher_DH: the lm_head's rows of the draft vocabulary.
+    """
+    return lambda index_C: F.linear(final_SH[index_C], teacher_DH)
+
+
+def top_logits_teacher(ids_SM: Tensor, logits_SM: Tensor, target_ids_D: Tensor, vocab_size: int) -> Teacher:
+    """The target's M best logits; what is not among them has no probability.
+
+    Where the draft vocabulary has none of them, the distribution means nothing.
+
+    Args:
+        target_ids_D: the draft vocabulary.
+    """
+    count = len(target_ids_D)
+    place_V = torch.full((vocab_size,), count, device=ids_SM.device)
+    place_V[target_ids_D] = torch.arange(count, device=ids_SM.device)
+
+    def logits(index_C: Tensor) -> Tensor:
+        # What the draft vocabulary lacks goes to a column behind it.
+        wide = torch.full((len(index_C), count + 1), ABSENT, device=ids_SM.device)
+        return wide.scatter_(1, place_V[ids_SM[index_C]], logits_SM[index_C].float())[:, :count]
+
+    return logits
+
+
 def distillation_loss(
     head: DraftHead,
     outputs: list[Tensor],
-    final_SH: Tensor,
-    teacher_DH: Tensor,
+    teacher: Teacher,
     taught: TaughtPositions,
     coefficient_K: Tensor,
     name: str = "forward_kl",
@@ -127,8 +161,7 @@ def distillation_loss(
 
     Args:
         outputs: of `unroll`, K of [C, H].
-        final_SH: what the target's lm_head reads.
-        teacher_DH: the lm_head's rows of the draft vocabulary.
+        teacher: one of `final_state_teacher` and `top_logits_teacher`.
         coefficient_K: weight[k] / (trained positions of step k in the whole optimizer step).
         name: one of `divergence.LOSSES`. "survival" weighs step k by the probability that steps 0..k-1 of
             the draft survive verification: what stands behind a rejection is never emitted.
@@ -140,7 +173,7 @@ def distillation_loss(
     hidden_NKH = head.norm(torch.stack([output.roll(step, 0) for step, output in enumerate(outputs)], dim=1))
     weight_NK = taught.trained_NK * coefficient_K
     loss, value_NK, draft_NK = _LinearDivergence.apply(
-        hidden_NKH, head.lm_head.weight, final_SH[taught.index_N], teacher_DH, weight_NK, taught.drafted_N, name
+        hidden_NKH, head.lm_head.weight, teacher, taught.index_N, weight_NK, taught.drafted_N, name
     )
     matched_NK = (head.target_ids[draft_NK] == taught.choice_N[:, None]) & taught.started_NK
     # Step k at position n and step k-1 at n-1 belong to one draft; `started` is false where n-1 would
@@ -167,7 +200,7 @@ class _LinearDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_NKH, weight_DH, final_NH, teacher_DH, weight_NK, drafted_N, name):
+    def forward(ctx, hidden_NKH, weight_DH, teacher, index_N, weight_NK, drafted_N, name):
         value_NK = torch.empty_like(weight_NK, dtype=torch.float32)
         draft_NK = torch.empty_like(weight_NK, dtype=torch.long)
         survived_NK = torch.ones_like(value_NK)
@@ -176,7 +209,7 @@ class _LinearDivergence(torch.autograd.Function):
         last_K = torch.zeros_like(value_NK[:1])  # of the chunk before: survived, this step included
         for start in range(0, len(hidden_NKH), CHUNK):
             chunk = slice(start, start + CHUNK)
-            teacher_CD = F.linear(final_NH[chunk], teacher_DH).float().log_softmax(dim=-1)
+            teacher_CD = teacher(index_N[chunk]).float().log_softmax(dim=-1)
             logits_CKD = F.linear(hidden_NKH[chunk], weight_DH).float()
             draft_NK[chunk] = logits_CKD.argmax(dim=-1)
             logp_CKD = logits_CKD.log_softmax(dim=-1)

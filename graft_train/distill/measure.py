@@ -9,9 +9,9 @@ from graft_inference.draft_head import DraftHead
 from graft_inference.policy import Plan, Policy, Stage
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target, check_supported
+from graft_train.data.sharded import whole
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import Row
-from graft_train.distill.parallel import whole
 from graft_train.stage import say
 
 
@@ -30,13 +30,14 @@ def held_out_prompts(target: TappedTarget, rows: list[Row], chosen: list[int], c
 def measure_tau(
     accelerator: Accelerator, target: TappedTarget, head: DraftHead, prompts: list[Tensor], steps: int, tokens: int
 ) -> float:
-    """Decodes the prompts greedily with chains of `steps` drafts, shared out over the processes.
+    """Decodes the prompts greedily with chains of `steps` drafts, shared out over the processes; a target that is
+    shared out itself decodes all of them on each.
 
     Returns:
         Tokens per target pass, the bonus token included, over all prompts.
     """
     chain = Plan((Stage(passes=steps, drafted=steps),), beam_width=1, budget=steps + 1)
-    with whole(accelerator, head):
+    with whole(head.parameters()):
         # Not a copy of the module, which DeepSpeed has put its hooks on.
         served = DraftHead(head.config)
         served.load_checkpoint({name: tensor.detach().cpu() for name, tensor in head.state_dict().items()})
@@ -45,8 +46,9 @@ def measure_tau(
     nothing = SuccessorMatrix(torch.full((1, 1), -1, device=target.model.device))
     engine = GraftEngine(engine_target, Policy(chain, chain, chain), served, nothing)
     sums = torch.zeros(2, device=accelerator.device)
+    mine = prompts if target.is_shared else prompts[accelerator.process_index :: accelerator.num_processes]
     try:
-        for prompt_S in prompts[accelerator.process_index :: accelerator.num_processes]:
+        for prompt_S in mine:
             stats = engine.generate(prompt_S, tokens, method="eagle3").stats
             sums += torch.tensor([stats.emitted - 1, stats.rounds], device=sums.device)
     finally:

@@ -1,15 +1,12 @@
 """One process or several, with or without DeepSpeed: what accelerate leaves to us."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from graft_inference import GraftError
@@ -20,7 +17,7 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
     """Follows the environment that the launcher set up.
 
     Raises:
-        GraftError: settings that DeepSpeed cannot follow.
+        GraftError: settings that this launch cannot follow.
     """
     # An earlier stage of this process may have run in another precision, which accelerate keeps for good.
     AcceleratorState._reset_state()
@@ -36,7 +33,7 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
         kwargs_handlers=handlers,
     )
     if deepspeed:
-        # At stage 3 transformers would load the target in shares that only an engine of its own puts together.
+        # At stage 3 transformers would load in shares whatever comes next, asked to or not.
         unset_hf_deepspeed_config()
         if settings.optimizer != "adamw":
             raise GraftError(f"head.optimizer={settings.optimizer} does not run under DeepSpeed; set adamw")
@@ -47,6 +44,16 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+    if settings.shard_target == "zero3" and zero_stage(accelerator) != 3:
+        raise GraftError(
+            "head.shard_target=zero3 needs a launch under DeepSpeed ZeRO-3: accelerate launch --config_file "
+            "conf/accelerate/zero3.yaml recipes/distill.py ..., or head.shard_target=tp"
+        )
+    if settings.shard_target == "tp" and (accelerator.num_processes == 1 or deepspeed):
+        raise GraftError(
+            "head.shard_target=tp needs several processes without DeepSpeed: accelerate launch --config_file "
+            "conf/accelerate/ddp.yaml, or torchrun; with one process target.device_map=auto spreads the target"
+        )
     return accelerator
 
 
@@ -55,15 +62,3 @@ def zero_stage(accelerator: Accelerator) -> int:
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
     return accelerator.state.deepspeed_plugin.zero_stage
-
-
-@contextmanager
-def whole(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
-    """All parameters at hand on every process, to read. ZeRO-3 keeps only a share of each elsewhere."""
-    if zero_stage(accelerator) < 3:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        yield

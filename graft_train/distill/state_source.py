@@ -1,8 +1,9 @@
 """Where a batch's target states come from: the target itself, host memory, or shards on disk.
 
-On disk: `index.json` and `shard-NNNNN.safetensors` with `taps`, `final` and `choice` of some rows, one behind
-the other, read memory-mapped. The index names the target (its tokenizer included) and the samples they are
-of, and each row's shard and place; it is written last, so that what has an index is whole.
+On disk: `index.json` and `shard-NNNNN.safetensors` with `taps`, `choice`, and either `final` or `top_ids` and
+`top_logits` of some rows, one behind the other, read memory-mapped. The index names the target (its tokenizer
+included) and the samples they are of, and each row's shard and place; it is written last, so that what has an
+index is whole.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference import GraftError
@@ -27,7 +29,14 @@ from graft_train.stage import say, write_json
 StateSource = Callable[[Batch], TargetStates]
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 15
-PARTS = {"taps": "taps_SE", "final": "final_SH", "choice": "choice_S"}
+PARTS = {
+    "taps": "taps_SE",
+    "choice": "choice_S",
+    "final": "final_SH",
+    "top_ids": "top_ids_SM",
+    "top_logits": "top_logits_SM",
+}
+"""Of a shard, and of `TargetStates`."""
 
 
 def online_states(target: TappedTarget) -> StateSource:
@@ -58,6 +67,7 @@ def disk_states(
     fingerprint: str,
     dtype: str | None,
     accelerator: Accelerator,
+    top: int | None = None,
 ) -> StateSource:
     """Writes what the target makes of all rows to `directory`, unless it is there, and reads it from there.
 
@@ -67,20 +77,25 @@ def disk_states(
     Args:
         fingerprint: of the target's directory.
         dtype: of what is stored; None: the target's.
+        top: so many best logits are stored in place of the final states.
 
     Raises:
-        GraftError: the states there are of another target, tokenizer or samples, or the disk is too small.
+        GraftError: the states there are of another target, tokenizer or samples, the disk is too small, or `top` is
+            more than there is.
     """
-    stored = DTYPES[dtype] if dtype else target.model.dtype
+    stored, known = DTYPES[dtype] if dtype else target.model.dtype, target.model.config.get_text_config().vocab_size
+    if top is not None and top > known:
+        raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
     identity = {
         "target": fingerprint,
         "samples": _hash(rows),
         "tapped_layers": list(target.tapped_layers),
         "dtype": str(stored).removeprefix("torch."),
+        "top_k": top,
     }
     partial = directory.with_name(f"{directory.name}.partial")
     if not (directory / INDEX).exists():
-        _write(target, rows, batch_tokens, partial, identity, stored, accelerator)
+        _write(target, rows, batch_tokens, partial, identity, stored, accelerator, top)
         if accelerator.is_main_process:
             partial.rename(directory)
         accelerator.wait_for_everyone()
@@ -92,8 +107,8 @@ def disk_states(
         shard, start, end = places[row]
         if shard not in files:
             files[shard] = _open(directory, shard)
-        taps, final, choice = (files[shard].get_slice(name)[start:end] for name in PARTS)
-        return TargetStates(taps.to(target.model.dtype), final.to(target.model.dtype), choice.long())
+        parts = {PARTS[name]: files[shard].get_slice(name)[start:end] for name in files[shard].keys()}  # noqa: SIM118
+        return TargetStates(**parts).map(lambda tensor: _as(tensor, target.model.dtype, torch.long))
 
     return lambda batch: TargetStates.cat([read(row) for row in batch.rows]).to(device)
 
@@ -102,9 +117,13 @@ def _packs(rows: list[Row], chosen: Any, batch_tokens: int) -> list[list[int]]:
     return pack([len(row.tokens_S) for row in rows], list(chosen), batch_tokens)
 
 
-def _run(target: TappedTarget, rows: list[Row], chosen: list[int]) -> TargetStates:
+def _run(target: TappedTarget, rows: list[Row], chosen: list[int], top: int | None = None) -> TargetStates:
     tokens_S = torch.cat([rows[row].tokens_S for row in chosen]).to(target.model.device)
-    return target.states(tokens_S, [len(rows[row].tokens_S) for row in chosen])
+    return target.states(tokens_S, [len(rows[row].tokens_S) for row in chosen], top)
+
+
+def _as(tensor: Tensor, real: torch.dtype, whole: torch.dtype) -> Tensor:
+    return tensor.to(real if tensor.is_floating_point() else whole)
 
 
 def _write(
@@ -115,24 +134,30 @@ def _write(
     identity: dict[str, Any],
     dtype: torch.dtype,
     accelerator: Accelerator,
+    top: int | None,
 ) -> None:
     shards = _packs(rows, range(len(rows)), max(SHARD_TOKENS, batch_tokens))
     if accelerator.is_main_process:
-        _check_disk(target, rows, partial, dtype)
+        _check_disk(target, rows, partial, dtype, top)
         begun = partial / "identity.json"
         if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != identity:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(begun, identity)
     accelerator.wait_for_everyone()
-    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
-    for number in tqdm(mine, desc="states", unit="shard", disable=not accelerator.is_main_process):
-        path = _shard(partial, number)
-        if path.exists():
+    missing = [number for number in range(len(shards)) if not _shard(partial, number).exists()]
+    accelerator.wait_for_everyone()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    passes = {number: _cut(rows, shards[number], batch_tokens) for number in missing}
+    read = missing if target.is_parallel else mine
+    for number in tqdm(read, desc="states", unit="shard", disable=not accelerator.is_main_process):
+        states = [_run(target, rows, chosen, top) for chosen in passes[number]]
+        if number not in mine:
             continue
-        states = [_run(target, rows, chosen) for chosen in _cut(rows, shards[number], batch_tokens)]
+        path = _shard(partial, number)
         whole = TargetStates.cat([one.to(torch.device("cpu")) for one in states])
-        tensors = {"taps": whole.taps_SE.to(dtype), "final": whole.final_SH.to(dtype), "choice": whole.choice_S.int()}
+        stored = vars(whole.map(lambda tensor: _as(tensor, dtype, torch.int32)))
+        tensors = {name: stored[part] for name, part in PARTS.items() if stored[part] is not None}
         aside = path.with_suffix(".new")
         try:
             save_file(tensors, str(aside))
@@ -142,6 +167,12 @@ def _write(
                 f"cannot write {path} ({error}); free some space and run again, it goes on there"
             ) from error
         aside.replace(path)
+    if target.is_shared and not target.is_parallel:  # all must run it equally often
+        times = [
+            sum(len(passes[number]) for number in missing[process :: accelerator.num_processes])
+            for process in range(accelerator.num_processes)
+        ]
+        target.run_idly(max(times) - times[accelerator.process_index])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(partial / INDEX, identity | {"shards": shards, "lengths": [len(row.tokens_S) for row in rows]})
@@ -161,10 +192,11 @@ def _cut(rows: list[Row], chosen: list[int], batch_tokens: int) -> list[list[int
     return batches
 
 
-def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: torch.dtype) -> None:
+def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: torch.dtype, top: int | None) -> None:
     tokens = sum(len(row.tokens_S) for row in rows)
-    width = (len(target.tapped_layers) + 1) * target.lm_head_VH.shape[1]
-    needed = tokens * (width * dtype.itemsize + 4)
+    hidden = target.model.config.get_text_config().hidden_size
+    predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
+    needed = tokens * (len(target.tapped_layers) * hidden * dtype.itemsize + predicted + 4)
     done = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     partial.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(partial.parent).free

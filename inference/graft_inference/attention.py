@@ -120,7 +120,7 @@ def _attend(
         key, value = key[:, :, start:], value[:, :, start:]
     folded = query.reshape(1, key.shape[1], groups * queries, -1)
     if softcap is not None or s_aux is not None:
-        out = _explicit(folded, key, value, queries, mask, scaling, softcap, s_aux)
+        out = explicit_attention(folded, key, value, queries, mask, scaling, softcap, s_aux)
     elif mask is None:
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=groups > 1
@@ -130,7 +130,7 @@ def _attend(
     return out.reshape(1, query.shape[1], queries, -1)
 
 
-def _explicit(
+def explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -11,18 +11,20 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-from graft_train.distill import checkpoint, distill, loop
+from graft_train.distill import checkpoint, distill, loop, state_source
 from tests.graft_train.distill.test_distill import make_run
 
-directory, changes, step, saving = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "saving"
-real_step, real_json, taken = loop.train_step, checkpoint.write_json, 0
+directory, changes, step, during = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+real_step, real_json, real_file, taken = loop.train_step, checkpoint.write_json, state_source.save_file, 0
 
-def counted_step(*arguments):
-    global taken
-    if taken == step and not saving:
-        os.kill(os.getpid(), signal.SIGKILL)
-    taken += 1
-    return real_step(*arguments)
+def counted(real, kind):
+    def call(*arguments):
+        global taken
+        if taken == step and during == kind:
+            os.kill(os.getpid(), signal.SIGKILL)
+        taken += 1
+        return real(*arguments)
+    return call
 
 def dying_write(path, value):
     # The last file of a checkpoint, before it gets its name.
@@ -30,9 +32,13 @@ def dying_write(path, value):
         os.kill(os.getpid(), signal.SIGKILL)
     real_json(path, value)
 
-loop.train_step = counted_step
-if saving:
+if during == "states":
+    state_source.save_file = counted(real_file, "states")
+else:
+    loop.train_step = counted(real_step, "step")
+if during == "saving":
     checkpoint.write_json = dying_write
+state_source.SHARD_TOKENS = 60
 distill(make_run(directory, **changes))
 sys.stdout.flush()
 os._exit(0)  # gloo's threads may still hold Python objects, and an interpreter that is ending aborts on them
@@ -40,18 +46,23 @@ os._exit(0)  # gloo's threads may still hold Python objects, and an interpreter 
 
 
 def run_ranks(
-    directory: Path, changes: str = "{}", launcher: tuple[str, ...] = (), kill: int = -1, saving: bool = False
+    directory: Path, changes: str = "{}", launcher: tuple[str, ...] = (), kill: int = -1, during: str = "step"
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the stage on `make_run(directory, **changes)`; `kill`: the step before, or whose saving, it dies."""
+    """Runs the stage on `make_run(directory, **changes)`.
+
+    Args:
+        kill: before this step it dies (during="step"), saving it ("saving"), or before writing this shard of
+            target states ("states").
+    """
     script = directory / "distill_here.py"
     script.write_text(SCRIPT)
     paths = [str(ROOT), str(ROOT / "inference"), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
-        [sys.executable, *launcher, str(script), str(directory), changes, str(kill), "saving" if saving else "step"],
+        [sys.executable, *launcher, str(script), str(directory), changes, str(kill), during],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=300,
         cwd=directory,
     )
 

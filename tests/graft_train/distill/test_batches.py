@@ -54,6 +54,14 @@ def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
         to_rows([sample], 6, VOCAB)
 
 
+def test_answers_of_one_token_are_counted_and_alone_they_are_refused(capsys):
+    mute = [answered(f"m{n}", [1, 2], [3], {}) for n in range(2)]
+    assert len(to_rows([*mute, samples()[0]], 64, VOCAB)) == 3
+    assert "2 of 3 samples have answers of one token" in capsys.readouterr().out
+    with pytest.raises(GraftError, match=r"none of 2 samples has an answer of two tokens.*max_new_tokens"):
+        to_rows(mute, 64, VOCAB)
+
+
 def test_tokens_of_another_target_are_named():
     with pytest.raises(GraftError, match=f"sample s0 holds token {VOCAB}"):
         to_rows([answered("s0", [1], [VOCAB], {})], 64, VOCAB)

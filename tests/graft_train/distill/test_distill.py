@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,16 +16,19 @@ from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import Plan, Policy, Stage
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
+from graft_train import distill as stage_module
 from graft_train.config import Config
-from graft_train.data.samples import append_samples
+from graft_train.data import target as target_module
+from graft_train.data.samples import answered, append_samples
 from graft_train.data.states import TappedTarget
-from graft_train.data.target import TargetConfig
+from graft_train.data.target import TargetConfig, load_target
 from graft_train.distill import distill, loop
 from graft_train.distill import estimate as estimate_module
 from graft_train.distill.batches import to_rows
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.loop import start_training, train_step
+from graft_train.distill.loss import StepMetrics
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.state_source import online_states
 
@@ -45,7 +49,7 @@ SETTINGS = {
 }
 
 
-def make_run(directory: Path, **changes) -> Config:
+def make_run(directory: Path, dtype: str = "float32", **changes) -> Config:
     """A run directory with a target and samples, as the earlier stages leave it."""
     run_dir, target = directory / "run", directory / "tiny"
     if not run_dir.exists():
@@ -56,7 +60,7 @@ def make_run(directory: Path, **changes) -> Config:
             append_samples(file, samples(30))
     return Config(
         run_dir=str(run_dir),
-        target=TargetConfig(name_or_path=str(target), dtype="float32", device="cpu"),
+        target=TargetConfig(name_or_path=str(target), dtype=dtype, device="cpu"),
         head=HeadTrainConfig(**(SETTINGS | changes)),
     )
 
@@ -138,9 +142,9 @@ def parts():
     return tiny_head(), target, online_states(target), to_rows(samples(), 64, VOCAB)
 
 
-def accumulate(batches: list[list[int]]) -> tuple[dict[str, torch.Tensor], object]:
+def accumulate(batches: list[list[int]], clip: float = 1e9) -> tuple[dict[str, torch.Tensor], object]:
     """The gradients of one optimizer step over these batches."""
-    settings = HeadTrainConfig(**(SETTINGS | {"clip": 1e9}))
+    settings = HeadTrainConfig(**(SETTINGS | {"clip": clip}))
     training = start_training(Accelerator(cpu=True), *parts(), settings)
     gradients: dict[str, torch.Tensor] = {}
 
@@ -158,6 +162,31 @@ def test_accumulated_batches_of_unequal_counts_equal_one_batch():
     assert parts_sums.trained_K.tolist() == whole_sums.trained_K.tolist()
     for name, gradient in whole.items():
         torch.testing.assert_close(parts_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_gradients_of_a_whole_step_are_clipped_together():
+    whole, clipped = accumulate([[0, 1], [2]])[0], accumulate([[0, 1], [2]], clip=1e-3)[0]
+    norm = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
+    assert norm > 1e-2
+    for name, gradient in whole.items():
+        torch.testing.assert_close(clipped[name], gradient * 1e-3 / norm, atol=1e-7, rtol=2e-3, msg=name)
+
+
+def test_a_batch_of_answers_of_one_token_adds_nothing(monkeypatch):
+    """Nor does a step of nothing else, after which every weight is as it was."""
+    rows = to_rows([answered("mute", [1, 2], [3], {}), *samples()], 64, VOCAB)
+    monkeypatch.setitem(globals(), "to_rows", lambda *unused: rows)
+    expected, sums = accumulate([[1, 2]])
+    got, got_sums = accumulate([[0], [1, 2]])
+    assert got_sums.metrics() == sums.metrics()
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+    training = start_training(Accelerator(cpu=True), *parts(), HeadTrainConfig(**SETTINGS))
+    before = {name: parameter.clone() for name, parameter in training.head.named_parameters()}
+    sums, tokens = train_step(training, {0: [0], 1: [0]}, 1e-3)
+    assert tokens == 2
+    assert sums.metrics() == StepMetrics(loss=[0] * 3, acceptance=[0] * 3, conditional_acceptance=[0] * 3, tau=1)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in training.head.named_parameters())
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -202,6 +231,10 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
         ({"states": "cache"}, "head.states=cache"),
         ({"step_weights": [1.0]}, r"head.step_weights=\[1.0\] must be head.unroll_steps=7 weights"),
         ({"feature_noise": -0.1}, "head.feature_noise=-0.1"),
+        ({"states_top_k": 0, "states": "disk"}, "head.states_top_k=0 must be positive"),
+        ({"states_top_k": 8}, "head.states_top_k=8 is for head.states=disk"),
+        ({"states_top_k": 8, "states": "disk", "loss": "reverse_kl"}, "head.loss=reverse_kl is infinite"),
+        ({"states_top_k": 8, "states": "disk", "skip_out_of_vocabulary": False}, "skip_out_of_vocabulary=true"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
@@ -259,12 +292,22 @@ def test_what_cannot_be_saved_is_said_and_the_last_checkpoint_stays(tmp_path):
     assert resume_checkpoint(accelerator, training.head, tmp_path, "auto") == 3
 
 
-def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["train_step", "states", "measure_tau"])
+def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, where):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(loop, "train_step", full)
+    monkeypatch.setattr({"train_step": loop, "states": TappedTarget, "measure_tau": stage_module}[where], where, full)
     with pytest.raises(GraftError, match=r"head.batch_tokens=40.*lower head.batch_tokens"):
+        distill(make_run(tmp_path, states="disk", measure_tokens=6))
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
         distill(make_run(tmp_path))
 
 
@@ -277,11 +320,43 @@ def test_online_and_offline_states_train_to_the_same_losses(tmp_path):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-def test_a_target_spread_by_a_device_map_trains_the_same(tmp_path):
-    """Here there is one device to spread over."""
-    config = make_run(tmp_path / "spread", max_steps=3)
+def test_states_of_another_tokenizer_are_refused(tmp_path):
+    config = make_run(tmp_path, states="disk", max_steps=1)
+    tokenizer = Path(config.target.name_or_path) / "tokenizer.json"
+    tokenizer.write_text("{}")
+    shutil.rmtree(distill(config))
+    tokenizer.write_text("{} ")
+    with pytest.raises(GraftError, match=r"states in .* are stale \(target: .*delete"):
+        distill(config)
+
+
+def test_all_logits_on_disk_train_to_the_losses_of_the_final_states(tmp_path):
+    exact = metrics(distill(make_run(tmp_path / "exact")))
+    stored = metrics(distill(make_run(tmp_path / "stored", states="disk", states_top_k=VOCAB)))
+    cut = metrics(distill(make_run(tmp_path / "cut", states="disk", states_top_k=2)))
+    for one, two, three in zip(exact, stored, cut, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert three["loss"] != pytest.approx(one["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("states", ["online", "disk"])
+def test_a_target_spread_by_a_device_map_trains_the_same(tmp_path, monkeypatch, states):
+    """Here there is one device to spread over, and the disk: what is there has no weights between its calls."""
+    plain = distill(make_run(tmp_path / "plain", max_steps=3, measure_tokens=6))
+    config = make_run(tmp_path / "spread", max_steps=3, states=states, measure_tokens=6)
     config.target.device_map = "auto"
-    assert metrics(distill(config)) == metrics(distill(make_run(tmp_path / "plain", max_steps=3)))
+    offloaded = {"model.layers.1": "disk", "model.layers.3": "disk", "lm_head": "disk"}
+    kept = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb")
+    places = offloaded | dict.fromkeys(kept, "cpu")
+    load = target_module.AutoModelForCausalLM.from_pretrained
+
+    def split(path, device_map, **settings):
+        assert device_map == "auto"
+        return load(path, device_map=places, offload_folder=str(tmp_path / "offloaded"), **settings)
+
+    monkeypatch.setattr(target_module.AutoModelForCausalLM, "from_pretrained", split)
+    assert metrics(distill(config)) == metrics(plain)
+    assert load_target(config).get_output_embeddings().weight.is_meta
 
 
 def test_a_trained_head_can_be_gone_on_from(tmp_path):

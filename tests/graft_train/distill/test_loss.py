@@ -2,12 +2,22 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from graft_train.data import states as states_module
 from graft_train.data.states import TappedTarget
 from graft_train.distill import loss as loss_module
 from graft_train.distill.divergence import LOSSES
 from graft_train.distill.layout import make_layout
-from graft_train.distill.loss import StepSums, distillation_loss, reference_loss, taught_positions
+from graft_train.distill.loss import (
+    StepSums,
+    distillation_loss,
+    final_state_teacher,
+    reference_loss,
+    taught_positions,
+    top_logits_teacher,
+)
 from graft_train.distill.unroll import unroll
 
 from .pair import VOCAB, tiny_head, tiny_target
@@ -66,24 +76,28 @@ def test_empty_mask_gives_zero_and_no_nan():
     assert not any(gradient.any() for gradient in gradients.values() if gradient is not None)
 
 
-def run(answer_S=ANSWER_S, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl"):
+def run(answer_S=ANSWER_S, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl", top=None):
     """The loss, its sums, and gradients of all head parameters."""
     target, head = TappedTarget(tiny_target(), (0, 2, 3)), tiny_head(kept)
     tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
-    states, layout = target.states(tokens_S, LENGTHS), make_layout(LENGTHS, answer_S)
+    states, layout = target.states(tokens_S, LENGTHS, top), make_layout(LENGTHS, answer_S)
     taught = taught_positions(layout, states.choice_S, getattr(head, "t2d", None), 3, skip)
     outputs = unroll(head, target.embed(tokens_S), states.taps_SE, layout, 3)
-    teacher_DH = target.lm_head_VH[head.target_ids]
-    loss, sums = distillation_loss(head, outputs, states.final_SH, teacher_DH, taught, torch.tensor(coefficient), name)
+    if top is None:
+        teacher = final_state_teacher(states.final_SH, target.lm_head_VH[head.target_ids])
+    else:
+        teacher = top_logits_teacher(states.top_ids_SM, states.top_logits_SM, head.target_ids, VOCAB)
+    loss, sums = distillation_loss(head, outputs, teacher, taught, torch.tensor(coefficient), name)
     loss.backward()
     return loss, sums, {parameter: p.grad for parameter, p in head.named_parameters()}
 
 
-def run_reference(kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl"):
+def run_reference(kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl", top=VOCAB):
     """The target's logits of each document alone."""
     model = tiny_target()
     tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
     logits_SV = torch.cat([model(tokens[None]).logits[0] for tokens in tokens_S.split(LENGTHS)])
+    logits_SV = logits_SV.masked_fill(logits_SV < logits_SV.sort(descending=True).values[:, top - 1, None], -1e9)
     target, head = TappedTarget(model, (0, 2, 3)), tiny_head(kept)
     outputs = unroll(head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).taps_SE, LAYOUT, 3)
     loss = reference_loss(head, outputs, logits_SV, LAYOUT, ANSWER_S, list(coefficient), name, skip)
@@ -104,6 +118,43 @@ def test_chunked_loss_is_the_plain_one_with_its_gradients(monkeypatch, chunk, sk
         torch.testing.assert_close(gradients[parameter], gradient, atol=1e-5, rtol=1e-4, msg=parameter)
 
 
+@pytest.mark.parametrize("top", [1, 5, VOCAB])
+@pytest.mark.parametrize("name", ["forward_kl", "total_variation", "survival"])
+def test_a_teacher_of_the_best_logits_is_the_plain_one_cut_off_and_normalised(name, top):
+    loss, sums, gradients = run(name=name, top=top)
+    expected, expected_gradients = run_reference(name=name, top=top)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for parameter, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[parameter], gradient, atol=1e-5, rtol=1e-4, msg=parameter)
+    whole_loss, whole_sums, _ = run(name=name)
+    assert torch.isclose(loss, whole_loss, rtol=1e-5) == (top == VOCAB)
+    assert torch.equal(sums.matched_K, whole_sums.matched_K)
+
+
+def test_logits_exist_a_chunk_at_a_time(monkeypatch):
+    """Of the target as of the head, forward and backward."""
+    monkeypatch.setattr(loss_module, "CHUNK", 6)
+    monkeypatch.setattr(states_module, "CHUNK", 6)
+    with LargestRows(VOCAB) as seen:
+        run(kept=list(range(VOCAB)))
+    assert seen.rows == 6 * 3  # positions and steps; all would be 13 * 3
+
+
+class LargestRows(TorchDispatchMode):
+    """The most rows that any tensor of this width has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.width:
+                self.rows = max(self.rows, tensor.numel() // self.width)
+        return out
+
+
 def test_survival_weighs_the_first_step_in_full_and_later_ones_less():
     alone = {name: run(coefficient=(1.0, 0.0, 0.0), name=name)[0] for name in ("forward_kl", "survival")}
     torch.testing.assert_close(alone["survival"], alone["forward_kl"])
@@ -121,7 +172,7 @@ def test_prompts_and_documents_ends_never_contribute():
 
     def total():
         taught = taught_positions(LAYOUT, choice_S, head.t2d, 3)
-        return distillation_loss(head, outputs, final_SH, teacher_DH, taught, torch.ones(3))[0]
+        return distillation_loss(head, outputs, final_state_teacher(final_SH, teacher_DH), taught, torch.ones(3))[0]
 
     before = total()
     # Document 0 drafts in columns 2, 3, 4: step 1 of column 4 and step 2 of 3 and 4 reach beyond its answer.
@@ -151,7 +202,9 @@ def test_acceptance_by_hand():
     # Step 1 at t = 0, 1 proposes 5 (match, and chained to the match before), 5 (no match possible).
     outputs = [says([0, 0, 0]), says([1, 1, 0])]
     taught = taught_positions(layout, choice_S, head.t2d, 2)
-    _, sums = distillation_loss(head, outputs, torch.zeros(5, 16), torch.zeros(2, 16), taught, torch.ones(2))
+    _, sums = distillation_loss(
+        head, outputs, final_state_teacher(torch.zeros(5, 16), torch.zeros(2, 16)), taught, torch.ones(2)
+    )
     assert sums.started_K.tolist() == [3, 2]
     assert sums.trained_K.tolist() == [2, 1]
     assert sums.matched_K.tolist() == [1, 1]
@@ -172,7 +225,7 @@ def test_a_chain_breaks_at_its_first_miss():
     choice_S = torch.tensor([0, 3, 3, 3, 0])
     wrong, right = torch.eye(16)[1].expand(3, 16), torch.eye(16)[0].expand(3, 16)
     taught = taught_positions(layout, choice_S, head.t2d, 2)
-    arguments = (torch.zeros(5, 16), torch.zeros(2, 16), taught, torch.ones(2))
+    arguments = (final_state_teacher(torch.zeros(5, 16), torch.zeros(2, 16)), taught, torch.ones(2))
     _, sums = distillation_loss(head, [wrong, right], *arguments)
     assert sums.matched_K.tolist() == [0, 2]
     assert sums.chained_K.tolist() == [0, 0]

@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from graft_train.data.samples import answered, append_samples
 from graft_train.distill import distill
 
+from .pair import samples
 from .ranks import deepspeed, run_ranks, torchrun, was_killed
 from .test_distill import make_run, metrics
 
-CHANGES = {"max_steps": 4, "checkpoint_every": 2}
+CHANGES = {"max_steps": 4, "checkpoint_every": 2, "measure_prompts": 3, "measure_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +30,26 @@ def head_of(directory: Path, changes: dict = CHANGES, **how) -> Path:
     return directory / "run" / "head"
 
 
+def measured_tau(head: Path) -> float | None:
+    return json.loads((head / "training.json").read_text())["measured_tau"]
+
+
 def assert_same_training(head: Path, alone: Path, tolerance: float) -> None:
     for one, two in zip(metrics(alone), metrics(head), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    assert measured_tau(head) == measured_tau(alone)
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(head / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=10 * tolerance, msg=name)
 
 
-@pytest.mark.parametrize(("kill", "saving"), [(3, False), (2, True)])
-def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, saving):
+@pytest.mark.parametrize(("kill", "during"), [(3, "step"), (2, "saving")])
+def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, during):
     """Killed between two checkpoints, and in the midst of writing the first one."""
     make_run(tmp_path, **CHANGES)
-    assert was_killed(run_ranks(tmp_path, json.dumps(CHANGES), kill=kill, saving=saving))
+    assert was_killed(run_ranks(tmp_path, json.dumps(CHANGES), kill=kill, during=during))
     saved = sorted(path.name for path in (tmp_path / "run" / "head.partial" / "checkpoints").iterdir())
-    assert saved == ["step-00000002.partial" if saving else "step-00000002"]
+    assert saved == ["step-00000002.partial" if during == "saving" else "step-00000002"]
     head = distill(make_run(tmp_path, **CHANGES))
     assert metrics(head) == metrics(alone)
     for name, tensor in load_file(alone / "model.safetensors").items():
@@ -51,6 +58,23 @@ def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, saving
 
 def test_two_processes_train_as_one(tmp_path, alone):
     assert_same_training(head_of(tmp_path, launcher=torchrun(2)), alone, 1e-4)
+    assert measured_tau(alone) is not None
+
+
+def test_a_process_whose_answers_have_one_token_takes_part(tmp_path):
+    """And steps in which no process has anything to train on."""
+    few = [answered(f"few{n}", [1, 2, 3], [4], {}) for n in range(12)]
+    changes = {"max_steps": 10, "batch_tokens": 4, "log_every": 1}
+    heads = []
+    for name, launcher in (("one", ()), ("two", torchrun(2))):
+        make_run(tmp_path / name, **changes)
+        with (tmp_path / name / "run" / "data" / "samples.jsonl").open("wb") as file:
+            append_samples(file, few + samples(8))
+        heads.append(head_of(tmp_path / name, changes, launcher=launcher))
+    assert_same_training(heads[1], heads[0], 1e-4)
+    drafts = [any(line["loss"]) for line in metrics(heads[0])]
+    assert any(drafts)
+    assert not all(drafts)
 
 
 def test_one_process_goes_on_from_two(tmp_path, alone):

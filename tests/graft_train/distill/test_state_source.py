@@ -19,8 +19,8 @@ def target():
     return TappedTarget(tiny_target(), (0, 2, 3))
 
 
-def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target"):
-    return disk_states(target(), rows, 40, directory / "states", fingerprint, dtype, Accelerator(cpu=True))
+def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target", top=None):
+    return disk_states(target(), rows, 40, directory / "states", fingerprint, dtype, Accelerator(cpu=True), top)
 
 
 def batch():
@@ -47,6 +47,23 @@ def test_states_on_disk_are_written_once_and_in_the_dtype_asked_for(tmp_path, mo
     assert_same(exact, online_states(target())(batch()), atol=0.02)
     monkeypatch.setattr(TappedTarget, "states", None)
     assert_same(on_disk(tmp_path, dtype="bfloat16")(batch()), exact, atol=0)
+
+
+def test_the_best_logits_take_the_place_of_the_final_states(tmp_path):
+    whole, best = on_disk(tmp_path / "whole")(batch()), on_disk(tmp_path / "best", top=3)(batch())
+    logits_SV = whole.final_SH @ target().lm_head_VH.T
+    expected = logits_SV.topk(3)
+    assert best.final_SH is None
+    assert torch.equal(best.top_ids_SM, expected.indices)
+    torch.testing.assert_close(best.top_logits_SM, expected.values - expected.values[:, :1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(best.choice_S, whole.choice_S)
+    sizes = [
+        sum(p.stat().st_size for p in (tmp_path / name / "states").glob("*.safetensors")) for name in ("whole", "best")
+    ]
+    tokens = sum(len(row.tokens_S) for row in ROWS)
+    assert sizes[0] - sizes[1] == pytest.approx(tokens * (16 * 4 - 3 * 8), abs=200)  # but for the headers
+    with pytest.raises(GraftError, match=r"head\.states_top_k=32 is more than the 31 tokens"):
+        on_disk(tmp_path / "more", top=VOCAB + 1)
 
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -76,6 +93,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
         ({"fingerprint": "of another"}, "stale .target: of the target -> of another"),
         ({"rows": ROWS[:-1]}, "stale .samples"),
         ({"dtype": "bfloat16"}, "stale .dtype: float32 -> bfloat16"),
+        ({"top": 3}, "stale .top_k: None -> 3"),
     ],
 )
 def test_states_of_something_else_are_refused(tmp_path, changes, message):

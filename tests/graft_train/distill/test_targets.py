@@ -19,7 +19,7 @@ from graft_inference import GraftError
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import collate, to_rows
 from graft_train.distill.head import head_config, new_head
-from graft_train.distill.loss import distillation_loss, taught_positions
+from graft_train.distill.loss import distillation_loss, final_state_teacher, taught_positions
 from graft_train.distill.unroll import unroll
 from tests.graft_train.test_config import composed
 
@@ -99,7 +99,8 @@ def test_every_setting_trains_a_head(name):
     taught = taught_positions(batch.layout, states.choice_S, getattr(head, "t2d", None), settings.unroll_steps)
     outputs = unroll(head, target.embed(batch.tokens_S), states.taps_SE, batch.layout, settings.unroll_steps)
     weights_K = torch.tensor(settings.weights())
-    loss, _ = distillation_loss(head, outputs, states.final_SH, target.lm_head_VH, taught, weights_K, settings.loss)
+    teacher = final_state_teacher(states.final_SH, target.lm_head_VH)
+    loss, _ = distillation_loss(head, outputs, teacher, taught, weights_K, settings.loss)
     loss.backward()
     assert loss > 0
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())

@@ -81,6 +81,18 @@ def test_flex_attention_is_the_reference_forward(later):
         torch.testing.assert_close(flex_attention(query, *rest, LAYOUT), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_block_mask_is_built_once_for_all_steps(monkeypatch):
+    from torch.nn.attention import flex_attention as flex
+
+    built, create = [], flex.create_block_mask
+    monkeypatch.setattr(flex, "create_block_mask", lambda *a, **k: built.append(1) or create(*a, **k))
+    head, embedding_SH, taps_SE = head_inputs()
+    layout = make_layout(LENGTHS, ANSWER_S)
+    with torch.no_grad():
+        unroll(head, embedding_SH, taps_SE, layout, 3, flex_attention)
+    assert len(built) == 1
+
+
 def test_merged_attention_in_long_documents_is_the_reference():
     """Longer than flash attention's blocks, with a prompt and an answer that end inside one."""
     lengths = [700, 90, 333]
