@@ -13,6 +13,7 @@ from .bundle import Bundle, load_bundle, load_target_model
 from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
+from .echo import Echo
 from .errors import GraftError
 from .grafting import Grafter
 from .kv_cache import TreeCache
@@ -223,12 +224,12 @@ class GraftEngine:
     def _check(self, prompt_S: Tensor, plan: Plan) -> None:
         if int(prompt_S.min()) < 0 or int(prompt_S.max()) >= self.target.config.vocab_size:
             raise GraftError(f"the prompt has token ids outside the vocabulary of {self.target.config.vocab_size}")
-        if plan.retrieves and plan.max_rank >= self.successors.ids_VK.shape[1]:
+        if plan.looks_up and plan.max_rank >= self.successors.ids_VK.shape[1]:
             raise GraftError(
                 f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps "
                 f"{self.successors.ids_VK.shape[1]} successors: calibrate again with this corpus"
             )
-        if plan.retrieves and plan.scale and self.successors.probs_VK is None:
+        if plan.looks_up and plan.scale and self.successors.probs_VK is None:
             raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
         if plan.ngrams and (self.ngrams is None or self.successors.probs_VK is None):
             raise GraftError(
@@ -250,8 +251,11 @@ class GraftEngine:
         prompt_S = prompt_S.to(self.target.device)
         cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats)
         ngrams = self._ngrams(plan, successors)
-        if ngrams is not None:
-            ngrams.read(prompt_S)
+        # As many as the cache: the last round may go beyond the request's end.
+        capacity = len(prompt_S) + new_tokens + max(stage.rows for stage in plan.stages)
+        echo = Echo(capacity, self.target.device) if plan.echoes else None
+        for source in filter(None, (ngrams, echo)):
+            source.read(prompt_S)
         learns = successors is not None and self.retrieval_scope != "frozen"
         for start in range(stats.reused, len(prompt_S), self.prefill_chunk):
             piece_S = prompt_S[start : start + self.prefill_chunk]
@@ -264,8 +268,8 @@ class GraftEngine:
         root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, prompt_S, logprobs is not None)
         if logprobs is not None and logp_1 is not None:
             logprobs.append(logp_1)
-        if ngrams is not None:
-            ngrams.read(root_1)
+        for source in filter(None, (ngrams, echo)):
+            source.read(root_1)
         first = int(root_1)
         state = DecodeState(
             plan=plan,
@@ -274,6 +278,7 @@ class GraftEngine:
             drafter=drafter,
             successors=successors,
             ngrams=ngrams,
+            echo=echo,
             learns=learns,
             sampler=sampler,
             place=1,
@@ -305,14 +310,14 @@ class GraftEngine:
         rows = committed + max(stage.rows for stage in plan.stages)
         head_rows = committed + plan.beam_width * plan.max_passes
         successors = None
-        if plan.retrieves:
+        if plan.looks_up:
             successors = self.successors.clone() if self.retrieval_scope == "request" else self.successors
         kept, self._kept = self._kept, None
         stats.reused = kept.shared(prompt_S, plan.drafts) if kept else 0
         if kept is None or not stats.reused:
             drafter = Drafter(self.head, self.target, plan.beam_width, head_rows) if plan.drafts else None
             return self.target.new_cache(rows), drafter, successors
-        if self.retrieval_scope == "request" and plan.retrieves and kept.successors and kept.continues(prompt_S):
+        if self.retrieval_scope == "request" and plan.looks_up and kept.successors and kept.continues(prompt_S):
             successors = kept.successors
         return *kept.resume(stats.reused, plan, rows, head_rows), successors
 
@@ -352,7 +357,7 @@ class GraftEngine:
         if state.drafter is None:
             return stages[0], root_tree(state.root_1)
         if stages[0].passes == 0:
-            state.retrieved = state.grafter.retrieve(stages[0], state.ngrams or state.successors, state.root_1)
+            state.retrieved = self._retrieve(state, stages[0])
             if state.grafter.skips_drafting(stages[0], state.retrieved):
                 state.drafter.defer(state.fresh_tokens_A, state.fresh_taps_AE)
                 return stages[0], root_tree(state.root_1)
@@ -365,10 +370,13 @@ class GraftEngine:
                 break
         return stage, draft.candidates
 
+    def _retrieve(self, state: DecodeState, stage: Stage) -> list[DraftTree]:
+        return state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1, state.echo)
+
     def _graft(self, state: DecodeState, stage: Stage, drafted: DraftTree) -> DraftTree:
         """The best nodes of both sources."""
         if state.retrieved is None:
-            state.retrieved = state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1)
+            state.retrieved = self._retrieve(state, stage)
         return state.grafter.tree(stage, drafted, state.retrieved)
 
     def _commit(
@@ -387,8 +395,8 @@ class GraftEngine:
                 _learn(state.successors, tree, output.logits_NV, acceptance)
         state.fresh_tokens_A = acceptance.emitted_D[:count]
         state.root_1 = state.fresh_tokens_A[-1:]
-        if state.ngrams is not None:
-            state.ngrams.read(state.fresh_tokens_A)
+        for source in filter(None, (state.ngrams, state.echo)):
+            source.read(state.fresh_tokens_A)
         state.fresh_taps_AE = output.taps_NE[path_A]
         state.place += count
         state.tokens += tokens[:count]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .echo import Echo
 from .ngrams import NgramSource
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
@@ -24,40 +25,54 @@ class Grafter:
         self._templates = {stage.passes: shared for stage in plan.stages}
         self._retrieved_T2 = _table(self.scale.retrieved, device)[shared.depths_T]
         self._drafted_D2 = _table(self.scale.drafted, device)
+        self._chain = Template([(0,) * depth for depth in range(1, self.scale.echo_depth + 1)], device)
+        # Where nothing matched, nothing is proposed; the root stands first.
+        nothing = [-torch.inf] * self.scale.echo_depth
+        self._echo_ME = torch.tensor([[0.0, *row] for row in (nothing, *self.scale.echo)], device=device)
         self._widths = {stage.passes: torch.tensor(stage.widths, device=device) for stage in plan.stages}
         self._prices = {stage.passes: torch.tensor(stage.prices, device=device) for stage in plan.stages}
 
     def retrieve(
-        self, stage: Stage, successors: SuccessorMatrix | NgramSource | None, root_1: Tensor
-    ) -> DraftTree | None:
-        """The candidates that the source has for this stage; scored by `logp_N` where the plan has a scale."""
+        self, stage: Stage, successors: SuccessorMatrix | NgramSource | None, root_1: Tensor, echo: Echo | None = None
+    ) -> list[DraftTree]:
+        """The candidates that each source has for this stage; scored by `logp_N` where the plan has a scale."""
+        trees = []
         template = self._templates[stage.passes]
-        if successors is None or len(template) == 1:
-            return None
-        tree = successors.expand(root_1, template)
-        if self.scale:
-            tree.logp_N = score(self._retrieved_T2, tree.logp_N)
+        if successors is not None and len(template) > 1:
+            trees.append(successors.expand(root_1, template))
+            if self.scale:
+                trees[0].logp_N = score(self._retrieved_T2, trees[0].logp_N)
+        if echo is not None:
+            trees.append(self._repeated(echo, root_1))
+        return trees
+
+    def _repeated(self, echo: Echo, root_1: Tensor) -> DraftTree:
+        """What the request's own text says, as a chain."""
+        tokens_E, length_1 = echo.find(len(self._chain) - 1)
+        tree = self._chain.tree(torch.cat((root_1, tokens_E)), None)
+        tree.logp_N = self._echo_ME.index_select(0, length_1)[0]
         return tree
 
-    def skips_drafting(self, stage: Stage, retrieved: DraftTree | None) -> bool:
-        """Whether what was retrieved promises so many tokens that the head is not asked. One host read."""
-        return retrieved is not None and bool(retrieved.logp_N.exp().sum() > stage.threshold)
+    def skips_drafting(self, stage: Stage, retrieved: list[DraftTree]) -> bool:
+        """Whether what was retrieved promises so many tokens that the head is not asked. One host read.
 
-    def tree(self, stage: Stage, drafted: DraftTree, retrieved: DraftTree | None) -> DraftTree:
+        The source that promises most speaks: they foresee the same tokens.
+        """
+        promises = [tree.logp_N.exp().sum() for tree in retrieved]
+        return bool(promises) and bool(torch.stack(promises).amax() > stage.threshold)
+
+    def tree(self, stage: Stage, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
         """The nodes to verify.
 
         Args:
             drafted: every node the head proposed.
-            retrieved: what `retrieve` found, if anything.
+            retrieved: what `retrieve` found.
         """
         if self.scale is None:
             best = drafted.best(stage.drafted)
-            return best if retrieved is None else merge(best, retrieved, stage.retrieved)
-        trees, scores = [drafted], [score(self._drafted_D2[drafted.depths_N], drafted.logp_N)]
-        if retrieved is not None:
-            trees.append(retrieved)
-            scores.append(retrieved.logp_N)
-        tree = compete(trees, scores, stage.rows)
+            return merge(best, *retrieved, stage.retrieved) if retrieved else best
+        own_N = score(self._drafted_D2[drafted.depths_N], drafted.logp_N)
+        tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if stage.prices:
             tree = tree.first(self._best_width(stage, tree))
         if self.plan.drafted_only:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Self
 
+from .echo import LONGEST
 from .errors import GraftError
 
 METHODS = ("graft", "eagle3", "prune", "retrieve", "autoregressive")
@@ -12,7 +13,7 @@ RankPaths = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Scale:
-    """One scale for both sources: P(accepted) = exp(slope * logp + offset), by source and depth.
+    """One scale for all sources: P(accepted) = exp(slope * logp + offset), by source and depth.
 
     Slopes never fall and offsets never rise with depth, and logp is never positive: so no node is worth
     more than its parent, and the best nodes are closed under parents.
@@ -21,6 +22,8 @@ class Scale:
         drafted: (slope, offset) at depth 1, 2, ... of a drafted node's cumulative log-probability.
         retrieved: the same for a retrieved node's.
         template: rank paths that are looked up and may compete.
+        echo: log P(accepted) at depth 1, 2, ... of what the request's own text repeats, by matched tokens from 1
+            to `echo.LONGEST`; empty: its text is not searched.
 
     Raises:
         GraftError: a table that lets a child outrank its parent.
@@ -29,6 +32,7 @@ class Scale:
     drafted: tuple[tuple[float, float], ...] = ()
     retrieved: tuple[tuple[float, float], ...] = ()
     template: RankPaths = ()
+    echo: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, table in (("drafted", self.drafted), ("retrieved", self.retrieved)):
@@ -40,11 +44,20 @@ class Scale:
                 )
         if self.depth > len(self.retrieved):
             raise GraftError(f"the scale knows {len(self.retrieved)} depths, its template has {self.depth}")
+        if self.echo and (len(self.echo) != LONGEST or len({*map(len, self.echo)}) != 1):
+            raise GraftError(f"the scale of the request's own text needs {LONGEST} rows of one length: calibrate again")
+        if any(below > above for row in self.echo for above, below in pairwise((0.0, *row))):
+            raise GraftError("the scale of the request's own text must fall with depth, from 0: calibrate again")
 
     @property
     def depth(self) -> int:
         """Length of the longest rank path."""
         return max(map(len, self.template), default=0)
+
+    @property
+    def echo_depth(self) -> int:
+        """Tokens that the request's own text may add."""
+        return len(self.echo[0]) if self.echo else 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class Plan:
         passes = [stage.passes for stage in self.stages]
         if not passes or passes != sorted(set(passes)):
             raise GraftError(f"a plan's stages need rising passes, not {passes}")
-        if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.scale.template):
+        if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.retrieves):
             raise GraftError("only a plan that scores retrieved nodes can begin with a stage of 0 passes")
         for stage in self.stages:
             candidates = self.candidates(stage.passes)
@@ -146,12 +159,13 @@ class Plan:
                 )
             if bool(stage.widths) != (self.scale is not None):
                 raise GraftError(f"stage {stage.name}: widths and a plan's scale belong together")
-            if self.scale and stage.rows > 1 + candidates + len(self.scale.template):
+            retrieved = len(self.scale.template) + self.scale.echo_depth if self.scale else 0
+            if self.scale and stage.rows > 1 + candidates + retrieved:
                 raise GraftError(
                     f"stage {stage.name} has {stage.rows} rows, but only {candidates} drafted and "
-                    f"{len(self.scale.template)} retrieved candidates: lower its widths"
+                    f"{retrieved} retrieved candidates: lower its widths"
                 )
-        if self.ngrams and not self.retrieves:
+        if self.ngrams and not self.looks_up:
             raise GraftError("a plan that follows n-grams needs a template of retrieved nodes")
         if self.scale and self.max_passes > len(self.scale.drafted):
             raise GraftError(f"the scale knows {len(self.scale.drafted)} drafted depths, the plan {self.max_passes}")
@@ -165,8 +179,18 @@ class Plan:
         return self.stages[-1].passes > 0
 
     @property
-    def retrieves(self) -> bool:
+    def looks_up(self) -> bool:
+        """Whether the matrix, or a source in its place, is asked."""
         return bool(self.scale and self.scale.template) or any(stage.retrieved for stage in self.stages)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the request's own text is searched."""
+        return bool(self.scale and self.scale.echo)
+
+    @property
+    def retrieves(self) -> bool:
+        return self.looks_up or self.echoes
 
     @property
     def max_passes(self) -> int:
@@ -180,12 +204,13 @@ class Plan:
 
     def depth(self, stage: Stage) -> int:
         """Bound on the depth of this stage's trees."""
-        return max([stage.passes, self.scale.depth if self.scale else 0, *map(len, stage.template)])
+        retrieved = (self.scale.depth, self.scale.echo_depth) if self.scale else ()
+        return max(stage.passes, *retrieved, *map(len, stage.template), 0)
 
     def without_retrieval(self) -> Self:
         """The same pruning without the retrieved nodes: the drafted nodes of this plan's own trees."""
         if self.scale:
-            return replace(self, drafted_only=True) if self.scale.template else self
+            return replace(self, drafted_only=True) if self.retrieves else self
         stages = tuple(replace(stage, retrieved=0, template=()) for stage in self.stages)
         return replace(self, stages=stages, ngrams=False)
 
@@ -196,7 +221,7 @@ class Plan:
             scale = values["scale"] and _exactly(Scale, values["scale"])
             return _exactly(cls, {**values, "stages": stages, "scale": scale})
         except (KeyError, TypeError) as error:
-            raise GraftError(f"not a plan of a graft.json: {error}") from error
+            raise GraftError(f"not a plan of a graft.json ({error}): calibrate again") from error
 
 
 def _exactly(cls: type, values: dict[str, Any]) -> Any:
