@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
 NGRAM_PLANS = ("retrieve_ngrams", "learned_ngrams")
 """`retrieve_only` and `learned` once more, with longer contexts."""
+MOST_ECHOED = 32
+"""Tokens that the request's own text may add to a tree."""
 SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams", "paper")
 """What the learned policy must not be slower than, the learned plans themselves first."""
 
@@ -72,7 +74,7 @@ def plan_of(name: str, settings: CalibrateConfig, replays: tuple[Replay, ...]) -
         case "paper":
             return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
         case "prune_only":
-            return best_learned(replay, replace(scale, template=()), allowed)
+            return best_learned(replay, replace(scale, template=(), echo=()), allowed)
         case "retrieve_only" | "retrieve_ngrams":
             return best_learned(replay, replace(scale, drafted=()), allowed)
     return best_learned(replay, scale, allowed)
@@ -86,7 +88,7 @@ def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
     if not settings.learned_template:
         known, depth = set(traces.template), max(map(len, traces.template))
         paths = tuple(path for path in depth_template((4,) * depth) if path in known)
-    return replace(scale, template=paths)
+    return replace(scale, template=paths, echo=scale.echo if settings.echo else ())
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -226,6 +228,7 @@ def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor])
         settings.max_passes,
         settings.retrieval_depth,
         4 * max(settings.widths),
+        min(max(settings.widths) - 1, MOST_ECHOED),
         settings.temperature,
     )
 

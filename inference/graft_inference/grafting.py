@@ -2,12 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .echo import Echo
 from .ngrams import NgramSource
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
 from .tree import DraftTree, Source, compete, merge
+
+LEAST = 1e-4
+"""Probabilities this close to 0 and 1 count as that close."""
 
 
 class Grafter:
@@ -23,12 +27,14 @@ class Grafter:
             return
         shared = Template(list(self.scale.template), device)
         self._templates = {stage.passes: shared for stage in plan.stages}
-        self._retrieved_T2 = _table(self.scale.retrieved, device)[shared.depths_T]
-        self._drafted_D2 = _table(self.scale.drafted, device)
+        ranks_T2 = torch.tensor([(0.0, 0.0), *((0.0, self.scale.ranks[path[-1]]) for path in self.scale.template)])
+        self._retrieved_T2 = (_table(self.scale.retrieved)[shared.depths_T.cpu()] + ranks_T2).to(device)
+        self._drafted_D2 = _table(self.scale.drafted).to(device)
         self._chain = Template([(0,) * depth for depth in range(1, self.scale.echo_depth + 1)], device)
         # Where nothing matched, nothing is proposed; the root stands first.
         nothing = [-torch.inf] * self.scale.echo_depth
         self._echo_ME = torch.tensor([[0.0, *row] for row in (nothing, *self.scale.echo)], device=device)
+        self._zero = torch.zeros((), device=device)
         self._widths = {stage.passes: torch.tensor(stage.widths, device=device) for stage in plan.stages}
         self._prices = {stage.passes: torch.tensor(stage.prices, device=device) for stage in plan.stages}
 
@@ -39,9 +45,11 @@ class Grafter:
         trees = []
         template = self._templates[stage.passes]
         if successors is not None and len(template) > 1:
-            trees.append(successors.expand(root_1, template))
+            tree = successors.expand(root_1, template)
+            trees.append(tree)
             if self.scale:
-                trees[0].logp_N = score(self._retrieved_T2, trees[0].logp_N)
+                step_T = step_scores(self._retrieved_T2, tree).masked_fill_(tree.sources_N == Source.EMPTY, -torch.inf)
+                tree.logp_N = torch.where(template.lineage_TT, step_T, self._zero).sum(dim=1)
         if echo is not None:
             trees.append(self._repeated(echo, root_1))
         return trees
@@ -71,7 +79,7 @@ class Grafter:
         if self.scale is None:
             best = drafted.best(stage.drafted)
             return merge(best, *retrieved, stage.retrieved) if retrieved else best
-        own_N = score(self._drafted_D2[drafted.depths_N], drafted.logp_N)
+        own_N = drafted.path_sums(step_scores(self._drafted_D2[drafted.depths_N], drafted), stage.passes)
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if stage.prices:
             tree = tree.first(self._best_width(stage, tree))
@@ -86,11 +94,19 @@ class Grafter:
         return stage.widths[int(worth.argmax())]
 
 
-def _table(pairs: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
-    """[depth + 1, 2] slopes and offsets; the root, at depth 0, scores its log-probability of 0."""
-    return torch.tensor([(1.0, 0.0), *pairs], device=device)
+def _table(pairs: tuple[tuple[float, float], ...]) -> Tensor:
+    """[depth + 1, 2] slopes and offsets; the root's are never used."""
+    return torch.tensor([(1.0, 0.0), *pairs])
 
 
-def score(table_N2: Tensor, logp_N: Tensor) -> Tensor:
-    """log P(accepted) of each node; see `Scale`."""
-    return torch.addcmul(table_N2[:, 1], table_N2[:, 0], logp_N)
+def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:
+    """log P(accepted | parent accepted) of each row, see `Scale`; 0 for the root. EMPTY rows may be NaN."""
+    step_N = calibrated(table_N2, tree.logp_N - tree.logp_N[tree.parents_N])
+    step_N[0] = 0.0
+    return step_N
+
+
+def calibrated(table_N2: Tensor, step_logp_N: Tensor) -> Tensor:
+    """log P(accepted | parent accepted) from log-probabilities of steps; table: slope and offset of each."""
+    logit_N = torch.logit(step_logp_N.exp(), eps=LEAST)
+    return F.logsigmoid(torch.addcmul(table_N2[..., 1], table_N2[..., 0], logit_N))

@@ -13,35 +13,35 @@ RankPaths = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Scale:
-    """One scale for all sources: P(accepted) = exp(slope * logp + offset), by source and depth.
+    """One scale for all sources: P(accepted) of a node is the product along its path of
 
-    Slopes never fall and offsets never rise with depth, and logp is never positive: so no node is worth
-    more than its parent, and the best nodes are closed under parents.
+        P(accepted | parent accepted) = sigmoid(slope * logit(q) + offset),  q the source's probability of the step.
+
+    No node is worth more than its parent, so the best nodes are closed under parents, whatever was fitted.
 
     Attributes:
-        drafted: (slope, offset) at depth 1, 2, ... of a drafted node's cumulative log-probability.
-        retrieved: the same for a retrieved node's.
+        drafted: (slope, offset) of drafted nodes at depth 1, 2, ...
+        retrieved: the same of retrieved nodes.
+        ranks: added to a retrieved node's offset, by its rank among its parent's successors.
         template: rank paths that are looked up and may compete.
         echo: log P(accepted) at depth 1, 2, ... of what the request's own text repeats, by matched tokens from 1
             to `echo.LONGEST`; empty: its text is not searched.
 
     Raises:
-        GraftError: a table that lets a child outrank its parent.
+        GraftError: slopes that are not positive, or a table that is too short.
     """
 
     drafted: tuple[tuple[float, float], ...] = ()
     retrieved: tuple[tuple[float, float], ...] = ()
+    ranks: tuple[float, ...] = ()
     template: RankPaths = ()
     echo: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, table in (("drafted", self.drafted), ("retrieved", self.retrieved)):
-            falls = any(below[0] < above[0] or below[1] > above[1] for above, below in pairwise(table))
-            if falls or (table and (table[0][0] <= 0 or table[0][1] > 0)):
-                raise GraftError(
-                    f"the scale of {name} nodes needs positive slopes that never fall and offsets of at most 0 "
-                    "that never rise with depth: calibrate again"
-                )
+        if any(slope <= 0 for slope, _ in (*self.drafted, *self.retrieved)):
+            raise GraftError("a scale's slopes must be positive: calibrate again")
+        if any(path[-1] >= len(self.ranks) for path in self.template):
+            raise GraftError(f"the scale knows {len(self.ranks)} ranks, its template uses more: calibrate again")
         if self.depth > len(self.retrieved):
             raise GraftError(f"the scale knows {len(self.retrieved)} depths, its template has {self.depth}")
         if self.echo and (len(self.echo) != LONGEST or len({*map(len, self.echo)}) != 1):

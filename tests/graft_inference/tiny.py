@@ -89,6 +89,7 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
     scale = Scale(
         drafted=((0.8, -0.1), (0.9, -0.2), (1.0, -0.2), (1.2, -0.3)),
         retrieved=((0.7, -0.3), (0.7, -0.4), (0.9, -0.5), (1.0, -0.6)),
+        ranks=(0.2, 0.0, -0.1, 0.1),
         template=TEMPLATE,
         echo=tuple(tuple(-0.8 / matched * depth for depth in range(1, 6)) for matched in range(1, LONGEST + 1)),
     )
