@@ -161,8 +161,13 @@ def _fastest(speeds: dict[str, float], kind: str) -> str:
 
 def replay_sources(settings: CalibrateConfig, traces: Traces, latency: Latency) -> tuple[Replay, ...]:
     """Replays with the matrix, and with longer contexts where they may be used and were traced."""
-    longer = settings.ngrams and traces.ngrams_TG.shape[1] > 0
-    return tuple(Replay(traces, latency, max(settings.widths), ngrams) for ngrams in (False, True)[: 1 + longer])
+    if settings.ngrams and not traces.ngrams_TG.shape[1]:
+        raise GraftError(
+            "policy.ngrams=true, but these traces hold no longer contexts: delete the policy directory and run "
+            "recipes/calibrate.py without policy.latency_only"
+        )
+    sources = (False, True)[: 1 + settings.ngrams]
+    return tuple(Replay(traces, latency, max(settings.widths), ngrams) for ngrams in sources)
 
 
 def _write(
@@ -214,7 +219,12 @@ def _engine(config: "Config") -> GraftEngine:
     head = load_head(run_dir / "head")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
     longer = run_dir / "corpus" / "ngrams.safetensors"
-    ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams and longer.exists() else None
+    if config.policy.ngrams and not longer.exists():
+        raise GraftError(
+            f"policy.ngrams=true, but {longer} is missing: run recipes/build_corpus.py with corpus.ngrams=true, or set "
+            "policy.ngrams=false"
+        )
+    ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams else None
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), load_target(config))
 
 

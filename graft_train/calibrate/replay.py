@@ -71,6 +71,7 @@ class Replay:
         self._keys = self._path_keys()
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
         self._tables: dict[Scale, Table] = {}
+        self._runs: dict[Plan, tuple[float, float]] = {}
 
     @cached_property
     def fitted(self) -> Scale:
@@ -93,10 +94,12 @@ class Replay:
 
     def run(self, plan: Plan) -> tuple[float, float]:
         """Tokens per second, and tau, over all traced continuations."""
-        outcome = self.outcome(plan)
-        visited = self.visits(outcome)
-        tokens, milliseconds = outcome.tokens_T[visited].sum(), outcome.ms_T[visited].sum()
-        return 1e3 * float(tokens / milliseconds), float(tokens / len(visited))
+        if plan not in self._runs:
+            outcome = self.outcome(plan)
+            visited = self.visits(outcome)
+            tokens, milliseconds = outcome.tokens_T[visited].sum(), outcome.ms_T[visited].sum()
+            self._runs[plan] = 1e3 * float(tokens / milliseconds), float(tokens / len(visited))
+        return self._runs[plan]
 
     def visits(self, outcome: Outcome, first: int = 0) -> np.ndarray:
         """The positions at which rounds begin, the first one so many tokens into each continuation."""

@@ -110,14 +110,16 @@ def frontier(
 
 
 def describe(plan: Plan) -> str:
-    """Passes, thresholds and rows of each stage, in one line."""
+    """Passes, thresholds and rows of each stage, and what is retrieved from, in one line."""
+    asked = (("n-grams" if plan.ngrams else "matrix", plan.looks_up), ("echo", plan.echoes))
+    sources = ", ".join(name for name, is_asked in asked if is_asked)
     parts = []
     for stage in plan.stages:
         last = stage is plan.stages[-1]
         rule = "" if last else f" if <= {stage.threshold:.2f}" if stage.passes else f" if > {stage.threshold:.2f}"
         rows = "/".join(map(str, stage.widths)) if stage.widths else f"1+{stage.drafted}+{stage.retrieved}"
         parts.append(f"{stage.passes}{rule}: {rows}")
-    return "; ".join(parts)
+    return "; ".join(parts) + (f" ({sources})" if sources else "")
 
 
 def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, ...]]:
@@ -204,8 +206,8 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
         f"Head passes 0, 1, ...: {_times(latency['draft_ms'])}. Without retrieval, with the matrix and with longer "
         f"contexts, choosing the tree takes {_times(latency['graft_ms'])}, acceptance and commit "
-        f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}, searching the request's own text "
-        f"{latency['echo_ms']:.2f}. "
+        f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}, the search of "
+        f"the request's own text {latency['echo_ms']:.2f}. "
         f"Interquartile range over median of a round: {latency['spread'][0]:.0%} typically, "
         f"{latency['spread'][1]:.0%} at most.",
         "",

@@ -94,8 +94,10 @@ def drafted_scores(traces: Traces, scale: Scale) -> Tensor:
 
 def retrieved_scores(traces: Traces, scale: Scale) -> Tensor:
     """log P(accepted) of every retrieved candidate in the scale's template, [T, R]; -inf for others."""
-    depths_R, parents_R, rank_R = template_columns(traces)
     logp_TR = traces.retrieved_logp_TR
+    if not scale.template:
+        return torch.full_like(logp_TR, -torch.inf)
+    depths_R, parents_R, rank_R = template_columns(traces)
     wanted = set(scale.template)
     chosen_R = torch.tensor([path in wanted for path in traces.template], dtype=torch.bool)
     step_TR = logp_TR - _above(logp_TR, parents_R.expand_as(logp_TR))

@@ -232,7 +232,9 @@ class _Tracer:
         whole = self.target.prefill(sequence_S, self.target.new_cache(length))
         if self.temperature:
             candidates = self.beam_width + (self.max_passes - 1) * self.beam_width**2
-            cache = self.target.new_cache(length + 1 + candidates + len(self.template) + len(self.longer) + len(self.chain))
+            cache = self.target.new_cache(
+                length + 1 + candidates + len(self.template) + len(self.longer) + len(self.chain)
+            )
             self.target.prefill(sequence_S[:start], cache)
         drafter = Drafter(self.engine.head, self.target, self.beam_width, length + self.beam_width * self.max_passes)
         successors = self.engine.successors.clone()

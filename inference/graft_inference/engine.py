@@ -254,7 +254,8 @@ class GraftEngine:
         # As many as the cache: the last round may go beyond the request's end.
         capacity = len(prompt_S) + new_tokens + max(stage.rows for stage in plan.stages)
         echo = Echo(capacity, self.target.device) if plan.echoes else None
-        for source in filter(None, (ngrams, echo)):
+        texts: list[NgramSource | Echo] = [source for source in (ngrams, echo) if source is not None]
+        for source in texts:
             source.read(prompt_S)
         learns = successors is not None and self.retrieval_scope != "frozen"
         for start in range(stats.reused, len(prompt_S), self.prefill_chunk):
@@ -268,7 +269,7 @@ class GraftEngine:
         root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, prompt_S, logprobs is not None)
         if logprobs is not None and logp_1 is not None:
             logprobs.append(logp_1)
-        for source in filter(None, (ngrams, echo)):
+        for source in texts:
             source.read(root_1)
         first = int(root_1)
         state = DecodeState(
@@ -395,8 +396,10 @@ class GraftEngine:
                 _learn(state.successors, tree, output.logits_NV, acceptance)
         state.fresh_tokens_A = acceptance.emitted_D[:count]
         state.root_1 = state.fresh_tokens_A[-1:]
-        for source in filter(None, (state.ngrams, state.echo)):
-            source.read(state.fresh_tokens_A)
+        if state.ngrams is not None:
+            state.ngrams.read(state.fresh_tokens_A)
+        if state.echo is not None:
+            state.echo.read(state.fresh_tokens_A)
         state.fresh_taps_AE = output.taps_NE[path_A]
         state.place += count
         state.tokens += tokens[:count]

@@ -78,7 +78,7 @@ class Grafter:
         """
         if self.scale is None:
             best = drafted.best(stage.drafted)
-            return merge(best, *retrieved, stage.retrieved) if retrieved else best
+            return merge(best, retrieved[0], stage.retrieved) if retrieved else best
         own_N = drafted.path_sums(step_scores(self._drafted_D2[drafted.depths_N], drafted), stage.passes)
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if stage.prices:

@@ -2,15 +2,16 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from graft_inference import GraftError, Plan, Stage, paper_policy
 from graft_inference.ngrams import NgramTable
+from graft_train.calibrate import scale as scale_module
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.replay import Replay
-from graft_train.calibrate import scale as scale_module
 from graft_train.calibrate.scale import (
     Steps,
     calibration_error,
@@ -68,8 +69,7 @@ def replay(traces):
 
 
 def competing(traces, *stages, **changes) -> Plan:
-    scale = fit_scale(traces)
-    return Plan(stages, BEAM, BUDGET, scale, learns_accepted=True, **changes)
+    return Plan(stages, BEAM, BUDGET, **{"scale": fit_scale(traces), "learns_accepted": True} | changes)
 
 
 def without(plan: Plan, **pieces) -> Plan:
@@ -200,7 +200,9 @@ def test_a_fit_finds_the_law_that_made_the_data():
 def test_parents_that_were_rejected_do_not_count():
     logit = torch.zeros(2000)
     reach = torch.tensor([1.0, 0.0]).repeat(1000)
-    pairs, ranks = scale_module._fit(Steps(logit, torch.ones(2000).long(), torch.zeros(2000).long(), reach, reach), 1, 1)
+    pairs, ranks = scale_module._fit(
+        Steps(logit, torch.ones(2000).long(), torch.zeros(2000).long(), reach, reach), 1, 1
+    )
     assert pairs[0][1] + ranks[0] > 2  # all that could be accepted was
 
 
@@ -280,6 +282,30 @@ def test_costly_drafting_is_left_out_and_dear_rows_are_not_taken(traces):
         steep.run(best_learned(steep, scale, ALLOWED))[0]
         >= steep.run(Plan((Stage(1, widths=(2,)),), BEAM, BUDGET, scale, learns_accepted=True))[0]
     )
+
+
+def test_where_no_candidate_is_worth_its_row_nothing_is_asked(traces):
+    """A second row at the price of a hundred tokens: the plan is autoregressive, in all that it costs."""
+    dear = Replay(traces, replace(LATENCY, verify_ms=[[1.0] + [101.0] * 4] * 2), BUDGET)
+    plan = best_learned(dear, fit_scale(traces), ALLOWED)
+    assert not plan.drafts
+    assert not plan.retrieves
+    assert dear.run(plan) == (pytest.approx(1e3 / (1.0 + 0.05 + 0.1)), 1.0)
+
+
+def test_the_search_finds_the_best_of_all_thresholds_and_widths(replay, traces):
+    """Against every plan of the family, two stages of one width each: none is more than a per cent faster."""
+    scale = replace(fit_scale(traces), echo=())
+    allowed = replace(ALLOWED, checkpoints=1, retrieve_first=False, width_by_gain=False)
+    learned = replay.run(best_learned(replay, scale, allowed))[0]
+    widths, best = WIDTHS[1:4], 0.0
+    cuts = sorted({float(c) for c in traces.confidence_TP[::7].flatten()})[::12]
+    for last, wide in product(range(1, 4), widths):
+        best = max(best, replay.run(competing(traces, Stage(last, widths=(wide,)), scale=scale))[0])
+        for first, narrow, cut in product(range(1, last), widths, cuts):
+            stages = (Stage(first, cut, widths=(narrow,)), Stage(last, widths=(wide,)))
+            best = max(best, replay.run(competing(traces, *stages, scale=scale))[0])
+    assert learned > 0.99 * best
 
 
 def test_a_threshold_separates_where_stopping_pays():
