@@ -1,7 +1,7 @@
 """The target's predictions from states that `distill` has captured: lm_head alone instead of the whole target."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,5 +94,5 @@ def find_captured(config: "Config", model: Any) -> CapturedStates | None:
     return CapturedStates(directory, places, model.get_output_embeddings().weight.detach())
 
 
-def _key(ids: list[int]) -> bytes:
+def _key(ids: Sequence[int]) -> bytes:
     return np.array(ids, dtype=np.int64).tobytes()
