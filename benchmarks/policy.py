@@ -6,7 +6,8 @@ Needs the target, data, head and corpus of a finished quickstart. The second dom
 documentation texts of the installed packages. Every policy is learned on calibration prompts and raced on others:
 the learned one, the same one learned on the other domain (transfer), without each of its pieces (ablation), the
 paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree. Ratios come with 95 %
-intervals by bootstrap over prompts. About ten minutes on two cores.
+intervals by bootstrap over prompts. A quarter of an hour on two cores; an interrupted run goes on with the
+temperature it was at. Pieces are taken away at the first temperature only.
 """
 
 import argparse
@@ -32,7 +33,6 @@ from graft_train.calibrate.report import PIECES, calibration, describe
 from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, of_split, read_documents
 from graft_train.data.prompts import build_prompts
-from graft_train.data.samples import read_samples
 from graft_train.device import describe_device
 from graft_train.stage import write_json
 
@@ -45,10 +45,10 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-policy"))
     parser.add_argument(
-        "--prompts", type=int, default=16, help="of each domain, for calibration and again for the race"
+        "--prompts", type=int, default=20, help="of each domain, for calibration and again for the race"
     )
     parser.add_argument("--tokens", type=int, default=96, help="new tokens of each prompt")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     arguments = parser.parse_args()
@@ -66,17 +66,19 @@ def main() -> None:
         repeats=arguments.repeats,
     )
     domains = {
-        "code": stage_prompts(arguments.run_dir, arguments.prompts),
+        "code": code_prompts(arguments.run_dir / "target", arguments.prompts),
         "prose": prose_prompts(arguments.run_dir / "target", arguments.prompts),
     }
-    result = {
-        "device": describe_device(engine.target.device),
-        "arguments": {k: str(v) for k, v in vars(arguments).items()},
-    }
-    result["runs"] = [
-        found for temperature in arguments.temperatures for found in measure(engine, settings, domains, temperature)
-    ]
     arguments.out.mkdir(parents=True, exist_ok=True)
+    said = {name: str(value) for name, value in vars(arguments).items() if name != "temperatures"}
+    result: dict[str, Any] = {"device": describe_device(engine.target.device), "arguments": said, "runs": []}
+    for temperature in arguments.temperatures:
+        part = arguments.out / f"temperature-{temperature:g}.json"
+        done = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+        if done.get("arguments") != said:  # not an interrupted run's
+            done = {"arguments": said, "runs": measure(engine, settings, domains, temperature, not result["runs"])}
+            write_json(part, done)
+        result["runs"] += done["runs"]
     write_json(arguments.out / "policy.json", result)
     report = to_markdown(result)
     (arguments.out / "policy.md").write_text(report, encoding="utf-8")
@@ -91,13 +93,20 @@ def load_engine(run_dir: Path) -> GraftEngine:
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), model)
 
 
-def stage_prompts(run_dir: Path, count: int) -> dict[str, list[Tensor]]:
-    """Calibration and evaluation prompts of the pair's own data; nothing was trained on either."""
-    path = run_dir / "data" / "samples.jsonl"
-    return {
-        split: [torch.tensor(sample.prompt_ids) for sample in read_samples(path, split)[:count]]
-        for split in ("calibration", "evaluation")
-    }
+def code_prompts(target: Path, count: int) -> dict[str, list[Tensor]]:
+    """Calibration and evaluation prompts from the documents of the quickstart; nothing was trained on either."""
+    config = DataConfig(path="stdlib", prompt_tokens=48, calibration_share=0.05, evaluation_share=0.05)
+    return split_prompts(target, config, count)
+
+
+def split_prompts(target: Path, config: DataConfig, count: int) -> dict[str, list[Tensor]]:
+    chat, documents = Chat(AutoTokenizer.from_pretrained(target), set()), read_documents(config)
+    found = {}
+    for split in ("calibration", "evaluation"):
+        mine = of_split(documents, split, config)
+        prompts = build_prompts(mine, chat, config, count=count, max_tokens=48, seed=0)
+        found[split] = [torch.tensor(prompt.ids) for prompt in prompts]
+    return found
 
 
 def prose_prompts(target: Path, count: int) -> dict[str, list[Tensor]]:
@@ -110,23 +119,20 @@ def prose_prompts(target: Path, count: int) -> dict[str, list[Tensor]]:
             texts.setdefault(text[:500], {"id": str(path), "text": text})  # many packages carry one licence
     if len(texts) < 20:
         raise GraftError("site-packages holds too little prose: install the packages of constraints.txt")
-    tokenizer = AutoTokenizer.from_pretrained(target)
     # Documents read their text when it is asked for: the file stays until the prompts are made.
     with tempfile.TemporaryDirectory() as directory:
         records = Path(directory) / "prose.jsonl"
         records.write_text("".join(json.dumps(record) + "\n" for record in texts.values()), encoding="utf-8")
         config = DataConfig(path=str(records), prompt_tokens=48, calibration_share=0.45, evaluation_share=0.45)
-        documents = read_documents(config)
-        found = {}
-        for split in ("calibration", "evaluation"):
-            mine = of_split(documents, split, config)
-            prompts = build_prompts(mine, Chat(tokenizer, set()), config, count=count, max_tokens=48, seed=0)
-            found[split] = [torch.tensor(prompt.ids) for prompt in prompts]
-    return found
+        return split_prompts(target, config, count)
 
 
 def measure(
-    engine: GraftEngine, settings: CalibrateConfig, domains: dict[str, dict[str, list[Tensor]]], temperature: float
+    engine: GraftEngine,
+    settings: CalibrateConfig,
+    domains: dict[str, dict[str, list[Tensor]]],
+    temperature: float,
+    ablate: bool,
 ) -> list[dict[str, Any]]:
     """Learns on each domain's calibration prompts, races on each domain's evaluation prompts."""
     settings = replace(settings, temperature=temperature)
@@ -137,7 +143,7 @@ def measure(
     learned = {name: learn(settings, both) for name, both in replays.items()}
     found = []
     for name, prompts in domains.items():
-        plans = contenders(settings, replays[name], learned, name)
+        plans = contenders(settings, replays[name], learned, name, ablate)
         raced = race_distinct(engine, prompts["evaluation"], plans, settings, settings.repeats)
         predicted = {plan: replays[name][plans[plan].ngrams].run(plans[plan])[0] for plan in learned[name]}
         # The prediction is of the calibration prompts: it is held against the speed on those.
@@ -169,7 +175,11 @@ def race_distinct(
 
 
 def contenders(
-    settings: CalibrateConfig, replays: tuple[Replay, ...], learned: dict[str, dict[str, Plan]], domain: str
+    settings: CalibrateConfig,
+    replays: tuple[Replay, ...],
+    learned: dict[str, dict[str, Plan]],
+    domain: str,
+    ablate: bool,
 ) -> dict[str, Plan]:
     """The plans of one race by name."""
     plans = dict(learned[domain])
@@ -179,9 +189,10 @@ def contenders(
         if other != domain:
             plans[f"learned on {other}"] = learned[other]["learned"]
     for piece, change in PIECES.items():
-        if change:
+        if change and ablate:
             plans[piece] = plan_of("learned", replace(settings, **change), replays)
-    plans["matrix learns from all"] = replace(plans["learned"], learns_accepted=False)
+    if ablate:
+        plans["matrix learns from all"] = replace(plans["learned"], learns_accepted=False)
     return plans
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from graft_inference.bundle import describe_target, load_successors, read_json, read_safetensors
 from graft_inference.errors import GraftError
 from graft_inference.retrieval import save_table
+from graft_train.build_corpus.captured import CapturedStates, find_captured
 from graft_train.build_corpus.config import CorpusConfig
 from graft_train.build_corpus.inspect import inspect_corpus, print_inspection
 from graft_train.build_corpus.pairs import (
@@ -53,7 +54,8 @@ def build_corpus(config: "Config") -> Path:
     ngrams.safetensors       tags, successors, counts, totals of longer contexts, see `NgramTable`
     inspection.json          what is printed
 
-    On several processes each reads its share of the samples; the result is the same for any number of them.
+    Where `distill` has kept this target's states of these samples (`{run_dir}/states`), they are read and the target
+    does not run. On several processes each reads its share of the samples; the result is the same for any number.
 
     Raises:
         GraftError: damaged samples, or something to merge that belongs to another target; names the file.
@@ -103,6 +105,7 @@ def gather_runs(
     settings, vocab_size = config.corpus, made_for["vocab_size"]
     done = {unit for path in runs.glob("*.arrow") for unit in units_of(path)}
     model = None if settings.text_only else load_target(config)
+    captured = None if model is None else find_captured(config, model)
     writer = RunWriter(runs, rows=max((settings.memory_mb << 20) // BYTES_PER_PAIR, 1))
     with tqdm(
         total=samples.stat().st_size if samples.exists() else 0,
@@ -115,7 +118,7 @@ def gather_runs(
             bar.update(window.size)
             if window.number % processes != process or window.number in done:
                 continue
-            for keys, weights in _window_pairs(settings, model, window, samples, vocab_size):
+            for keys, weights in _window_pairs(settings, model, captured, window, samples, vocab_size):
                 writer.add(keys, weights)
             writer.finish_unit(window.number)
     if process == 0:
@@ -128,7 +131,7 @@ def gather_runs(
 
 
 def _window_pairs(
-    settings: CorpusConfig, model: Any, window: Window, path: Path, vocab_size: int
+    settings: CorpusConfig, model: Any, captured: CapturedStates | None, window: Window, path: Path, vocab_size: int
 ) -> Iterator[tuple[Any, Any]]:
     samples = samples_of(window, path, vocab_size)
     samples = [sample for sample in samples if not is_held_out(sample.id, settings.held_out)]
@@ -141,7 +144,11 @@ def _window_pairs(
         yield text_pairs(text), None
     else:
         k = min(settings.successors, vocab_size)
-        yield from predicted_pairs(model, samples, k, settings.batch_tokens, settings.prompts)
+        held = [sample for sample in samples if captured and captured.holds(sample)]
+        if captured:
+            yield from captured.pairs(held, k, settings.prompts)
+        others = [sample for sample in samples if not captured or not captured.holds(sample)]
+        yield from predicted_pairs(model, others, k, settings.batch_tokens, settings.prompts)
 
 
 def write_tables(settings: CorpusConfig, runs: Path, out: Path, made_for: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
 NGRAM_PLANS = ("retrieve_ngrams", "learned_ngrams")
 """`retrieve_only` and `learned` once more, with longer contexts."""
+MOST_ECHOED = 32
+"""Tokens that the request's own text may add to a tree."""
 SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams", "paper")
 """What the learned policy must not be slower than, the learned plans themselves first."""
 
@@ -72,7 +74,7 @@ def plan_of(name: str, settings: CalibrateConfig, replays: tuple[Replay, ...]) -
         case "paper":
             return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
         case "prune_only":
-            return best_learned(replay, replace(scale, template=()), allowed)
+            return best_learned(replay, replace(scale, template=(), echo=()), allowed)
         case "retrieve_only" | "retrieve_ngrams":
             return best_learned(replay, replace(scale, drafted=()), allowed)
     return best_learned(replay, scale, allowed)
@@ -86,7 +88,7 @@ def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
     if not settings.learned_template:
         known, depth = set(traces.template), max(map(len, traces.template))
         paths = tuple(path for path in depth_template((4,) * depth) if path in known)
-    return replace(scale, template=paths)
+    return replace(scale, template=paths, echo=scale.echo if settings.echo else ())
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -159,8 +161,13 @@ def _fastest(speeds: dict[str, float], kind: str) -> str:
 
 def replay_sources(settings: CalibrateConfig, traces: Traces, latency: Latency) -> tuple[Replay, ...]:
     """Replays with the matrix, and with longer contexts where they may be used and were traced."""
-    longer = settings.ngrams and traces.ngrams_TG.shape[1] > 0
-    return tuple(Replay(traces, latency, max(settings.widths), ngrams) for ngrams in (False, True)[: 1 + longer])
+    if settings.ngrams and not traces.ngrams_TG.shape[1]:
+        raise GraftError(
+            "policy.ngrams=true, but these traces hold no longer contexts: delete the policy directory and run "
+            "recipes/calibrate.py without policy.latency_only"
+        )
+    sources = (False, True)[: 1 + settings.ngrams]
+    return tuple(Replay(traces, latency, max(settings.widths), ngrams) for ngrams in sources)
 
 
 def _write(
@@ -212,7 +219,12 @@ def _engine(config: "Config") -> GraftEngine:
     head = load_head(run_dir / "head")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
     longer = run_dir / "corpus" / "ngrams.safetensors"
-    ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams and longer.exists() else None
+    if config.policy.ngrams and not longer.exists():
+        raise GraftError(
+            f"policy.ngrams=true, but {longer} is missing: run recipes/build_corpus.py with corpus.ngrams=true, or set "
+            "policy.ngrams=false"
+        )
+    ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams else None
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), load_target(config))
 
 
@@ -226,6 +238,7 @@ def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor])
         settings.max_passes,
         settings.retrieval_depth,
         4 * max(settings.widths),
+        min(max(settings.widths) - 1, MOST_ECHOED),
         settings.temperature,
     )
 

@@ -30,6 +30,7 @@ class CalibrateConfig:
         retrieve_first: may leave out drafting where retrieval promises enough.
         ngrams: try plans that follow the corpus's longer contexts too, if it has them: more tokens per round, a
             dearer look-up.
+        echo: search the request's own text for what followed the last time.
         width_by_gain: every round takes the width with the best expected gain; false fixes one per stage.
     """
 
@@ -48,6 +49,7 @@ class CalibrateConfig:
     calibrated: bool = True
     learned_template: bool = True
     retrieve_first: bool = True
+    echo: bool = True
     ngrams: bool = False
     width_by_gain: bool = True
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference import GraftEngine, Plan, Scale, Stage
+from graft_inference.echo import LONGEST
 from graft_inference.policy import RankPaths
 
 ROUNDS = 24
@@ -28,6 +29,7 @@ class Latency:
         graft_ms: choosing the tree without retrieved candidates, with the matrix's, and with those of longer contexts.
         commit_ms: acceptance and keeping its result without teaching the matrix, with, and n-grams besides.
             Both end after two where there are no longer contexts.
+        echo_ms: searching the request's own text, and remembering it.
         read_ms: one more host read, to choose a width or to leave out drafting.
         spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
     """
@@ -38,16 +40,18 @@ class Latency:
     draft_ms: list[float]
     graft_ms: list[float]
     commit_ms: list[float]
+    echo_ms: float
     read_ms: float
     spread: list[float]
 
     def round_ms(self, plan: Plan, stage: Stage, rows_T: np.ndarray, context_T: np.ndarray) -> np.ndarray:
         """Cost of rounds that stop at this stage with so many rows, [T] each."""
-        retrieves = plan.retrieves + plan.ngrams
+        looked_up = plan.looks_up + plan.ngrams
         reads = (len(stage.widths) > 1) + (
             plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
         )
-        fixed = self.draft_ms[stage.passes] + self.graft_ms[retrieves] + self.commit_ms[retrieves]
+        fixed = self.draft_ms[stage.passes] + self.graft_ms[looked_up] + self.commit_ms[looked_up]
+        fixed += self.echo_ms * plan.echoes
         verify_T = np.empty(len(rows_T))
         for rows in np.unique(rows_T):
             here = rows_T == rows
@@ -107,6 +111,7 @@ def measure_latency(
         draft_ms=[0.0, *(typical("draft", "passes", p) for p in range(1, max_passes + 1))],
         graft_ms=[typical("graft", source, 1) for source in sources],
         commit_ms=[typical("commit", source, 1) for source in sources],
+        echo_ms=max(0.0, sum(typical(phase, "echo", 1) - typical(phase, "passes", 1) for phase in ("graft", "commit"))),
         read_ms=max(0.0, typical("graft", "gain", 1) - typical("graft", "both", 1)),
         spread=[median(spreads), max(spreads)],
     )
@@ -117,7 +122,8 @@ def _forced_plans(
 ) -> dict[tuple[str, int], Plan]:
     """Plans that leave no choice: of every width, of every number of passes, and with every overhead."""
     flat = ((1.0, 0.0),)
-    both = Scale(flat * max_passes, flat * max(map(len, template)), template)
+    ranks = (0.0,) * (1 + max(path[-1] for path in (*template, *ngram_template)))
+    both = Scale(flat * max_passes, flat * max(map(len, template)), ranks, template)
     drafted = replace(both, template=())
     budget = max(*widths, beam_width + 1)
     middle = min(beam_width, widths[len(widths) // 2])
@@ -130,8 +136,10 @@ def _forced_plans(
         plans["passes", passes] = Plan((Stage(passes, widths=(middle,)),), beam_width, budget, drafted)
     plans["both", 1] = Plan((Stage(1, widths=(middle,)),), beam_width, budget, both)
     if ngram_template:
-        longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ngram_template)
+        longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ranks, ngram_template)
         plans["ngrams", 1] = replace(plans["both", 1], scale=longer, ngrams=True)
+    rows = tuple(-0.1 * depth for depth in range(1, budget))
+    plans["echo", 1] = replace(plans["passes", 1], scale=replace(drafted, echo=(rows,) * LONGEST))
     choice = Stage(1, widths=(1, middle), prices=(1e9, 0.0)) if middle > 1 else Stage(1, widths=(middle,))
     plans["gain", 1] = Plan((choice,), beam_width, budget, both)
     return plans

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft_inference.grafting import score
 from graft_inference.policy import Plan, Scale, Stage
 from graft_train.calibrate.latency import Latency
-from graft_train.calibrate.scale import fit_scale
+from graft_train.calibrate.scale import drafted_scores, echo_scores, fit_scale, retrieved_scores
 from graft_train.calibrate.traces import Traces
 
 
@@ -37,7 +36,7 @@ class Table:
         accepted: nodes on the true path among the best rows - 1, by rows from 1.
         drafted: those of them that the head proposed.
         expected: expected tokens by the scale, the root included.
-        promise_T: expected tokens of all retrieved nodes, the root included.
+        promise_T: expected tokens of all nodes of the retrieved source that promises most, the root included.
     """
 
     accepted: Tensor
@@ -68,8 +67,11 @@ class Replay:
         self.remaining_T = np.concatenate([np.arange(end - start, 0, -1) for start, end in self.spans])
         self._index = {path: row for row, path in enumerate(traces.template)}
         self._true_TC, self._true_TR = self._on_path()
-        self._twin_TR = self._twins()
+        self._true_TE = self._echo_on_path()
+        self._keys = self._path_keys()
+        self._pools: dict[int, tuple[Tensor, Tensor]] = {}
         self._tables: dict[Scale, Table] = {}
+        self._runs: dict[Plan, tuple[float, float]] = {}
 
     @cached_property
     def fitted(self) -> Scale:
@@ -81,7 +83,7 @@ class Replay:
 
         A plan without a scale whose template goes beyond the traced one is met with fewer retrieved nodes.
         """
-        assert plan.ngrams == self.ngrams or not plan.retrieves
+        assert plan.ngrams == self.ngrams or not plan.looks_up
         stage_T = self._stops(plan)
         tokens, times = [], []
         for stage in plan.stages:
@@ -92,10 +94,12 @@ class Replay:
 
     def run(self, plan: Plan) -> tuple[float, float]:
         """Tokens per second, and tau, over all traced continuations."""
-        outcome = self.outcome(plan)
-        visited = self.visits(outcome)
-        tokens, milliseconds = outcome.tokens_T[visited].sum(), outcome.ms_T[visited].sum()
-        return 1e3 * float(tokens / milliseconds), float(tokens / len(visited))
+        if plan not in self._runs:
+            outcome = self.outcome(plan)
+            visited = self.visits(outcome)
+            tokens, milliseconds = outcome.tokens_T[visited].sum(), outcome.ms_T[visited].sum()
+            self._runs[plan] = 1e3 * float(tokens / milliseconds), float(tokens / len(visited))
+        return self._runs[plan]
 
     def visits(self, outcome: Outcome, first: int = 0) -> np.ndarray:
         """The positions at which rounds begin, the first one so many tokens into each continuation."""
@@ -114,7 +118,7 @@ class Replay:
         return self._tables[scale]
 
     def promise(self, scale: Scale) -> np.ndarray:
-        """Expected tokens of all retrieved nodes at every position, the root included, [T]."""
+        """What decides whether the head is asked at every position, [T]; see `Table.promise_T`."""
         return self.table(scale).promise_T.numpy()
 
     def _stops(self, plan: Plan) -> np.ndarray:
@@ -153,8 +157,9 @@ class Replay:
         accepted_T = (kept_TC & self._true_TC).sum(dim=1)
         rows = torch.tensor([self._index[path] for path in stage.template if path in self._index], dtype=torch.long)
         if stage.retrieved and len(rows):
-            twin_TR = self._twin_TR[:, rows]
-            repeated_TR = (twin_TR >= 0) & kept_TC.gather(1, twin_TR.clamp(min=0))
+            count = len(traces.depths_C)
+            twin_TR = self._pool(self.passes)[0][:, count : count + len(traces.template)][:, rows]
+            repeated_TR = (twin_TR < count) & kept_TC.gather(1, twin_TR.clamp(max=count - 1))
             new_TR = ~repeated_TR & (traces.retrieved_TR[:, rows] >= 0)
             new_TR &= new_TR.cumsum(dim=1) <= stage.retrieved
             accepted_T += (new_TR & self._true_TR[:, rows]).sum(dim=1)
@@ -176,8 +181,13 @@ class Replay:
                 true_TR[:, row] &= true_TR[:, self._index[path[:-1]]]
         return true_TC, true_TR
 
-    def _twins(self) -> Tensor:
-        """[T, R] the drafted candidate that a retrieved one repeats; -1: none."""
+    def _echo_on_path(self) -> Tensor:
+        traces = self.traces
+        same_TE = traces.echo_TE == traces.truth_TD[:, : traces.echo_TE.shape[1]]
+        return (same_TE & (traces.matched_T > 0)[:, None]).cumprod(dim=1).bool()
+
+    def _path_keys(self) -> tuple[Tensor, Tensor]:
+        """Keys of the token paths of the drafted candidates, [T, C], and of all retrieved ones, [T, R + E]."""
         traces = self.traces
         keys_TC, keys_TR = traces.tokens_TC.long() + 1, traces.retrieved_TR.long() + 1
         start = self.beam_width
@@ -188,42 +198,49 @@ class Replay:
         for path, row in self._index.items():
             if len(path) > 1:
                 keys_TR[:, row] += _spread(keys_TR[:, self._index[path[:-1]]])
-        twins = []
-        for start, end in self.spans:  # one prompt at a time: this is positions x R x C
-            same = keys_TR[start:end, :, None] == keys_TC[start:end, None]
-            found, twin = same.to(torch.uint8).max(dim=2)
-            twins.append(torch.where((found > 0) & (traces.retrieved_TR[start:end] >= 0), twin, -1))
-        return torch.cat(twins)
+        keys_TE = traces.echo_TE.long() + 1
+        for depth in range(1, keys_TE.shape[1]):
+            keys_TE[:, depth] += _spread(keys_TE[:, depth - 1])
+        # What was not found has no twin: a key of its own.
+        own_R = -torch.arange(1, keys_TR.shape[1] + 1)
+        return keys_TC, torch.cat((torch.where(traces.retrieved_TR >= 0, keys_TR, own_R), keys_TE), dim=1)
+
+    def _pool(self, passes: int) -> tuple[Tensor, Tensor]:
+        """Of what so many passes propose and all that is retrieved, [T, N]: the first with the same path; the true."""
+        if passes not in self._pools:
+            count = int((self.traces.depths_C <= passes).sum())
+            keys_TN = torch.cat((self._keys[0][:, :count], self._keys[1]), dim=1)
+            true_TN = torch.cat((self._true_TC[:, :count], self._true_TR, self._true_TE), dim=1)
+            ordered = keys_TN.sort(dim=1, stable=True)
+            new_TN = torch.ones_like(true_TN)
+            new_TN[:, 1:] = ordered.values[:, 1:] != ordered.values[:, :-1]
+            place_TN = torch.where(new_TN, torch.arange(keys_TN.shape[1]), 0).cummax(dim=1).values
+            first_TN = torch.empty_like(keys_TN).scatter_(1, ordered.indices, ordered.indices.gather(1, place_TN))
+            self._pools[passes] = first_TN, true_TN
+        return self._pools[passes]
 
     def _build(self, scale: Scale) -> Table:
         traces = self.traces
-        drafted = torch.tensor([(1.0, 0.0), *scale.drafted])[traces.depths_C] if scale.drafted else None
-        score_TC = torch.full_like(traces.logp_TC, -torch.inf) if drafted is None else score(drafted, traces.logp_TC)
-        score_TR = torch.full_like(traces.retrieved_logp_TR, -torch.inf)
-        rows = torch.tensor([self._index[path] for path in scale.template], dtype=torch.long)
-        if len(rows):
-            depths = torch.tensor([len(path) for path in scale.template])
-            table = torch.tensor([(1.0, 0.0), *scale.retrieved])[depths]
-            score_TR[:, rows] = score(table, traces.retrieved_logp_TR[:, rows])
-        found_TR = score_TR > -torch.inf
-        parts = [self._trees(passes, score_TC, score_TR, found_TR) for passes in range(self.passes + 1)]
-        promise_T = 1 + score_TR.exp().sum(dim=1)
+        nothing_TC = torch.full_like(traces.logp_TC, -torch.inf)
+        score_TC = drafted_scores(traces, scale) if scale.drafted else nothing_TC
+        score_TR = retrieved_scores(traces, scale)
+        score_TE = echo_scores(traces, scale)
+        retrieved = torch.cat((score_TR, score_TE), dim=1)
+        parts = [self._trees(passes, score_TC, retrieved) for passes in range(self.passes + 1)]
+        promise_T = 1 + torch.maximum(score_TR.exp().sum(dim=1), score_TE.exp().sum(dim=1))
         accepted, by_head, expected = (torch.stack(column, dim=1) for column in zip(*parts, strict=True))
         return Table(accepted, by_head, expected, promise_T)
 
-    def _trees(self, passes: int, score_TC: Tensor, score_TR: Tensor, found_TR: Tensor) -> tuple[Tensor, ...]:
+    def _trees(self, passes: int, score_TC: Tensor, retrieved: Tensor) -> tuple[Tensor, ...]:
         """accepted, drafted and expected by rows, as in `Table`, for one number of passes."""
-        count = int((self.traces.depths_C <= passes).sum())
-        twin_TR = torch.where(found_TR & (self._twin_TR < count), self._twin_TR, -1)
-        repeated_TR = twin_TR >= 0
-        # A repeated node takes its better score; a column past the end collects the rest.
-        best_TC = torch.cat((score_TC[:, :count], torch.full((len(score_TC), 1), -torch.inf)), dim=1)
-        best_TC = best_TC.scatter_reduce(1, torch.where(repeated_TR, twin_TR, count), score_TR, "amax")[:, :count]
-        pool = torch.cat((best_TC, score_TR.masked_fill(repeated_TR, -torch.inf)), dim=1)
+        first_TN, true_TN = self._pool(passes)
+        count = first_TN.shape[1] - retrieved.shape[1]
+        score_TN = torch.cat((score_TC[:, :count], retrieved), dim=1)
+        # A repeated node takes its better score, and the place of the first.
+        pool = torch.full_like(score_TN, -torch.inf).scatter_reduce(1, first_TN, score_TN, "amax")
         ordered = pool.sort(dim=1, descending=True, stable=True)
         chosen, values = ordered.indices[:, : self.budget - 1], ordered.values[:, : self.budget - 1]
-        true = torch.cat((self._true_TC[:, :count], self._true_TR), dim=1).gather(1, chosen)
-        true &= values > -torch.inf
+        true = true_TN.gather(1, chosen) & (values > -torch.inf)
         root = torch.zeros(len(pool), 1)
         counted = (torch.cat((root.bool(), part), dim=1).cumsum(1) for part in (true, true & (chosen < count)))
         expected = torch.cat((root, values), dim=1).exp().cumsum(1)

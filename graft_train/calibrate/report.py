@@ -14,7 +14,13 @@ from graft_inference import Plan
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import ratio
 from graft_train.calibrate.replay import Replay
-from graft_train.calibrate.scale import Nodes, calibration_error, drafted_nodes, fit_scale, retrieved_nodes
+from graft_train.calibrate.scale import (
+    calibration_error,
+    drafted_scores,
+    echo_scores,
+    fit_scale,
+    retrieved_scores,
+)
 from graft_train.calibrate.traces import Traces
 from graft_train.stage import say
 
@@ -30,6 +36,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "no early stop": {"checkpoints": 0},
     "always drafts": {"retrieve_first": False},
     "one width per stage": {"width_by_gain": False},
+    "no echo": {"echo": False},
     "no longer contexts": {"ngrams": False},
 }
 COLORS = {
@@ -44,33 +51,37 @@ COLORS = {
 
 
 def calibration(traces: Traces) -> dict[str, dict[str, float]]:
-    """Expected calibration error by source, raw and fitted; fitted on every other prompt, judged on the rest."""
+    """Expected calibration error by source, raw and fitted; fitted on every other prompt, judged on the rest.
+
+    An echo's word is that everything goes on as it did.
+    """
     prompts = traces.prompt_T.unique()
     fitted, judged = prompts[::2], prompts[1::2]
     if not len(judged):
         return {}
+    found = {}
+    for part, name in ((traces, "retrieved"), (traces.of_ngrams(), "longer contexts")):
+        if part.retrieved_TR.shape[1]:
+            scores = retrieved_scores(part, fit_scale(part, fitted))
+            found[name] = _errors(part, judged, part.retrieved_logp_TR, scores, part.reach_TR)
     scale = fit_scale(traces, fitted)
-    errors = {
-        "drafted": _errors(drafted_nodes(traces), scale.drafted, judged),
-        "retrieved": _errors(retrieved_nodes(traces), scale.retrieved, judged),
-    }
-    if traces.ngrams_TG.shape[1]:
-        longer = traces.of_ngrams()
-        errors["longer contexts"] = _errors(retrieved_nodes(longer), fit_scale(longer, fitted).retrieved, judged)
+    found["drafted"] = _errors(traces, judged, traces.logp_TC, drafted_scores(traces, scale), traces.reach_TC)
+    claimed_TE = torch.where(traces.matched_T[:, None] > 0, torch.zeros_like(traces.echo_reach_TE), -torch.inf)
+    found["echo"] = _errors(traces, judged, claimed_TE, echo_scores(traces, scale), traces.echo_reach_TE)
+    return found
+
+
+def _errors(
+    traces: Traces, prompts: torch.Tensor, raw_TN: torch.Tensor, fitted_TN: torch.Tensor, reach_TN: torch.Tensor
+) -> dict[str, float]:
+    kept_T1 = torch.isin(traces.prompt_T, prompts)[:, None]
+    errors: dict[str, float] = {}
+    for name, logp_TN in (("before", raw_TN), ("after", fitted_TN)):
+        kept_TN = kept_T1 & (logp_TN.exp() > WORTH)
+        if not kept_TN.any():
+            return {}
+        errors |= {name: calibration_error(logp_TN[kept_TN].exp(), reach_TN[kept_TN]), "nodes": int(kept_TN.sum())}
     return errors
-
-
-def _errors(nodes: Nodes, table: tuple[tuple[float, float], ...], prompts: torch.Tensor) -> dict[str, float]:
-    kept = torch.isin(nodes.prompt, prompts) & (nodes.logp.exp() > WORTH)
-    if not kept.any():
-        return {}
-    slope, offset = torch.tensor(table)[nodes.depth[kept] - 1].unbind(dim=1)
-    logp, reach = nodes.logp[kept], nodes.reach[kept]
-    return {
-        "before": calibration_error(logp.exp(), reach),
-        "after": calibration_error((slope * logp + offset).exp(), reach),
-        "nodes": len(reach),
-    }
 
 
 def ablation(settings: CalibrateConfig, replays: tuple[Replay, ...], plan_of: PlanOf) -> dict[str, dict[str, float]]:
@@ -100,14 +111,16 @@ def frontier(
 
 
 def describe(plan: Plan) -> str:
-    """Passes, thresholds and rows of each stage, in one line."""
+    """Passes, thresholds and rows of each stage, and what is retrieved from, in one line."""
+    asked = (("n-grams" if plan.ngrams else "matrix", plan.looks_up), ("echo", plan.echoes))
+    sources = ", ".join(name for name, is_asked in asked if is_asked)
     parts = []
     for stage in plan.stages:
         last = stage is plan.stages[-1]
         rule = "" if last else f" if <= {stage.threshold:.2f}" if stage.passes else f" if > {stage.threshold:.2f}"
         rows = "/".join(map(str, stage.widths)) if stage.widths else f"1+{stage.drafted}+{stage.retrieved}"
         parts.append(f"{stage.passes}{rule}: {rows}")
-    return "; ".join(parts)
+    return "; ".join(parts) + (f" ({sources})" if sources else "")
 
 
 def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, ...]]:
@@ -194,7 +207,8 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
         f"Head passes 0, 1, ...: {_times(latency['draft_ms'])}. Without retrieval, with the matrix and with longer "
         f"contexts, choosing the tree takes {_times(latency['graft_ms'])}, acceptance and commit "
-        f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}. "
+        f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}, the search of "
+        f"the request's own text {latency['echo_ms']:.2f}. "
         f"Interquartile range over median of a round: {latency['spread'][0]:.0%} typically, "
         f"{latency['spread'][1]:.0%} at most.",
         "",

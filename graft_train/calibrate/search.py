@@ -59,7 +59,17 @@ def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
     going on is worth, on average over all positions with as little confidence.
     """
     lasts = range(0, replay.passes + 1) if scale.drafted else [0]
-    return _fastest(replay, [plan for last in lasts if (plan := _converged(replay, scale, allowed, last))])
+    found = (_converged(replay, part, allowed, last) for part in _sources(scale) for last in lasts)
+    # One row, and nothing asked: where no candidate is worth its row.
+    alone = _plan(replay, (Stage(0, widths=(1,)),), Scale())
+    return _fastest(replay, [alone, *(plan for plan in found if plan)])
+
+
+def _sources(scale: Scale) -> list[Scale]:
+    """All retrieved sources together, and each alone: one that adds too little costs its look-up."""
+    if scale.template and scale.echo:
+        return [scale, replace(scale, template=()), replace(scale, echo=())]
+    return [scale]
 
 
 def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int) -> Plan | None:
@@ -91,7 +101,7 @@ def _improved(
     stop_T = np.ones(len(weight_T), dtype=bool)
     stages: list[Stage] = []
     value_T = np.zeros(len(weight_T))
-    first = 0 if last == 0 or (allowed.retrieve_first and scale.template) else 1
+    first = 0 if last == 0 or (allowed.retrieve_first and (scale.template or scale.echo)) else 1
     for passes in range(last, first - 1, -1):
         measure_T = replay.promise(scale) if passes == 0 else -replay.confidence_TP[:, passes - 1]
         if passes == last:
@@ -165,7 +175,7 @@ def _simplified(replay: Replay, plan: Plan, checkpoints: int) -> Plan:
 
 def _possible(replay: Replay, scale: Scale, allowed: Allowed, passes: int) -> list[int]:
     drafted = _most_drafted(replay, passes) if scale.drafted else 0
-    return [width for width in allowed.widths if 1 < width <= 1 + drafted + len(scale.template)]
+    return [width for width in allowed.widths if 1 < width <= 1 + drafted + len(scale.template) + scale.echo_depth]
 
 
 def _most_drafted(replay: Replay, passes: int) -> int:

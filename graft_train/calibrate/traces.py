@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from graft_inference import GraftEngine, GraftError
 from graft_inference.drafting import Drafter
+from graft_inference.echo import Echo
 from graft_inference.ngrams import LONGEST, NgramSource
 from graft_inference.policy import RankPaths, depth_template
 from graft_inference.retrieval import SuccessorMatrix, Template
@@ -28,7 +29,7 @@ from graft_inference.tree import DraftTree, Source, merge
 
 @dataclass
 class Traces:
-    """T positions, P head passes, C drafted, R and G retrieved candidates (roots left out), D depths.
+    """T positions, P head passes, C drafted, R, G and E retrieved candidates (roots left out), D depths.
 
     Attributes:
         prompt_T: which prompt a position belongs to; positions of a prompt stand in order.
@@ -42,7 +43,8 @@ class Traces:
         template_RL: the rank paths, padded with -1.
         ngrams_TG, ngrams_logp_TG, ngrams_template_GL: the same three for longer contexts (`NgramSource`); G is 0
             where the corpus has none.
-        reach_TC, reach_TR, ngrams_reach_TG: P(accepted) under the target, that is of all tokens on the
+        echo_TE, matched_T: what followed the longest earlier match of the text's end, and its length; 0: none.
+        reach_TC, reach_TR, ngrams_reach_TG, echo_reach_TE: P(accepted) under the target, that is of all tokens on the
             path; at temperature 0 whether they are the greedy ones.
     """
 
@@ -63,6 +65,9 @@ class Traces:
     ngrams_logp_TG: Tensor
     ngrams_template_GL: Tensor
     ngrams_reach_TG: Tensor
+    echo_TE: Tensor
+    matched_T: Tensor
+    echo_reach_TE: Tensor
 
     def __len__(self) -> int:
         return len(self.prompt_T)
@@ -117,12 +122,14 @@ def record_traces(
     max_passes: int,
     retrieval_depth: int,
     paths: int,
+    echo_depth: int,
     temperature: float = 0.0,
 ) -> Traces:
     """Traces a continuation of each prompt ([length] int64).
 
     Args:
         paths: nodes looked up in each source at every position: the rank paths that lead to the truth most often.
+        echo_depth: tokens taken from the text's own repetitions.
     """
     bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt")
     sequences = [
@@ -132,7 +139,7 @@ def record_traces(
     starts = [len(prompt) for prompt in prompts]
     template = likely_paths(engine, sequences, starts, retrieval_depth, paths)
     longer = likely_paths(engine, sequences, starts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
-    tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, temperature)
+    tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, echo_depth, temperature)
     parts = []
     for index, sequence in enumerate(tqdm(sequences, desc="calibrate: traces", unit="prompt")):
         parts.append(tracer.trace(sequence.to(engine.target.device), starts[index], index))
@@ -206,6 +213,7 @@ class _Tracer:
         template: list[tuple[int, ...]],
         longer: list[tuple[int, ...]],
         retrieval_depth: int,
+        echo_depth: int,
         temperature: float,
     ) -> None:
         self.engine = engine
@@ -214,7 +222,8 @@ class _Tracer:
         self.max_passes = max_passes
         self.template = Template(template, self.target.device)
         self.longer = Template(longer, self.target.device)
-        self.depth = max(max_passes, retrieval_depth)
+        self.chain = Template([(0,) * depth for depth in range(1, echo_depth + 1)], self.target.device)
+        self.depth = max(max_passes, retrieval_depth, echo_depth)
         self.temperature = temperature
 
     def trace(self, sequence_S: Tensor, start: int, index: int) -> dict[str, Tensor]:
@@ -223,7 +232,9 @@ class _Tracer:
         whole = self.target.prefill(sequence_S, self.target.new_cache(length))
         if self.temperature:
             candidates = self.beam_width + (self.max_passes - 1) * self.beam_width**2
-            cache = self.target.new_cache(length + 1 + candidates + len(self.template) + len(self.longer))
+            cache = self.target.new_cache(
+                length + 1 + candidates + len(self.template) + len(self.longer) + len(self.chain)
+            )
             self.target.prefill(sequence_S[:start], cache)
         drafter = Drafter(self.engine.head, self.target, self.beam_width, length + self.beam_width * self.max_passes)
         successors = self.engine.successors.clone()
@@ -231,6 +242,8 @@ class _Tracer:
         ngrams = NgramSource(self.engine.ngrams, successors) if self.engine.ngrams else None
         if ngrams:
             ngrams.read(sequence_S[:start])
+        echo = Echo(length + self.depth, self.target.device)
+        echo.read(sequence_S[:start])
         rows: list[dict[str, Tensor]] = []
         read = 0  # positions the head has caught up with
         for root in range(start, length - 1):
@@ -243,19 +256,22 @@ class _Tracer:
             root_1 = sequence_S[root : root + 1]
             if ngrams:
                 ngrams.read(root_1)
+            echo.read(root_1)
+            tokens_E, matched_1 = echo.find(len(self.chain) - 1)
             drafted = draft.candidates
             retrieved = successors.expand(root_1, self.template)
             longer = (ngrams or successors).expand(root_1, self.longer)
+            repeated = self.chain.tree(torch.cat((root_1, tokens_E)), None)
             truth_D = torch.full((self.depth,), -1, device=sequence_S.device)
             following = sequence_S[root + 1 : root + 1 + self.depth]
             truth_D[: len(following)] = following
-            trees = (drafted, retrieved, longer)
+            trees = (drafted, retrieved, longer, repeated)
             if self.temperature:
-                reach_C, reach_R, reach_G = self._reach(trees, cache)
+                reach_C, reach_R, reach_G, reach_E = self._reach(trees, cache)
                 cache.commit(1)
             else:
-                reach_C, reach_R, reach_G = (on_path(tree, truth_D) for tree in trees)
-            found_R, found_G = (tree.sources_N[1:] == Source.RETRIEVED for tree in trees[1:])
+                reach_C, reach_R, reach_G, reach_E = (on_path(tree, truth_D) for tree in trees)
+            found_R, found_G = (tree.sources_N[1:] == Source.RETRIEVED for tree in (retrieved, longer))
             rows.append(
                 {
                     "prompt_T": torch.tensor(index),
@@ -272,6 +288,9 @@ class _Tracer:
                     "ngrams_TG": torch.where(found_G, longer.tokens_N[1:], -1).to(torch.int32),
                     "ngrams_logp_TG": longer.logp_N[1:],
                     "ngrams_reach_TG": torch.where(found_G, reach_G[1:].float(), 0.0),
+                    "echo_TE": tokens_E.to(torch.int32),
+                    "matched_T": matched_1[0],
+                    "echo_reach_TE": torch.where(matched_1 > 0, reach_E[1:].float(), 0.0),
                 }
             )
             _learn(successors, sequence_S, whole, slice(root, root + 1))

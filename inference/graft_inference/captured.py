@@ -17,6 +17,7 @@ from .bucket_cache import BucketCache, bucket, move
 from .cuda_graph import CannotCapture, Captured, CudaGraphs, Function
 from .draft_head import DraftHead
 from .drafting import Layer
+from .echo import Echo
 from .errors import GraftError
 from .kv_cache import TreeCache
 from .policy import Stage
@@ -115,6 +116,9 @@ class CapturedRounds:
         static.length_1.fill_(state.cache.length)
         static.place_1.fill_(state.place)
         static.root_1.copy_(state.root_1)
+        if state.echo is not None and static.echo is not None and state.echo is not static.echo:
+            static.echo.adopt(state.echo)
+            state.echo = static.echo
         assert isinstance(state.sampler.seed, int)
         static.seed_1.fill_(signed(state.sampler.seed))
         if state.drafter is not None and static.drafter is not None:
@@ -148,6 +152,8 @@ class CapturedRounds:
             static.drafter = StaticDrafter(self.head, self.target, static.capacity, static.fresh)
         if state.successors is not None and state.successors is not self._shared and static.successors is None:
             static.successors = state.successors.clone()
+        if state.echo is not None and static.echo is None:
+            static.echo = Echo(static.capacity, static.root_1.device)
         return static
 
     def _round(self, state: DecodeState, static: Statics) -> tuple[tuple[list[int], list[str]], float]:
@@ -165,6 +171,7 @@ class CapturedRounds:
             size=size,
             cache=self._caches[size],
             successors=state.successors,
+            echo=state.echo,
             learns=state.learns,
             drafts=drafter is not None,
             logprobs=state.logprobs is not None,
@@ -181,7 +188,8 @@ class CapturedRounds:
         depth = max(state.grafter.depths.values())
         learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
         decay = state.successors.decay if state.successors is not None else 0.0
-        settings = (segments.drafts, segments.logprobs, learning, decay, _settings(state.sampler))
+        echoes = segments.echo is not None
+        settings = (segments.drafts, echoes, segments.logprobs, learning, decay, _settings(state.sampler))
         key = ("verify", size, width, depth, settings)
         self._run(segments, key, lambda: segments.verify(width, depth))
         times.append(graphs.now())
@@ -198,7 +206,7 @@ class CapturedRounds:
         names = [Source(source).name.lower() for source in sources[1:count]] + ["bonus"]
         return (tokens[:count], names), sum(seconds)
 
-    def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], DraftTree | None]:
+    def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], list[DraftTree] | None]:
         """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
         plan = segments.plan
         key = (segments.grafter, segments.size, segments.successors is self._shared)
@@ -208,7 +216,7 @@ class CapturedRounds:
             return stages[0], [], None
         if stages[0].passes == 0:
             outputs = self._run(segments, ("look up", *key), lambda: segments.look_up(stages[0]))
-            retrieved = DraftTree(*outputs)
+            retrieved = _trees(outputs)
             if self._told(segments):
                 return stages[0], [], retrieved
             stages = stages[1:]
@@ -219,12 +227,12 @@ class CapturedRounds:
             )
             ends = COLUMNS * (stage.passes - len(layers))
             layers = layers + [Layer(*outputs[i : i + COLUMNS]) for i in range(0, ends, COLUMNS)]
-            retrieved = DraftTree(*outputs[ends:]) if outputs[ends:] else given
+            retrieved = given if given is not None else _trees(outputs[ends:])
             if stage is stages[-1] or self._told(segments):
                 break
         return stage, layers, retrieved
 
-    def _graft(self, segments: Segments, stage: Stage, layers: list[Layer], retrieved: DraftTree | None) -> int:
+    def _graft(self, segments: Segments, stage: Stage, layers: list[Layer], retrieved: list[DraftTree] | None) -> int:
         """Puts the tree together; returns its width."""
         if stage.rows == 1:
             return 1
@@ -267,6 +275,10 @@ class CapturedRounds:
         """So many positions are yet to be read by the head, eagerly too if it comes to that."""
         self._pending = count
         state.fresh_tokens_A, state.fresh_taps_AE = drafter.tokens_F[:count], drafter.taps_FE[:count]
+
+
+def _trees(outputs: list[Tensor]) -> list[DraftTree]:
+    return [DraftTree(*outputs[start : start + COLUMNS]) for start in range(0, len(outputs), COLUMNS)]
 
 
 def _settings(sampler: Sampler) -> tuple:

@@ -16,6 +16,7 @@ from .cuda_graph import CudaGraphs
 from .device import warn_if_elsewhere
 from .draft_head import DraftHead
 from .drafting import Drafter
+from .echo import Echo
 from .errors import GraftError
 from .governor import Governor, ladder
 from .grafting import Grafter, check_sources
@@ -284,8 +285,12 @@ class GraftEngine:
         seen_S = prompt_S if seen_S is None else seen_S.to(self.target.device)
         cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats, resumes)
         ngrams = self._ngrams(plan, successors)
-        if ngrams is not None:
-            ngrams.read(prompt_S)
+        # As many as the cache: the last round may go beyond the request's end.
+        capacity = len(prompt_S) + new_tokens + max(stage.rows for stage in plan.stages)
+        echo = Echo(capacity, self.target.device) if plan.echoes else None
+        texts: list[NgramSource | Echo] = [source for source in (ngrams, echo) if source is not None]
+        for source in texts:
+            source.read(prompt_S)
         learns = successors is not None and self.retrieval_scope != "frozen"
         for start in range(stats.reused, len(prompt_S), self.prefill_chunk):
             piece_S = prompt_S[start : start + self.prefill_chunk]
@@ -298,8 +303,8 @@ class GraftEngine:
         root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, seen_S, logprobs is not None)
         if logprobs is not None and logp_1 is not None:
             logprobs.append(logp_1)
-        if ngrams is not None:
-            ngrams.read(root_1)
+        for source in texts:
+            source.read(root_1)
         first = int(root_1)
         state = DecodeState(
             plan=plan,
@@ -309,6 +314,7 @@ class GraftEngine:
             drafter=drafter,
             successors=successors,
             ngrams=ngrams,
+            echo=echo,
             learns=learns,
             sampler=sampler,
             place=1,
@@ -340,7 +346,7 @@ class GraftEngine:
         rows = committed + max(stage.rows for stage in plan.stages)
         head_rows = committed + plan.beam_width * plan.max_passes
         successors = None
-        if plan.retrieves:
+        if plan.looks_up:
             successors = self.successors.clone() if self.retrieval_scope == "request" else self.successors
         kept = None
         if resumes:
@@ -349,7 +355,7 @@ class GraftEngine:
         if kept is None or not stats.reused:
             drafter = Drafter(self.head, self.target, plan.beam_width, head_rows) if plan.drafts else None
             return self.target.new_cache(rows), drafter, successors
-        if self.retrieval_scope == "request" and plan.retrieves and kept.successors and kept.continues(prompt_S):
+        if self.retrieval_scope == "request" and plan.looks_up and kept.successors and kept.continues(prompt_S):
             successors = kept.successors
         return *kept.resume(stats.reused, plan, rows, head_rows), successors
 

@@ -2,22 +2,27 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .echo import Echo
 from .errors import GraftError
 from .ngrams import NgramSource, NgramTable
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
 from .tree import DraftTree, Source, compete, merge
 
+LEAST = 1e-4
+"""Probabilities this close to 0 and 1 count as that close."""
+
 
 def check_sources(plan: Plan, successors: SuccessorMatrix, ngrams: NgramTable | None) -> None:
     """Raises GraftError where a plan looks up what the sources do not have."""
-    if plan.retrieves and plan.max_rank >= successors.k:
+    if plan.looks_up and plan.max_rank >= successors.k:
         raise GraftError(
             f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps {successors.k} "
             "successors: calibrate again with this corpus"
         )
-    if plan.retrieves and plan.scale and successors.probs_VK is None:
+    if plan.looks_up and plan.scale and successors.probs_VK is None:
         raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
     if plan.ngrams and (ngrams is None or successors.probs_VK is None):
         raise GraftError(
@@ -39,42 +44,64 @@ class Grafter:
             return
         shared = Template(list(self.scale.template), device)
         self._templates = {stage.passes: shared for stage in plan.stages}
-        self._retrieved_T2 = _table(self.scale.retrieved, device)[shared.depths_T]
-        self._drafted_D2 = _table(self.scale.drafted, device)
+        retrieved = [(1.0, 0.0)]
+        for path in self.scale.template:
+            slope, offset = self.scale.retrieved[len(path) - 1]
+            retrieved.append((slope, offset + self.scale.ranks[path[-1]]))
+        self._retrieved_T2 = torch.tensor(retrieved, device=device)
+        # A root's slope and offset are never used.
+        self._drafted_D2 = torch.tensor([(1.0, 0.0), *self.scale.drafted], device=device)
+        self._chain = Template([(0,) * depth for depth in range(1, self.scale.echo_depth + 1)], device)
+        # Where nothing matched, nothing is proposed; the root stands first.
+        nothing = [-torch.inf] * self.scale.echo_depth
+        self._echo_ME = torch.tensor([[0.0, *row] for row in (nothing, *self.scale.echo)], device=device)
+        self._zero = torch.zeros((), device=device)
         self._widths = {stage.passes: torch.tensor(stage.widths, device=device) for stage in plan.stages}
         self._prices = {stage.passes: torch.tensor(stage.prices, device=device) for stage in plan.stages}
 
     def retrieve(
-        self, stage: Stage, successors: SuccessorMatrix | NgramSource | None, root_1: Tensor
-    ) -> DraftTree | None:
-        """The candidates that the source has for this stage; scored by `logp_N` where the plan has a scale."""
+        self, stage: Stage, successors: SuccessorMatrix | NgramSource | None, root_1: Tensor, echo: Echo | None = None
+    ) -> list[DraftTree]:
+        """The candidates that each source has for this stage; scored by `logp_N` where the plan has a scale."""
+        trees = []
         template = self._templates[stage.passes]
-        if successors is None or len(template) == 1:
-            return None
-        tree = successors.expand(root_1, template)
-        if self.scale:
-            tree.logp_N = score(self._retrieved_T2, tree.logp_N)
+        if successors is not None and len(template) > 1:
+            tree = successors.expand(root_1, template)
+            trees.append(tree)
+            if self.scale:
+                step_T = step_scores(self._retrieved_T2, tree).masked_fill_(tree.sources_N == Source.EMPTY, -torch.inf)
+                tree.logp_N = torch.where(template.lineage_TT, step_T, self._zero).sum(dim=1)
+        if echo is not None and self.plan.echoes:
+            trees.append(self._repeated(echo, root_1))
+        return trees
+
+    def _repeated(self, echo: Echo, root_1: Tensor) -> DraftTree:
+        """What the request's own text says, as a chain."""
+        tokens_E, length_1 = echo.find(len(self._chain) - 1)
+        tree = self._chain.tree(torch.cat((root_1, tokens_E)), None)
+        tree.logp_N = self._echo_ME.index_select(0, length_1)[0]
         return tree
 
-    def skips_drafting(self, stage: Stage, retrieved: DraftTree) -> Tensor:
-        """Whether what was retrieved promises so many tokens that the head is not asked, [1] bool."""
-        return (retrieved.logp_N.exp().sum() > stage.threshold)[None]
+    def skips_drafting(self, stage: Stage, retrieved: list[DraftTree]) -> Tensor:
+        """Whether what was retrieved promises so many tokens that the head is not asked, [1] bool.
 
-    def tree(self, stage: Stage, drafted: DraftTree, retrieved: DraftTree | None) -> DraftTree:
+        The source that promises most speaks: they foresee the same tokens.
+        """
+        promises = torch.stack([tree.logp_N.exp().sum() for tree in retrieved])
+        return promises.amax(dim=0, keepdim=True) > stage.threshold
+
+    def tree(self, stage: Stage, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
         """The best nodes, as many as the stage verifies at most.
 
         Args:
             drafted: every node the head proposed.
-            retrieved: what `retrieve` found, if anything.
+            retrieved: what `retrieve` found.
         """
         if self.scale is None:
             best = drafted.best(stage.drafted)
-            return best if retrieved is None else merge(best, retrieved, stage.retrieved)
-        trees, scores = [drafted], [score(self._drafted_D2[drafted.depths_N], drafted.logp_N)]
-        if retrieved is not None:
-            trees.append(retrieved)
-            scores.append(retrieved.logp_N)
-        tree = compete(trees, scores, stage.rows)
+            return merge(best, retrieved[0], stage.retrieved) if retrieved else best
+        own_N = drafted.path_sums(step_scores(self._drafted_D2[drafted.depths_N], drafted), stage.passes)
+        tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
         return tree
@@ -86,11 +113,14 @@ class Grafter:
         return worth.argmax(dim=0, keepdim=True)
 
 
-def _table(pairs: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
-    """[depth + 1, 2] slopes and offsets; the root, at depth 0, scores its log-probability of 0."""
-    return torch.tensor([(1.0, 0.0), *pairs], device=device)
+def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:
+    """log P(accepted | parent accepted) of each row, see `Scale`; 0 for the root. EMPTY rows may be NaN."""
+    step_N = calibrated(table_N2, tree.logp_N - tree.logp_N[tree.parents_N])
+    step_N[0] = 0.0
+    return step_N
 
 
-def score(table_N2: Tensor, logp_N: Tensor) -> Tensor:
-    """log P(accepted) of each node; see `Scale`."""
-    return torch.addcmul(table_N2[:, 1], table_N2[:, 0], logp_N)
+def calibrated(table_N2: Tensor, step_logp_N: Tensor) -> Tensor:
+    """log P(accepted | parent accepted) from log-probabilities of steps; table: slope and offset of each."""
+    logit_N = torch.logit(step_logp_N.exp(), eps=LEAST)
+    return F.logsigmoid(torch.addcmul(table_N2[..., 1], table_N2[..., 0], logit_N))

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Self
 
+from .echo import LONGEST
 from .errors import GraftError
 
 METHODS = ("graft", "eagle3", "prune", "retrieve", "autoregressive")
@@ -12,39 +13,56 @@ RankPaths = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Scale:
-    """One scale for both sources: P(accepted) = exp(slope * logp + offset), by source and depth.
+    """One scale for all sources: P(accepted) of a node is the product along its path of
 
-    Slopes never fall and offsets never rise with depth, and logp is never positive: so no node is worth
-    more than its parent, and the best nodes are closed under parents.
+        P(accepted | parent accepted) = sigmoid(slope * logit(q) + offset),  q the source's probability of the step.
+
+    No node is worth more than its parent, so the best nodes are closed under parents, whatever was fitted.
 
     Attributes:
-        drafted: (slope, offset) at depth 1, 2, ... of a drafted node's cumulative log-probability.
-        retrieved: the same for a retrieved node's.
+        drafted: (slope, offset) of drafted nodes at depth 1, 2, ...
+        retrieved: the same of retrieved nodes.
+        ranks: added to a retrieved node's offset, by its rank among its parent's successors.
         template: rank paths that are looked up and may compete.
+        echo: log P(accepted) at depth 1, 2, ... of what the request's own text repeats, by matched tokens from 1
+            to `echo.LONGEST`; empty: its text is not searched.
 
     Raises:
-        GraftError: a table that lets a child outrank its parent.
+        GraftError: slopes that are not positive, or a table that is too short.
     """
 
     drafted: tuple[tuple[float, float], ...] = ()
     retrieved: tuple[tuple[float, float], ...] = ()
+    ranks: tuple[float, ...] = ()
     template: RankPaths = ()
+    echo: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, table in (("drafted", self.drafted), ("retrieved", self.retrieved)):
-            falls = any(below[0] < above[0] or below[1] > above[1] for above, below in pairwise(table))
-            if falls or (table and (table[0][0] <= 0 or table[0][1] > 0)):
-                raise GraftError(
-                    f"the scale of {name} nodes needs positive slopes that never fall and offsets of at most 0 "
-                    "that never rise with depth: calibrate again"
-                )
+        if any(slope <= 0 for slope, _ in (*self.drafted, *self.retrieved)):
+            raise GraftError("a scale's slopes must be positive: calibrate again")
+        if any(path[-1] >= len(self.ranks) for path in self.template):
+            raise GraftError(f"the scale knows {len(self.ranks)} ranks, its template uses more: calibrate again")
         if self.depth > len(self.retrieved):
             raise GraftError(f"the scale knows {len(self.retrieved)} depths, its template has {self.depth}")
+        if self.echo and (len(self.echo) != LONGEST or len({*map(len, self.echo)}) != 1):
+            raise GraftError(f"the scale of the request's own text needs {LONGEST} rows of one length: calibrate again")
+        if any(below > above for row in self.echo for above, below in pairwise((0.0, *row))):
+            raise GraftError("the scale of the request's own text must fall with depth, from 0: calibrate again")
 
     @property
     def depth(self) -> int:
         """Length of the longest rank path."""
         return max(map(len, self.template), default=0)
+
+    @property
+    def echo_depth(self) -> int:
+        """Tokens that the request's own text may add."""
+        return len(self.echo[0]) if self.echo else 0
+
+    @property
+    def candidates(self) -> int:
+        """Nodes that retrieval may add."""
+        return len(self.template) + self.echo_depth
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,7 @@ class Plan:
         passes = [stage.passes for stage in self.stages]
         if not passes or passes != sorted(set(passes)):
             raise GraftError(f"a plan's stages need rising passes, not {passes}")
-        if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.scale.template):
+        if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.retrieves):
             raise GraftError("only a plan that scores retrieved nodes can begin with a stage of 0 passes")
         for stage in self.stages:
             candidates = self.candidates(stage.passes)
@@ -146,12 +164,13 @@ class Plan:
                 )
             if bool(stage.widths) != (self.scale is not None):
                 raise GraftError(f"stage {stage.name}: widths and a plan's scale belong together")
-            if self.scale and stage.rows > 1 + candidates + len(self.scale.template):
+            retrieved = self.scale.candidates if self.scale else 0
+            if self.scale and stage.rows > 1 + candidates + retrieved:
                 raise GraftError(
                     f"stage {stage.name} has {stage.rows} rows, but only {candidates} drafted and "
-                    f"{len(self.scale.template)} retrieved candidates: lower its widths"
+                    f"{retrieved} retrieved candidates: lower its widths"
                 )
-        if self.ngrams and not self.retrieves:
+        if self.ngrams and not self.looks_up:
             raise GraftError("a plan that follows n-grams needs a template of retrieved nodes")
         if self.scale and self.max_passes > len(self.scale.drafted):
             raise GraftError(f"the scale knows {len(self.scale.drafted)} drafted depths, the plan {self.max_passes}")
@@ -165,8 +184,18 @@ class Plan:
         return self.stages[-1].passes > 0
 
     @property
-    def retrieves(self) -> bool:
+    def looks_up(self) -> bool:
+        """Whether the matrix, or a source in its place, is asked."""
         return bool(self.scale and self.scale.template) or any(stage.retrieved for stage in self.stages)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the request's own text is searched."""
+        return bool(self.scale and self.scale.echo)
+
+    @property
+    def retrieves(self) -> bool:
+        return self.looks_up or self.echoes
 
     @property
     def max_passes(self) -> int:
@@ -180,12 +209,13 @@ class Plan:
 
     def depth(self, stage: Stage) -> int:
         """Bound on the depth of this stage's trees."""
-        return max([stage.passes, self.scale.depth if self.scale else 0, *map(len, stage.template)])
+        retrieved = (self.scale.depth, self.scale.echo_depth) if self.scale else ()
+        return max(stage.passes, *retrieved, *map(len, stage.template), 0)
 
     def without_retrieval(self) -> Self:
         """The same pruning without the retrieved nodes: the drafted nodes of this plan's own trees."""
         if self.scale:
-            return replace(self, drafted_only=True) if self.scale.template else self
+            return replace(self, drafted_only=True) if self.retrieves else self
         stages = tuple(replace(stage, retrieved=0, template=()) for stage in self.stages)
         return replace(self, stages=stages, ngrams=False)
 
@@ -203,7 +233,7 @@ class Plan:
         if self.scale is None:
             drafted = min(-(-stage.drafted // 2), candidates)
             return replace(stage, drafted=drafted, retrieved=-(-stage.retrieved // 2))
-        return _at_most(stage, min(-(-stage.rows // 2), 1 + candidates + len(self.scale.template)))
+        return _at_most(stage, min(-(-stage.rows // 2), 1 + candidates + self.scale.candidates))
 
     def without_drafting(self) -> Self:
         """The retrieved nodes alone, of the stage that has most of them."""
@@ -212,7 +242,7 @@ class Plan:
             stage = replace(stage, passes=0, drafted=0)
         else:
             stage = self.stages[0] if not self.stages[0].passes else max(self.stages, key=lambda stage: stage.rows)
-            stage = _at_most(replace(stage, passes=0), 1 + len(self.scale.template))
+            stage = _at_most(replace(stage, passes=0), 1 + self.scale.candidates)
         return replace(self, stages=(stage,))
 
     @classmethod
@@ -222,7 +252,7 @@ class Plan:
             scale = values["scale"] and _exactly(Scale, values["scale"])
             return _exactly(cls, {**values, "stages": stages, "scale": scale})
         except (KeyError, TypeError) as error:
-            raise GraftError(f"not a plan of a graft.json: {error}") from error
+            raise GraftError(f"not a plan of a graft.json ({error}): calibrate again") from error
 
 
 def _at_most(stage: Stage, rows: int) -> Stage:

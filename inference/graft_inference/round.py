@@ -80,8 +80,8 @@ def _asked(states: Sequence[DecodeState]) -> list[int]:
         if state.drafter is None:
             continue
         if stage.passes == 0 and state.plan.drafts:
-            state.retrieved = state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1)
-            if state.retrieved is not None:
+            state.retrieved = _retrieve(state, stage)
+            if state.retrieved:
                 gates[index] = state.grafter.skips_drafting(stage, state.retrieved)
         if state.plan.drafts:
             asked.append(index)
@@ -115,7 +115,7 @@ def graft(states: Sequence[DecodeState], drafts: Sequence[tuple[Stage, DraftTree
     trees, widths = [], {}
     for index, (state, (stage, drafted)) in enumerate(zip(states, drafts, strict=True)):
         if state.retrieved is None:
-            state.retrieved = state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1)
+            state.retrieved = _retrieve(state, stage)
         trees.append(state.grafter.tree(stage, drafted, state.retrieved))
         if stage.prices:
             widths[index] = state.grafter.best_width(stage, trees[-1])
@@ -173,6 +173,8 @@ def _keep_branch(
     state.place += count
     if state.ngrams is not None:
         state.ngrams.read(state.fresh_tokens_A)
+    if state.echo is not None:
+        state.echo.read(state.fresh_tokens_A)
     if state.history_S is not None:
         state.history_S = torch.cat((state.history_S, state.fresh_tokens_A))
     if state.logprobs is not None and logp_N is not None:
@@ -185,6 +187,10 @@ def _read(records: list[Tensor]) -> list[list[Any]]:
         return []
     values = iter((records[0] if len(records) == 1 else torch.cat(records)).tolist())
     return [list(islice(values, len(record))) for record in records]
+
+
+def _retrieve(state: DecodeState, stage: Stage) -> list[DraftTree]:
+    return state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1, state.echo)
 
 
 def _drafter(state: DecodeState) -> Drafter:

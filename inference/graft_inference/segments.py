@@ -13,6 +13,7 @@ from torch import Tensor
 from .bucket_cache import BucketCache, BucketVisibility, allocated
 from .cuda_graph import CudaGraphs
 from .drafting import Draft, Layer
+from .echo import Echo
 from .grafting import Grafter
 from .kv_cache import TreeCache
 from .policy import Plan, Stage
@@ -35,7 +36,7 @@ class Statics:
     Attributes:
         length_1, place_1, root_1, seed_1: int64, what a request calls so.
         tree: what is verified next.
-        drafter, successors: None until a request needs them; the matrix is that of a request alone.
+        drafter, successors, echo: None until a request needs them; the matrix is that of a request alone.
         record: host memory that segments write to.
     """
 
@@ -50,6 +51,7 @@ class Statics:
         self.record = graphs.host(1 + 2 * (depth + 1))
         self.drafter: StaticDrafter | None = None
         self.successors: SuccessorMatrix | None = None
+        self.echo: Echo | None = None
 
     @property
     def fresh(self) -> int:
@@ -66,11 +68,17 @@ class Statics:
         if self.drafter is not None:
             drafter = self.drafter
             tensors += [drafter.length_1, drafter.pending_1, drafter.tokens_F, drafter.taps_FE]
+        if self.echo is not None:
+            tensors += [self.echo.text_S, self.echo.end_1]
         return tensors + (successors.tensors if successors is not None else [])
 
 
 def columns(value: DraftTree | Layer) -> list[Tensor]:
     return [getattr(value, column.name) for column in fields(value)]
+
+
+def flat(values: Sequence[DraftTree] | Sequence[Layer]) -> list[Tensor]:
+    return [column for value in values for column in columns(value)]
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Segments:
         size: of the bucket.
         cache: the target's, so far.
         successors: looked up and, if `learns`, taught.
+        echo: the request's own text, where it is searched.
         drafts: whether the head is kept up to date.
         logprobs: whether those of emitted tokens are wanted.
     """
@@ -95,30 +104,29 @@ class Segments:
     size: int
     cache: BucketCache
     successors: SuccessorMatrix | None
+    echo: Echo | None
     learns: bool
     drafts: bool
     logprobs: bool
 
     def look_up(self, stage: Stage) -> list[Tensor]:
         """A first stage without the head: what was retrieved, and to the host whether that is enough."""
-        retrieved = self.grafter.retrieve(stage, self.successors, self.static.root_1)
-        assert retrieved is not None
+        retrieved = self._retrieve(stage)
         self._say(self.grafter.skips_drafting(stage, retrieved))
-        return columns(retrieved)
+        return flat(retrieved)
 
-    def draft(self, stage: Stage, layers: Sequence[Layer], retrieved: DraftTree | None) -> list[Tensor]:
+    def _retrieve(self, stage: Stage) -> list[DraftTree]:
+        return self.grafter.retrieve(stage, self.successors, self.static.root_1, self.echo)
+
+    def draft(self, stage: Stage, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
         """The passes up to a stage, and to the host whether to stop there; what this stage retrieves, meanwhile.
 
         Returns:
-            columns of the new layers, then of the retrieved tree, if it has one and was not given it.
+            columns of the new layers, then of the retrieved trees, if there are any and they were not given.
         """
         static, drafter, width = self.static, self._drafter, self.plan.beam_width
         with static.graphs.aside():
-            if retrieved is None:
-                retrieved = self.grafter.retrieve(stage, self.successors, static.root_1)
-                found = columns(retrieved) if retrieved is not None else []
-            else:
-                found = []
+            found = self._retrieve(stage) if retrieved is None else []
         grown = list(layers)
         if not grown:
             grown.append(drafter.begin(self.size, width))
@@ -127,19 +135,19 @@ class Segments:
         if stage is not self.plan.stages[-1]:
             self._say(Draft(static.root_1, grown).confidence <= stage.threshold)
         static.graphs.join()
-        return [column for layer in grown[len(layers) :] for column in columns(layer)] + found
+        return flat(grown[len(layers) :]) + flat(found)
 
     def catch_up(self) -> list[Tensor]:
         """The head reads what is pending, where nothing is drafted."""
         self._drafter.read(self.size)
         return []
 
-    def graft(self, stage: Stage, layers: Sequence[Layer], retrieved: DraftTree | None) -> list[Tensor]:
+    def graft(self, stage: Stage, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
         """The tree to verify, and to the host which of the stage's widths."""
         static = self.static
         drafted = Draft(static.root_1, list(layers)).candidates if layers else root_tree(static.root_1)
-        if retrieved is None and not layers:
-            retrieved = self.grafter.retrieve(stage, self.successors, static.root_1)
+        if retrieved is None:
+            retrieved = self._retrieve(stage)
         tree = self.grafter.tree(stage, drafted, retrieved)
         for kept, column in zip(columns(static.tree), columns(tree), strict=True):
             kept[: stage.rows].copy_(column)
@@ -170,6 +178,8 @@ class Segments:
             self._drafter.append(emitted_D, output.taps_NE[path_D], count_1)
         if logp_N is not None:
             static.logp_D[: depth + 1] = logp_N[path_D]
+        if self.echo is not None:
+            self.echo.read(emitted_D, count_1)
         static.root_1.copy_(emitted_D.index_select(0, count_1 - 1))
         static.length_1 += count_1
         static.place_1 += count_1

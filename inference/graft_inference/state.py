@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .drafting import Drafter
+from .echo import Echo
 from .grafting import Grafter
 from .kv_cache import TreeCache
 from .ngrams import NgramSource
@@ -23,11 +24,12 @@ class DecodeState:
         plan, grafter: of this round.
         ladder: what the engine's governor chooses them from for each round; empty for the same ones throughout.
         ngrams: looked up in the matrix's place where the plan says so; backs off to it.
+        echo: this request's own text, where the plan searches it.
         learns: whether the matrix is updated.
         place: tokens emitted so far; what was accepted beyond the request's end counts too.
         root_1: the last emitted token, not yet in the cache.
         fresh_tokens_A, fresh_taps_AE: what the last round committed.
-        retrieved: this round's retrieved candidates, once looked up.
+        retrieved: this round's retrieved candidates by source, once looked up.
         history_S: prompt and emitted tokens, where a logits processor reads them.
         tokens: emitted tokens, where the prefix is kept.
         logprobs: of the emitted tokens, where wanted.
@@ -40,6 +42,7 @@ class DecodeState:
     drafter: Drafter | None
     successors: SuccessorMatrix | None
     ngrams: NgramSource | None
+    echo: Echo | None
     learns: bool
     sampler: Sampler
     place: int
@@ -51,4 +54,4 @@ class DecodeState:
     logprobs: list[Tensor] | None
     stats: GenerationStats
     clock: PhaseClock
-    retrieved: DraftTree | None = None
+    retrieved: list[DraftTree] | None = None

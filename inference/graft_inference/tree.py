@@ -60,6 +60,16 @@ class DraftTree:
             self.paths_N[chosen_K],
         )
 
+    def path_sums(self, values_N: Tensor, max_depth: int) -> Tensor:
+        """[N] the sum of the values along each row's path; the root's must be 0. Doubling, as in `ancestors`."""
+        jump_N = self.parents_N
+        reach = 1
+        while reach < max_depth:
+            values_N = values_N + values_N[jump_N]
+            jump_N = jump_N[jump_N]
+            reach *= 2
+        return values_N
+
     def first(self, rows: int) -> "DraftTree":
         """The tree of the first rows."""
         return DraftTree(*(getattr(self, column.name)[:rows] for column in fields(self)))

@@ -152,7 +152,7 @@ def test_a_round_reads_once_and_at_each_checkpoint(policy, method, temperature):
 
     engine.captured.round = counted
     with HostReads() as reads, mock.patch.object(Tensor, "tolist", lambda tensor: reads.tolist(tensor)):
-        engine.generate(prompt(9, 0, SMALL), 30, temperature, method, seed=1)
+        engine.generate(prompt(9, 0, SMALL), 100, temperature, method, seed=1)
     assert len(rounds) > 5
     for waits, values, stage in rounds:
         assert waits == values == 1 + decided[stage]

@@ -281,7 +281,7 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
     monkeypatch.setattr(Drafter, "defer", watched)
     always = replace(learned_plan().stages[0], threshold=-1.0)  # retrieved nodes promise more than that
     skipping = replace(learned_plan(), stages=(always, *learned_plan().stages[1:]))
-    engine.generate(prompt(9), 300, plan=skipping)
+    engine.generate(prompt(9), 900, plan=skipping)
     assert max(most) < DEFERRED
     assert len(most) > 2 * DEFERRED
 

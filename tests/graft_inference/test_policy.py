@@ -72,7 +72,7 @@ def test_impossible_stages_are_refused(values, message):
 
 def test_a_scale_must_reach_as_deep_as_its_plan():
     with pytest.raises(GraftError, match="knows 1 depths, its template has 2"):
-        Scale(retrieved=((1.0, 0.0),), template=((0,), (0, 0)))
+        Scale(retrieved=((1.0, 0.0),), ranks=(0.0,), template=((0,), (0, 0)))
     with pytest.raises(GraftError, match="knows 1 drafted depths, the plan 2"):
         Plan((Stage(2, widths=(4,)),), scale=Scale(drafted=((1.0, 0.0),)))
     with pytest.raises(GraftError, match="only 3 drafted and 0 retrieved candidates"):

@@ -25,7 +25,7 @@ from graft_inference.sampling import Sampler, gumbel
 from graft_inference.verification import accept
 
 from .test_engine import SMALL, prompt, small_engine
-from .tiny import TEMPLATE
+from .tiny import TEMPLATE, learned_policy
 
 CPU = torch.device("cpu")
 
@@ -103,6 +103,22 @@ def test_a_seed_gives_the_text_of_plain_sampling_whatever_the_method(setting):
         out = engine.generate(input_ids, 16, method=method, seed=1, return_logprobs=True, **options)
         assert out.sequences.tolist() == expected, method
         torch.testing.assert_close(out.logprobs, logprobs, atol=2e-3, rtol=1e-3)
+
+
+def test_a_learned_plan_gives_the_text_of_plain_sampling_too():
+    """Draws belong to places, not to trees: whatever competes, and however wide, no choice can bend the text."""
+    engine = small_engine(policy=learned_policy(0.5, gate=3.0))
+    rounds, tokens, stages = 0, 0, Counter()
+    for seed in range(12):
+        input_ids = prompt(5, seed, SMALL)
+        expected, _ = plain_sampling(
+            engine.target.model, input_ids, 24, LogitsProcessorList([TemperatureLogitsWarper(0.3)]), seed
+        )
+        out = engine.generate(input_ids, 24, 0.3, seed=seed)
+        assert out.sequences.tolist() == expected
+        rounds, tokens, stages = rounds + out.stats.rounds, tokens + 24, stages + out.stats.stages
+    assert rounds < 0.8 * tokens
+    assert len(stages) >= 3
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -22,6 +22,7 @@ from transformers import (
 from graft_inference import METHODS
 from graft_inference.bucket_cache import BucketCache, move
 from graft_inference.drafting import Layer
+from graft_inference.echo import Echo
 from graft_inference.grafting import Grafter
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.sampling import Sampler
@@ -91,11 +92,16 @@ def segments(model, plan, processors=(), greedy=True, decay=0.0, logprobs=False)
         sampler=Sampler(LogitsProcessorList(processors), greedy, static.seed_1),
         size=SIZE,
         cache=BucketCache(cache, SIZE),
-        successors=matrix if plan.retrieves else None,
+        successors=matrix if plan.looks_up else None,
+        echo=Echo(2 * SIZE, META) if plan.echoes else None,
         learns=True,
         drafts=True,
         logprobs=logprobs,
     )
+
+
+def trees(outputs):
+    return [DraftTree(*outputs[at : at + 6]) for at in range(0, len(outputs), 6)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,14 +112,14 @@ def test_every_piece_of_every_plan(policy, method):
     layers, retrieved = [], None
     for stage in pieces.plan.stages:
         if stage.passes == 0 and len(pieces.plan.stages) > 1:
-            retrieved = DraftTree(*checked(pieces.look_up, stage))
+            retrieved = trees(checked(pieces.look_up, stage))
             checked(pieces.graft, stage, (), retrieved)
             continue
         if stage.passes:
             outputs = checked(pieces.draft, stage, tuple(layers), retrieved if pieces.plan.scale else None)
             new = 6 * (stage.passes - len(layers))
             layers += [Layer(*outputs[at : at + 6]) for at in range(0, new, 6)]
-            retrieved = DraftTree(*outputs[new:]) if outputs[new:] else retrieved
+            retrieved = trees(outputs[new:]) or retrieved
         if stage.rows > 1:
             checked(pieces.graft, stage, tuple(layers), retrieved)
         checked(pieces.verify, stage.rows, pieces.grafter.depths[stage.passes])

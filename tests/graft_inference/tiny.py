@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from graft_inference import GraftEngine, Plan, Policy, Scale, Stage
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
+from graft_inference.echo import LONGEST
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
 
@@ -88,7 +89,9 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
     scale = Scale(
         drafted=((0.8, -0.1), (0.9, -0.2), (1.0, -0.2), (1.2, -0.3)),
         retrieved=((0.7, -0.3), (0.7, -0.4), (0.9, -0.5), (1.0, -0.6)),
+        ranks=(0.2, 0.0, -0.1, 0.1),
         template=TEMPLATE,
+        echo=tuple(tuple(-0.8 / matched * depth for depth in range(1, 6)) for matched in range(1, LONGEST + 1)),
     )
     stages = (
         Stage(0, gate, widths=(4, 8), prices=(0.0, 0.2)),

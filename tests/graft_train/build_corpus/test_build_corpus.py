@@ -5,14 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftError
 from graft_inference.bundle import load_ngrams, load_successors
 from graft_train.build_corpus import build_corpus, describe_corpus, gather_runs, pairs, write_tables
+from graft_train.build_corpus.captured import find_captured
 from graft_train.build_corpus.config import CorpusConfig
-from graft_train.data.samples import Sample, answered, append_samples
-from graft_train.stage import write_json
+from graft_train.data.samples import Sample, answered, append_samples, read_samples
+from graft_train.data.states import TappedTarget
+from graft_train.data.target import load_target
+from graft_train.distill.batches import to_rows
+from graft_train.distill.state_source import disk_states
+from graft_train.stage import fingerprint_of, write_json
 from tests.graft_inference.tiny import VOCAB
 from tests.graft_inference.tiny_bundle import write_target
 from tests.graft_train.tiny_run import tiny_config
@@ -180,3 +186,48 @@ def test_bad_settings_are_refused(config, tmp_path):
     with pytest.raises(GraftError, match=r"nowhere\.safetensors does not exist"):
         build_corpus(config)
     assert not (tmp_path / "run" / "corpus.partial").exists()
+
+
+def captured(config, tmp_path):
+    """What distill leaves of the training samples, the longest of them cut."""
+    model = load_target(config)
+    config.head.max_length = 17
+    samples = read_samples(tmp_path / "run" / "data" / "samples.jsonl", "train")
+    rows = to_rows(samples, config.head.max_length, VOCAB)
+    target = TappedTarget(model, (0, 1, 2))
+    fingerprint = fingerprint_of(tmp_path / "run" / "target")
+    disk_states(target, rows, 64, tmp_path / "run" / "states", fingerprint, None, Accelerator(cpu=True))
+    return sum(len(row.tokens_S) == len(sample.ids) for row, sample in zip(rows, samples, strict=True))
+
+
+def test_captured_states_give_what_the_target_gives(config, tmp_path, monkeypatch):
+    for prompts in (True, False):
+        config.corpus = replace(config.corpus, prompts=prompts)
+        build(config, tmp_path, f"ran{prompts}")
+    held = captured(config, tmp_path)
+    left = []
+    run = pairs.predicted_pairs
+    monkeypatch.setattr(
+        "graft_train.build_corpus.predicted_pairs",
+        lambda model, samples, *rest: left.extend(samples) or run(model, samples, *rest),
+    )
+    for prompts in (True, False):
+        config.corpus = replace(config.corpus, prompts=prompts)
+        build(config, tmp_path, f"read{prompts}")
+        assert 0 < held < 60, "some samples were cut, some were not"
+        assert {len(sample.ids) > 17 for sample in left} == {True}
+        left.clear()
+        ran, read = (load_file(tmp_path / f"{name}{prompts}" / "successors.safetensors") for name in ("ran", "read"))
+        assert all(torch.equal(ran[name], read[name]) for name in ran)
+
+
+@pytest.mark.parametrize("changed", ["target", "samples", "dtype"])
+def test_captured_states_of_something_else_are_not_read(config, tmp_path, capsys, changed):
+    captured(config, tmp_path)
+    index = tmp_path / "run" / "states" / "index.json"
+    write_json(index, json.loads(index.read_text()) | {changed: "other"})
+    assert find_captured(config, load_target(config)) is None
+    assert f"of other {changed}: the target runs" in capsys.readouterr().out
+    index.write_text("{")
+    with pytest.raises(GraftError, match=r"index.json is damaged"):
+        find_captured(config, load_target(config))

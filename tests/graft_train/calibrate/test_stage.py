@@ -140,6 +140,15 @@ def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
     assert not Policy.from_dict(json.loads((directory / "policy.json").read_text())).needs_ngrams
 
 
+def test_longer_contexts_that_are_not_there_are_asked_for_in_vain(run_dir):
+    with pytest.raises(GraftError, match=r"ngrams.safetensors is missing: run recipes/build_corpus.py with"):
+        calibrate(config_for(run_dir, ngrams=True))
+    calibrate(config_for(run_dir))
+    save_file(tiny_ngrams(), run_dir / "corpus" / "ngrams.safetensors")
+    with pytest.raises(GraftError, match="these traces hold no longer contexts: delete the policy directory"):
+        calibrate(config_for(run_dir, latency_only=True, ngrams=True))
+
+
 @pytest.mark.parametrize("kind", ["paper", "prune_only", "retrieve_only"])
 def test_a_kind_decides_what_graft_is(run_dir, kind):
     directory = calibrate(config_for(run_dir, kind=kind))

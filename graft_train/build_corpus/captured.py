@@ -1,0 +1,98 @@
+"""The target's predictions from states that `distill` has captured: lm_head alone instead of the whole target."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graft_inference.errors import GraftError
+from graft_train.build_corpus.pairs import CHUNK, counted, weigh
+from graft_train.data.samples import Sample, read_samples
+from graft_train.data.target import target_path
+from graft_train.distill.batches import to_rows
+from graft_train.distill.state_source import INDEX, _hash
+from graft_train.stage import fingerprint_of, say
+
+if TYPE_CHECKING:
+    from graft_train.config import Config
+
+
+class CapturedStates:
+    """Final states by sample, read from `{run_dir}/states` when they are asked for.
+
+    Args:
+        places: shard, start and end of each sample's states, by its tokens.
+        lm_head_VH: the target's.
+    """
+
+    def __init__(self, directory: Path, places: dict[bytes, tuple[int, int, int]], lm_head_VH: Tensor) -> None:
+        self.directory = directory
+        self.places = places
+        self.lm_head_VH = lm_head_VH
+        self._files: dict[int, Any] = {}
+
+    def holds(self, sample: Sample) -> bool:
+        """Whether every token's state is there: a sample that distillation cut is not held."""
+        return _key(sample.ids) in self.places
+
+    @torch.inference_mode()
+    def pairs(self, samples: list[Sample], k: int, prompts: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What `predicted_pairs` yields, by sample; all of them must be held."""
+        for sample in samples:
+            tokens_S = torch.tensor(sample.ids)
+            counted_S = torch.ones(len(tokens_S), dtype=torch.bool) if prompts else torch.from_numpy(counted(sample))
+            final_MH = self._final(sample)[counted_S].to(self.lm_head_VH)
+            for tokens_M, final_CH in zip(tokens_S[counted_S].split(CHUNK), final_MH.split(CHUNK), strict=True):
+                yield weigh(tokens_M.to(final_CH.device), final_CH @ self.lm_head_VH.T, k)
+
+    def _final(self, sample: Sample) -> Tensor:
+        shard, start, end = self.places[_key(sample.ids)]
+        path = self.directory / f"shard-{shard:05d}.safetensors"
+        try:
+            if shard not in self._files:
+                self._files[shard] = safe_open(path, framework="pt").__enter__()
+            return self._files[shard].get_slice("final")[start:end]
+        except (OSError, SafetensorError) as error:
+            raise GraftError(f"{path} is missing or damaged ({error}); delete {self.directory}") from error
+
+
+def find_captured(config: "Config", model: Any) -> CapturedStates | None:
+    """The states of this run's samples and target in its dtype, if they are there; says why if they do not fit."""
+    directory = Path(config.run_dir) / "states"
+    if not (directory / INDEX).is_file():
+        return None
+    samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
+    rows = to_rows(samples, config.head.max_length, model.config.get_text_config().vocab_size)
+    wanted = {
+        "target": fingerprint_of(target_path(config)),
+        "samples": _hash(rows),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "top_k": None,
+    }
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        differing = [name for name, value in wanted.items() if index.get(name) != value]
+        places: dict[bytes, tuple[int, int, int]] = {}
+        for shard, chosen in enumerate(() if differing else index["shards"]):
+            start = 0
+            for row in chosen:
+                end = start + len(rows[row].tokens_S)
+                if len(rows[row].tokens_S) == len(samples[row].ids):
+                    places[_key(samples[row].ids)] = shard, start, end
+                start = end
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise GraftError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
+    if differing:
+        say(f"build_corpus: the states in {directory} are of other {', '.join(differing)}: the target runs instead")
+        return None
+    say(f"build_corpus: {len(places):,} of {len(rows):,} samples are read from {directory}, the target runs for others")
+    return CapturedStates(directory, places, model.get_output_embeddings().weight.detach())
+
+
+def _key(ids: Sequence[int]) -> bytes:
+    return np.array(ids, dtype=np.int64).tobytes()

@@ -1,0 +1,65 @@
+"""Retrieval from a request's own text: what followed the last time it ran as it does now."""
+
+import torch
+from torch import Tensor
+
+LONGEST = 12
+"""Matched tokens that are told apart; a longer match counts as this."""
+
+
+class Echo:
+    """The text of one request, prompt and output, and its end's longest earlier match in it.
+
+    Prompt lookup (Saxena 2023) with the length of the match as evidence: what P(accepted) is read from. Found by
+    comparing every place with the end, a few operators of fixed shapes, so that there is nothing to keep in step.
+
+    Args:
+        capacity: tokens the text may have.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        # -1 stands before the text, where a match may not begin, and behind it, where none may end.
+        self.text_S = torch.full((LONGEST + capacity,), -1, dtype=torch.int32, device=device)
+        self.end_1 = torch.full((1,), LONGEST - 1, dtype=torch.long, device=device)
+        self._place_W = torch.arange(capacity + 1, device=device)
+        # Column w is the window of LONGEST tokens from place w on; its last token is the most recent.
+        self._windows_LW = self.text_S.unfold(0, len(self._place_W), 1)
+        self._weight_L1 = torch.arange(1, LONGEST + 1, dtype=torch.uint8, device=device)[:, None]
+
+    def read(self, tokens_A: Tensor, count_1: Tensor | None = None) -> None:
+        """Tells the text: first the whole prompt, then the tokens each round emitted; int64.
+
+        Args:
+            count_1: how many of them count; None: all.
+        """
+        row_A = self._place_W[1 : len(tokens_A) + 1]
+        if count_1 is not None:
+            tokens_A = torch.where(row_A <= count_1, tokens_A, -1)
+        self.text_S.index_copy_(0, self.end_1 + row_A, tokens_A.to(torch.int32))
+        self.end_1 += len(tokens_A) if count_1 is None else count_1
+
+    def adopt(self, other: "Echo") -> None:
+        """Takes over a text of at most as many tokens."""
+        self.text_S.fill_(-1)
+        self.text_S[: len(other.text_S)] = other.text_S
+        self.end_1.copy_(other.end_1)
+
+    def find(self, count: int) -> tuple[Tensor, Tensor]:
+        """What followed the longest match of the text's end, of equals the latest.
+
+        What has not been written yet repeats what has: a match overlapping the end is a period.
+
+        Returns:
+            tokens_D: the `count` tokens, int64.
+            length_1: matched tokens, at most LONGEST; at 0 the tokens mean nothing.
+        """
+        start_1 = self.end_1 - (LONGEST - 1)
+        recent_L1 = self._windows_LW.index_select(1, start_1)
+        # The last of a window's places that differs, counted from 1, leaves the matched tokens behind it.
+        differs_W = ((self._windows_LW != recent_L1) * self._weight_L1).amax(dim=0)
+        length_W = (LONGEST - differs_W.long()).index_fill_(0, start_1, 0)
+        best_1 = (length_W * len(length_W) + self._place_W).argmax(dim=0, keepdim=True)
+        period_1 = (start_1 - best_1).clamp_(min=1)
+        place_D = best_1 + LONGEST + self._place_W[:count].remainder(period_1)
+        tokens_D = self.text_S.index_select(0, torch.minimum(place_D, self.end_1))
+        return tokens_D.long(), length_W.index_select(0, best_1)

@@ -1,0 +1,62 @@
+"""The longest earlier match, against a walk over the text."""
+
+import pytest
+import torch
+
+from graft_inference import GraftError, Scale
+from graft_inference.echo import LONGEST, Echo
+
+CPU = torch.device("cpu")
+
+
+def walked(text, count):
+    """Token by token: the longest earlier match of the end, of equals the latest, and what followed it."""
+    best, length = -1, 0
+    for end in range(len(text) - 1):
+        matched = 0
+        while matched < LONGEST and matched <= end and text[end - matched] == text[-1 - matched]:
+            matched += 1
+        if matched and matched >= length:
+            best, length = end, matched
+    if best < 0:
+        return [], 0
+    following = list(text)
+    for place in range(best + 1, best + 1 + count):
+        following.append(following[place])
+    return following[len(text) :], length
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_finds_what_a_walk_over_the_text_finds(seed):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 3, (60,), generator=generator)
+    text[40:58] = text[10:28]  # a match longer than is told apart
+    echo, read = Echo(70, CPU), 0
+    for size in (1, 1, 5, 1, 20, 2, 1, 9, 4, 13, 1, 1, 1):
+        echo.read(text[read : read + size])
+        read += size
+        tokens, length = walked(text[:read].tolist(), 9)
+        found_D, length_1 = echo.find(9)
+        assert int(length_1) == length
+        assert not length or found_D.tolist() == tokens
+    assert read == 60
+
+
+def test_by_hand():
+    echo = Echo(20, CPU)
+    echo.read(torch.tensor([7]))
+    assert int(echo.find(3)[1]) == 0
+    echo.read(torch.tensor([1, 2, 5, 1, 2]))
+    tokens_D, length_1 = echo.find(5)
+    assert tokens_D.tolist() == [5, 1, 2, 5, 1]
+    assert int(length_1) == 2
+    echo.read(torch.tensor([9]))
+    assert int(echo.find(3)[1]) == 0
+
+
+def test_a_scale_that_lets_a_child_outrank_its_parent_is_refused():
+    row = (-0.1, -0.2)
+    Scale(echo=(row,) * LONGEST)
+    for rows in ((row,) * 3, ((-0.2, -0.1),) * LONGEST, ((0.1, -0.1),) * LONGEST, (*(row,) * (LONGEST - 1), (-0.1,))):
+        with pytest.raises(GraftError, match="the request's own text"):
+            Scale(echo=rows)
