@@ -59,7 +59,8 @@ def main() -> None:
         import against_hf
 
         names = ("run", "device", "dtype", "threads")
-        return against_hf.main([part for name in names for part in (f"--{name}", str(getattr(arguments, name)))])
+        against_hf.main([part for name in names for part in (f"--{name}", str(getattr(arguments, name)))])
+        return
     torch.set_num_threads(arguments.threads)
     if arguments.shape:
         engine = random_pair(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
