@@ -1,6 +1,6 @@
 """transformers' own ways to generate beside ours, on the same prompts of a run.
 
-    python benchmarks/against_hf.py --run runs/quickstart
+    python benchmarks/against_hf.py --run runs/quickstart      (or benchmarks/round.py --against hf)
 
 Interleaved per prompt; the order turns with every repeat. transformers' contestants: `generate` with its dynamic cache,
 with a static cache and compiled, prompt lookup, and assisted decoding with the first layers of the target as the
@@ -48,7 +48,7 @@ class Contestant:
     failed: str = ""
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--device", default="cpu")
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--exit-layer", type=int, help="layers of the assistant; default: a quarter of the target's")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled static cache out")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
     samples = read_samples(arguments.run / "data" / "samples.jsonl", "evaluation")[: arguments.prompts]
     prompts = [torch.tensor([sample.prompt_ids], device=arguments.device) for sample in samples]

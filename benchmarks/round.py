@@ -81,7 +81,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--against", choices=["hf"], help="compare with transformers' own ways instead (against_hf.py)")
     arguments = parser.parse_args()
+    if arguments.against:
+        import against_hf
+
+        names = ("run", "device", "dtype", "threads")
+        against_hf.main([part for name in names for part in (f"--{name}", str(getattr(arguments, name)))])
+        return
     torch.set_num_threads(arguments.threads)
     if arguments.shape:
         engine = random_pair(arguments.shape, arguments.device, getattr(torch, arguments.dtype))

@@ -84,11 +84,12 @@ class Governor:
         self.purse = GRANT
         self.emitted = 0
         self._agree = agree
-        # Seconds per token of the last plain rounds, and the rounds since, by the context's power of two.
+        # Seconds per token of the last plain rounds, by the context's power of two.
         self._plain: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))
-        self._since: defaultdict[int, int] = defaultdict(int)
         self._size = 0
         self._chosen = 0
+        # Rounds since a plain one; of those not judged yet: whose they are, their time and their tokens.
+        self._since, self._open, self._seconds, self._tokens = 0, 0, 0.0, 0
 
     def choose(self, context: int) -> tuple[int, str]:
         """The place of the next round's plan, and why, in words.
@@ -96,16 +97,25 @@ class Governor:
         Args:
             context: committed tokens.
         """
+        if self._tokens and self._size != context.bit_length():
+            self._settle(self._plain[self._size][-1])
         self._size = context.bit_length()
-        plain = len(self.names) - 1
-        wanted = 1 if any(times for size, times in self._plain.items() if size != self._size) else PLAIN_ROUNDS
-        self._chosen = self._best()
-        sure = self._chosen < plain and self.rungs[self._chosen].standing > SLACK / 2
-        every = PLAIN_EVERY if sure else PLAIN_IN_DOUBT
-        if len(self._plain[self._size]) < wanted or self._since[self._size] >= every:
+        self._chosen, plain = self._best(), len(self.rungs)
+        if self._wants_plain():
             self._chosen = plain
             return plain, MEASURED
         return self._chosen, STOPPED if self._chosen == plain else self.names[self._chosen]
+
+    def _wants_plain(self) -> bool:
+        """Whether it is time for a plain round: by the clock, or because what was chosen seems to lose."""
+        times = self._plain[self._size]
+        if not times or sum(map(len, self._plain.values())) < PLAIN_ROUNDS:
+            return True
+        if self._chosen == len(self.rungs):
+            return False
+        sure = self.rungs[self._chosen].standing > SLACK / 2
+        loses = self._tokens - self._seconds / times[-1] < -STAKE
+        return loses or self._since >= (PLAIN_EVERY if sure else PLAIN_IN_DOUBT)
 
     def _best(self) -> int:
         """The widest plan that pays so far, unless one that is wider still has its turn: the longest rested first."""
@@ -122,25 +132,42 @@ class Governor:
         seconds = self._agree(seconds)
         self.emitted += tokens
         self.purse = min(self.purse + SHARE * tokens, PURSE)
+        times = self._plain[self._size]
         if self._chosen == len(self.rungs):
-            self._plain[self._size].append(seconds / tokens)
-            self._since[self._size] = 0
+            found = seconds / tokens
+            times.append(min(found, OUTLIER * median(times)) if times else found)
+            # The machine may have become slower meanwhile: the rounds between two plain ones are judged by both.
+            self._settle((times[-1] + times[max(-2, -len(times))]) / 2)
+            self._since = 0
             return
-        self._since[self._size] += 1
-        usual = self.rungs[self._chosen].seconds
-        is_first = not usual  # nothing says whether it took its usual time
-        usual.append(seconds)
-        if not is_first:
-            spent = min(seconds, OUTLIER * median(usual)) / median(self._plain[self._size])
+        if self._chosen != self._open:
+            self._settle(times[-1])
+            self._open = self._chosen
+        self._since += 1
+        rung = self.rungs[self._chosen]
+        is_first = not rung.seconds  # nothing says whether it took its usual time
+        rung.seconds.append(seconds)
+        if is_first:
+            return
+        seconds = min(seconds, OUTLIER * median(rung.seconds))
+        if rung.is_new:
+            rung.is_new = False
+            self.purse += tokens - seconds / times[-1]
+            return
+        self._seconds += seconds
+        self._tokens += tokens
+
+    def _settle(self, plain: float) -> None:
+        """Judges the rounds not judged yet by this time of a plain round."""
+        if self._tokens:
+            spent, tokens = self._seconds / plain, self._tokens
+            self._seconds, self._tokens = 0.0, 0
             self.purse = min(self.purse + tokens - spent, PURSE)
-            self._judge(self._chosen, spent, tokens)
+            self._judge(self._open, spent, tokens)
 
     def _judge(self, place: int, spent: float, tokens: int) -> None:
         """Against autoregressive, or a narrower plan that is faster."""
         rung = self.rungs[place]
-        if rung.is_new:
-            rung.is_new = False
-            return
         rung.spent, rung.earned = FADE * rung.spent + spent, FADE * rung.earned + tokens
         fallback = max([1.0, *(narrower.speed for narrower in self.rungs[place + 1 :])])
         rung.standing = min(rung.standing + tokens - spent * fallback, SLACK)

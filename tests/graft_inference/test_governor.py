@@ -24,10 +24,10 @@ AR = 1.0  # milliseconds, say
 class World:
     """Rounds of every plan: what they cost, in autoregressive rounds, and how many tokens they emit on average."""
 
-    def __init__(self, *rungs: tuple[float, float], seed: int = 0, hiccups: float = 0.0) -> None:
+    def __init__(self, *rungs: tuple[float, float], seed: int = 0, hiccups: float = 0.0, weather: float = 1.0) -> None:
         self.rungs = [*rungs, (1.0, 1.0)]
         self.draw = random.Random(seed)
-        self.hiccups = hiccups
+        self.hiccups, self.weather = hiccups, weather
         self.governor = Governor(NAMES[: len(rungs)] + NAMES[-1:])
         self.seconds = 0.0
         self.reasons: Counter[str] = Counter()
@@ -41,7 +41,8 @@ class World:
             count = 1
             while tau > 1 and self.draw.random() < 1 - 1 / tau:  # geometric, with mean tau
                 count += 1
-            seconds = cost * AR * self.draw.uniform(0.95, 1.05)
+            slow = self.weather if int(self.seconds // 40) % 2 else 1.0
+            seconds = cost * slow * AR * self.draw.uniform(0.95, 1.05)
             self.governor.record(seconds + 30 * AR * (self.draw.random() < self.hiccups), count)
             self.seconds += seconds
             emitted += count
@@ -92,6 +93,14 @@ def test_a_machine_that_stumbles_now_and_then_is_not_taken_for_a_bad_plan(seed):
     assert world.reasons["plan"] > 0.93 * sum(world.reasons.values())
     bad = World((3.0, 1.0), (2.0, 1.0), (1.5, 1.0), seed=seed, hiccups=0.02)
     assert bad.run(4000) < 1.05
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_machine_with_a_busy_neighbour_is_not_taken_for_a_bad_plan(seed):
+    """Every now and then all rounds take three times as long for a while."""
+    world = World((1.5, 3.0), (1.1, 1.3), (1.3, 1.5), seed=seed, weather=3.0)
+    world.run(4000)
+    assert world.reasons["plan"] > 0.85 * sum(world.reasons.values())
 
 
 @pytest.mark.parametrize("seed", range(3))
