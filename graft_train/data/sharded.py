@@ -41,8 +41,13 @@ def load_zero3(path: Any, dtype: torch.dtype, **settings: Any) -> PreTrainedMode
         unset_hf_deepspeed_config()
         del shares
     _restore_buffers(model, dtype)
-    for module in _units(model):
-        _gather_while_running(module)
+    layers = list(model.get_decoder().layers)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if module in layers:
+            _gather_while_running(module, list(module.parameters()))
+        elif id(module) not in inside and module._parameters:
+            _gather_while_running(module, list(module.parameters(recurse=False)))
     return model
 
 
@@ -58,19 +63,11 @@ def _restore_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
             setattr(module, own, buffer.to(getattr(module, own).device))
 
 
-def _units(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers, and outside of them every module with parameters of its own."""
-    layers = list(model.get_decoder().layers)
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    outside = [module for module in model.modules() if id(module) not in inside and module._parameters]
-    return layers + outside
-
-
-def _gather_while_running(module: nn.Module) -> None:
+def _gather_while_running(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     running = ExitStack()
 
     def before(*unused: Any) -> None:
-        running.enter_context(whole(module.parameters()))
+        running.enter_context(whole(parameters))
 
     def after(*unused: Any) -> None:
         running.close()
