@@ -190,7 +190,8 @@ def random_pair(shape: str, device: str, dtype: torch.dtype) -> GraftEngine:
 def forced_plans(beam: int, rows: int) -> dict[str, Plan]:
     """Plans that leave no choice: one row, and full width after so many passes, without and with retrieval."""
     flat = ((1.0, 0.0),) * 6
-    both = Scale(flat, flat, depth_template(tuple(-(-count * rows // ROWS) for count in (8, 6, 4, 3, 2, 1))))
+    template = depth_template(tuple(-(-count * rows // ROWS) for count in (8, 6, 4, 3, 2, 1)))
+    both = Scale(flat, flat, (0.0,) * 8, template)
     drafted = replace(both, template=())
     plans = {"autoregressive": Plan((Stage(0),), 1, 1)}
     for passes in (1, 3, 6):

@@ -60,9 +60,11 @@ def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
     """
     lasts = range(0, replay.passes + 1) if scale.drafted else [0]
     found = (_converged(replay, part, allowed, last) for part in _sources(scale) for last in lasts)
-    # One row, and nothing asked: where no candidate is worth its row.
-    alone = _plan(replay, (Stage(0, widths=(1,)),), Scale())
-    return _fastest(replay, [alone, *(plan for plan in found if plan)])
+    plans = [plan for plan in found if plan]
+    if scale.drafted and (scale.template or scale.echo):
+        # One row, and nothing asked: where no candidate of either source is worth its row.
+        plans.append(_plan(replay, (Stage(0, widths=(1,)),), Scale()))
+    return _fastest(replay, plans)
 
 
 def _sources(scale: Scale) -> list[Scale]:
