@@ -15,7 +15,7 @@ from graft_train.build_corpus.pairs import CHUNK, counted, weigh
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
 from graft_train.distill.batches import to_rows
-from graft_train.distill.state_source import INDEX, _hash
+from graft_train.distill.state_source import INDEX, hash_of
 from graft_train.stage import fingerprint_of, say
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def find_captured(config: "Config", model: Any) -> CapturedStates | None:
     rows = to_rows(samples, config.head.max_length, model.config.get_text_config().vocab_size)
     wanted = {
         "target": fingerprint_of(target_path(config)),
-        "samples": _hash(rows),
+        "samples": hash_of(rows),
         "dtype": str(model.dtype).removeprefix("torch."),
         "top_k": None,
     }

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -53,6 +52,8 @@ def load_zero3(path: Any, dtype: torch.dtype, **settings: Any) -> PreTrainedMode
 
 def _restore_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """DeepSpeed creates all tensors in the parameters' type, and RoPE in bf16 would lose its positions."""
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False):
         fresh = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     stored = model.state_dict().keys()

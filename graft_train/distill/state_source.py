@@ -88,7 +88,7 @@ def disk_states(
         raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
     identity = {
         "target": fingerprint,
-        "samples": _hash(rows),
+        "samples": hash_of(rows),
         "tapped_layers": list(target.tapped_layers),
         "dtype": str(stored).removeprefix("torch."),
         "top_k": top,
@@ -244,7 +244,7 @@ def _shard(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.safetensors"
 
 
-def _hash(rows: list[Row]) -> str:
+def hash_of(rows: list[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(len(row.tokens_S).to_bytes(8, "little") + row.tokens_S.numpy().tobytes())

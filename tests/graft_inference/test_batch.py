@@ -179,7 +179,9 @@ def test_longer_contexts_are_those_of_each_prompts_own_text(method):
 
 def test_a_batch_whose_plans_differ_and_change_stays_right():
     """One prompt's tree may narrow, or its speculation stop, while the others go on."""
-    engine = small_engine("llama", learned_policy(0.3))
+    policy = learned_policy(0.3)
+    drafting = replace(policy.graft, scale=replace(policy.graft.scale, echo=()))
+    engine = small_engine("llama", replace(policy, graft=drafting))
     expected = engine.generate(PROMPTS, 30, pad_token_id=PAD)
     run, rounds = engine._round, Counter()
 
