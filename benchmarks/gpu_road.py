@@ -21,7 +21,7 @@ from benchmarks.one_process import stand_in
 stand_in()  # before anything imports accelerate
 
 from graft_inference.retrieval import save_table  # noqa: E402
-from graft_train.build_corpus import CorpusConfig, _window_pairs, build_corpus, describe_corpus  # noqa: E402
+from graft_train.build_corpus import CorpusConfig, window_pairs, build_corpus, describe_corpus  # noqa: E402
 from graft_train.build_corpus.pairs import windows  # noqa: E402
 from graft_train.build_corpus.runs import sum_pairs  # noqa: E402
 from graft_train.build_corpus.tables import successor_matrix  # noqa: E402
@@ -116,7 +116,9 @@ def corpus_in_memory(config: Config) -> Path:
         made_for, samples = describe_corpus(config), data / "samples.jsonl"
         model, vocab_size = load_target(config), made_for["vocab_size"]
         pairs = [
-            pair for window in windows(samples) for pair in _window_pairs(settings, model, window, samples, vocab_size)
+            pair
+            for window in windows(samples)
+            for pair in window_pairs(settings, model, None, window, samples, vocab_size)
         ]
         matrix = successor_matrix(iter([sum_pairs(pairs)]), vocab_size, settings.successors)
         save_table(out / "successors.safetensors", matrix, made_for)

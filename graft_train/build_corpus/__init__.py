@@ -118,7 +118,7 @@ def gather_runs(
             bar.update(window.size)
             if window.number % processes != process or window.number in done:
                 continue
-            for keys, weights in _window_pairs(settings, model, captured, window, samples, vocab_size):
+            for keys, weights in window_pairs(settings, model, captured, window, samples, vocab_size):
                 writer.add(keys, weights)
             writer.finish_unit(window.number)
     if process == 0:
@@ -130,7 +130,7 @@ def gather_runs(
     writer.flush()
 
 
-def _window_pairs(
+def window_pairs(
     settings: CorpusConfig, model: Any, captured: CapturedStates | None, window: Window, path: Path, vocab_size: int
 ) -> Iterator[tuple[Any, Any]]:
     samples = samples_of(window, path, vocab_size)

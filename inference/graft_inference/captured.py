@@ -40,6 +40,9 @@ class CapturedRounds:
 
     Args:
         graphs: what captures and replays.
+
+    Attributes:
+        captures: graphs captured so far.
     """
 
     def __init__(self, target: Target, head: DraftHead, graphs: CudaGraphs) -> None:
@@ -52,6 +55,7 @@ class CapturedRounds:
         self._owner: Callable[[], TreeCache | None] = lambda: None
         self._current: Callable[[], DecodeState | None] = lambda: None
         self._place = self._pending = 0
+        self.captures = 0
         # By grafters, of which a plan has one and which hash faster.
         self._captured: dict[tuple, Captured] = {}
         self._refused: dict[tuple, str] = {}
@@ -245,6 +249,7 @@ class CapturedRounds:
         if key not in self._captured:
             changing = segments.static.changing(segments.successors)
             self._captured[key] = self.graphs.capture(function, changing)
+            self.captures += 1
         captured = self._captured[key]
         captured.replay()
         return captured.outputs

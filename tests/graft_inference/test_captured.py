@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 from graft_inference import METHODS, GenerationStats, GraftError, bucket_cache
 from graft_inference.bucket_cache import bucket
 from graft_inference.captured import CapturedRounds
+from graft_inference.governor import Governor
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs
@@ -300,3 +301,20 @@ def test_a_batch_runs_eagerly_and_says_so():
     out = captured.generate(texts, 8, pad_token_id=0)
     assert out.sequences.tolist() == eager.generate(texts, 8, pad_token_id=0).sequences.tolist()
     assert all("several prompts" in one.uncaptured for one in out.each)
+
+
+def test_the_governor_does_not_judge_rounds_that_capture(monkeypatch):
+    _, engine = pair()
+    engine.governed, judged, record = True, [], Governor.record
+
+    def counted(governor, seconds, tokens):
+        judged.append(tokens)
+        record(governor, seconds, tokens)
+
+    monkeypatch.setattr(Governor, "record", counted)
+    stats = engine.generate(prompt(9, 0, SMALL), 60).stats
+    assert 0 < len(judged) < stats.rounds == stats.captured
+    before = len(judged)
+    plain = engine.generate(prompt(9, 0, SMALL), 60, method="autoregressive").stats
+    assert plain.captured
+    assert len(judged) == before
