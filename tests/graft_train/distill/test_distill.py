@@ -92,6 +92,15 @@ def test_a_run_writes_a_head_that_learned(tmp_path):
     }
 
 
+@pytest.mark.parametrize("taps", [[1], [0, 1, 2, 3]])
+def test_any_number_of_states_may_be_tapped(tmp_path, taps):
+    directory = distill(make_run(tmp_path, tapped_layers=taps, measure_prompts=2, measure_tokens=8))
+    head = load_head(directory)
+    assert head.config.tapped_layers == tuple(taps)
+    assert head.fc.in_features == len(taps) * head.config.hidden_size
+    assert json.loads((directory / "training.json").read_text())["measured_tau"] >= 1  # the engine serves it
+
+
 @pytest.mark.parametrize(("killed_after", "states"), [(2, "online"), (4, "disk"), (8, "memory")])
 def test_killed_and_run_again_equals_no_interruption(tmp_path, monkeypatch, killed_after, states):
     whole = distill(make_run(tmp_path / "whole", states=states))
