@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graft_inference.errors import GraftError
@@ -15,7 +14,7 @@ from graft_train.build_corpus.pairs import CHUNK, counted, weigh
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
 from graft_train.distill.batches import to_rows
-from graft_train.distill.state_source import INDEX, hash_of
+from graft_train.distill.state_source import INDEX, hash_of, open_shard, places_of
 from graft_train.stage import fingerprint_of, say
 
 if TYPE_CHECKING:
@@ -52,13 +51,10 @@ class CapturedStates:
 
     def _final(self, sample: Sample) -> Tensor:
         shard, start, end = self.places[_key(sample.ids)]
-        path = self.directory / f"shard-{shard:05d}.safetensors"
-        try:
-            if shard not in self._files:
-                self._files[shard] = safe_open(path, framework="pt").__enter__()
-            return self._files[shard].get_slice("final")[start:end]
-        except (OSError, SafetensorError) as error:
-            raise GraftError(f"{path} is missing or damaged ({error}); delete {self.directory}") from error
+        if shard not in self._files:
+            self._files[shard] = open_shard(self.directory, shard)
+        final_SH: Tensor = self._files[shard].get_slice("final")[start:end]
+        return final_SH
 
 
 def find_captured(config: "Config", model: Any) -> CapturedStates | None:
@@ -77,19 +73,17 @@ def find_captured(config: "Config", model: Any) -> CapturedStates | None:
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         differing = [name for name, value in wanted.items() if index.get(name) != value]
-        places: dict[bytes, tuple[int, int, int]] = {}
-        for shard, chosen in enumerate(() if differing else index["shards"]):
-            start = 0
-            for row in chosen:
-                end = start + len(rows[row].tokens_S)
-                if len(rows[row].tokens_S) == len(samples[row].ids):
-                    places[_key(samples[row].ids)] = shard, start, end
-                start = end
+        found = [] if differing else places_of(index["shards"], index["lengths"], len(rows))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise GraftError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
     if differing:
         say(f"build_corpus: the states in {directory} are of other {', '.join(differing)}: the target runs instead")
         return None
+    places = {
+        _key(sample.ids): place
+        for sample, row, place in zip(samples, rows, found, strict=True)
+        if len(row.tokens_S) == len(sample.ids)
+    }
     say(f"build_corpus: {len(places):,} of {len(rows):,} samples are read from {directory}, the target runs for others")
     return CapturedStates(directory, places, model.get_output_embeddings().weight.detach())
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graft_inference.policy import Plan, Scale, Stage
+from graft_inference.tree import PATH_BASE
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.scale import drafted_scores, echo_scores, fit_scale, retrieved_scores
 from graft_train.calibrate.traces import Traces
@@ -248,7 +249,7 @@ class Replay:
 
 
 def _spread(keys: Tensor) -> Tensor:
-    return keys * 6364136223846793005
+    return keys * PATH_BASE
 
 
 def _to_budget(values: Tensor, budget: int) -> Tensor:

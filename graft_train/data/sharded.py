@@ -14,10 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-
-def is_parallel(model: PreTrainedModel) -> bool:
-    """Whether all processes must read the same row together."""
-    return (getattr(model, "tp_size", None) or 1) > 1
+from graft_inference.target import is_parallel
 
 
 def is_shared(model: PreTrainedModel) -> bool:

@@ -11,7 +11,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from graft_inference.attention import explicit_attention
 from graft_inference.errors import GraftError
-from graft_train.data.sharded import is_parallel, is_shared, whole
+from graft_inference.target import is_parallel
+from graft_train.data.sharded import is_shared, whole
 from graft_train.data.target import DTYPES
 
 CHUNK = 2048

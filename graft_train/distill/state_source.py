@@ -106,7 +106,7 @@ def disk_states(
     def read(row: int) -> TargetStates:
         shard, start, end = places[row]
         if shard not in files:
-            files[shard] = _open(directory, shard)
+            files[shard] = open_shard(directory, shard)
         parts = {PARTS[name]: files[shard].get_slice(name)[start:end] for name in files[shard].keys()}  # noqa: SIM118
         return TargetStates(**parts).map(lambda tensor: _as(tensor, target.model.dtype, torch.long))
 
@@ -223,6 +223,11 @@ def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[t
         raise GraftError(
             f"the target states in {directory} are stale ({', '.join(differing)}); delete {directory} to make them anew"
         )
+    return places_of(shards, lengths, count)
+
+
+def places_of(shards: list[list[int]], lengths: list[int], count: int) -> list[tuple[int, int, int]]:
+    """Each row's shard, start and end, from an index."""
     places = [(0, 0, 0)] * count
     for shard, chosen in enumerate(shards):
         start = 0
@@ -232,7 +237,7 @@ def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[t
     return places
 
 
-def _open(directory: Path, shard: int) -> Any:
+def open_shard(directory: Path, shard: int) -> Any:
     path = _shard(directory, shard)
     try:
         return safe_open(path, framework="pt").__enter__()

@@ -23,11 +23,12 @@ from .kv_cache import TreeCache
 from .policy import Stage
 from .retrieval import SuccessorMatrix
 from .sampling import Sampler, signed
-from .segments import Segments, Statics
+from .segments import Segments, Statics, slack_rows
 from .state import DecodeState
 from .static_drafting import StaticDrafter
 from .target import SWITCHING_ROPE, Target, rope_type
-from .tree import DraftTree, Source
+from .tree import DraftTree
+from .verification import Emitted, of_record
 
 CAPTURED_PROCESSORS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 """They read nothing but the scores, and nothing on the host."""
@@ -60,7 +61,7 @@ class CapturedRounds:
         self._captured: dict[tuple, Captured] = {}
         self._refused: dict[tuple, str] = {}
 
-    def round(self, state: DecodeState, shared: SuccessorMatrix) -> tuple[list[int], list[str]] | None:
+    def round(self, state: DecodeState, shared: SuccessorMatrix) -> Emitted | None:
         """The tokens that one round emits and where each came from.
 
         Args:
@@ -70,12 +71,13 @@ class CapturedRounds:
             None, and nothing has changed, where the round has to run eagerly: `stats.uncaptured` says why.
         """
         start = time.perf_counter()
-        key = (state.grafter, _settings(state.sampler), bucket(state.cache.length))
+        sampling = _settings(state.sampler)
+        key = (state.grafter, sampling, bucket(state.cache.length))
         reason = self._refused.get(key) or self._obstacle(state)
         if reason is None:
             try:
                 self._share(shared)
-                emitted, device_seconds = self._round(state, self._adopt(state))
+                emitted, device_seconds = self._round(state, self._adopt(state), sampling)
             except (CannotCapture, GraftError) as error:
                 self._current = lambda: None
                 reason = self._refused[key] = str(error)
@@ -140,11 +142,10 @@ class CapturedRounds:
     def _room(self, state: DecodeState) -> Statics:
         """Buffers that are large enough. New ones cost every graph."""
         plan, static = state.plan, self._static
-        depth, rows = max(state.grafter.depths.values()), max(stage.rows for stage in plan.stages)
+        depth, rows = max(state.grafter.depths.values()), plan.max_rows
         if static is not None:
             depth, rows = max(depth, static.depth), max(rows, static.rows)
-        slack = max(rows, 2 * (depth + 1) + plan.beam_width * plan.max_passes)
-        capacity = bucket(state.cache.tree_layers[0].capacity + slack)
+        capacity = bucket(state.cache.tree_layers[0].capacity + slack_rows(plan, rows, depth))
         if static is None or capacity > static.capacity or (depth, rows) != (static.depth, static.rows):
             capacity = max(capacity, static.capacity if static else 0)
             self._captured.clear()
@@ -160,10 +161,14 @@ class CapturedRounds:
             static.echo = Echo(static.capacity, static.root_1.device)
         return static
 
-    def _round(self, state: DecodeState, static: Statics) -> tuple[tuple[list[int], list[str]], float]:
-        """What was emitted, and the seconds that the segments took."""
+    def _round(self, state: DecodeState, static: Statics, sampling: tuple) -> tuple[Emitted, float]:
+        """What was emitted, and the seconds that the segments took.
+
+        Args:
+            sampling: the sampler's settings.
+        """
         graphs, drafter = self.graphs, state.drafter
-        size = bucket(state.cache.length + static.slack(state.plan))
+        size = bucket(state.cache.length + slack_rows(state.plan, static.rows, static.depth))
         if size not in self._caches:
             self._caches[size] = BucketCache(state.cache, size)
         segments = Segments(
@@ -193,7 +198,7 @@ class CapturedRounds:
         learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
         decay = state.successors.decay if state.successors is not None else 0.0
         echoes = segments.echo is not None
-        settings = (segments.drafts, echoes, segments.logprobs, learning, decay, _settings(state.sampler))
+        settings = (segments.drafts, echoes, segments.logprobs, learning, decay, sampling)
         key = ("verify", size, width, depth, settings)
         self._run(segments, key, lambda: segments.verify(width, depth))
         times.append(graphs.now())
@@ -202,13 +207,12 @@ class CapturedRounds:
         seconds = [graphs.seconds(start, end) for start, end in pairwise(times)]
         for phase, taken in zip(("draft", "graft", "verify"), seconds, strict=True):
             state.stats.seconds[phase] += taken
-        count, tokens, sources = record[0], record[1 : 2 + depth], record[2 + depth :]
-        self._commit(state, static, count, read)
-        state.tokens += tokens[:count]
+        tokens, sources = of_record(record)
+        self._commit(state, static, len(tokens), read)
+        state.tokens += tokens
         state.stats.rounds += 1
         state.stats.stages[stage.name] += 1
-        names = [Source(source).name.lower() for source in sources[1:count]] + ["bonus"]
-        return (tokens[:count], names), sum(seconds)
+        return (tokens, sources), sum(seconds)
 
     def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], list[DraftTree] | None]:
         """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,30 @@ class Layer:
     parents_A: Tensor
     hidden_AH: Tensor
     visible_AK: Tensor
+
+    @classmethod
+    def below_root(cls, logp_1k: Tensor, tokens_1k: Tensor, hidden_1H: Tensor, visible_1K: Tensor) -> "Layer":
+        """The first layer: the root is row 0, of path 0."""
+        zero_1 = torch.zeros_like(tokens_1k[0, :1])
+        return cls(tokens_1k[0], logp_1k[0], child_paths(zero_1, tokens_1k[0]), zero_1, hidden_1H, visible_1K)
+
+    def below(
+        self, best: Any, first_row: int, logp_kk: Tensor, tokens_kk: Tensor, hidden_kH: Tensor, visible_kK: Tensor
+    ) -> "Layer":
+        """The layer below the best k of these children.
+
+        Args:
+            best: `topk` of `logp_C`.
+            first_row: of this layer's children in the tree.
+        """
+        return Layer(
+            tokens_kk.flatten(),
+            (best.values[:, None] + logp_kk).flatten(),
+            child_paths(self.paths_C[best.indices, None], tokens_kk).flatten(),
+            best.indices + first_row,
+            hidden_kH,
+            visible_kK,
+        )
 
 
 @dataclass
@@ -219,11 +244,8 @@ def begin_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]
     for drafter, (tokens_A, _), hidden_1H, (logp_1k, tokens_1k) in zip(
         drafters, fresh, hidden, _propose(drafters[0], hidden), strict=True
     ):
-        root_1 = tokens_A[-1:]
-        zero_1 = torch.zeros_like(root_1)
-        visible_1K = torch.ones((1, drafter.length), dtype=torch.bool, device=root_1.device)
-        paths_k = child_paths(zero_1, tokens_1k[0])
-        drafts.append(Draft(root_1, [Layer(tokens_1k[0], logp_1k[0], paths_k, zero_1, hidden_1H, visible_1K)]))
+        visible_1K = torch.ones((1, drafter.length), dtype=torch.bool, device=tokens_A.device)
+        drafts.append(Draft(tokens_A[-1:], [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)]))
     return drafts
 
 
@@ -242,23 +264,23 @@ def deepen_all(drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Dra
     for draft, one, part, hidden_kH, (logp_kk, tokens_kk) in zip(
         drafts, best, rows, hidden, _propose(drafters[0], hidden), strict=True
     ):
-        layer = Layer(
-            tokens_kk.flatten(),
-            (one.values[:, None] + logp_kk).flatten(),
-            child_paths(draft.layers[-1].paths_C[one.indices, None], tokens_kk).flatten(),
-            one.indices + (1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])),
-            hidden_kH,
-            part.visible_AK,  # type: ignore[arg-type]
-        )
+        first_row = 1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])
+        visible_kK: Any = part.visible_AK
+        layer = draft.layers[-1].below(one, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
         deeper.append(Draft(draft.root_1, [*draft.layers, layer]))
     return deeper
 
 
+def propose(head: DraftHead, hidden_BH: Tensor, beam_width: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and target ids of the beam_width likeliest children of each row, [B, k] each."""
+    logp_BD = head.logits(hidden_BH).float().log_softmax(dim=-1)
+    logp_Bk, draft_ids_Bk = logp_BD.topk(beam_width, dim=-1)
+    return logp_Bk, head.target_ids[draft_ids_Bk]
+
+
 def _propose(drafter: Drafter, hidden: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Of each prompt: log-probabilities and target ids of the likeliest children of its rows, [rows, k] each."""
-    logp_BD = drafter.head.logits(_joined(hidden)).float().log_softmax(dim=-1)
-    logp_Bk, draft_ids_Bk = logp_BD.topk(drafter.beam_width, dim=-1)
-    tokens_Bk = drafter.head.target_ids[draft_ids_Bk]
+    logp_Bk, tokens_Bk = propose(drafter.head, _joined(hidden), drafter.beam_width)
     counts = [len(part) for part in hidden]
     return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
 

@@ -28,13 +28,14 @@ from .prefix import KeptPrefix
 from .prompts import Prompts
 from .request import Request
 from .retrieval import SuccessorMatrix
-from .round import Emitted, run_round
+from .round import run_round
 from .sampling import Sampler
 from .self_check import self_check
 from .state import DecodeState
 from .stats import Generation, GenerationStats, PhaseClock
 from .target import Target
 from .tree import root_tree
+from .verification import Emitted
 
 SCOPES = ("request", "engine", "frozen")
 
@@ -286,7 +287,7 @@ class GraftEngine:
         cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats, resumes)
         ngrams = self._ngrams(plan, successors)
         # As many as the cache: the last round may go beyond the request's end.
-        capacity = len(prompt_S) + new_tokens + max(stage.rows for stage in plan.stages)
+        capacity = len(prompt_S) + new_tokens + plan.max_rows
         echo = Echo(capacity, self.target.device) if plan.echoes else None
         texts: list[NgramSource | Echo] = [source for source in (ngrams, echo) if source is not None]
         for source in texts:
@@ -343,7 +344,7 @@ class GraftEngine:
     ) -> tuple[TreeCache, Drafter | None, SuccessorMatrix | None]:
         """Those of this request, holding what the last one left of the same text."""
         committed = len(prompt_S) + new_tokens
-        rows = committed + max(stage.rows for stage in plan.stages)
+        rows = committed + plan.max_rows
         head_rows = committed + plan.beam_width * plan.max_passes
         successors = None
         if plan.looks_up:

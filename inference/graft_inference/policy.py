@@ -202,6 +202,11 @@ class Plan:
         return self.stages[-1].passes
 
     @property
+    def max_rows(self) -> int:
+        """Rows of the widest verification, the root included."""
+        return max(stage.rows for stage in self.stages)
+
+    @property
     def max_rank(self) -> int:
         """Greatest successor rank any template uses; -1 for none."""
         templates = [stage.template for stage in self.stages] + ([self.scale.template] if self.scale else [])
@@ -221,7 +226,7 @@ class Plan:
 
     def narrowed(self) -> Self | None:
         """Half the rows and half the head passes; None where there is no half."""
-        if max(stage.rows for stage in self.stages) < 3:
+        if self.max_rows < 3:
             return None
         passes = -(-self.max_passes // 2)
         stages = [stage for stage in self.stages if stage.passes < passes]

@@ -16,11 +16,8 @@ from .drafting import Draft, Drafter, begin_all, deepen_all
 from .policy import Stage
 from .state import DecodeState
 from .target import Target, TargetOutput
-from .tree import DraftTree, Source, root_tree
-from .verification import Acceptance, accept, learn
-
-Emitted = tuple[list[int], list[str]]
-"""Tokens that a round emits for one prompt, and where each came from."""
+from .tree import DraftTree, root_tree
+from .verification import Acceptance, Emitted, accept, learn, of_record, to_record
 
 
 def run_round(target: Target, states: Sequence[DecodeState]) -> list[Emitted]:
@@ -132,23 +129,15 @@ def commit(
     logprobs: Sequence[Tensor | None],
 ) -> list[Emitted]:
     """Keeps the accepted branches and teaches the matrices; the host read that every round has is here."""
-    records = _read(
-        [
-            torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N[acceptance.path_D]))
-            for tree, acceptance in zip(trees, accepted, strict=True)
-        ]
-    )
+    records = _read([to_record(tree, acceptance) for tree, acceptance in zip(trees, accepted, strict=True)])
     emitted = []
     for state, tree, output, acceptance, logp_N, record in zip(
         states, trees, outputs, accepted, logprobs, records, strict=True
     ):
-        count, depths = record[0], len(acceptance.path_D)
-        tokens = record[1 : 1 + count]
-        _keep_branch(state, tree, output, acceptance, count, logp_N)
+        tokens, sources = of_record(record)
+        _keep_branch(state, tree, output, acceptance, len(tokens), logp_N)
         state.tokens += tokens
-        # Emitted token i is the node at depth i + 1; the last one is nobody's proposal.
-        sources = [Source(source).name.lower() for source in record[2 + depths : 1 + depths + count]]
-        emitted.append((tokens, [*sources, "bonus"]))
+        emitted.append((tokens, sources))
     return emitted
 
 

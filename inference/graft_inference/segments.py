@@ -22,7 +22,17 @@ from .sampling import Sampler
 from .static_drafting import StaticDrafter
 from .target import Target
 from .tree import DraftTree, root_tree
-from .verification import Acceptance, accept, learn
+from .verification import Acceptance, accept, learn, to_record
+
+
+def fresh_rows(depth: int) -> int:
+    """Room for one commit more, while at most half of it is taken."""
+    return 2 * (depth + 1)
+
+
+def slack_rows(plan: Plan, rows: int, depth: int) -> int:
+    """Rows of either cache that a round may write behind the committed ones."""
+    return max(rows, fresh_rows(depth) + plan.beam_width * plan.max_passes)
 
 
 class Statics:
@@ -55,12 +65,8 @@ class Statics:
 
     @property
     def fresh(self) -> int:
-        """Rows for what the head has not read: room for one commit more while at most half of them are taken."""
-        return 2 * (self.depth + 1)
-
-    def slack(self, plan: Plan) -> int:
-        """Rows of either cache that a round may write behind the committed ones."""
-        return max(self.rows, self.depth + 1, self.fresh + plan.beam_width * plan.max_passes)
+        """Rows for what the head has not read."""
+        return fresh_rows(self.depth)
 
     def changing(self, successors: SuccessorMatrix | None) -> list[Tensor]:
         """What segments change for good, this matrix included; keys and values past the lengths do not count."""
@@ -183,7 +189,7 @@ class Segments:
         static.root_1.copy_(emitted_D.index_select(0, count_1 - 1))
         static.length_1 += count_1
         static.place_1 += count_1
-        record = torch.cat((count_1, emitted_D, tree.sources_N[path_D]))
+        record = to_record(tree, acceptance)
         static.record[: len(record)].copy_(record, non_blocking=True)
         return []
 

@@ -5,10 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .draft_head import DraftHead
-from .drafting import Drafter, Layer
+from .drafting import Drafter, Layer, propose
 from .kv_cache import allocate
 from .target import Target
-from .tree import child_paths
 
 
 class StaticDrafter:
@@ -81,10 +80,8 @@ class StaticDrafter:
     def begin(self, size: int, beam_width: int) -> Layer:
         """Catches up and proposes the children of the root."""
         hidden_1H = self.read(size)
-        logp_1k, tokens_1k = self._propose(hidden_1H, beam_width)
-        zero_1 = torch.zeros_like(self.length_1)
-        paths_k = child_paths(zero_1, tokens_1k[0])
-        return Layer(tokens_1k[0], logp_1k[0], paths_k, zero_1, hidden_1H, self._row_S[None, :size] < self.length_1)
+        logp_1k, tokens_1k = propose(self.head, hidden_1H, beam_width)
+        return Layer.below_root(logp_1k, tokens_1k, hidden_1H, self._row_S[None, :size] < self.length_1)
 
     def deepen(self, last: Layer, passes: int, beam_width: int) -> Layer:
         """Expands the best children of the layer that pass number `passes` proposed."""
@@ -96,21 +93,9 @@ class StaticDrafter:
         positions_k = (self.length_1 + passes - 1).expand(k)
         tokens_k = last.tokens_C[best.indices]
         hidden_kH = self._pass(tokens_k, last.hidden_AH[parent_k], rows_k, positions_k, visible_kK)
-        logp_kk, tokens_kk = self._propose(hidden_kH, k)
-        earlier = 1 if passes == 1 else 1 + k + (passes - 2) * k**2
-        return Layer(
-            tokens_kk.flatten(),
-            (best.values[:, None] + logp_kk).flatten(),
-            child_paths(last.paths_C[best.indices, None], tokens_kk).flatten(),
-            best.indices + earlier,
-            hidden_kH,
-            visible_kK,
-        )
-
-    def _propose(self, hidden_BH: Tensor, beam_width: int) -> tuple[Tensor, Tensor]:
-        logp_BD = self.head.logits(hidden_BH).float().log_softmax(dim=-1)
-        logp_Bk, draft_ids_Bk = logp_BD.topk(beam_width, dim=-1)
-        return logp_Bk, self.head.target_ids[draft_ids_Bk]
+        logp_kk, tokens_kk = propose(self.head, hidden_kH, k)
+        first_row = 1 if passes == 1 else 1 + k + (passes - 2) * k**2
+        return last.below(best, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
 
     def _pass(
         self, tokens_A: Tensor, feature_AH: Tensor, rows_A: Tensor, positions_A: Tensor, mask_AK: Tensor

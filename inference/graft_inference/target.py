@@ -100,7 +100,7 @@ class Target:
     @property
     def is_parallel(self) -> bool:
         """Whether several processes compute it together (`tp_plan`)."""
-        return (getattr(self.model, "tp_size", None) or 1) > 1
+        return is_parallel(self.model)
 
     @property
     def is_split(self) -> bool:
@@ -192,6 +192,11 @@ class Target:
         logits_NV = output.logits[0].to(tokens_N.device)
         taps = [self._taps[index][0].to(tokens_N.device) for index in self._tapped_layers]
         return TargetOutput(logits_NV, torch.cat(taps, dim=-1) if taps else logits_NV[:, :0])
+
+
+def is_parallel(model: PreTrainedModel) -> bool:
+    """Whether several processes compute it together (`tp_plan`)."""
+    return (getattr(model, "tp_size", None) or 1) > 1
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ ancestral sample of the target: unchanged output at any temperature (Graft secti
 sampling with point proposals). sampling.py draws.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from .retrieval import SuccessorMatrix
 from .tree import DraftTree, Source
+
+Emitted = tuple[list[int], list[str]]
+"""Tokens that a round emits for one prompt, and where each came from."""
 
 
 @dataclass
@@ -48,6 +52,19 @@ def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: in
     path_D = torch.zeros(max_depth + 2, dtype=torch.long, device=drawn_N.device)
     path_D = path_D.scatter(0, depth_N, torch.arange(len(tree), device=drawn_N.device))[: max_depth + 1]
     return Acceptance(accepted_N.sum(), path_D, drawn_N[path_D], accepted_N)
+
+
+def to_record(tree: DraftTree, acceptance: Acceptance) -> Tensor:
+    """What the host has to know of a verification: count, emitted tokens, their sources. [1 + 2 * (depth+1)] int64"""
+    return torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N[acceptance.path_D]))
+
+
+def of_record(record: Sequence[int]) -> Emitted:
+    """What was emitted, from such a record on the host."""
+    count, depths = record[0], len(record) // 2
+    # Emitted token i is the node at depth i + 1; the last one is nobody's proposal.
+    sources = record[2 + depths : 1 + depths + count]
+    return list(record[1 : 1 + count]), [*(Source(source).name.lower() for source in sources), "bonus"]
 
 
 def learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:

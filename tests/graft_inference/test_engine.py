@@ -107,17 +107,25 @@ def chi_square_p(counts: Counter, law: dict, samples: int) -> float:
     return float(chi2.sf(statistic, len(expected) - 1))
 
 
+def sampled(engine, input_ids, samples, method="graft"):
+    """Counts of the first three tokens, rounds by stage, and all rounds."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    stages: Counter[str] = Counter()
+    rounds = 0
+    for seed in range(samples):
+        out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, method=method, seed=seed)
+        counts[tuple(out.sequences[0, input_ids.shape[1] :].tolist())] += 1
+        stages += out.stats.stages
+        rounds += out.stats.rounds
+    return counts, stages, rounds
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_sampled_output_follows_the_targets_own_law(method):
     engine = small_engine(vocab_size=6)
     input_ids = prompt(4, 1, 6)
     samples = 800
-    counts: Counter[tuple[int, ...]] = Counter()
-    rounds = 0
-    for seed in range(samples):
-        out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, method=method, seed=seed)
-        counts[tuple(out.sequences[0, 4:].tolist())] += 1
-        rounds += out.stats.rounds
+    counts, _, rounds = sampled(engine, input_ids, samples, method)
     law = three_token_law(engine.target.model, input_ids)
     assert sum(law.values()) == pytest.approx(1)
     assert chi_square_p(counts, law, samples) > 1e-3
@@ -130,14 +138,7 @@ def test_samples_of_a_learned_plan_follow_the_targets_own_law():
     engine = small_engine(policy=learned_policy(0.5, gate=2.57), vocab_size=6)
     input_ids = prompt(4, 1, 6)
     samples = 800
-    counts: Counter[tuple[int, ...]] = Counter()
-    stages: Counter[str] = Counter()
-    rounds = 0
-    for seed in range(samples):
-        out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, seed=seed)
-        counts[tuple(out.sequences[0, 4:].tolist())] += 1
-        stages += out.stats.stages
-        rounds += out.stats.rounds
+    counts, stages, rounds = sampled(engine, input_ids, samples)
     assert chi_square_p(counts, three_token_law(engine.target.model, input_ids), samples) > 1e-3
     assert rounds < 1.8 * samples
     assert len(stages) >= 3
@@ -192,12 +193,7 @@ def test_samples_with_longer_contexts_follow_the_targets_own_law(method):
     engine = ngram_engine(gate=2.57, vocab_size=6)
     input_ids = prompt(4, 1, 6)
     samples = 800
-    counts: Counter[tuple[int, ...]] = Counter()
-    rounds = 0
-    for seed in range(samples):
-        out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, method=method, seed=seed)
-        counts[tuple(out.sequences[0, 4:].tolist())] += 1
-        rounds += out.stats.rounds
+    counts, _, rounds = sampled(engine, input_ids, samples, method)
     assert chi_square_p(counts, three_token_law(engine.target.model, input_ids), samples) > 1e-3
     assert rounds < 1.8 * samples
 
