@@ -11,7 +11,9 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
 
 export MAIN_ADDRESS GPUS CONFIG
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not `| head`: it may leave before scontrol has written all, which pipefail takes for a failure.
+mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_ADDRESS=${NODES[0]}
 GPUS=${SLURM_GPUS_ON_NODE:-8}
 CONFIG=${CONFIG:-ddp}
 
