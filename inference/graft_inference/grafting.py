@@ -100,7 +100,7 @@ class Grafter:
         if self.scale is None:
             best = drafted.best(stage.drafted)
             return merge(best, retrieved[0], stage.retrieved) if retrieved else best
-        own_N = drafted.path_sums(step_scores(self._drafted_D2[drafted.depths_N], drafted), stage.passes)
+        own_N = drafted.path_sums(step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted), stage.passes)
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
@@ -115,7 +115,7 @@ class Grafter:
 
 def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:
     """log P(accepted | parent accepted) of each row, see `Scale`; 0 for the root. EMPTY rows may be NaN."""
-    step_N = calibrated(table_N2, tree.logp_N - tree.logp_N[tree.parents_N])
+    step_N = calibrated(table_N2, tree.logp_N - tree.logp_N.index_select(0, tree.parents_N))
     step_N[0] = 0.0
     return step_N
 

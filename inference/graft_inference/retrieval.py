@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import GraftError
 from .tree import PATH_BASE, DraftTree, Source
@@ -23,15 +24,15 @@ class Level:
     """The nodes of one depth, as rows of the template.
 
     Attributes:
-        rows, parents, ranks: of each node: its row, its parent's, its rank among the parent's successors.
+        ranks: of each node among its parent's successors.
+        parents: place of each node's parent among the nodes of the level above; of the root, 0.
         flat: place of each node in [distinct parents, ranks up to the template's greatest], flattened.
         above: place of each distinct parent among the nodes of the level above; of the root, 0.
         parents_above: place of their parents among the distinct parents of the level above; of the root's, 0.
     """
 
-    rows: Tensor
-    parents: Tensor
     ranks: Tensor
+    parents: Tensor
     flat: Tensor
     above: Tensor
     parents_above: Tensor
@@ -62,9 +63,8 @@ class Template:
 
         self.parents_T = column([rows[path[:-1]] for path in paths])
         self.depths_T = column([len(path) for path in paths])
-        self.ranks_T = column([path[-1] if path else 0 for path in paths])
         self.max_rank = max((path[-1] for path in rank_paths), default=-1)
-        self.levels = []
+        self.levels, by_level = [], [0]
         above: list[RankPath] = [()]
         above_inner = [0]
         for depth in range(1, max(map(len, paths)) + 1):
@@ -72,17 +72,16 @@ class Template:
             inner = sorted({rows[path[:-1]] for path in level})
             self.levels.append(
                 Level(
-                    rows=column([rows[path] for path in level]),
-                    parents=column([rows[path[:-1]] for path in level]),
                     ranks=column([path[-1] for path in level]),
+                    parents=column([above.index(path[:-1]) for path in level]),
                     flat=column([inner.index(rows[path[:-1]]) * (self.max_rank + 1) + path[-1] for path in level]),
                     above=column([above.index(paths[row]) for row in inner]),
                     parents_above=column([above_inner.index(rows[paths[row][:-1]]) for row in inner]),
                 )
             )
             above, above_inner = level, inner
-        by_level = torch.cat([torch.zeros(1, dtype=torch.long, device=device), *(level.rows for level in self.levels)])
-        self.by_level_T = by_level.argsort()  # place of each row among the levels, one after the other
+            by_level += [rows[path] for path in level]
+        self.by_level_T = column(by_level).argsort()  # place of each row among the levels, one after the other
         powers = torch.zeros((len(paths), len(paths)), dtype=torch.long)
         for path in rank_paths:
             for depth in range(1, len(path) + 1):
@@ -90,6 +89,7 @@ class Template:
                 powers[rows[path], rows[path[:depth]]] = power - (power >> 63 << 64)
         self.powers_TT = powers.to(device)
         self.lineage_TT = (powers != 0).to(device)
+        self._sources_T = column([Source.ROOT] + [Source.RETRIEVED] * len(rank_paths))
 
     def __len__(self) -> int:
         return len(self.parents_T)
@@ -101,9 +101,7 @@ class Template:
             tokens_T: int64, -1 where nothing was found.
             step_logp_T: log-probability of each node after its parent; None: not scored, all 0.
         """
-        found_T = tokens_T >= 0
-        sources_T = torch.where(found_T, Source.RETRIEVED, Source.EMPTY)
-        sources_T[0] = Source.ROOT
+        sources_T = self._sources_T.masked_fill(tokens_T < 0, Source.EMPTY)
         if step_logp_T is None:
             logp_T = torch.zeros_like(tokens_T, dtype=torch.float32)
         else:
@@ -173,17 +171,20 @@ class SuccessorMatrix:
         Args:
             root_1: the root's token, [1] int64.
         """
-        tokens_T = root_1.expand(len(template)).clone()
+        ids_X, tokens, places = self.ids_VK.view(-1), [root_1], []
         for level in template.levels:
-            parent_tokens = tokens_T[level.parents]
-            # An unknown successor is -1, and so are all its descendants.
-            child = self.ids_VK[parent_tokens.clamp(min=0), level.ranks]
-            tokens_T[level.rows] = torch.where(parent_tokens >= 0, child, -1).long()
+            parent_M = tokens[-1].index_select(0, level.parents)
+            places.append(torch.add(level.ranks, parent_M, alpha=self.k))
+            tokens.append(ids_X.take(places[-1]).long())
+        tokens_T = torch.cat(tokens).index_select(0, template.by_level_T)
+        # What hangs below an unknown successor, -1, was looked up in no row of its own.
+        tokens_T.masked_fill_((template.lineage_TT & (tokens_T < 0)).any(dim=1), -1)
         if self.probs_VK is None:
             return template.tree(tokens_T, None)
-        parent_tokens_T = tokens_T[template.parents_T].clamp(min=0)
-        step_T = self.probs_VK[parent_tokens_T, template.ranks_T].float().clamp(min=LEAST).log()
-        return template.tree(tokens_T, step_T.where(tokens_T >= 0, -torch.inf))
+        prob_P = self.probs_VK.view(-1).take(torch.cat(places)).float()
+        # The root's own step is certain.
+        step_T = F.pad(prob_P.clamp_(min=LEAST).log_(), (1, 0)).index_select(0, template.by_level_T)
+        return template.tree(tokens_T, step_T.masked_fill_(tokens_T < 0, -torch.inf))
 
     def update(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
         """M[x] <- argtopk p(. | path to x) for every token the target has just read (Graft Eq. 12).
@@ -197,10 +198,8 @@ class SuccessorMatrix:
         """
         top = logits_MV.topk(self.k, dim=-1)
         row_M = torch.arange(len(tokens_M), device=tokens_M.device)
-        last_V = torch.zeros(len(self.ids_VK), dtype=torch.long, device=tokens_M.device)
-        last_V.scatter_reduce_(0, tokens_M, row_M, "amax")
-        last_M = last_V[tokens_M]
-        ids_MK = top.indices[last_M].to(torch.int32)
+        last_M = ((tokens_M[:, None] == tokens_M) * row_M).amax(dim=1)
+        ids_MK = top.indices.index_select(0, last_M).to(torch.int32)
         if self.probs_VK is not None and self.learned_V is not None:
             seen_MK = (top.values.float() - logits_MV.float().logsumexp(dim=-1, keepdim=True)).exp()[last_M]
             if self.decay:

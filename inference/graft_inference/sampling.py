@@ -36,9 +36,12 @@ CONTEXT_FREE = {
 }
 """Processors that read nothing but the scores, so that all nodes can go through them at once."""
 
+AHEAD = 16
+"""Places whose noise is made before they are reached."""
+
 
 class Sampler:
-    """Draws the target's token after every node.
+    """Draws the target's token after every node of one request's trees.
 
     Args:
         processors: transformers' logits processors, applied in order.
@@ -51,6 +54,7 @@ class Sampler:
         self.greedy = greedy
         self.seed = seed
         self.needs_history = any(type(processor) not in CONTEXT_FREE for processor in processors)
+        self._noise_from, self._noise_PV = 0, torch.empty(0, 0)
 
     def draw(
         self,
@@ -84,8 +88,24 @@ class Sampler:
     def _choose(self, scores_NV: Tensor, place: int | Tensor, max_depth: int, depths_N: Tensor) -> Tensor:
         if self.greedy:
             return scores_NV.argmax(dim=-1)
-        noise_DV = gumbel(self.seed, place, max_depth + 1, scores_NV.shape[-1], scores_NV.device)
-        return (scores_NV + noise_DV[depths_N]).argmax(dim=-1)
+        noise_PV, first = self._noise(place, max_depth + 1, scores_NV)
+        row_N = depths_N if first == 0 else depths_N + first
+        return noise_PV.index_select(0, row_N).add_(scores_NV).argmax(dim=-1)
+
+    def _noise(self, place: int | Tensor, places: int, scores_NV: Tensor) -> tuple[Tensor, int]:
+        """Noise of so many places, and its row of the first of them.
+
+        Trees of successive rounds reach the same places. Their noise is made once, some places ahead; a captured
+        graph, which learns the place when it is replayed, makes its own.
+        """
+        vocab_size, device = scores_NV.shape[-1], scores_NV.device
+        if isinstance(place, Tensor):
+            return gumbel(self.seed, place, places, vocab_size, device), 0
+        first = place - self._noise_from
+        if not 0 <= first <= len(self._noise_PV) - places or self._noise_PV.shape[1] != vocab_size:
+            self._noise_PV = gumbel(self.seed, place, places + AHEAD, vocab_size, device)
+            self._noise_from, first = place, 0
+        return self._noise_PV, first
 
     def _walk(
         self, tree: DraftTree, logits_NV: Tensor, place: int | Tensor, max_depth: int, history_S: Tensor, logprobs: bool

@@ -65,8 +65,8 @@ class DraftTree:
         jump_N = self.parents_N
         reach = 1
         while reach < max_depth:
-            values_N = values_N + values_N[jump_N]
-            jump_N = jump_N[jump_N]
+            values_N = values_N + values_N.index_select(0, jump_N)
+            jump_N = jump_N.index_select(0, jump_N)
             reach *= 2
         return values_N
 
@@ -80,8 +80,8 @@ class DraftTree:
         ancestors_NN = torch.eye(len(self), dtype=torch.bool, device=jump_N.device)
         reach = 1
         while reach <= max_depth:
-            ancestors_NN = ancestors_NN | ancestors_NN[jump_N]
-            jump_N = jump_N[jump_N]
+            ancestors_NN = ancestors_NN | ancestors_NN.index_select(0, jump_N)
+            jump_N = jump_N.index_select(0, jump_N)
             reach *= 2
         return ancestors_NN
 
@@ -161,13 +161,14 @@ def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTre
     score_N, chosen_N = ordered.values[:rows], ordered.indices[:rows]
     slot_C = torch.zeros_like(row_C)
     slot_C[chosen_N] = row_C[:rows]
+    parents_N = first_C.index_select(0, parents_C.index_select(0, chosen_N))
     return DraftTree(
-        tokens_C[chosen_N],
-        slot_C[first_C[parents_C[chosen_N]]],
-        depths_C[chosen_N],
+        tokens_C.index_select(0, chosen_N),
+        slot_C.index_select(0, parents_N),
+        depths_C.index_select(0, chosen_N),
         score_N,
-        sources_C[chosen_N].masked_fill(score_N == -torch.inf, Source.EMPTY),
-        paths_C[chosen_N],
+        sources_C.index_select(0, chosen_N).masked_fill_(score_N == -torch.inf, Source.EMPTY),
+        paths_C.index_select(0, chosen_N),
     )
 
 

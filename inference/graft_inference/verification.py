@@ -44,19 +44,19 @@ def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: in
         drawn_N: the target's token at every row.
         max_depth: bound on the depth of the tree.
     """
-    matches_N = (tree.tokens_N == drawn_N[tree.parents_N]) & (tree.sources_N != Source.EMPTY)
+    matches_N = (tree.tokens_N == drawn_N.index_select(0, tree.parents_N)) & (tree.sources_N != Source.EMPTY)
     matches_N[0] = True
-    accepted_N = ~(ancestors_NN & ~matches_N).any(dim=1)
+    accepted_N = (matches_N | ~ancestors_NN).all(dim=1)
     # Accepted rows form a chain: at most one at each depth. Others go to a slot past the end.
     depth_N = torch.where(accepted_N, tree.depths_N, max_depth + 1)
     path_D = torch.zeros(max_depth + 2, dtype=torch.long, device=drawn_N.device)
     path_D = path_D.scatter(0, depth_N, torch.arange(len(tree), device=drawn_N.device))[: max_depth + 1]
-    return Acceptance(accepted_N.sum(), path_D, drawn_N[path_D], accepted_N)
+    return Acceptance(accepted_N.sum(), path_D, drawn_N.index_select(0, path_D), accepted_N)
 
 
 def to_record(tree: DraftTree, acceptance: Acceptance) -> Tensor:
     """What the host has to know of a verification: count, emitted tokens, their sources. [1 + 2 * (depth+1)] int64"""
-    return torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N[acceptance.path_D]))
+    return torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N.index_select(0, acceptance.path_D)))
 
 
 def of_record(record: Sequence[int]) -> Emitted:
