@@ -196,9 +196,9 @@ def forced_plans(beam: int, rows: int) -> dict[str, Plan]:
     plans = {"autoregressive": Plan((Stage(0),), 1, 1)}
     for passes in (1, 3, 6):
         width = min(rows, 1 + beam + (passes - 1) * beam**2)
-        plans[f"d{passes - 1}"] = Plan((Stage(passes, widths=(width,)),), beam, rows, drafted)
-    plans["d2, retrieval"] = Plan((Stage(3, widths=(rows,)),), beam, rows, both, learns_accepted=True)
-    plans["retrieval"] = Plan((Stage(0, widths=(rows,)),), beam, rows, both, learns_accepted=True)
+        plans[f"d{passes - 1}"] = Plan((Stage(passes, width=width),), beam, rows, drafted)
+    plans["d2, retrieval"] = Plan((Stage(3, width=rows),), beam, rows, both, learns_accepted=True)
+    plans["retrieval"] = Plan((Stage(0, width=rows),), beam, rows, both, learns_accepted=True)
     return plans
 
 

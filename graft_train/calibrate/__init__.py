@@ -64,9 +64,7 @@ def plan_of(name: str, settings: CalibrateConfig, replays: tuple[Replay, ...]) -
         replays: with the matrix, and with longer contexts if there are any.
     """
     replay = replays[name in NGRAM_PLANS]
-    allowed = Allowed(
-        tuple(sorted({*settings.widths})), settings.checkpoints, settings.retrieve_first, settings.width_by_gain
-    )
+    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints, settings.retrieve_first)
     scale = _scale(settings, replay)
     match name:
         case "eagle3":

@@ -31,7 +31,6 @@ class CalibrateConfig:
         ngrams: try plans that follow the corpus's longer contexts too, if it has them: more tokens per round, a
             dearer look-up.
         echo: search the request's own text for what followed the last time.
-        width_by_gain: every round takes the width with the best expected gain; false fixes one per stage.
     """
 
     kind: str = "learned"
@@ -51,7 +50,6 @@ class CalibrateConfig:
     retrieve_first: bool = True
     echo: bool = True
     ngrams: bool = False
-    width_by_gain: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -30,7 +30,7 @@ class Latency:
         commit_ms: acceptance and keeping its result without teaching the matrix, with, and n-grams besides.
             Both end after two where there are no longer contexts.
         echo_ms: searching the request's own text, and remembering it.
-        read_ms: one more host read, to choose a width or to leave out drafting.
+        read_ms: foreseeing what was retrieved, and one more host read, to leave out drafting.
         spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
     """
 
@@ -44,20 +44,14 @@ class Latency:
     read_ms: float
     spread: list[float]
 
-    def round_ms(self, plan: Plan, stage: Stage, rows_T: np.ndarray, context_T: np.ndarray) -> np.ndarray:
-        """Cost of rounds that stop at this stage with so many rows, [T] each."""
+    def round_ms(self, plan: Plan, stage: Stage, context_T: np.ndarray) -> np.ndarray:
+        """Cost of rounds that stop at this stage, [T]."""
         looked_up = plan.looks_up + plan.ngrams
-        reads = (len(stage.widths) > 1) + (
-            plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
-        )
+        asks_first = plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
         fixed = self.draft_ms[stage.passes] + self.graft_ms[looked_up] + self.commit_ms[looked_up]
         fixed += self.echo_ms * plan.echoes
-        verify_T = np.empty(len(rows_T))
-        for rows in np.unique(rows_T):
-            here = rows_T == rows
-            by_context = [np.interp(rows, self.widths, times) for times in self.verify_ms]
-            verify_T[here] = np.interp(context_T[here], self.contexts, by_context)
-        return fixed + reads * self.read_ms + verify_T
+        by_context = [np.interp(stage.rows, self.widths, times) for times in self.verify_ms]
+        return fixed + asks_first * self.read_ms + np.interp(context_T, self.contexts, by_context)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,7 +106,7 @@ def measure_latency(
         graft_ms=[typical("graft", source, 1) for source in sources],
         commit_ms=[typical("commit", source, 1) for source in sources],
         echo_ms=max(0.0, sum(typical(phase, "echo", 1) - typical(phase, "passes", 1) for phase in ("graft", "commit"))),
-        read_ms=max(0.0, typical("graft", "gain", 1) - typical("graft", "both", 1)),
+        read_ms=max(0.0, sum(typical(phase, "gate", 1) - typical(phase, "both", 1) for phase in ("draft", "graft"))),
         spread=[median(spreads), max(spreads)],
     )
 
@@ -128,20 +122,21 @@ def _forced_plans(
     budget = max(*widths, beam_width + 1)
     middle = min(beam_width, widths[len(widths) // 2])
     plans = {
-        ("width", width): Plan((Stage(0, widths=(width,)),), beam_width, budget, both)
+        ("width", width): Plan((Stage(0, width=width),), beam_width, budget, both)
         for width in widths
         if width <= 1 + len(template)
     }
     for passes in range(1, max_passes + 1):
-        plans["passes", passes] = Plan((Stage(passes, widths=(middle,)),), beam_width, budget, drafted)
-    plans["both", 1] = Plan((Stage(1, widths=(middle,)),), beam_width, budget, both)
+        plans["passes", passes] = Plan((Stage(passes, width=middle),), beam_width, budget, drafted)
+    plans["both", 1] = Plan((Stage(1, width=middle),), beam_width, budget, both)
     if ngram_template:
         longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ranks, ngram_template)
         plans["ngrams", 1] = replace(plans["both", 1], scale=longer, ngrams=True)
     rows = tuple(-0.1 * depth for depth in range(1, budget))
     plans["echo", 1] = replace(plans["passes", 1], scale=replace(drafted, echo=(rows,) * LONGEST))
-    choice = Stage(1, widths=(1, middle), prices=(1e9, 0.0)) if middle > 1 else Stage(1, widths=(middle,))
-    plans["gain", 1] = Plan((choice,), beam_width, budget, both)
+    # Nothing promises so much: the head is asked all the same.
+    gate = Stage(0, 1e9, width=min(middle, 1 + both.candidates))
+    plans["gate", 1] = replace(plans["both", 1], stages=(gate, *plans["both", 1].stages))
     return plans
 
 

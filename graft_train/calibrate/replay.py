@@ -36,13 +36,11 @@ class Table:
     Attributes:
         accepted: nodes on the true path among the best rows - 1, by rows from 1.
         drafted: those of them that the head proposed.
-        expected: expected tokens by the scale, the root included.
         promise_T: expected tokens of all nodes of the retrieved source that promises most, the root included.
     """
 
     accepted: Tensor
     drafted: Tensor
-    expected: Tensor
     promise_T: Tensor
 
 
@@ -88,9 +86,8 @@ class Replay:
         stage_T = self._stops(plan)
         tokens, times = [], []
         for stage in plan.stages:
-            accepted_T, rows_T = self._accepted(plan, stage)
-            tokens.append(np.minimum(accepted_T + 1, self.remaining_T))
-            times.append(self.latency.round_ms(plan, stage, rows_T, self.context_T))
+            tokens.append(np.minimum(self._accepted(plan, stage) + 1, self.remaining_T))
+            times.append(self.latency.round_ms(plan, stage, self.context_T))
         return Outcome(stage_T, np.choose(stage_T, tokens), np.choose(stage_T, times))
 
     def run(self, plan: Plan) -> tuple[float, float]:
@@ -132,22 +129,13 @@ class Replay:
                 stage_T[self.promise(plan.scale) > np.float32(stage.threshold)] = index
         return stage_T
 
-    def _accepted(self, plan: Plan, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-        """Accepted nodes and rows of a round that stops at this stage, [T] each."""
+    def _accepted(self, plan: Plan, stage: Stage) -> np.ndarray:
+        """Accepted nodes of a round that stops at this stage, [T]."""
         if plan.scale is None:
-            return self._accepted_by_quota(stage), np.full(len(self.traces), stage.rows)
+            return self._accepted_by_quota(stage)
         table = self.table(plan.scale)
-        width_T = self._widths(table, stage)
         accepted = table.drafted if plan.drafted_only else table.accepted
-        accepted_T = accepted[:, stage.passes].gather(1, width_T[:, None] - 1)[:, 0]
-        return accepted_T.numpy(), width_T.numpy()
-
-    def _widths(self, table: Table, stage: Stage) -> Tensor:
-        widths = torch.tensor(stage.widths)
-        if len(widths) == 1:
-            return widths.expand(len(self.traces))
-        worth_TW = table.expected[:, stage.passes, widths - 1] - torch.tensor(stage.prices)
-        return widths[worth_TW.argmax(dim=1)]
+        return accepted[:, stage.passes, stage.width - 1].numpy()
 
     def _accepted_by_quota(self, stage: Stage) -> np.ndarray:
         """The best drafted nodes by log-probability, then the first new retrieved ones of the template."""
@@ -229,11 +217,11 @@ class Replay:
         retrieved = torch.cat((score_TR, score_TE), dim=1)
         parts = [self._trees(passes, score_TC, retrieved) for passes in range(self.passes + 1)]
         promise_T = 1 + torch.maximum(score_TR.exp().sum(dim=1), score_TE.exp().sum(dim=1))
-        accepted, by_head, expected = (torch.stack(column, dim=1) for column in zip(*parts, strict=True))
-        return Table(accepted, by_head, expected, promise_T)
+        accepted, by_head = (torch.stack(column, dim=1) for column in zip(*parts, strict=True))
+        return Table(accepted, by_head, promise_T)
 
     def _trees(self, passes: int, score_TC: Tensor, retrieved: Tensor) -> tuple[Tensor, ...]:
-        """accepted, drafted and expected by rows, as in `Table`, for one number of passes."""
+        """accepted and drafted by rows, as in `Table`, for one number of passes."""
         first_TN, true_TN = self._pool(passes)
         count = first_TN.shape[1] - retrieved.shape[1]
         score_TN = torch.cat((score_TC[:, :count], retrieved), dim=1)
@@ -242,10 +230,9 @@ class Replay:
         ordered = pool.sort(dim=1, descending=True, stable=True)
         chosen, values = ordered.indices[:, : self.budget - 1], ordered.values[:, : self.budget - 1]
         true = true_TN.gather(1, chosen) & (values > -torch.inf)
-        root = torch.zeros(len(pool), 1)
-        counted = (torch.cat((root.bool(), part), dim=1).cumsum(1) for part in (true, true & (chosen < count)))
-        expected = torch.cat((root, values), dim=1).exp().cumsum(1)
-        return tuple(_to_budget(part, self.budget) for part in (*counted, expected))
+        root = torch.zeros(len(pool), 1, dtype=torch.bool)
+        counted = (torch.cat((root, part), dim=1).cumsum(1) for part in (true, true & (chosen < count)))
+        return tuple(_to_budget(part, self.budget) for part in counted)
 
 
 def _spread(keys: Tensor) -> Tensor:

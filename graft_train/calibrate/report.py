@@ -35,7 +35,6 @@ PIECES: dict[str, dict[str, Any]] = {
     "no learned template": {"learned_template": False},
     "no early stop": {"checkpoints": 0},
     "always drafts": {"retrieve_first": False},
-    "one width per stage": {"width_by_gain": False},
     "no echo": {"echo": False},
     "no longer contexts": {"ngrams": False},
 }
@@ -118,7 +117,7 @@ def describe(plan: Plan) -> str:
     for stage in plan.stages:
         last = stage is plan.stages[-1]
         rule = "" if last else f" if <= {stage.threshold:.2f}" if stage.passes else f" if > {stage.threshold:.2f}"
-        rows = "/".join(map(str, stage.widths)) if stage.widths else f"1+{stage.drafted}+{stage.retrieved}"
+        rows = stage.width or f"1+{stage.drafted}+{stage.retrieved}"
         parts.append(f"{stage.passes}{rule}: {rows}")
     return "; ".join(parts) + (f" ({sources})" if sources else "")
 

@@ -25,13 +25,11 @@ class Allowed:
         widths: rows of a verification.
         checkpoints: most places where drafting may stop early.
         retrieve_first: may leave out drafting.
-        width_by_gain: may choose the width by expected gain in every round.
     """
 
     widths: tuple[int, ...]
     checkpoints: int = 3
     retrieve_first: bool = True
-    width_by_gain: bool = True
 
 
 def best_eagle3(replay: Replay, widths: list[int]) -> Plan:
@@ -63,7 +61,7 @@ def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
     plans = [plan for plan in found if plan]
     if scale.drafted and (scale.template or scale.echo):
         # One row, and nothing asked: where no candidate of either source is worth its row.
-        plans.append(_plan(replay, (Stage(0, widths=(1,)),), Scale()))
+        plans.append(_plan(replay, (Stage(0, width=1),), Scale()))
     return _fastest(replay, plans)
 
 
@@ -78,23 +76,19 @@ def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int) -> Pla
     widths = _possible(replay, scale, allowed, last)
     if not widths:
         return None
-    plan = _fastest(replay, [_plan(replay, (Stage(last, widths=(width,)),), scale) for width in widths])
+    plan = _fastest(replay, [_plan(replay, (Stage(last, width=width),), scale) for width in widths])
     speed = replay.run(plan)[0]
-    # First with fixed widths, from there with widths by gain: each step starts from the best so far.
-    for by_gain in (False, True) if allowed.width_by_gain else (False,):
-        for _ in range(4):
-            better = _improved(replay, scale, allowed, last, by_gain, plan, speed / 1e3)
-            better = _simplified(replay, better, allowed.checkpoints)
-            better_speed = replay.run(better)[0]
-            if better_speed <= speed * 1.001:
-                break
-            plan, speed = better, better_speed
+    for _ in range(4):
+        better = _improved(replay, scale, allowed, last, plan, speed / 1e3)
+        better = _simplified(replay, better, allowed.checkpoints)
+        better_speed = replay.run(better)[0]
+        if better_speed <= speed * 1.001:
+            break
+        plan, speed = better, better_speed
     return plan
 
 
-def _improved(
-    replay: Replay, scale: Scale, allowed: Allowed, last: int, by_gain: bool, plan: Plan, rate: float
-) -> Plan:
+def _improved(replay: Replay, scale: Scale, allowed: Allowed, last: int, plan: Plan, rate: float) -> Plan:
     """The plan that earns the most tokens - rate * ms, where the rounds of `plan` begin."""
     outcome = replay.outcome(plan)
     weight_T = np.bincount(
@@ -107,12 +101,12 @@ def _improved(
     for passes in range(last, first - 1, -1):
         measure_T = replay.promise(scale) if passes == 0 else -replay.confidence_TP[:, passes - 1]
         if passes == last:
-            stage, value_T = _best_stage(replay, scale, allowed, passes, by_gain, rate, weight_T)
+            stage, value_T = _best_stage(replay, scale, allowed, passes, rate, weight_T)
             stages = [stage]
             continue
         found = None
         for _ in range(2):  # the width that suits the rounds that stop here, then who stops, and again
-            stage, here_T = _best_stage(replay, scale, allowed, passes, by_gain, rate, weight_T * stop_T)
+            stage, here_T = _best_stage(replay, scale, allowed, passes, rate, weight_T * stop_T)
             found = _threshold(measure_T, weight_T * (here_T - value_T))
             if found is None:
                 break
@@ -135,23 +129,10 @@ def _threshold(measure_T: np.ndarray, gain_T: np.ndarray) -> float | None:
 
 
 def _best_stage(
-    replay: Replay,
-    scale: Scale,
-    allowed: Allowed,
-    passes: int,
-    by_gain: bool,
-    rate: float,
-    weight_T: np.ndarray,
+    replay: Replay, scale: Scale, allowed: Allowed, passes: int, rate: float, weight_T: np.ndarray
 ) -> tuple[Stage, np.ndarray]:
     """The stage of so many passes worth most to these positions, and what it is worth at each."""
-    widths = _possible(replay, scale, allowed, passes)
-    stages = [Stage(passes, widths=(width,)) for width in widths]
-    if by_gain and len(widths) > 1:
-        context = np.array([np.median(replay.context_T)])
-        plan = _plan(replay, (stages[0],), scale)
-        times = [float(replay.latency.round_ms(plan, stages[0], np.array([width]), context)[0]) for width in widths]
-        prices = tuple(round(rate * (time - times[0]), 5) for time in times)
-        stages.append(Stage(passes, widths=tuple(widths), prices=prices))
+    stages = [Stage(passes, width=width) for width in _possible(replay, scale, allowed, passes)]
     worth = []
     for stage in stages:
         outcome = replay.outcome(_plan(replay, (stage,), scale))

@@ -192,15 +192,15 @@ class CapturedRounds:
             self._run(segments, ("catch up", size), segments.catch_up)
             read = self._pending
         times.append(graphs.now())
-        width = self._graft(segments, stage, layers, retrieved)
+        self._graft(segments, stage, layers, retrieved)
         times.append(graphs.now())
         depth = max(state.grafter.depths.values())
         learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
         decay = state.successors.decay if state.successors is not None else 0.0
         echoes = segments.echo is not None
         settings = (segments.drafts, echoes, segments.logprobs, learning, decay, sampling)
-        key = ("verify", size, width, depth, settings)
-        self._run(segments, key, lambda: segments.verify(width, depth))
+        key = ("verify", size, stage.rows, depth, settings)
+        self._run(segments, key, lambda: segments.verify(stage.rows, depth))
         times.append(graphs.now())
         graphs.wait()
         record = static.record[: 1 + 2 * (depth + 1)].tolist()
@@ -240,13 +240,12 @@ class CapturedRounds:
                 break
         return stage, layers, retrieved
 
-    def _graft(self, segments: Segments, stage: Stage, layers: list[Layer], retrieved: list[DraftTree] | None) -> int:
-        """Puts the tree together; returns its width."""
+    def _graft(self, segments: Segments, stage: Stage, layers: list[Layer], retrieved: list[DraftTree] | None) -> None:
+        """Puts the tree together."""
         if stage.rows == 1:
-            return 1
+            return
         key = ("graft", stage.passes, segments.grafter, segments.size, segments.successors is self._shared)
         self._run(segments, key, lambda: segments.graft(stage, layers, retrieved))
-        return stage.widths[self._told(segments)] if stage.prices else stage.rows
 
     def _run(self, segments: Segments, key: tuple, function: Function) -> list[Tensor]:
         """Replays a segment, captured first where it was not yet."""

@@ -56,8 +56,6 @@ class Grafter:
         nothing = [-torch.inf] * self.scale.echo_depth
         self._echo_ME = torch.tensor([[0.0, *row] for row in (nothing, *self.scale.echo)], device=device)
         self._zero = torch.zeros((), device=device)
-        self._widths = {stage.passes: torch.tensor(stage.widths, device=device) for stage in plan.stages}
-        self._prices = {stage.passes: torch.tensor(stage.prices, device=device) for stage in plan.stages}
 
     def retrieve(
         self, stage: Stage, successors: SuccessorMatrix | NgramSource | None, root_1: Tensor, echo: Echo | None = None
@@ -91,7 +89,7 @@ class Grafter:
         return promises.amax(dim=0, keepdim=True) > stage.threshold
 
     def tree(self, stage: Stage, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
-        """The best nodes, as many as the stage verifies at most.
+        """The best nodes, as many as the stage verifies.
 
         Args:
             drafted: every node the head proposed.
@@ -100,17 +98,12 @@ class Grafter:
         if self.scale is None:
             best = drafted.best(stage.drafted)
             return merge(best, retrieved[0], stage.retrieved) if retrieved else best
-        own_N = drafted.path_sums(step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted), stage.passes)
+        step_N = step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted)
+        own_N = drafted.path_sums(step_N, stage.passes)
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
         return tree
-
-    def best_width(self, stage: Stage, tree: DraftTree) -> Tensor:
-        """Which of the stage's widths has the most expected tokens above its price, [1] int64."""
-        expected_N = tree.logp_N.exp().cumsum(0)
-        worth = expected_N[self._widths[stage.passes] - 1] - self._prices[stage.passes]
-        return worth.argmax(dim=0, keepdim=True)
 
 
 def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:

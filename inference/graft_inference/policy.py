@@ -79,10 +79,8 @@ class Stage:
         retrieved: rows for retrieved nodes.
         template: rank paths of retrieved nodes by priority. More paths than `retrieved` rows refill the
             rows that duplicates of drafted nodes free.
-        widths: where both sources compete (`Plan.scale`), in place of the three above: rows that a
-            verification may have, root included, rising.
-        prices: tokens that each width must earn; the width with the most expected tokens above its price
-            is taken. Empty where there is one width.
+        width: where both sources compete (`Plan.scale`), in place of the three above: rows of the
+            verification, root included.
     """
 
     passes: int
@@ -90,22 +88,17 @@ class Stage:
     drafted: int = 0
     retrieved: int = 0
     template: RankPaths = ()
-    widths: tuple[int, ...] = ()
-    prices: tuple[float, ...] = ()
+    width: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("passes", "drafted", "retrieved"):
+        for name in ("passes", "drafted", "retrieved", "width"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise GraftError(f"a stage's {name} must be a count, not {value!r}")
         if not isinstance(self.threshold, int | float):
             raise GraftError(f"a stage's threshold must be a number, not {self.threshold!r}")
-        if list(self.widths) != sorted({*self.widths}) or (self.widths and self.widths[0] < 1):
-            raise GraftError(f"a stage's widths must rise from 1 or more, not {self.widths}")
-        if len(self.prices) != (len(self.widths) if len(self.widths) > 1 else 0):
-            raise GraftError(f"a stage of {len(self.widths)} widths has {len(self.prices)} prices: calibrate again")
-        if self.widths and (self.drafted or self.retrieved or self.template):
-            raise GraftError("a stage has either widths or rows for each source, not both")
+        if self.width and (self.drafted or self.retrieved or self.template):
+            raise GraftError("a stage has either a width or rows for each source, not both")
 
     @property
     def name(self) -> str:
@@ -113,8 +106,8 @@ class Stage:
 
     @property
     def rows(self) -> int:
-        """Rows of one verification at most, the root included."""
-        return self.widths[-1] if self.widths else 1 + self.drafted + self.retrieved
+        """Rows of one verification, the root included."""
+        return self.width or 1 + self.drafted + self.retrieved
 
 
 @dataclass(frozen=True)
@@ -162,13 +155,13 @@ class Plan:
                     f"stage {stage.name} has {stage.retrieved} retrieved rows but a template of "
                     f"{len(stage.template)} paths: lower retrieved"
                 )
-            if bool(stage.widths) != (self.scale is not None):
-                raise GraftError(f"stage {stage.name}: widths and a plan's scale belong together")
+            if bool(stage.width) != (self.scale is not None):
+                raise GraftError(f"stage {stage.name}: a width and a plan's scale belong together")
             retrieved = self.scale.candidates if self.scale else 0
             if self.scale and stage.rows > 1 + candidates + retrieved:
                 raise GraftError(
                     f"stage {stage.name} has {stage.rows} rows, but only {candidates} drafted and "
-                    f"{retrieved} retrieved candidates: lower its widths"
+                    f"{retrieved} retrieved candidates: lower its width"
                 )
         if self.ngrams and not self.looks_up:
             raise GraftError("a plan that follows n-grams needs a template of retrieved nodes")
@@ -238,7 +231,7 @@ class Plan:
         if self.scale is None:
             drafted = min(-(-stage.drafted // 2), candidates)
             return replace(stage, drafted=drafted, retrieved=-(-stage.retrieved // 2))
-        return _at_most(stage, min(-(-stage.rows // 2), 1 + candidates + self.scale.candidates))
+        return replace(stage, width=min(-(-stage.rows // 2), 1 + candidates + self.scale.candidates))
 
     def without_drafting(self) -> Self:
         """The retrieved nodes alone, of the stage that has most of them."""
@@ -247,7 +240,7 @@ class Plan:
             stage = replace(stage, passes=0, drafted=0)
         else:
             stage = self.stages[0] if not self.stages[0].passes else max(self.stages, key=lambda stage: stage.rows)
-            stage = _at_most(replace(stage, passes=0), 1 + self.scale.candidates)
+            stage = replace(stage, passes=0, width=min(stage.rows, 1 + self.scale.candidates))
         return replace(self, stages=(stage,))
 
     @classmethod
@@ -258,12 +251,6 @@ class Plan:
             return _exactly(cls, {**values, "stages": stages, "scale": scale})
         except (KeyError, TypeError) as error:
             raise GraftError(f"not a plan of a graft.json ({error}): calibrate again") from error
-
-
-def _at_most(stage: Stage, rows: int) -> Stage:
-    """With those of its widths that are not greater; with this one if all are."""
-    widths = tuple(width for width in stage.widths if width <= rows) or (rows,)
-    return replace(stage, widths=widths, prices=stage.prices[: len(widths)] if len(widths) > 1 else ())
 
 
 def _exactly(cls: type, values: dict[str, Any]) -> Any:

@@ -89,7 +89,7 @@ class Template:
                 powers[rows[path], rows[path[:depth]]] = power - (power >> 63 << 64)
         self.powers_TT = powers.to(device)
         self.lineage_TT = (powers != 0).to(device)
-        self._sources_T = column([Source.ROOT] + [Source.RETRIEVED] * len(rank_paths))
+        self._sources_T = column([Source.ROOT, *[Source.RETRIEVED] * len(rank_paths)])
 
     def __len__(self) -> int:
         return len(self.parents_T)
@@ -171,7 +171,7 @@ class SuccessorMatrix:
         Args:
             root_1: the root's token, [1] int64.
         """
-        ids_X, tokens, places = self.ids_VK.view(-1), [root_1], []
+        ids_X, tokens, places = self.ids_VK.view(-1), [root_1], [root_1[:0]]
         for level in template.levels:
             parent_M = tokens[-1].index_select(0, level.parents)
             places.append(torch.add(level.ranks, parent_M, alpha=self.k))

@@ -108,16 +108,12 @@ def _stops(states: Sequence[DecodeState], drafts: dict[int, Draft]) -> dict[int,
 
 
 def graft(states: Sequence[DecodeState], drafts: Sequence[tuple[Stage, DraftTree]]) -> list[DraftTree]:
-    """The best nodes of both sources, as many as promise to pay."""
-    trees, widths = [], {}
-    for index, (state, (stage, drafted)) in enumerate(zip(states, drafts, strict=True)):
+    """The best nodes of both sources."""
+    trees = []
+    for state, (stage, drafted) in zip(states, drafts, strict=True):
         if state.retrieved is None:
             state.retrieved = _retrieve(state, stage)
         trees.append(state.grafter.tree(stage, drafted, state.retrieved))
-        if stage.prices:
-            widths[index] = state.grafter.best_width(stage, trees[-1])
-    for index, (width,) in zip(widths, _read(list(widths.values())), strict=True):
-        trees[index] = trees[index].first(drafts[index][0].widths[width])
     return trees
 
 

@@ -149,7 +149,7 @@ class Segments:
         return []
 
     def graft(self, stage: Stage, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
-        """The tree to verify, and to the host which of the stage's widths."""
+        """The tree to verify."""
         static = self.static
         drafted = Draft(static.root_1, list(layers)).candidates if layers else root_tree(static.root_1)
         if retrieved is None:
@@ -157,20 +157,18 @@ class Segments:
         tree = self.grafter.tree(stage, drafted, retrieved)
         for kept, column in zip(columns(static.tree), columns(tree), strict=True):
             kept[: stage.rows].copy_(column)
-        if stage.prices:
-            self._say(self.grafter.best_width(stage, tree))
         return []
 
-    def verify(self, width: int, depth: int) -> list[Tensor]:
+    def verify(self, rows: int, depth: int) -> list[Tensor]:
         """One target pass, acceptance, and all that follows from it; the round's record to the host.
 
         Args:
             depth: bound on the tree's.
         """
         static, cache = self.static, self.cache
-        tree = static.tree.first(width) if width > 1 else root_tree(static.root_1)
+        tree = static.tree.first(rows) if rows > 1 else root_tree(static.root_1)
         ancestors_NN = tree.ancestors(depth)
-        cache.rows_N = static.length_1 + torch.arange(width, device=static.length_1.device)
+        cache.rows_N = static.length_1 + torch.arange(rows, device=static.length_1.device)
         positions_N = static.length_1 + tree.depths_N
         visible = BucketVisibility(positions_N, static.length_1, cache.rows_N, ancestors_NN, self.size)
         output = self.target.forward(tree.tokens_N, cache, visible)

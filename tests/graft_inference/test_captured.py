@@ -141,7 +141,7 @@ def test_a_round_reads_once_and_at_each_checkpoint(policy, method, temperature):
     plan, graphs = engine.policy.plan(method), engine.captured.graphs
     decided = {}
     for place, stage in enumerate(plan.stages):
-        decided[stage.name] = place + (stage is not plan.stages[-1]) + (len(stage.widths) > 1)
+        decided[stage.name] = place + (stage is not plan.stages[-1])
     rounds, run = [], engine.captured.round
 
     def counted(state, shared):

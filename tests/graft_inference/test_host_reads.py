@@ -60,9 +60,8 @@ def test_a_round_reads_once_and_at_each_checkpoint_however_many_prompts(policy, 
     plan = engine.policy.plan(method)
     decided = {}
     for place, stage in enumerate(plan.stages):
-        # Every earlier checkpoint, and this one unless it is the last; then the width where there is a choice.
-        passed = set(range(place + (stage is not plan.stages[-1])))
-        decided[stage.name] = passed | ({"width"} if len(stage.widths) > 1 else set())
+        # Every earlier checkpoint, and this one unless it is the last.
+        decided[stage.name] = set(range(place + (stage is not plan.stages[-1])))
     rounds, run = [], engine._round
 
     def counted(states):

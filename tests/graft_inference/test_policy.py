@@ -48,7 +48,7 @@ def test_prune_leaves_retrieved_rows_empty():
         ((Stage(2, drafted=64),), "over the budget of 64"),
         ((Stage(1, drafted=2, retrieved=3, template=((0,),)),), "lower retrieved"),
         ((Stage(0), Stage(1, drafted=2)), "only a plan that scores"),
-        ((Stage(1, widths=(4,)),), "widths and a plan's scale belong together"),
+        ((Stage(1, width=4),), "a width and a plan's scale belong together"),
     ],
 )
 def test_impossible_plans_are_refused(stages, message):
@@ -59,10 +59,8 @@ def test_impossible_plans_are_refused(stages, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"widths": (4, 2), "prices": (0.0, 0.0)}, "must rise"),
-        ({"widths": (2, 4)}, "2 widths has 0 prices"),
-        ({"widths": (4,), "prices": (0.0,)}, "1 widths has 1 prices"),
-        ({"widths": (4,), "drafted": 1}, "either widths or rows"),
+        ({"width": -1}, "width must be a count"),
+        ({"width": 4, "drafted": 1}, "either a width or rows"),
     ],
 )
 def test_impossible_stages_are_refused(values, message):
@@ -74,9 +72,9 @@ def test_a_scale_must_reach_as_deep_as_its_plan():
     with pytest.raises(GraftError, match="knows 1 depths, its template has 2"):
         Scale(retrieved=((1.0, 0.0),), ranks=(0.0,), template=((0,), (0, 0)))
     with pytest.raises(GraftError, match="knows 1 drafted depths, the plan 2"):
-        Plan((Stage(2, widths=(4,)),), scale=Scale(drafted=((1.0, 0.0),)))
+        Plan((Stage(2, width=4),), scale=Scale(drafted=((1.0, 0.0),)))
     with pytest.raises(GraftError, match="only 3 drafted and 0 retrieved candidates"):
-        Plan((Stage(1, widths=(5,)),), beam_width=3, scale=Scale(drafted=((1.0, 0.0),)))
+        Plan((Stage(1, width=5),), beam_width=3, scale=Scale(drafted=((1.0, 0.0),)))
 
 
 def test_prune_of_a_learned_plan_keeps_its_stages():

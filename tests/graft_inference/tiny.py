@@ -85,7 +85,7 @@ def tiny_policy(threshold: float = 0.3) -> Policy:
 
 
 def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
-    """Both sources compete, in every way a plan can let them: widths by gain, drafting left out, early stops."""
+    """Both sources compete, in every way a plan can let them: drafting left out, early stops."""
     scale = Scale(
         drafted=((0.8, -0.1), (0.9, -0.2), (1.0, -0.2), (1.2, -0.3)),
         retrieved=((0.7, -0.3), (0.7, -0.4), (0.9, -0.5), (1.0, -0.6)),
@@ -94,10 +94,10 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
         echo=tuple(tuple(-0.8 / matched * depth for depth in range(1, 6)) for matched in range(1, LONGEST + 1)),
     )
     stages = (
-        Stage(0, gate, widths=(4, 8), prices=(0.0, 0.2)),
-        Stage(1, threshold, widths=(6,)),
-        Stage(2, threshold, widths=(4, 8, 12), prices=(0.0, 0.15, 0.3)),
-        Stage(4, widths=(12,)),
+        Stage(0, gate, width=8),
+        Stage(1, threshold, width=6),
+        Stage(2, threshold, width=10),
+        Stage(4, width=12),
     )
     return Plan(stages, beam_width=3, budget=12, scale=scale, learns_accepted=True)
 
