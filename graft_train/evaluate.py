@@ -18,7 +18,7 @@ from graft_train.data.target import DTYPES, resolve_device, target_path
 from graft_train.device import describe_device
 from graft_train.export import write_card
 from graft_train.report import draw, print_table, to_markdown
-from graft_train.stage import run_stage, write_json
+from graft_train.stage import is_main, run_stage, write_json
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -66,7 +66,8 @@ def evaluate(config: "Config") -> Path:
     inputs = [target_path(config), run_dir / "data", run_dir / "bundle"]
     settings = {**asdict(config.evaluation), "seed": config.seed, "dtype": config.target.dtype}
     directory = run_stage(config, "evaluate", "evaluation", settings, inputs, lambda out: _build(config, out))
-    print_table(read_json(directory / "evaluation.json"))
+    if is_main():
+        print_table(read_json(directory / "evaluation.json"))
     return directory
 
 
@@ -76,14 +77,19 @@ def _build(config: "Config", out: Path) -> None:
     engine = _engine(config, config.target.dtype, settings.governed)
     _check_lengths(engine, samples, settings.max_new_tokens)
     runs = _interleaved(engine, samples, settings, config.seed)
+    device, policy = describe_device(engine.target.device), engine.policy
+    del engine  # a large target is held once at a time
+    lossless = _losslessness(config, samples)
+    if not is_main():
+        return
     evaluation = {
         "methods": {name: _summary(runs[name], runs["autoregressive"]) for name in METHODS},
-        **_losslessness(config, samples),
-        "device": describe_device(engine.target.device),
+        **lossless,
+        "device": device,
         "settings": {
             **settings_facts(config, samples),
             "repetition": _repetition(samples, runs["autoregressive"]),
-            "plans": {name: asdict(engine.policy.plan(name)) for name in METHODS},
+            "plans": {name: asdict(policy.plan(name)) for name in METHODS},
         },
     }
     write_json(out / "evaluation.json", evaluation)
@@ -94,9 +100,16 @@ def _build(config: "Config", out: Path) -> None:
 
 def _engine(config: "Config", dtype: str, governed: bool) -> GraftEngine:
     device = str(resolve_device(config.target.device))
-    places = config.target.device_map
     bundle = Path(config.run_dir) / "bundle"
-    return GraftEngine.from_pretrained(bundle, target_path(config), device, dtype, device_map=places, governed=governed)
+    return GraftEngine.from_pretrained(
+        bundle,
+        target_path(config),
+        device,
+        dtype,
+        device_map=config.target.device_map,
+        tp_plan=config.target.tp_plan,
+        governed=governed,
+    )
 
 
 def _check_lengths(engine: GraftEngine, samples: list[Sample], max_new_tokens: int) -> None:
@@ -152,7 +165,7 @@ def _interleaved(
         for name in METHODS:
             engine.generate(prompt, settings.max_new_tokens, settings.temperature, name, seed)
     total = settings.repeats * len(samples) * len(METHODS)
-    with tqdm(total=total, desc="evaluate: speed", unit="run") as bar:
+    with tqdm(total=total, desc="evaluate: speed", unit="run", disable=not is_main()) as bar:
         for repeat in range(settings.repeats):
             for index, prompt in enumerate(prompts):
                 turn = (index + repeat) % len(METHODS)
@@ -235,42 +248,55 @@ def _speedups(runs: list[list[Run]], baseline: list[list[Run]]) -> np.ndarray:
 
 def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     """Greedy fp32 output of every method against transformers' own `generate` on an untouched model."""
-    settings, spread = config.evaluation, config.target.device_map
-    reference: Any = AutoModelForCausalLM.from_pretrained(
-        target_path(config), dtype=DTYPES["float32"], device_map=spread
-    )
-    if spread is None:
-        reference.to(resolve_device(config.target.device))
-    reference.eval()
-    # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
-    eos = reference.generation_config.eos_token_id
-    reference.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+    tokens = config.evaluation.max_new_tokens
+    references = _references(config, samples)
     # Not governed: each method's own plan is to be checked, whether it pays in fp32 or not.
     engine = _engine(config, "float32", governed=False)
     divergences: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
-    for sample in tqdm(samples, desc="evaluate: losslessness", unit="prompt"):
-        prompt = torch.tensor([sample.prompt_ids], device=reference.device)
-        expected = reference.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-        )[0]
+    checked = zip(samples, references, strict=True)
+    for sample, expected in tqdm(checked, "evaluate: losslessness", len(samples), unit="prompt", disable=not is_main()):
         for name in METHODS:
-            found = engine.generate(prompt, settings.max_new_tokens, method=name).sequences[0]
+            found = engine.generate(torch.tensor([sample.prompt_ids]), tokens, method=name).sequences[0].cpu()
             if found.tolist() != expected.tolist():
-                divergences[name].append(_divergence(reference, sample.id, expected, found))
+                divergences[name].append(_divergence(engine, sample.id, expected, found))
     return {
         "lossless": {name: not found for name, found in divergences.items()},
         "divergences": {name: found for name, found in divergences.items() if found},
     }
 
 
+def _references(config: "Config", samples: list[Sample]) -> list[torch.Tensor]:
+    """Greedy fp32 continuations by transformers alone, with their prompts."""
+    spread, tp_plan = config.target.device_map, config.target.tp_plan
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        target_path(config), dtype=DTYPES["float32"], device_map=spread, tp_plan=tp_plan
+    )
+    if spread is None and tp_plan is None:
+        model.to(resolve_device(config.target.device))
+    model.eval()
+    # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
+    eos = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+    found = []
+    for sample in tqdm(samples, "evaluate: references", unit="prompt", disable=not is_main()):
+        prompt = torch.tensor([sample.prompt_ids], device=model.device)
+        found.append(
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=config.evaluation.max_new_tokens,
+                do_sample=False,
+            )[0].cpu()
+        )
+    return found
+
+
 @torch.inference_mode()
-def _divergence(reference: Any, identity: str, expected: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
+def _divergence(engine: GraftEngine, identity: str, expected: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
     """Where two outputs part, and by how much the target preferred its choice there."""
     shared = min(len(expected), len(found))
     differs = (expected[:shared] != found[:shared]).nonzero()
     position = int(differs[0]) if len(differs) else shared
-    top = reference(expected[None, :position]).logits[0, -1].topk(2).values
+    with engine.target.own_attention() as model:
+        top = model(expected[None, :position].to(engine.target.device)).logits[0, -1].topk(2).values
     return {"prompt": identity, "position": position, "top2_margin": float(top[0] - top[1])}

@@ -65,7 +65,7 @@ def run_stage(
     say(f"{name}: building {final}")
     started = time.perf_counter()
     build(partial)
-    _barrier()
+    barrier()
     if is_main():
         seconds = round(time.perf_counter() - started, 1)
         write_json(partial / RECORD, record | {"seconds": seconds, "versions": _versions()})
@@ -73,13 +73,22 @@ def run_stage(
         partial.rename(final)
         _sync(final.parent)
         say(f"{name}: finished {final} in {seconds} s")
-    _barrier()
+    barrier()
     return final
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def of_main(value: Any) -> Any:
+    """The main process's value, on every process: what was measured differs, and all must decide alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def say(message: str) -> None:
@@ -191,7 +200,7 @@ def _await(path: Path, fingerprint: str) -> None:
     raise GraftError(f"the main process did not make {path} within ten minutes; see its output")
 
 
-def _barrier() -> None:
+def barrier() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_policy
-from graft_inference.bundle import Bundle, load_ngrams, load_successors
+from graft_inference.bundle import Bundle, check_launch, load_ngrams, load_successors
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import depth_template
 from graft_train.calibrate.config import CalibrateConfig
@@ -22,7 +22,7 @@ from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.data.samples import read_samples
 from graft_train.data.target import load_target, target_path
 from graft_train.device import describe_device
-from graft_train.stage import fingerprint_of, run_stage, say, write_json
+from graft_train.stage import barrier, fingerprint_of, is_main, of_main, run_stage, say, write_json
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -95,16 +95,19 @@ def _build(config: "Config", out: Path) -> None:
     engine = _engine(config)
     made_of = _made_of(config)
     file = out / "traces.safetensors"
-    if file.exists():  # an interrupted run's
-        traces = Traces.load(file, made_of)
-    else:
+    if not file.exists():  # it is an interrupted run's
         traces = trace(settings, engine, prompts)
-        traces.save(file, made_of)
+        if is_main():
+            traces.save(file, made_of)
+        barrier()
+    traces = Traces.load(file, made_of)
     _check_enough(settings, len(traces))
-    latency = latency_of(settings, engine, prompts, traces)
+    latency = of_main(latency_of(settings, engine, prompts, traces))
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
-    measured = race(engine, prompts, plans, settings.max_new_tokens, settings.temperature, settings.repeats)
+    measured = of_main(race(engine, prompts, plans, settings.max_new_tokens, settings.temperature, settings.repeats))
+    if not is_main():
+        return
     speeds = {name: found["tokens_per_second"] for name, found in measured.items()}
     graft = _fastest(speeds, settings.kind)
     report = {
@@ -135,6 +138,8 @@ def _renew(config: "Config", directory: Path) -> Path:
     traces = Traces.load(directory / "traces.safetensors", _made_of(config))
     engine = _engine(config)
     latency = latency_of(settings, engine, _prompts(config), traces)
+    if not is_main():
+        return directory
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
     speeds = {name: replays[plan.ngrams].run(plan)[0] for name, plan in plans.items()}
@@ -223,7 +228,9 @@ def _engine(config: "Config") -> GraftEngine:
             "policy.ngrams=false"
         )
     ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams else None
-    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), load_target(config))
+    check_launch(config.target.tp_plan, config.target.device_map)
+    target = load_target(config, "tp" if config.target.tp_plan else None)
+    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), target)
 
 
 def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor]) -> Traces:
@@ -247,5 +254,12 @@ def latency_of(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Ten
     if not settings.ngrams:
         templates = templates[:1]
     return measure_latency(
-        engine, prompts, settings.widths, settings.beam_width, settings.max_passes, settings.repeats, *templates
+        engine,
+        prompts,
+        settings.widths,
+        settings.beam_width,
+        settings.max_passes,
+        settings.repeats,
+        settings.temperature,
+        *templates,
     )

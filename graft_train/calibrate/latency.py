@@ -12,6 +12,7 @@ from tqdm import tqdm
 from graft_inference import GraftEngine, Plan, Scale, Stage
 from graft_inference.echo import LONGEST
 from graft_inference.policy import RankPaths
+from graft_train.stage import is_main
 
 ROUNDS = 24
 LONG_CONTEXT = 2048
@@ -64,12 +65,14 @@ def measure_latency(
     beam_width: int,
     max_passes: int,
     repeats: int,
+    temperature: float,
     template: RankPaths,
     ngram_template: RankPaths = (),
 ) -> Latency:
     """Times forced plans on real prompts, interleaved, after a warm-up of each.
 
     Args:
+        temperature: of the draws, which take longer than the likeliest tokens do.
         template, ngram_template: rank paths looked up in the matrix and by longer contexts; none: not timed.
     """
     timed = sorted({1, *widths})
@@ -78,10 +81,10 @@ def measure_latency(
     runs = [("long", key) for key in plans if key[0] == "width"] if len(contexts) > 1 else []
     runs = [("short", key) for key in plans] + runs
     samples: dict[tuple[str, tuple[str, int]], list[dict[str, float]]] = {run: [] for run in runs}
-    for repeat in tqdm(range(repeats + 1), desc="calibrate: latencies", unit="repeat"):
+    for repeat in tqdm(range(repeats + 1), desc="calibrate: latencies", unit="repeat", disable=not is_main()):
         for context, key in runs if repeat % 2 else reversed(runs):
             prompt = contexts[context] if context == "long" else prompts[repeat % len(prompts)]
-            stats = engine.generate(prompt, ROUNDS, plan=plans[key]).stats
+            stats = engine.generate(prompt, ROUNDS, temperature, plan=plans[key], seed=repeat).stats
             if repeat and stats.rounds:  # the first is a warm-up
                 samples[context, key].append({name: 1e3 * s / stats.rounds for name, s in stats.seconds.items()})
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference import GraftEngine, Plan
+from graft_train.stage import is_main
 
 BOOTSTRAP = 2000
 
@@ -30,7 +31,9 @@ def race(
     found: dict[str, list[list[tuple[int, float, int]]]] = {name: [[] for _ in prompts] for name in names}
     for name in names:  # warm-up
         engine.generate(prompts[0], max_new_tokens, temperature, plan=plans[name], seed=0)
-    with tqdm(total=repeats * len(prompts) * len(names), desc="calibrate: race", unit="run") as bar:
+    with tqdm(
+        total=repeats * len(prompts) * len(names), desc="calibrate: race", unit="run", disable=not is_main()
+    ) as bar:
         for repeat in range(repeats):
             for index, prompt in enumerate(prompts):
                 turn = (index + repeat) % len(names)

@@ -25,6 +25,7 @@ from graft_inference.policy import RankPaths, depth_template
 from graft_inference.retrieval import SuccessorMatrix, Template
 from graft_inference.target import TargetOutput
 from graft_inference.tree import DraftTree, Source, merge
+from graft_train.stage import is_main
 
 
 @dataclass
@@ -131,7 +132,7 @@ def record_traces(
         paths: nodes looked up in each source at every position: the rank paths that lead to the truth most often.
         echo_depth: tokens taken from the text's own repetitions.
     """
-    bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt")
+    bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt", disable=not is_main())
     sequences = [
         engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
         for index, prompt in enumerate(bar)
@@ -141,7 +142,7 @@ def record_traces(
     longer = likely_paths(engine, sequences, starts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
     tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, echo_depth, temperature)
     parts = []
-    for index, sequence in enumerate(tqdm(sequences, desc="calibrate: traces", unit="prompt")):
+    for index, sequence in enumerate(tqdm(sequences, desc="calibrate: traces", unit="prompt", disable=not is_main())):
         parts.append(tracer.trace(sequence.to(engine.target.device), starts[index], index))
     if not any(parts):
         raise GraftError("the target ended every calibration prompt at once: regenerate from other data")

@@ -25,18 +25,23 @@ class TargetConfig:
         dtype: float32, bfloat16 or float16.
         device: auto (CUDA where there is one, else the CPU), or a device as torch writes it.
         device_map: "auto" spreads a target that is larger than one GPU over all that the process sees.
+        tp_plan: "auto" lets the processes that torchrun started compute it together, in `calibrate` and `evaluate`;
+            for `distill` see `head.shard_target`.
     """
 
     name_or_path: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
     device_map: str | None = None
+    tp_plan: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise GraftError(f"target.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
         if self.device_map not in (None, "auto"):
             raise GraftError(f"target.device_map={self.device_map} must be auto or null")
+        if self.tp_plan not in (None, "auto"):
+            raise GraftError(f"target.tp_plan={self.tp_plan} must be auto or null")
 
 
 def target_path(config: "Config") -> Path:

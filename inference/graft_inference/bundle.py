@@ -8,6 +8,7 @@ ngrams.safetensors               longer contexts, if a plan of the policy uses t
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,16 +187,22 @@ def read_table(
 
 
 def load_target_model(
-    path: str | Path, device: str, dtype: str, device_map: str | dict[str, Any] | None = None
+    path: str | Path,
+    device: str,
+    dtype: str,
+    device_map: str | dict[str, Any] | None = None,
+    tp_plan: str | None = None,
 ) -> tuple[Any, Any | None]:
     """The target and its tokenizer (None where it has none).
 
     Args:
         device_map: spreads the target over devices, as transformers does; instead of `device`.
+        tp_plan: "auto" shares the target out over the processes that torchrun started; instead of both.
 
     Raises:
-        GraftError: not a model transformers can load, or an unknown dtype or device.
+        GraftError: not a model transformers can load, an unknown dtype or device, or one process for a tp_plan.
     """
+    check_launch(tp_plan, device_map)
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype):
         raise GraftError(f"dtype {dtype!r} does not exist: use float32, bfloat16 or float16")
@@ -205,7 +212,7 @@ def load_target_model(
         raise GraftError(f"device {device!r} cannot be used here: {error}") from error
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch_dtype, device_map=device_map, output_loading_info=True
+            path, dtype=torch_dtype, device_map=device_map, tp_plan=tp_plan, output_loading_info=True
         )
         model, found = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -217,9 +224,17 @@ def load_target_model(
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError):
         tokenizer = None
-    if device_map is None:
+    if device_map is None and tp_plan is None:
         model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def check_launch(tp_plan: str | None, device_map: object) -> None:
+    """Raises GraftError where a target cannot be shared out over processes as asked."""
+    if tp_plan and device_map:
+        raise GraftError(f"tp_plan={tp_plan} and device_map={device_map} exclude each other: choose one of them")
+    if tp_plan and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise GraftError(f"tp_plan={tp_plan} needs several processes: start them with torchrun --nproc-per-node")
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:

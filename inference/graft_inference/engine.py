@@ -115,6 +115,7 @@ class GraftEngine:
         packed: bool = True,
         check: bool = True,
         device_map: str | dict[str, Any] | None = None,
+        tp_plan: str | None = None,
         **settings: Any,
     ) -> Self:
         """Loads a bundle, or a bare EAGLE-3 head, and its target, each a local directory or a Hub id.
@@ -123,13 +124,15 @@ class GraftEngine:
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
             check: compare a small tree pass with the target's own linear passes (`self_check`).
             device_map: spreads the target over devices, as transformers does; instead of `device`.
+            tp_plan: "auto" shares the target out over the processes that torchrun started; all of them must ask the
+                same of their engines.
             settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`, `governed`.
 
         Raises:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
                 cannot be served.
         """
-        model, tokenizer = load_target_model(target, device, dtype, device_map)
+        model, tokenizer = load_target_model(target, device, dtype, device_map, tp_plan)
         if tokenizer is None:
             warnings.warn(
                 f"{target} has no tokenizer: pass token ids; whether it is the one that the bundle was made with "

@@ -149,14 +149,15 @@ def test_wrong_tokens_are_found_and_told(run_dir, monkeypatch, capsys):
 def test_a_margin_is_the_gap_between_the_targets_two_best_tokens(run_dir):
     from transformers import AutoModelForCausalLM
 
+    engine = GraftEngine.from_pretrained(run_dir / "bundle", run_dir / "target")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "target")
     expected, found = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([3, 1, 4, 2, 5])
-    divergence = evaluate_module._divergence(model, "x", expected, found)
+    divergence = evaluate_module._divergence(engine, "x", expected, found)
     with torch.no_grad():
         best = model(torch.tensor([[3, 1, 4]])).logits[0, -1].sort(descending=True).values
     assert divergence["position"] == 3
     assert divergence["top2_margin"] == pytest.approx(float(best[0] - best[1]), abs=1e-5)
-    shorter = evaluate_module._divergence(model, "x", expected, found[:3])
+    shorter = evaluate_module._divergence(engine, "x", expected, found[:3])
     assert shorter["position"] == 3
 
 
@@ -178,7 +179,7 @@ def test_a_target_spread_over_devices_is_measured_and_checked(run_dir, monkeypat
     evaluation = json.loads((evaluate(config) / "evaluation.json").read_text())
     assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
     assert evaluation["methods"]["graft"]["accepted_per_round"]["retrieved"] > 0
-    assert spread == [True] * 3, "timed, reference, checked"
+    assert spread == [True] * 3, "timed, references, checked"
 
 
 def test_a_sampled_run_is_still_checked_greedily(run_dir):
