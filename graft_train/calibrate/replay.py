@@ -74,7 +74,7 @@ class Replay:
 
     @cached_property
     def fitted(self) -> Scale:
-        """The scale that these traces make likeliest."""
+        """The scale fitted to these traces."""
         return fit_scale(self.traces)
 
     def outcome(self, plan: Plan) -> Outcome:

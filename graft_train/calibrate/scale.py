@@ -11,11 +11,15 @@ from graft_inference.grafting import LEAST, calibrated
 from graft_inference.policy import Scale
 from graft_train.calibrate.traces import Traces
 
-RIDGE = 5.0
-"""Pull of each depth towards the one above it, of ranks towards each other: as of so many observations."""
+RIDGES = (0.01, 0.1, 1.0, 10.0, 1e4)
+"""Pulls of each depth towards the one above it, of ranks towards each other, of all to the source's word: as of the
+steps of so many prompts. The last leaves the source at its word."""
+FOLDS = 5
 NO_FAITH = 10.0
 """Matches seen fewer times than this are trusted little more than shorter ones."""
-MOST_STEPS = 200_000
+ALIKE = 0.2
+"""How alike the matches of one prompt end: however many, they say as much as 1 / 0.2 of different prompts."""
+MOST_STEPS = 50_000
 LEAST_REACH = 1e-3
 """Steps from parents less likely than this do not enter a fit, and P(accepted) does not fall below it in echoes."""
 
@@ -29,6 +33,7 @@ class Steps:
         depth, rank: of the child.
         reach: P(accepted) of the parent.
         share: P(child accepted | parent accepted).
+        prompt: which they belong to.
     """
 
     logit: Tensor
@@ -36,10 +41,11 @@ class Steps:
     rank: Tensor
     reach: Tensor
     share: Tensor
+    prompt: Tensor
 
 
 def fit_scale(traces: Traces, prompts: Tensor | None = None) -> Scale:
-    """The scale that makes the traces likeliest: logistic regressions, each depth drawn to the one above it.
+    """The scale that makes other prompts likeliest: logistic regressions, each depth drawn to the one above it.
 
     Args:
         prompts: fit on these prompts alone.
@@ -48,7 +54,7 @@ def fit_scale(traces: Traces, prompts: Tensor | None = None) -> Scale:
     above_TC, reach_TC = _above(traces.logp_TC, traces.parents_TC), _above(traces.reach_TC, traces.parents_TC, 1.0)
     rank_C = torch.zeros_like(traces.depths_C)
     drafted, _ = _fit(
-        _steps(traces.logp_TC - above_TC, traces.depths_C, rank_C, reach_TC, traces.reach_TC, kept_T),
+        _steps(traces, traces.logp_TC - above_TC, traces.depths_C, rank_C, reach_TC, traces.reach_TC, kept_T),
         int(traces.depths_C.max()),
         1,
     )
@@ -58,7 +64,7 @@ def fit_scale(traces: Traces, prompts: Tensor | None = None) -> Scale:
     step_TR = traces.retrieved_logp_TR - above_TR
     reach_TR = reach_TR.masked_fill(traces.retrieved_TR < 0, 0.0)
     retrieved, ranks = _fit(
-        _steps(step_TR, depths_R, rank_R, reach_TR, traces.reach_TR, kept_T),
+        _steps(traces, step_TR, depths_R, rank_R, reach_TR, traces.reach_TR, kept_T),
         traces.template_RL.shape[1],
         int(rank_R.max()) + 1,
     )
@@ -123,40 +129,87 @@ def _above(values_TN: Tensor, parents_TN: Tensor, root: float = 0.0) -> Tensor:
 
 
 def _steps(
-    step_TN: Tensor, depth_N: Tensor, rank_N: Tensor, above_TN: Tensor, reach_TN: Tensor, kept_T: Tensor
+    traces: Traces,
+    step_TN: Tensor,
+    depth_N: Tensor,
+    rank_N: Tensor,
+    above_TN: Tensor,
+    reach_TN: Tensor,
+    kept_T: Tensor,
 ) -> Steps:
     real_TN = (above_TN > LEAST_REACH) & kept_T[:, None] & step_TN.isfinite()
     logit = torch.logit(step_TN[real_TN].exp(), eps=LEAST)
     share = (reach_TN[real_TN] / above_TN[real_TN]).clamp(max=1.0)
-    columns = (logit, depth_N.expand_as(step_TN)[real_TN], rank_N.expand_as(step_TN)[real_TN])
+    place_N = (depth_N, rank_N, traces.prompt_T[:, None])
+    depth, rank, prompt = (column.expand_as(step_TN)[real_TN] for column in place_N)
     stride = len(logit) // MOST_STEPS + 1
-    return Steps(*(column[::stride] for column in (*columns, above_TN[real_TN], share)))
+    return Steps(*(column[::stride] for column in (logit, depth, rank, above_TN[real_TN], share, prompt)))
 
 
 def _fit(steps: Steps, depths: int, ranks: int) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
-    """(slope, offset) by depth, and what each rank adds: Newton's method on a ridge-regularised likelihood."""
+    """(slope, offset) by depth, and what each rank adds: logistic regression with the ridge that prompts ask for."""
     reached = (steps.depth[:, None] >= torch.arange(1, depths + 1)).double()
     by_rank = F.one_hot(steps.rank, ranks).double()
-    columns = torch.cat((steps.logit[:, None].double() * reached, reached, by_rank), dim=1)
-    prior = torch.zeros(columns.shape[1], dtype=torch.double)
-    prior[0] = 1.0  # the source at its word
-    found, weight = prior.clone(), steps.reach.double()
+    columns_SK = torch.cat((steps.logit[:, None].double() * reached, reached, by_rank), dim=1)
+    prior_K = torch.zeros(columns_SK.shape[1], dtype=torch.double)
+    prior_K[0] = 1.0  # the source at its word
+    prompts, prompt_S = steps.prompt.unique(return_inverse=True)
+    weight_S, share_S = steps.reach.double(), steps.share.double()
+    found_K = prior_K
+    if len(prompts) > 1:  # one says nothing of others
+        ridges = [float(weight_S.sum()) / len(prompts) * ridge for ridge in RIDGES]
+        ridge = _firmest(columns_SK, weight_S, share_S, prompt_S, prior_K, ridges)
+        found_K = _newton(columns_SK, weight_S, share_S, prior_K, ridge)
+    slopes = found_K[:depths].cumsum(0).clamp(min=0.05).tolist()
+    offsets = found_K[depths : 2 * depths].cumsum(0).tolist()
+    return tuple(zip(slopes, offsets, strict=True)), tuple(found_K[2 * depths :].tolist())
+
+
+def _firmest(
+    columns_SK: Tensor, weight_S: Tensor, share_S: Tensor, prompt_S: Tensor, prior_K: Tensor, ridges: list[float]
+) -> float:
+    """The greatest ridge that foretells prompts left out as well as the best does, to a standard error.
+
+    The steps of one prompt repeat each other: only on other prompts does it show what was no more than theirs.
+    """
+    prompts = int(prompt_S.max()) + 1
+    loss_RP = torch.zeros(len(ridges), prompts, dtype=torch.double)
+    for fold in range(min(FOLDS, prompts)):
+        left_out_S = prompt_S % FOLDS == fold
+        kept_S = weight_S.masked_fill(left_out_S, 0.0)
+        for row, ridge in enumerate(ridges):
+            logit_S = columns_SK @ _newton(columns_SK, kept_S, share_S, prior_K, ridge)
+            loss_S = F.binary_cross_entropy_with_logits(logit_S, share_S, weight_S, reduction="none")
+            loss_RP[row].index_add_(0, prompt_S, loss_S * left_out_S)
+    worse_RP = loss_RP - loss_RP[loss_RP.sum(dim=1).argmin()]
+    as_good_R = worse_RP.mean(dim=1) <= worse_RP.std(dim=1) / prompts**0.5
+    return max(ridge for ridge, as_good in zip(ridges, as_good_R.tolist(), strict=True) if as_good)
+
+
+def _newton(columns_SK: Tensor, weight_S: Tensor, share_S: Tensor, prior_K: Tensor, ridge: float) -> Tensor:
+    """What is likeliest under a ridge around the prior, [K]."""
+    ridge_KK = ridge * torch.eye(len(prior_K), dtype=torch.double)
+    found_K = prior_K
     for _ in range(25):
-        p = (columns @ found).sigmoid()
-        gradient = columns.T @ (weight * (p - steps.share.double())) + RIDGE * (found - prior)
-        hessian = (columns.T * (weight * p * (1 - p))) @ columns + RIDGE * torch.eye(len(prior), dtype=torch.double)
-        found = found - torch.linalg.solve(hessian, gradient).clamp(-1.0, 1.0)
-    slopes = found[:depths].cumsum(0).clamp(min=0.05).tolist()
-    offsets = found[depths : 2 * depths].cumsum(0).tolist()
-    return tuple(zip(slopes, offsets, strict=True)), tuple(found[2 * depths :].tolist())
+        p_S = (columns_SK @ found_K).sigmoid()
+        gradient_K = columns_SK.T @ (weight_S * (p_S - share_S)) + ridge * (found_K - prior_K)
+        hessian_KK = (columns_SK.T * (weight_S * p_S * (1 - p_S))) @ columns_SK + ridge_KK
+        step_K = torch.linalg.solve(hessian_KK, gradient_K).clamp(-1.0, 1.0)
+        found_K = found_K - step_K
+        if step_K.abs().max() < 1e-6:
+            break
+    return found_K
 
 
 def _fit_echo(traces: Traces, kept_T: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Mean reach by matched tokens and depth; few matches are drawn to what shorter ones reached."""
+    """Mean reach by matched tokens and depth; matches in few prompts are drawn to what shorter ones reached."""
     rows, known_E = [], torch.zeros(traces.echo_TE.shape[1])
     for matched in range(1, LONGEST + 1):
-        reach_ME = traces.echo_reach_TE[kept_T & (traces.matched_T == matched)]
-        known_E = (reach_ME.sum(dim=0) + NO_FAITH * known_E) / (len(reach_ME) + NO_FAITH)
+        here_T = kept_T & (traces.matched_T == matched)
+        _, prompt_M, counts = traces.prompt_T[here_T].unique(return_inverse=True, return_counts=True)
+        weight_M1 = 1 / (1 + ALIKE * (counts[prompt_M] - 1.0))[:, None]
+        reached_E = (weight_M1 * traces.echo_reach_TE[here_T]).sum(dim=0)
+        known_E = (reached_E + NO_FAITH * known_E) / (weight_M1.sum() + NO_FAITH)
         rows.append(tuple(known_E.clamp(LEAST_REACH, 1.0).log().tolist()))
     return tuple(rows)
 

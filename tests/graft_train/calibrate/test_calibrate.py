@@ -189,7 +189,8 @@ def test_a_fit_finds_the_law_that_made_the_data():
     logit = 3 * torch.randn(60_000, generator=generator)
     depth, rank = (torch.randint(0, 2, (60_000,), generator=generator) for _ in range(2))
     share = (torch.rand(60_000, generator=generator) < (1.5 * logit - 0.2 + 0.7 * rank).sigmoid()).float()
-    pairs, ranks = scale_module._fit(Steps(logit, depth + 1, rank, torch.ones_like(logit), share), 2, 2)
+    prompt = torch.arange(60_000) % 30
+    pairs, ranks = scale_module._fit(Steps(logit, depth + 1, rank, torch.ones_like(logit), share, prompt), 2, 2)
     for slope, offset in pairs:
         assert slope == pytest.approx(1.5, abs=0.05)
         assert offset + ranks[0] == pytest.approx(-0.2, abs=0.05)
@@ -200,9 +201,37 @@ def test_parents_that_were_rejected_do_not_count():
     logit = torch.zeros(2000)
     reach = torch.tensor([1.0, 0.0]).repeat(1000)
     pairs, ranks = scale_module._fit(
-        Steps(logit, torch.ones(2000).long(), torch.zeros(2000).long(), reach, reach), 1, 1
+        Steps(logit, torch.ones(2000).long(), torch.zeros(2000).long(), reach, reach, torch.arange(2000) // 100), 1, 1
     )
     assert pairs[0][1] + ranks[0] > 2  # all that could be accepted was
+
+
+def honest_steps(prompts: int, distinct: int, repeats: int, seed: int) -> Steps:
+    """Of a source whose word is true, so many times each; two depths."""
+    generator = torch.Generator().manual_seed(seed)
+    logit = 2 * torch.randn(prompts * distinct, generator=generator)
+    depth = torch.randint(1, 3, logit.shape, generator=generator)
+    share = (torch.rand(logit.shape, generator=generator) < logit.sigmoid()).float()
+    prompt = torch.arange(prompts).repeat_interleave(distinct)
+    columns = (logit, depth, torch.zeros_like(depth), torch.ones_like(logit), share, prompt)
+    return Steps(*(column.repeat_interleave(repeats) for column in columns))
+
+
+def test_what_prompts_repeat_is_not_taken_for_many_observations():
+    """Twenty prompts say the same four things fifty times each: on other prompts the fit is no worse than raw."""
+    unseen = honest_steps(20_000, 1, 1, seed=99)
+    raw = calibration_error(unseen.logit.sigmoid(), unseen.share)
+    errors = []
+    for seed in range(6):
+        pairs, ranks = scale_module._fit(honest_steps(20, 4, 50, seed), 2, 1)
+        slope, offset = torch.tensor(pairs)[unseen.depth - 1].T
+        errors.append(calibration_error((slope * unseen.logit + offset + ranks[0]).sigmoid(), unseen.share))
+    assert sum(errors) / len(errors) < raw + 0.02
+
+
+def test_one_prompt_leaves_the_source_at_its_word():
+    steps = honest_steps(1, 40, 50, seed=0)
+    assert scale_module._fit(steps, 2, 1) == (((1.0, 0.0), (1.0, 0.0)), (0.0,))
 
 
 def test_a_fitted_scale_never_ranks_a_child_above_its_parent(traces):
@@ -226,9 +255,10 @@ def test_calibration_brings_the_promises_near_what_is_met(traces):
 
 
 def test_a_rare_match_is_trusted_little(traces):
-    """Twenty matches of three tokens that all went on; one of four."""
+    """Twenty matches of three tokens that all went on, each in another prompt; one of four."""
     few = replace(
         traces,
+        prompt_T=torch.arange(len(traces)),
         matched_T=torch.tensor([3] * 20 + [4] + [0] * (len(traces) - 21)),
         echo_reach_TE=torch.ones_like(traces.echo_reach_TE),
     )
@@ -236,6 +266,9 @@ def test_a_rare_match_is_trusted_little(traces):
     assert echo[1] < 0.01
     assert echo[2] == pytest.approx(20 / 30, abs=0.01)
     assert echo[3] == pytest.approx((1 + 10 * 20 / 30) / 11, abs=0.01)
+    # In one prompt, where they are alike, they count as 20 / (1 + 0.2 * 19) do.
+    echo = [math.exp(row[0]) for row in fit_scale(replace(few, prompt_T=torch.zeros(len(traces)))).echo]
+    assert echo[2] == pytest.approx(4.17 / 14.17, abs=0.01)
 
 
 def test_calibration_error_by_hand():

@@ -115,6 +115,22 @@ def test_latency_alone_is_measured_again_without_traces_or_race(run_dir, monkeyp
     Policy.from_dict(json.loads((directory / "policy.json").read_text()))
 
 
+def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
+    """Drawing costs more than taking the likeliest token: what is timed draws, from seeds that can be drawn again."""
+    config = config_for(run_dir, temperature=0.7, repeats=2)
+    engine, prompts = module._engine(config), module._prompts(config)
+    traces = module.trace(config.policy, engine, prompts)
+    generate, asked = engine.generate, []
+
+    def recorded(prompt, tokens, temperature, **options):
+        asked.append((temperature, options["seed"]))
+        return generate(prompt, tokens, temperature, **options)
+
+    monkeypatch.setattr(engine, "generate", recorded)
+    module.latency_of(config.policy, engine, prompts, traces)
+    assert set(asked) == {(0.7, 0), (0.7, 1), (0.7, 2)}
+
+
 def test_latency_alone_needs_traces_of_these_weights(run_dir):
     with pytest.raises(GraftError, match=r"cannot be read .*without latency_only"):
         calibrate(config_for(run_dir, latency_only=True))
