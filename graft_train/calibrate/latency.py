@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 from tqdm import tqdm
 
@@ -91,11 +92,7 @@ def measure_latency(
     def typical(phase: str, *key: str | int, context: str = "short") -> float:
         return median(sample[phase] for sample in samples[context, key])  # type: ignore[index]
 
-    # A wider pass never costs less; what says otherwise is noise.
-    verify = [
-        np.maximum.accumulate([typical("verify", "width", width, context=context) for width in timed]).tolist()
-        for context in contexts
-    ]
+    verify = [_rising([typical("verify", "width", width, context=context) for width in timed]) for context in contexts]
     sources = [source for source in ("passes", "both", "ngrams") if (source, 1) in plans]
     spreads = [_relative_spread(samples[run]) for run in runs]
     return Latency(
@@ -105,7 +102,7 @@ def measure_latency(
             *(len(contexts[c]) for c in contexts if c != "short"),
         ],
         verify_ms=verify,
-        draft_ms=[0.0, *(typical("draft", "passes", p) for p in range(1, max_passes + 1))],
+        draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, max_passes + 1))]),
         graft_ms=[typical("graft", source, 1) for source in sources],
         commit_ms=[typical("commit", source, 1) for source in sources],
         echo_ms=max(0.0, sum(typical(phase, "echo", 1) - typical(phase, "passes", 1) for phase in ("graft", "commit"))),
@@ -141,6 +138,11 @@ def _forced_plans(
     gate = Stage(0, 1e9, width=min(middle, 1 + both.candidates))
     plans["gate", 1] = replace(plans["both", 1], stages=(gate, *plans["both", 1].stages))
     return plans
+
+
+def _rising(times: list[float]) -> list[float]:
+    """The nearest times that never fall: more work never costs less, what says otherwise is noise."""
+    return isotonic_regression(times).x.tolist()
 
 
 def _contexts(engine: GraftEngine, prompts: list[Tensor]) -> dict[str, Tensor]:

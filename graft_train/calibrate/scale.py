@@ -17,8 +17,6 @@ steps of so many prompts. The last leaves the source at its word."""
 FOLDS = 5
 NO_FAITH = 10.0
 """Matches seen fewer times than this are trusted little more than shorter ones."""
-ALIKE = 0.2
-"""How alike the matches of one prompt end: however many, they say as much as 1 / 0.2 of different prompts."""
 MOST_STEPS = 50_000
 LEAST_REACH = 1e-3
 """Steps from parents less likely than this do not enter a fit, and P(accepted) does not fall below it in echoes."""
@@ -142,8 +140,9 @@ def _steps(
     share = (reach_TN[real_TN] / above_TN[real_TN]).clamp(max=1.0)
     place_N = (depth_N, rank_N, traces.prompt_T[:, None])
     depth, rank, prompt = (column.expand_as(step_TN)[real_TN] for column in place_N)
-    stride = len(logit) // MOST_STEPS + 1
-    return Steps(*(column[::stride] for column in (logit, depth, rank, above_TN[real_TN], share, prompt)))
+    # Every so many of them would leave out candidates, wherever their number is a multiple of it.
+    chosen = torch.randperm(len(logit), generator=torch.Generator().manual_seed(0))[:MOST_STEPS]
+    return Steps(*(column[chosen] for column in (logit, depth, rank, above_TN[real_TN], share, prompt)))
 
 
 def _fit(steps: Steps, depths: int, ranks: int) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
@@ -202,14 +201,11 @@ def _newton(columns_SK: Tensor, weight_S: Tensor, share_S: Tensor, prior_K: Tens
 
 
 def _fit_echo(traces: Traces, kept_T: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Mean reach by matched tokens and depth; matches in few prompts are drawn to what shorter ones reached."""
+    """Mean reach by matched tokens and depth; few matches are drawn to what shorter ones reached."""
     rows, known_E = [], torch.zeros(traces.echo_TE.shape[1])
     for matched in range(1, LONGEST + 1):
-        here_T = kept_T & (traces.matched_T == matched)
-        _, prompt_M, counts = traces.prompt_T[here_T].unique(return_inverse=True, return_counts=True)
-        weight_M1 = 1 / (1 + ALIKE * (counts[prompt_M] - 1.0))[:, None]
-        reached_E = (weight_M1 * traces.echo_reach_TE[here_T]).sum(dim=0)
-        known_E = (reached_E + NO_FAITH * known_E) / (weight_M1.sum() + NO_FAITH)
+        reach_ME = traces.echo_reach_TE[kept_T & (traces.matched_T == matched)]
+        known_E = (reach_ME.sum(dim=0) + NO_FAITH * known_E) / (len(reach_ME) + NO_FAITH)
         rows.append(tuple(known_E.clamp(LEAST_REACH, 1.0).log().tolist()))
     return tuple(rows)
 
