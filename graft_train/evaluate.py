@@ -1,5 +1,6 @@
 """`evaluate`: every method on the same held-out prompts, in one interleaved run, against one engine."""
 
+import gc
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -78,7 +79,8 @@ def _build(config: "Config", out: Path) -> None:
     _check_lengths(engine, samples, settings.max_new_tokens)
     runs = _interleaved(engine, samples, settings, config.seed)
     device, policy = describe_device(engine.target.device), engine.policy
-    del engine  # a large target is held once at a time
+    del engine
+    gc.collect()  # hooks and their target hold each other, and a large one is held once at a time
     lossless = _losslessness(config, samples)
     if not is_main():
         return
@@ -250,6 +252,7 @@ def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     """Greedy fp32 output of every method against transformers' own `generate` on an untouched model."""
     tokens = config.evaluation.max_new_tokens
     references = _references(config, samples)
+    gc.collect()
     # Not governed: each method's own plan is to be checked, whether it pays in fp32 or not.
     engine = _engine(config, "float32", governed=False)
     divergences: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}

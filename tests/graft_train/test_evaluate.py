@@ -1,12 +1,13 @@
 """The comparison of the methods: fair arithmetic, and a losslessness check that can fail."""
 
 import json
+import weakref
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference import round as round_module
@@ -147,8 +148,6 @@ def test_wrong_tokens_are_found_and_told(run_dir, monkeypatch, capsys):
 
 
 def test_a_margin_is_the_gap_between_the_targets_two_best_tokens(run_dir):
-    from transformers import AutoModelForCausalLM
-
     engine = GraftEngine.from_pretrained(run_dir / "bundle", run_dir / "target")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "target")
     expected, found = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([3, 1, 4, 2, 5])
@@ -180,6 +179,20 @@ def test_a_target_spread_over_devices_is_measured_and_checked(run_dir, monkeypat
     assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
     assert evaluation["methods"]["graft"]["accepted_per_round"]["retrieved"] > 0
     assert spread == [True] * 3, "timed, references, checked"
+
+
+def test_one_target_is_in_memory_at_a_time(run_dir, monkeypatch):
+    load, models = AutoModelForCausalLM.from_pretrained, []
+
+    def watched(*arguments, **named):
+        assert all(model() is None for model in models)
+        loaded = load(*arguments, **named)
+        models.append(weakref.ref(loaded[0] if isinstance(loaded, tuple) else loaded))
+        return loaded
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    run_evaluate(run_dir)
+    assert len(models) == 3, "timed, references, checked"
 
 
 def test_a_sampled_run_is_still_checked_greedily(run_dir):
