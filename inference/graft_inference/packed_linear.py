@@ -24,7 +24,7 @@ def pack_linears(module: nn.Module) -> list[str]:
     faster: dict[tuple, bool] = {}
     packed = []
     for name, layer in module.named_modules():
-        if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
+        if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or not packs(layer.weight.dtype):
             continue
         shape = (*layer.weight.shape, layer.weight.dtype)
         product = _packed_product(layer)
@@ -34,6 +34,13 @@ def pack_linears(module: nn.Module) -> list[str]:
             layer.forward = product  # type: ignore[method-assign, assignment]
             packed.append(name)
     return packed
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this type on this CPU: bfloat16 takes AVX-512 or AVX-NE-CONVERT."""
+    if dtype != torch.bfloat16:
+        return dtype == torch.float32
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _available() -> bool:

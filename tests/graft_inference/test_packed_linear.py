@@ -6,11 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from graft_inference import METHODS, packed_linear
-from graft_inference.packed_linear import pack_linears
+from graft_inference.packed_linear import pack_linears, packs
 
 from .tiny import tiny_engine, tiny_head, tiny_model
 
 needs_operator = pytest.mark.skipif(not packed_linear._available(), reason="this build has no packed product")
+
+BF16 = pytest.mark.skipif(not packs(torch.bfloat16), reason="this CPU packs no bfloat16")
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def never(monkeypatch):
 
 
 @needs_operator
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 9), (3, 4), (1, 70)], ids=str)
 def test_packed_product_equals_the_stock_one(always, dtype, bias, shape):
@@ -55,6 +57,7 @@ def test_packing_a_model_leaves_its_output_and_its_weights(always):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+@BF16
 @needs_operator
 @pytest.mark.parametrize("method", METHODS)
 def test_every_token_in_bf16_is_the_targets_choice_but_for_rounding(always, method):
