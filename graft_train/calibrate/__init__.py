@@ -95,7 +95,7 @@ def _build(config: "Config", out: Path) -> None:
     engine = _engine(config)
     made_of = _made_of(config)
     file = out / "traces.safetensors"
-    if not file.exists():  # it is an interrupted run's
+    if not file.exists():  # else an interrupted run left it
         traces = trace(settings, engine, prompts)
         if is_main():
             traces.save(file, made_of)

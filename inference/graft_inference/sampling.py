@@ -89,8 +89,7 @@ class Sampler:
         if self.greedy:
             return scores_NV.argmax(dim=-1)
         noise_PV, first = self._noise(place, max_depth + 1, scores_NV)
-        row_N = depths_N if first == 0 else depths_N + first
-        return noise_PV.index_select(0, row_N).add_(scores_NV).argmax(dim=-1)
+        return noise_PV.index_select(0, depths_N + first).add_(scores_NV).argmax(dim=-1)
 
     def _noise(self, place: int | Tensor, places: int, scores_NV: Tensor) -> tuple[Tensor, int]:
         """Noise of so many places, and its row of the first of them.
@@ -102,7 +101,7 @@ class Sampler:
         if isinstance(place, Tensor):
             return gumbel(self.seed, place, places, vocab_size, device), 0
         first = place - self._noise_from
-        if not 0 <= first <= len(self._noise_PV) - places or self._noise_PV.shape[1] != vocab_size:
+        if not 0 <= first <= len(self._noise_PV) - places:
             self._noise_PV = gumbel(self.seed, place, places + AHEAD, vocab_size, device)
             self._noise_from, first = place, 0
         return self._noise_PV, first

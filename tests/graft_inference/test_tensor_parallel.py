@@ -43,23 +43,29 @@ os._exit(0)  # gloo's threads may still hold Python objects, and an interpreter 
 """
 
 
-def test_two_processes_serve_one_target(tmp_path):
-    model = tiny_model("llama", vocab_size=64)  # transformers splits lm_head evenly
-    target, bundle = tmp_path / "target", tmp_path / "bundle"
-    model.save_pretrained(target)
-    save_head(tiny_head(model), bundle)
-    script, out = tmp_path / "rank.py", tmp_path / "out.json"
-    script.write_text(RANK)
+def run_ranks(directory: Path, script: str, *arguments: object) -> str:
+    """What a script says in two processes of one group; both must succeed."""
+    path = directory / "rank.py"
+    path.write_text(script)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [bundle, target, json.dumps(prompt(9).tolist()), out]
     finished = subprocess.run(
-        [*launcher, str(script), *map(str, arguments)],
+        [*launcher, str(path), *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'inference'}"},
         check=False,
     )
-    assert finished.returncode == 0, finished.stderr[:4000]
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished.stdout
+
+
+def test_two_processes_serve_one_target(tmp_path):
+    model = tiny_model("llama", vocab_size=64)  # transformers splits lm_head evenly
+    target, bundle = tmp_path / "target", tmp_path / "bundle"
+    model.save_pretrained(target)
+    save_head(tiny_head(model), bundle)
+    out = tmp_path / "out.json"
+    run_ranks(tmp_path, RANK, bundle, target, json.dumps(prompt(9).tolist()), out)
     *sequences, refusal = json.loads(out.read_text())
     engine = GraftEngine.from_bundle(load_bundle(bundle, model.config, None), model)
     expected = [engine.generate(prompt(9), 16, method=method).sequences.tolist() for method in METHODS]

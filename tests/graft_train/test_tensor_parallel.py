@@ -1,11 +1,7 @@
 """A target that two processes compute together is calibrated and evaluated as by one."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +15,9 @@ from graft_train.evaluate import evaluate
 from graft_train.export import export
 from graft_train.pretrain_target import pretrain_target
 from graft_train.regenerate import regenerate
+from tests.graft_inference.test_tensor_parallel import run_ranks
 from tests.graft_train.tiny_run import tiny_config, write_sources
 
-ROOT = Path(__file__).parents[2]
 RANK = """
 import os, sys
 from pathlib import Path
@@ -38,20 +34,6 @@ os._exit(0)  # gloo's threads may still hold Python objects, and an interpreter 
 """
 
 
-def run_ranks(run_dir: Path, sources: Path) -> subprocess.CompletedProcess[str]:
-    script = run_dir / "rank.py"
-    script.write_text(RANK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'inference'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*launcher, str(script), str(run_dir), str(sources)],
-        capture_output=True,
-        text=True,
-        env=os.environ | paths,
-        check=False,
-    )
-
-
 def test_two_processes_calibrate_and_evaluate_one_target(tmp_path):
     sources, alone, together = (tmp_path / name for name in ("sources", "alone", "together"))
     write_sources(sources)
@@ -61,9 +43,8 @@ def test_two_processes_calibrate_and_evaluate_one_target(tmp_path):
         stage(config)
     shutil.copytree(alone, together)
     shutil.rmtree(together / "policy")
-    finished = run_ranks(together, sources)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    assert finished.stdout.count("calibrate: finished") == finished.stdout.count("evaluate: finished") == 1
+    said = run_ranks(together, RANK, together, sources)
+    assert said.count("calibrate: finished") == said.count("evaluate: finished") == 1
 
     ours, theirs = (load_file(run / "policy" / "traces.safetensors") for run in (together, alone))
     for name, column in theirs.items():
@@ -80,7 +61,7 @@ def test_two_processes_calibrate_and_evaluate_one_target(tmp_path):
     ("changes", "words"),
     [({}, "needs several processes: start them with torchrun"), ({"device_map": "auto"}, "exclude each other")],
 )
-def test_a_launch_that_cannot_be_is_refused(tmp_path, monkeypatch, changes, words):
+def test_a_launch_that_cannot_be_is_refused(tmp_path, changes, words):
     from tests.graft_train import test_evaluate
 
     config = test_evaluate.config_for(test_evaluate.write_run(tmp_path / "run"))
