@@ -111,7 +111,10 @@ def frontier(
 
 def describe(plan: Plan) -> str:
     """Passes, thresholds and rows of each stage, and what is retrieved from, in one line."""
-    asked = (("n-grams" if plan.ngrams else "matrix", plan.looks_up), ("echo", plan.echoes))
+    looked_up = "n-grams" if plan.ngrams else "matrix"
+    if plan.scale and not plan.learns_accepted:
+        looked_up += " taught by all nodes"
+    asked = ((looked_up, plan.looks_up), ("echo", plan.echoes))
     sources = ", ".join(name for name, is_asked in asked if is_asked)
     parts = []
     for stage in plan.stages:

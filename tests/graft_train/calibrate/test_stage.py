@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,38 @@ def test_everything_is_learned_measured_and_written(run_dir):
     assert (policy_dir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     text = (policy_dir / "report.md").read_text()
     assert all(f"| {name} |" in text for name in PLANS)
+
+
+@pytest.mark.parametrize("by_all_is_faster", [True, False])
+def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by_all_is_faster):
+    """Only of plans that look something up: for others it is the same."""
+    raced = {}
+
+    def rigged(engine, prompts, plans, *_):
+        raced.update(plans)
+        speeds = {name: 100.0 * (name.startswith("retrieve_only") + 1) for name in plans}
+        for name in plans:
+            speeds[name] += 10.0 * (name.endswith(module.BY_ALL) == by_all_is_faster)
+        return {
+            name: {"tokens_per_second": speed, "tau": 1.0, "tokens": [speed], "seconds": [1.0]}
+            for name, speed in speeds.items()
+        }
+
+    monkeypatch.setattr(module, "race", rigged)
+    directory = calibrate(config_for(run_dir))
+    by_all = {name for name in raced if name.endswith(module.BY_ALL)}
+    assert "retrieve_only" + module.BY_ALL in by_all
+    for name in by_all:
+        plan = raced[name.removesuffix(module.BY_ALL)]
+        assert plan.looks_up
+        assert raced[name] == replace(plan, learns_accepted=False)
+    policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
+    report = json.loads((directory / "report.json").read_text())
+    assert policy.graft == policy.retrieve
+    assert policy.graft.learns_accepted == (not by_all_is_faster)
+    assert set(report["measured"]) == set(PLANS)
+    assert report["measured"]["retrieve_only"]["tokens_per_second"] == 210.0
+    assert ("matrix taught by all nodes" in (directory / "report.md").read_text()) == by_all_is_faster
 
 
 def test_an_interrupted_run_does_not_trace_again(run_dir, monkeypatch):
