@@ -206,7 +206,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             "| plan | passes: rows | tokens/s | tau | over eagle3 | over paper, scaled | over paper, as printed |",
             "|---|---|---:|---:|---:|---:|---:|",
         ]
-        for name, found in run["measured"].items():
+        by_speed = sorted(run["measured"].items(), key=lambda item: -item[1]["tokens_per_second"])
+        for name, found in by_speed:
             ratios = (run["ratios"][base][name] for base in BASELINES)
             cells = " | ".join(f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in ratios)
             speed = f"{found['tokens_per_second']:.0f} | {found['tau']:.2f}"
