@@ -111,6 +111,7 @@ def _build(config: "Config", out: Path) -> None:
     measured = of_main(race(engine, prompts, racers, settings.max_new_tokens, settings.temperature, settings.repeats))
     if not is_main():
         return
+    replayed = {name: measured[name]["tokens_per_second"] for name in plans}
     faster = {name: _faster(measured, name, f"{name}{BY_ALL}") for name in plans}
     plans = {name: racers[racer] for name, racer in faster.items()}
     measured = {name: measured[racer] for name, racer in faster.items()}
@@ -126,6 +127,7 @@ def _build(config: "Config", out: Path) -> None:
             for name, plan in plans.items()
         },
         "measured": measured,
+        "measured_as_predicted": replayed,
         "calibration_error": calibration(traces),
         "ablation": ablation(settings, replays, plan_of),
         "frontier": frontier(settings, replays, plans, plan_of),

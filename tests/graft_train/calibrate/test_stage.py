@@ -126,6 +126,8 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
     assert policy.graft.learns_accepted == (not by_all_is_faster)
     assert set(report["measured"]) == set(PLANS)
     assert report["measured"]["retrieve_only"]["tokens_per_second"] == 210.0
+    # What the replay foretold is held against the form that it replayed.
+    assert report["measured_as_predicted"]["retrieve_only"] == (200.0 if by_all_is_faster else 210.0)
     assert ("matrix taught by all nodes" in (directory / "report.md").read_text()) == by_all_is_faster
 
 
