@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
 from graft_inference.head_checkpoint import load_head
-from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, trace
+from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, taught_by_all, trace
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replay
@@ -192,7 +192,7 @@ def contenders(
         if change and ablate:
             plans[piece] = plan_of("learned", replace(settings, **change), replays)
     if ablate:
-        plans["matrix learns from all"] = replace(plans["learned"], learns_accepted=False)
+        plans |= taught_by_all({"learned": plans["learned"]})
     return plans
 
 

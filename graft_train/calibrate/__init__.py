@@ -111,11 +111,12 @@ def _build(config: "Config", out: Path) -> None:
     measured = of_main(race(engine, prompts, racers, settings.max_new_tokens, settings.temperature, settings.repeats))
     if not is_main():
         return
-    replayed = {name: measured[name]["tokens_per_second"] for name in plans}
-    faster = {name: _faster(measured, name, f"{name}{BY_ALL}") for name in plans}
+    raced = {name: found["tokens_per_second"] for name, found in measured.items()}
+    faster = {name: _faster(raced, name, f"{name}{BY_ALL}") for name in plans}
+    replayed = {name: raced[name] for name in plans}
     plans = {name: racers[racer] for name, racer in faster.items()}
     measured = {name: measured[racer] for name, racer in faster.items()}
-    speeds = {name: found["tokens_per_second"] for name, found in measured.items()}
+    speeds = {name: raced[racer] for name, racer in faster.items()}
     graft = _fastest(speeds, settings.kind)
     report = {
         "device": describe_device(engine.target.device),
@@ -152,8 +153,9 @@ def taught_by_all(plans: dict[str, Plan]) -> dict[str, Plan]:
     }
 
 
-def _faster(measured: dict[str, dict[str, Any]], *names: str) -> str:
-    return max((name for name in names if name in measured), key=lambda name: measured[name]["tokens_per_second"])
+def _faster(speeds: dict[str, float], *names: str) -> str:
+    """The fastest of those names that were timed."""
+    return max((name for name in names if name in speeds), key=speeds.__getitem__)
 
 
 def _renew(config: "Config", directory: Path) -> Path:
@@ -183,7 +185,7 @@ def _renew(config: "Config", directory: Path) -> Path:
 def _fastest(speeds: dict[str, float], kind: str) -> str:
     """The plan of a kind; the learned one is never slower than a method it has in it, as far as this device tells."""
     names = {"learned": SPECIAL_CASES, "retrieve_only": ("retrieve_only", "retrieve_ngrams")}.get(kind, (kind,))
-    return max((name for name in names if name in speeds), key=speeds.__getitem__)
+    return _faster(speeds, *names)
 
 
 def replay_sources(settings: CalibrateConfig, traces: Traces, latency: Latency) -> tuple[Replay, ...]:
