@@ -28,8 +28,8 @@ from graft_inference.head_checkpoint import load_head
 from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, taught_by_all, trace
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import race, ratio
-from graft_train.calibrate.replay import Replay
-from graft_train.calibrate.report import PIECES, calibration, describe
+from graft_train.calibrate.replay import Replays, replay_of
+from graft_train.calibrate.report import calibration, describe, pieces
 from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, of_split, read_documents
 from graft_train.data.prompts import build_prompts
@@ -136,16 +136,19 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Learns on each domain's calibration prompts, races on each domain's evaluation prompts."""
     settings = replace(settings, temperature=temperature)
-    traces = {name: trace(settings, engine, prompts["calibration"]) for name, prompts in domains.items()}
-    first = next(iter(domains))
-    latency = latency_of(settings, engine, domains[first]["calibration"], traces[first])
-    replays = {name: replay_sources(settings, traces[name], latency) for name in domains}
+    noises = (False, True) if temperature else (False,)
+    traces = {
+        name: {told: trace(settings, engine, prompts["calibration"], told) for told in noises}
+        for name, prompts in domains.items()
+    }
+    latency = {name: latency_of(settings, engine, domains[name]["calibration"], traces[name]) for name in domains}
+    replays = {name: replay_sources(settings, traces[name], latency[name]) for name in domains}
     learned = {name: learn(settings, both) for name, both in replays.items()}
     found = []
     for name, prompts in domains.items():
         plans = contenders(settings, replays[name], learned, name, ablate)
         raced = race_distinct(engine, prompts["evaluation"], plans, settings, settings.repeats)
-        predicted = {plan: replays[name][plans[plan].ngrams].run(plans[plan])[0] for plan in learned[name]}
+        predicted = {plan: replay_of(replays[name], plans[plan]).run(plans[plan])[0] for plan in learned[name]}
         # The prediction is of the calibration prompts: it is held against the speed on those.
         seen = race_distinct(engine, prompts["calibration"], learned[name], settings, 1)
         found.append(
@@ -157,8 +160,8 @@ def measure(
                 "ratios": {base: {plan: ratio(raced[plan], raced[base]) for plan in plans} for base in BASELINES},
                 "predicted": predicted,
                 "measured_on_calibration": {plan: seen[plan]["tokens_per_second"] for plan in seen},
-                "calibration_error": calibration(traces[name]),
-                "latency_ms": latency.to_dict(),
+                "calibration_error": calibration(traces[name][temperature > 0]),
+                "latency_ms": latency[name].to_dict(),
             }
         )
     return found
@@ -176,7 +179,7 @@ def race_distinct(
 
 def contenders(
     settings: CalibrateConfig,
-    replays: tuple[Replay, ...],
+    replays: Replays,
     learned: dict[str, dict[str, Plan]],
     domain: str,
     ablate: bool,
@@ -188,8 +191,10 @@ def contenders(
     for other in learned:
         if other != domain:
             plans[f"learned on {other}"] = learned[other]["learned"]
-    for piece, change in PIECES.items():
-        if change and ablate:
+    if settings.temperature:
+        plans["eagle3, told the noise"] = replace(plans["eagle3"], shares_noise=True)
+    for piece, change in pieces(settings).items():
+        if change and (ablate or "shared_noise" in change):
             plans[piece] = plan_of("learned", replace(settings, **change), replays)
     if ablate:
         plans |= taught_by_all({"learned": plans["learned"]})

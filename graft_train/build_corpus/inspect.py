@@ -88,7 +88,7 @@ def _recall(matrix: SuccessorMatrix, table: NgramTable | None, positions: Positi
             keys_MO = context_keys(windows_MC)
             for order, keys_M in zip(ORDERS, keys_MO.unbind(dim=1), strict=True):
                 found.setdefault(f"{order} tokens", []).append(_places(table.find(keys_M)[0][:, 1:], truth_M))
-            found.setdefault("together", []).append(_places(source.successors_of(windows_MC)[0], truth_M))
+            found.setdefault("together", []).append(_places(source.successors_of(windows_MC, source.k)[0], truth_M))
     return [_summary(name, torch.cat(places)) for name, places in found.items()]
 
 

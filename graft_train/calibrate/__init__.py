@@ -14,7 +14,7 @@ from graft_inference.policy import depth_template
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.latency import Latency, measure_latency
 from graft_train.calibrate.race import race
-from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.replay import Replay, Replays, replay_of
 from graft_train.calibrate.report import ablation, calibration, draw_frontier, frontier, print_report, to_markdown
 from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
 NGRAM_PLANS = ("retrieve_ngrams", "learned_ngrams")
 """`retrieve_only` and `learned` once more, with longer contexts."""
+PUBLISHED = ("eagle3", "paper")
+"""Told nothing of the draws' noise, as published."""
 BY_ALL = ", taught by all nodes"
 """Ends the names of plans as `taught_by_all` changes them."""
 MOST_ECHOED = 32
@@ -53,19 +55,15 @@ def calibrate(config: "Config") -> Path:
     return run_stage(config, "calibrate", "policy", values, inputs, lambda out: _build(config, out))
 
 
-def learn(settings: CalibrateConfig, replays: tuple[Replay, ...]) -> dict[str, Plan]:
-    """The best plan of each of PLANS, and of NGRAM_PLANS where there are two replays, by replay."""
-    names = PLANS + NGRAM_PLANS if len(replays) > 1 else PLANS
+def learn(settings: CalibrateConfig, replays: Replays) -> dict[str, Plan]:
+    """The best plan of each of PLANS, and of NGRAM_PLANS where longer contexts may be used, by replay."""
+    names = PLANS + NGRAM_PLANS if settings.ngrams else PLANS
     return {name: plan_of(name, settings, replays) for name in names}
 
 
-def plan_of(name: str, settings: CalibrateConfig, replays: tuple[Replay, ...]) -> Plan:
-    """The best plan of one of PLANS or NGRAM_PLANS under these settings.
-
-    Args:
-        replays: with the matrix, and with longer contexts if there are any.
-    """
-    replay = replays[name in NGRAM_PLANS]
+def plan_of(name: str, settings: CalibrateConfig, replays: Replays) -> Plan:
+    """The best plan of one of PLANS or NGRAM_PLANS under these settings."""
+    replay = replays[settings.shared_noise and name not in PUBLISHED, name in NGRAM_PLANS]
     allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints, settings.retrieve_first)
     scale = _scale(settings, replay)
     match name:
@@ -96,14 +94,14 @@ def _build(config: "Config", out: Path) -> None:
     prompts = _prompts(config)
     engine = _engine(config)
     made_of = _made_of(config)
-    file = out / "traces.safetensors"
-    if not file.exists():  # else an interrupted run left it
-        traces = trace(settings, engine, prompts)
-        if is_main():
-            traces.save(file, made_of)
-        barrier()
-    traces = Traces.load(file, made_of)
-    _check_enough(settings, len(traces))
+    for shares_noise, name in _trace_files(settings).items():
+        if not (out / name).exists():  # else an interrupted run left it
+            traced = trace(settings, engine, prompts, shares_noise)
+            if is_main():
+                traced.save(out / name, made_of)
+            barrier()
+    traces = _load_traces(settings, out, made_of)
+    _check_enough(settings, len(traces[False]))
     latency = of_main(latency_of(settings, engine, prompts, traces))
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
@@ -120,16 +118,16 @@ def _build(config: "Config", out: Path) -> None:
     graft = _fastest(speeds, settings.kind)
     report = {
         "device": describe_device(engine.target.device),
-        "positions": len(traces),
+        "positions": len(traces[False]),
         "prompts": len(prompts),
         "graft_is": graft,
         "predicted": {
-            name: dict(zip(("tokens_per_second", "tau"), replays[plan.ngrams].run(plan), strict=True))
+            name: dict(zip(("tokens_per_second", "tau"), replay_of(replays, plan).run(plan), strict=True))
             for name, plan in plans.items()
         },
         "measured": measured,
         "measured_as_predicted": replayed,
-        "calibration_error": calibration(traces),
+        "calibration_error": calibration(traces.get(settings.shared_noise, traces[False])),
         "ablation": ablation(settings, replays, plan_of),
         "frontier": frontier(settings, replays, plans, plan_of),
         "latency_ms": latency.to_dict(),
@@ -161,17 +159,17 @@ def _faster(speeds: dict[str, float], *names: str) -> str:
 def _renew(config: "Config", directory: Path) -> Path:
     """Measures this device and chooses anew from the traces that are there; nothing is traced or raced."""
     settings = config.policy
-    traces = Traces.load(directory / "traces.safetensors", _made_of(config))
+    traces = _load_traces(settings, directory, _made_of(config))
     engine = _engine(config)
     latency = latency_of(settings, engine, _prompts(config), traces)
     if not is_main():
         return directory
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
-    speeds = {name: replays[plan.ngrams].run(plan)[0] for name, plan in plans.items()}
+    speeds = {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()}
     report = {
         "device": describe_device(engine.target.device),
-        "positions": len(traces),
+        "positions": len(traces[False]),
         "graft_is": _fastest(speeds, settings.kind),
         "predicted": speeds,
     }
@@ -188,15 +186,37 @@ def _fastest(speeds: dict[str, float], kind: str) -> str:
     return _faster(speeds, *names)
 
 
-def replay_sources(settings: CalibrateConfig, traces: Traces, latency: Latency) -> tuple[Replay, ...]:
-    """Replays with the matrix, and with longer contexts where they may be used and were traced."""
-    if settings.ngrams and not traces.ngrams_TG.shape[1]:
+def _trace_files(settings: CalibrateConfig) -> dict[bool, str]:
+    """Traces by whether the noise of draws is told; at temperature 0 there is none."""
+    files = {False: "traces.safetensors"}
+    if settings.temperature and settings.shared_noise:
+        files[True] = "traces-shared-noise.safetensors"
+    return files
+
+
+def _load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, str]) -> dict[bool, Traces]:
+    return {
+        shares_noise: Traces.load(directory / name, made_of) for shares_noise, name in _trace_files(settings).items()
+    }
+
+
+def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latency: Latency) -> Replays:
+    """Replays with the matrix, and with longer contexts where they may be used and were traced.
+
+    Args:
+        traces: by whether the noise of draws is told; where only False is there, it makes no difference.
+    """
+    if settings.ngrams and not traces[False].ngrams_TG.shape[1]:
         raise GraftError(
             "policy.ngrams=true, but these traces hold no longer contexts: delete the policy directory and run "
             "recipes/calibrate.py without policy.latency_only"
         )
-    sources = (False, True)[: 1 + settings.ngrams]
-    return tuple(Replay(traces, latency, max(settings.widths), ngrams) for ngrams in sources)
+    budget = max(settings.widths)
+    return {
+        (shares_noise, ngrams): Replay(traces.get(shares_noise, traces[False]), latency, budget, ngrams, shares_noise)
+        for shares_noise in (False, True)
+        for ngrams in (False, True)[: 1 + settings.ngrams]
+    }
 
 
 def _write(
@@ -259,7 +279,7 @@ def _engine(config: "Config") -> GraftEngine:
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), target)
 
 
-def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor]) -> Traces:
+def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], shares_noise: bool = False) -> Traces:
     """Traces of these prompts, with room for more retrieved nodes than any plan verifies."""
     return record_traces(
         engine,
@@ -271,12 +291,16 @@ def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor])
         4 * max(settings.widths),
         min(max(settings.widths) - 1, MOST_ECHOED),
         settings.temperature,
+        shares_noise,
     )
 
 
-def latency_of(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: Traces) -> Latency:
+def latency_of(
+    settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: dict[bool, Traces]
+) -> Latency:
     """This device's latency table, with the templates that plans would look up."""
-    templates = [part.template[: 2 * max(settings.widths)] for part in (traces, traces.of_ngrams())]
+    told = traces.get(settings.shared_noise, traces[False])
+    templates = [part.template[: 2 * max(settings.widths)] for part in (told, told.of_ngrams())]
     if not settings.ngrams:
         templates = templates[:1]
     return measure_latency(

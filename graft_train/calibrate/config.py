@@ -31,6 +31,8 @@ class CalibrateConfig:
         ngrams: try plans that follow the corpus's longer contexts too, if it has them: more tokens per round, a
             dearer look-up.
         echo: search the request's own text for what followed the last time.
+        shared_noise: where tokens are drawn by chance, tell head and retrieval the noise of the draws; the paper's
+            settings and the EAGLE-3 tree are never told.
     """
 
     kind: str = "learned"
@@ -49,6 +51,7 @@ class CalibrateConfig:
     learned_template: bool = True
     retrieve_first: bool = True
     echo: bool = True
+    shared_noise: bool = True
     ngrams: bool = False
 
     def __post_init__(self) -> None:

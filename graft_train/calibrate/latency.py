@@ -114,7 +114,10 @@ def measure_latency(
 def _forced_plans(
     widths: list[int], beam_width: int, max_passes: int, template: RankPaths, ngram_template: RankPaths
 ) -> dict[tuple[str, int], Plan]:
-    """Plans that leave no choice: of every width, of every number of passes, and with every overhead."""
+    """Plans that leave no choice: of every width, of every number of passes, and with every overhead.
+
+    All share the noise of draws, which takes longer than not to.
+    """
     flat = ((1.0, 0.0),)
     ranks = (0.0,) * (1 + max(path[-1] for path in (*template, *ngram_template)))
     both = Scale(flat * max_passes, flat * max(map(len, template)), ranks, template)
@@ -137,7 +140,7 @@ def _forced_plans(
     # Nothing promises so much: the head is asked all the same.
     gate = Stage(0, 1e9, width=min(middle, 1 + both.candidates))
     plans["gate", 1] = replace(plans["both", 1], stages=(gate, *plans["both", 1].stages))
-    return plans
+    return {key: replace(plan, shares_noise=True) for key, plan in plans.items()}
 
 
 def _rising(times: list[float]) -> list[float]:

@@ -50,11 +50,15 @@ class Replay:
     Args:
         budget: most rows of a verification.
         ngrams: whether the retrieved nodes are those of longer contexts; plans must say the same.
+        shares_noise: whether the traces were recorded so; plans must say the same.
     """
 
-    def __init__(self, traces: Traces, latency: Latency, budget: int, ngrams: bool = False) -> None:
+    def __init__(
+        self, traces: Traces, latency: Latency, budget: int, ngrams: bool = False, shares_noise: bool = False
+    ) -> None:
         self.traces = traces = traces.of_ngrams() if ngrams else traces
         self.ngrams = ngrams
+        self.shares_noise = shares_noise
         self.latency = latency
         self.budget = budget
         self.passes = traces.confidence_TP.shape[1]
@@ -83,6 +87,7 @@ class Replay:
         A plan without a scale whose template goes beyond the traced one is met with fewer retrieved nodes.
         """
         assert plan.ngrams == self.ngrams or not plan.looks_up
+        assert plan.shares_noise == self.shares_noise or not (plan.looks_up or plan.drafts)
         stage_T = self._stops(plan)
         tokens, times = [], []
         for stage in plan.stages:
@@ -233,6 +238,15 @@ class Replay:
         root = torch.zeros(len(pool), 1, dtype=torch.bool)
         counted = (torch.cat((root, part), dim=1).cumsum(1) for part in (true, true & (chosen < count)))
         return tuple(_to_budget(part, self.budget) for part in counted)
+
+
+Replays = dict[tuple[bool, bool], Replay]
+"""By what plans say of `shares_noise` and `ngrams`."""
+
+
+def replay_of(replays: Replays, plan: Plan) -> Replay:
+    """The one whose traces show what this plan meets."""
+    return replays[plan.shares_noise, plan.ngrams]
 
 
 def _spread(keys: Tensor) -> Tensor:

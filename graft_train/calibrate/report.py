@@ -13,7 +13,7 @@ from rich.table import Table
 from graft_inference import Plan
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import ratio
-from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.scale import (
     calibration_error,
     drafted_scores,
@@ -24,7 +24,7 @@ from graft_train.calibrate.scale import (
 from graft_train.calibrate.traces import Traces
 from graft_train.stage import say
 
-PlanOf = Callable[[str, CalibrateConfig, tuple[Replay, ...]], Plan]
+PlanOf = Callable[[str, CalibrateConfig, Replays], Plan]
 POINTS = 4
 """Widths at which the frontier is drawn."""
 WORTH = 0.02
@@ -37,6 +37,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "always drafts": {"retrieve_first": False},
     "no echo": {"echo": False},
     "no longer contexts": {"ngrams": False},
+    "no shared noise": {"shared_noise": False},
 }
 COLORS = {
     "eagle3": "#64748b",
@@ -83,19 +84,24 @@ def _errors(
     return errors
 
 
-def ablation(settings: CalibrateConfig, replays: tuple[Replay, ...], plan_of: PlanOf) -> dict[str, dict[str, float]]:
+def pieces(settings: CalibrateConfig) -> dict[str, dict[str, Any]]:
+    """What may be taken away; where nothing is drawn by chance, there is no noise to tell."""
+    return {name: change for name, change in PIECES.items() if settings.temperature or "shared_noise" not in change}
+
+
+def ablation(settings: CalibrateConfig, replays: Replays, plan_of: PlanOf) -> dict[str, dict[str, float]]:
     """Predicted speed and tau of the learned plan without one of its pieces at a time."""
     found = {}
-    for name, change in PIECES.items():
+    for name, change in pieces(settings).items():
         changed = replace(settings, **change)
-        kinds = zip(("learned", "learned_ngrams"), replays[: 1 + changed.ngrams], strict=False)
-        best = max(replay.run(plan_of(kind, changed, replays)) for kind, replay in kinds)
+        plans = [plan_of(kind, changed, replays) for kind in ("learned", "learned_ngrams")[: 1 + changed.ngrams]]
+        best = max(replay_of(replays, plan).run(plan) for plan in plans)
         found[name] = dict(zip(("tokens_per_second", "tau"), best, strict=True))
     return found
 
 
 def frontier(
-    settings: CalibrateConfig, replays: tuple[Replay, ...], names: Iterable[str], plan_of: PlanOf
+    settings: CalibrateConfig, replays: Replays, names: Iterable[str], plan_of: PlanOf
 ) -> dict[str, list[dict[str, float]]]:
     """Predicted speed and tau of the best plan of each kind with some of the widths as its most."""
     points: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -104,7 +110,7 @@ def frontier(
         narrow = replace(settings, widths=[w for w in settings.widths if w <= width])
         for name in points:
             plan = plan_of(name, narrow, replays)
-            speed, tau = replays[plan.ngrams].run(plan)
+            speed, tau = replay_of(replays, plan).run(plan)
             points[name].append({"width": width, "tokens_per_second": speed, "tau": tau})
     return points
 

@@ -167,7 +167,15 @@ def _most_drafted(replay: Replay, passes: int) -> int:
 
 def _plan(replay: Replay, stages: tuple[Stage, ...], scale: Scale | None) -> Plan:
     ngrams = replay.ngrams and scale is not None and bool(scale.template)
-    return Plan(stages, replay.beam_width, replay.budget, scale, learns_accepted=scale is not None, ngrams=ngrams)
+    return Plan(
+        stages,
+        replay.beam_width,
+        replay.budget,
+        scale,
+        learns_accepted=scale is not None,
+        ngrams=ngrams,
+        shares_noise=replay.shares_noise,
+    )
 
 
 def _fastest(replay: Replay, plans: Iterator[Plan] | list[Plan]) -> Plan:

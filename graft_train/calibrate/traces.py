@@ -7,7 +7,7 @@ replayed without the models.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from graft_inference.drafting import Drafter
 from graft_inference.echo import Echo
 from graft_inference.ngrams import LONGEST, NgramSource
 from graft_inference.policy import RankPaths, depth_template
+from graft_inference.request import Request
 from graft_inference.retrieval import SuccessorMatrix, Template
+from graft_inference.sampling import Noise, Sampler
 from graft_inference.target import TargetOutput
 from graft_inference.tree import DraftTree, Source, merge
 from graft_train.stage import is_main
@@ -46,7 +48,7 @@ class Traces:
             where the corpus has none.
         echo_TE, matched_T: what followed the longest earlier match of the text's end, and its length; 0: none.
         reach_TC, reach_TR, ngrams_reach_TG, echo_reach_TE: P(accepted) under the target, that is of all tokens on the
-            path; at temperature 0 whether they are the greedy ones.
+            path; at temperature 0, and where the noise of the draws is told, whether they are those that follow.
     """
 
     prompt_T: Tensor
@@ -125,25 +127,27 @@ def record_traces(
     paths: int,
     echo_depth: int,
     temperature: float = 0.0,
+    shares_noise: bool = False,
 ) -> Traces:
     """Traces a continuation of each prompt ([length] int64).
 
     Args:
+        shares_noise: whether head and retrieval are told the noise of the draws, as plans say by the same name.
         paths: nodes looked up in each source at every position: the rank paths that lead to the truth most often.
         echo_depth: tokens taken from the text's own repetitions.
     """
     bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt", disable=not is_main())
-    sequences = [
-        engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
-        for index, prompt in enumerate(bar)
-    ]
-    starts = [len(prompt) for prompt in prompts]
-    template = likely_paths(engine, sequences, starts, retrieval_depth, paths)
-    longer = likely_paths(engine, sequences, starts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
+    texts = []
+    for index, prompt in enumerate(bar):
+        whole = engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
+        sampler = Request(temperature=temperature, seed=index).sampler(0, set(), engine.target.device)
+        texts.append(Text(whole.to(engine.target.device), len(prompt), sampler if shares_noise else None))
+    template = likely_paths(engine, texts, retrieval_depth, paths)
+    longer = likely_paths(engine, texts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
     tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, echo_depth, temperature)
     parts = []
-    for index, sequence in enumerate(tqdm(sequences, desc="calibrate: traces", unit="prompt", disable=not is_main())):
-        parts.append(tracer.trace(sequence.to(engine.target.device), starts[index], index))
+    for index, text in enumerate(tqdm(texts, desc="calibrate: traces", unit="prompt", disable=not is_main())):
+        parts.append(tracer.trace(text, index))
     if not any(parts):
         raise GraftError("the target ended every calibration prompt at once: regenerate from other data")
     names = next(part for part in parts if part)
@@ -158,8 +162,28 @@ def record_traces(
     return Traces(**columns, depths_C=torch.tensor(passes_C), template_RL=padded[0], ngrams_template_GL=padded[1])
 
 
+@dataclass
+class Text:
+    """A prompt and its continuation.
+
+    Attributes:
+        start: tokens of the prompt.
+        sampler: that drew it, where those who propose tokens are told the noise of its draws.
+    """
+
+    tokens_S: Tensor
+    start: int
+    sampler: Sampler | None
+
+    def noise(self, root: int, places: int, vocab_size: int) -> Noise | None:
+        """Of the draws after the token at `root`."""
+        if self.sampler is None:
+            return None
+        return self.sampler.noise(root + 1 - self.start, places, vocab_size, self.tokens_S.device)
+
+
 def likely_paths(
-    engine: GraftEngine, sequences: list[Tensor], starts: list[int], depth: int, count: int, ngrams: bool = False
+    engine: GraftEngine, texts: list[Text], depth: int, count: int, ngrams: bool = False
 ) -> list[tuple[int, ...]]:
     """The rank paths that lead to the truth most often, and short hand-made ones behind them if that is few.
 
@@ -167,8 +191,8 @@ def likely_paths(
     are those of the source as a request has it by then: what was just read has its likeliest successor first.
     """
     counts: Counter[tuple[int, ...]] = Counter()
-    for sequence, start in zip(sequences, starts, strict=True):
-        counts.update(_true_prefixes(engine, sequence.to(engine.target.device), start, depth, ngrams))
+    for text in texts:
+        counts.update(_true_prefixes(engine, text, depth, ngrams))
     ranked = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:count]
     known = set(ranked)
     for hand_made in depth_template((engine.successors.k,) + (4,) * (depth - 1), engine.successors.k - 1):
@@ -178,10 +202,18 @@ def likely_paths(
     return ranked
 
 
-def _true_prefixes(
-    engine: GraftEngine, sequence_S: Tensor, start: int, depth: int, ngrams: bool
-) -> Iterator[tuple[int, ...]]:
+def _by_depth(
+    likeliest: Callable[[Tensor, int, Noise, int], tuple[Tensor, Tensor]], rows_D: Tensor, count: int, noise: Noise
+) -> Tensor:
+    """The ranked successors of each row of a path, the first at depth 1."""
+    return torch.cat(
+        [likeliest(rows_D[depth - 1 : depth], count, noise, depth)[0] for depth in range(1, len(rows_D) + 1)]
+    )
+
+
+def _true_prefixes(engine: GraftEngine, text: Text, depth: int, ngrams: bool) -> Iterator[tuple[int, ...]]:
     """At every position as root, the rank path along the text that follows, and every prefix of it."""
+    sequence_S, start, vocab_size = text.tokens_S, text.start, engine.target.config.vocab_size
     whole = engine.target.prefill(sequence_S, engine.target.new_cache(len(sequence_S)))
     successors = engine.successors.clone()
     _learn(successors, sequence_S, whole, slice(0, start))
@@ -190,14 +222,18 @@ def _true_prefixes(
         source.read(sequence_S[:start])
     padded_S = torch.cat((sequence_S.new_full((LONGEST - 1,), -1), sequence_S))
     for root in range(start, len(sequence_S) - 1):
-        text_D = sequence_S[root : root + depth + 1]
+        path_D = sequence_S[root : root + depth + 1]
+        noise = text.noise(root, depth, vocab_size)
         if source:
-            source.read(text_D[:1])
-            windows_DC = padded_S[root : root + len(text_D) + LONGEST - 2].unfold(0, LONGEST, 1)
-            ids_DK = source.successors_of(windows_DC)[0]
+            source.read(path_D[:1])
+            windows_DC = padded_S[root : root + len(path_D) + LONGEST - 2].unfold(0, LONGEST, 1)
+        if noise is None:
+            ids_DK = source.successors_of(windows_DC, source.k)[0] if source else successors.ids_VK[path_D[:-1]]
+        elif source:
+            ids_DK = _by_depth(source.successors_of, windows_DC, source.k, noise)
         else:
-            ids_DK = successors.ids_VK[text_D[:-1]]
-        found_D, rank_D = (ids_DK == text_D[1:, None]).to(torch.uint8).max(dim=1)
+            ids_DK = _by_depth(successors.foreseen, path_D[:-1], successors.k, noise)
+        found_D, rank_D = (ids_DK == path_D[1:, None]).to(torch.uint8).max(dim=1)
         path = rank_D[: int(found_D.cumprod(0).sum())].tolist()
         yield from (tuple(path[:length]) for length in range(1, len(path) + 1))
         _learn(successors, sequence_S, whole, slice(root, root + 1))
@@ -227,11 +263,13 @@ class _Tracer:
         self.depth = max(max_passes, retrieval_depth, echo_depth)
         self.temperature = temperature
 
-    def trace(self, sequence_S: Tensor, start: int, index: int) -> dict[str, Tensor]:
+    def trace(self, text: Text, index: int) -> dict[str, Tensor]:
         """Columns as in `Traces`."""
-        length = len(sequence_S)
+        sequence_S, start, length = text.tokens_S, text.start, len(text.tokens_S)
         whole = self.target.prefill(sequence_S, self.target.new_cache(length))
-        if self.temperature:
+        # Once the noise is told, nothing of a draw is chance.
+        by_chance = self.temperature and text.sampler is None
+        if by_chance:
             candidates = self.beam_width + (self.max_passes - 1) * self.beam_width**2
             cache = self.target.new_cache(
                 length + 1 + candidates + len(self.template) + len(self.longer) + len(self.chain)
@@ -248,7 +286,8 @@ class _Tracer:
         rows: list[dict[str, Tensor]] = []
         read = 0  # positions the head has caught up with
         for root in range(start, length - 1):
-            draft = drafter.begin(sequence_S[read + 1 : root + 1], whole.taps_NE[read:root])
+            noise = text.noise(root, self.depth, self.target.config.vocab_size)
+            draft = drafter.begin(sequence_S[read + 1 : root + 1], whole.taps_NE[read:root], noise)
             read = root
             confidence = [draft.confidence]
             while draft.passes < self.max_passes:
@@ -260,14 +299,14 @@ class _Tracer:
             echo.read(root_1)
             tokens_E, matched_1 = echo.find(len(self.chain) - 1)
             drafted = draft.candidates
-            retrieved = successors.expand(root_1, self.template)
-            longer = (ngrams or successors).expand(root_1, self.longer)
+            retrieved = successors.expand(root_1, self.template, noise)
+            longer = (ngrams or successors).expand(root_1, self.longer, noise)
             repeated = self.chain.tree(torch.cat((root_1, tokens_E)), None)
             truth_D = torch.full((self.depth,), -1, device=sequence_S.device)
             following = sequence_S[root + 1 : root + 1 + self.depth]
             truth_D[: len(following)] = following
             trees = (drafted, retrieved, longer, repeated)
-            if self.temperature:
+            if by_chance:
                 reach_C, reach_R, reach_G, reach_E = self._reach(trees, cache)
                 cache.commit(1)
             else:

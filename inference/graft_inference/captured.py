@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -127,6 +128,7 @@ class CapturedRounds:
             state.echo = static.echo
         assert isinstance(state.sampler.seed, int)
         static.seed_1.fill_(signed(state.sampler.seed))
+        static.foresee(state.sampler, state.place)
         if state.drafter is not None and static.drafter is not None:
             static.drafter.adopt(state.drafter, state.fresh_tokens_A, state.fresh_taps_AE)
             self._leave_pending(state, static.drafter, 1)
@@ -159,6 +161,9 @@ class CapturedRounds:
             static.successors = state.successors.clone()
         if state.echo is not None and static.echo is None:
             static.echo = Echo(static.capacity, static.root_1.device)
+        if not state.sampler.greedy and static.noise_PV is None:
+            places, device = static.depth + 1, static.root_1.device
+            static.noise_PV = torch.zeros(places, self.target.config.vocab_size, device=device)
         return static
 
     def _round(self, state: DecodeState, static: Statics, sampling: tuple) -> tuple[Emitted, float]:
@@ -217,7 +222,7 @@ class CapturedRounds:
     def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], list[DraftTree] | None]:
         """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
         plan = segments.plan
-        key = (segments.grafter, segments.size, segments.successors is self._shared)
+        key = self._key(segments)
         stages, retrieved = plan.stages, None
         layers: list[Layer] = []
         if not segments.drafts or not plan.drafts:
@@ -244,8 +249,14 @@ class CapturedRounds:
         """Puts the tree together."""
         if stage.rows == 1:
             return
-        key = ("graft", stage.passes, segments.grafter, segments.size, segments.successors is self._shared)
+        key = ("graft", stage.passes, *self._key(segments))
         self._run(segments, key, lambda: segments.graft(stage, layers, retrieved))
+
+    def _key(self, segments: Segments) -> tuple:
+        """What tells the segments before the verification apart."""
+        told = not segments.sampler.greedy and segments.plan.shares_noise
+        temperature = segments.sampler.temperature if told else None
+        return segments.grafter, segments.size, segments.successors is self._shared, temperature
 
     def _run(self, segments: Segments, key: tuple, function: Function) -> list[Tensor]:
         """Replays a segment, captured first where it was not yet."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .draft_head import DraftHead
 from .kv_cache import allocate
+from .sampling import Noise
 from .target import Target
 from .tree import DraftTree, Source, child_paths, root_tree
 
@@ -63,10 +64,16 @@ class Layer:
 
 @dataclass
 class Draft:
-    """A tree that grows by one depth a pass; root_1 is its root's token."""
+    """A tree that grows by one depth a pass.
+
+    Attributes:
+        root_1: its root's token.
+        noise: of the draws, where the head is told of it.
+    """
 
     root_1: Tensor
     layers: list[Layer]
+    noise: Noise | None = None
 
     @property
     def passes(self) -> int:
@@ -160,9 +167,13 @@ class Drafter:
         """
         return read_all([self], [(tokens_A, taps_AE)])[0]
 
-    def begin(self, tokens_A: Tensor, taps_AE: Tensor) -> Draft:
-        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens."""
-        return begin_all([self], [(tokens_A, taps_AE)])[0]
+    def begin(self, tokens_A: Tensor, taps_AE: Tensor, noise: Noise | None = None) -> Draft:
+        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens.
+
+        Args:
+            noise: of the draws: the head then proposes what is likeliest to be drawn.
+        """
+        return begin_all([self], [(tokens_A, taps_AE)], [noise])[0]
 
     def deepen(self, draft: Draft) -> Draft:
         """One more pass: expands the best of the last one's children."""
@@ -237,21 +248,23 @@ def read_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]
     return _pass([drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)], feature_AH)
 
 
-def begin_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Draft]:
+def begin_all(
+    drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]], noises: Sequence[Noise | None]
+) -> list[Draft]:
     """`Drafter.begin` for several prompts, in one pass of their head."""
     hidden = [hidden_AH[-1:] for hidden_AH in read_all(drafters, fresh)]
     drafts = []
-    for drafter, (tokens_A, _), hidden_1H, (logp_1k, tokens_1k) in zip(
-        drafters, fresh, hidden, _propose(drafters[0], hidden), strict=True
+    for drafter, (tokens_A, _), noise, hidden_1H, (logp_1k, tokens_1k) in zip(
+        drafters, fresh, noises, hidden, _propose(drafters[0], hidden, noises, 1), strict=True
     ):
         visible_1K = torch.ones((1, drafter.length), dtype=torch.bool, device=tokens_A.device)
-        drafts.append(Draft(tokens_A[-1:], [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)]))
+        drafts.append(Draft(tokens_A[-1:], [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)], noise))
     return drafts
 
 
 def deepen_all(drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Draft]:
-    """`Drafter.deepen` for several prompts of one beam width, in one pass of their head."""
-    k = drafters[0].beam_width
+    """`Drafter.deepen` for several prompts of one beam width and one depth, in one pass of their head."""
+    k, depth = drafters[0].beam_width, drafts[0].passes + 1
     best = [draft.layers[-1].logp_C.topk(k) for draft in drafts]
     parents = [one.indices // k for one in best]
     rows = [
@@ -262,25 +275,39 @@ def deepen_all(drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Dra
     hidden = _pass(rows, _joined(features))
     deeper = []
     for draft, one, part, hidden_kH, (logp_kk, tokens_kk) in zip(
-        drafts, best, rows, hidden, _propose(drafters[0], hidden), strict=True
+        drafts, best, rows, hidden, _propose(drafters[0], hidden, [draft.noise for draft in drafts], depth), strict=True
     ):
         first_row = 1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])
         visible_kK: Any = part.visible_AK
         layer = draft.layers[-1].below(one, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
-        deeper.append(Draft(draft.root_1, [*draft.layers, layer]))
+        deeper.append(Draft(draft.root_1, [*draft.layers, layer], draft.noise))
     return deeper
 
 
-def propose(head: DraftHead, hidden_BH: Tensor, beam_width: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and target ids of the beam_width likeliest children of each row, [B, k] each."""
-    logp_BD = head.logits(hidden_BH).float().log_softmax(dim=-1)
-    logp_Bk, draft_ids_Bk = logp_BD.topk(beam_width, dim=-1)
+def propose(
+    head: DraftHead, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int, beam_width: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and target ids of the beam_width likeliest children of each row, [B, k] each.
+
+    Args:
+        hidden: the head's outputs at the rows of each prompt, B in all.
+        noises: of their draws; where there is one, the likeliest to be drawn.
+        depth: of the children.
+    """
+    logits_BD = head.logits(_joined(hidden)).float()
+    if any(noises):
+        parts = zip(_parted(logits_BD, [len(part) for part in hidden]), noises, strict=True)
+        told = [part if noise is None else noise.told(part, head.target_ids, depth) for part, noise in parts]
+        logits_BD = _joined(told)
+    logp_Bk, draft_ids_Bk = logits_BD.log_softmax(dim=-1).topk(beam_width, dim=-1)
     return logp_Bk, head.target_ids[draft_ids_Bk]
 
 
-def _propose(drafter: Drafter, hidden: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Of each prompt: log-probabilities and target ids of the likeliest children of its rows, [rows, k] each."""
-    logp_Bk, tokens_Bk = propose(drafter.head, _joined(hidden), drafter.beam_width)
+def _propose(
+    drafter: Drafter, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The same, prompt by prompt."""
+    logp_Bk, tokens_Bk = propose(drafter.head, hidden, noises, depth, drafter.beam_width)
     counts = [len(part) for part in hidden]
     return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
 

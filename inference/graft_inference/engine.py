@@ -304,7 +304,8 @@ class GraftEngine:
             if drafter is not None and cache.length < len(prompt_S):
                 drafter.read(prompt_S[start + 1 : cache.length + 1], output.taps_NE)
         tree = root_tree(prompt_S[-1:])
-        root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], 0, 0, seen_S, logprobs is not None)
+        noise = sampler.noise(0, 1, self.target.config.vocab_size, self.target.device)
+        root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], noise, 0, seen_S, logprobs is not None)
         if logprobs is not None and logp_1 is not None:
             logprobs.append(logp_1)
         for source in texts:

@@ -9,6 +9,7 @@ from .errors import GraftError
 from .ngrams import NgramSource, NgramTable
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
+from .sampling import Noise
 from .tree import DraftTree, Source, compete, merge
 
 LEAST = 1e-4
@@ -58,13 +59,22 @@ class Grafter:
         self._zero = torch.zeros((), device=device)
 
     def retrieve(
-        self, stage: Stage, successors: SuccessorMatrix | NgramSource | None, root_1: Tensor, echo: Echo | None = None
+        self,
+        stage: Stage,
+        successors: SuccessorMatrix | NgramSource | None,
+        root_1: Tensor,
+        echo: Echo | None = None,
+        noise: Noise | None = None,
     ) -> list[DraftTree]:
-        """The candidates that each source has for this stage; scored by `logp_N` where the plan has a scale."""
+        """The candidates that each source has for this stage; scored by `logp_N` where the plan has a scale.
+
+        Args:
+            noise: what the sources are told of the draws.
+        """
         trees = []
         template = self._templates[stage.passes]
         if successors is not None and len(template) > 1:
-            tree = successors.expand(root_1, template)
+            tree = successors.expand(root_1, template, noise)
             trees.append(tree)
             if self.scale:
                 step_T = step_scores(self._retrieved_T2, tree).masked_fill_(tree.sources_N == Source.EMPTY, -torch.inf)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import GraftError
-from .retrieval import LEAST, SuccessorMatrix, Template
+from .retrieval import SuccessorMatrix, Template
+from .sampling import LEAST, Noise
 from .tree import DraftTree
 
 ORDERS = (3, 2)
@@ -187,11 +188,12 @@ class NgramSource:
         self.recent_C = text[-LONGEST:]
         self.request.learn(text[:-1].unfold(0, LONGEST, 1), tokens_A)
 
-    def expand(self, root_1: Tensor, template: Template) -> DraftTree:
+    def expand(self, root_1: Tensor, template: Template, noise: Noise | None = None) -> DraftTree:
         """Retrieved nodes below the root, scored as by `SuccessorMatrix.expand`.
 
         Args:
             root_1: the root's token, [1] int64, the last one that `read` was told.
+            noise: of the draws; ranks are then those of what will be drawn.
 
         Raises:
             GraftError: the template uses more successors than are kept.
@@ -202,32 +204,35 @@ class NgramSource:
                 "calibrate again with this corpus"
             )
         windows_MC = self.recent_C[None]
-        tokens, steps = [root_1], [torch.ones_like(root_1, dtype=torch.float32)]
-        for level in template.levels:
+        tokens, steps = [root_1], [torch.zeros_like(root_1, dtype=torch.float32)]
+        for depth, level in enumerate(template.levels, 1):
             if len(tokens) > 1:
                 last_M1 = tokens[-1].index_select(0, level.above)[:, None]
                 windows_MC = torch.cat((windows_MC.index_select(0, level.parents_above)[:, 1:], last_M1), dim=1)
-            ids_MK, probs_MK = self._likeliest(windows_MC, template.max_rank + 1)
+            ids_MK, logp_MK = self.successors_of(windows_MC, template.max_rank + 1, noise, depth)
             tokens.append(ids_MK.take(level.flat))
-            steps.append(probs_MK.take(level.flat))
-        tokens_T, prob_T = (torch.cat(parts)[template.by_level_T] for parts in (tokens, steps))
-        # What hangs below a node that was not found is none either.
-        found_T = (prob_T > 0) & (tokens_T >= 0)
-        tokens_T = tokens_T.masked_fill_((template.lineage_TT & ~found_T).any(dim=1), -1)
-        return template.tree(tokens_T, prob_T.log().masked_fill_(~found_T, -torch.inf))
+            steps.append(logp_MK.take(level.flat))
+        return template.found(tokens, steps)
 
-    def successors_of(self, windows_MC: Tensor) -> tuple[Tensor, Tensor]:
-        """The k likeliest successors, int32, and their log-probabilities, [M, k]; -1 and -inf where there are fewer.
+    def successors_of(
+        self, windows_MC: Tensor, count: int, noise: Noise | None = None, depth: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest successors and their log-probabilities, [M, count]; -1 and -inf where there are fewer.
 
         Args:
             windows_MC: the last LONGEST tokens of M paths, int64; a path that ends with -1 has no successor.
+            noise: of the draws, where the likeliest to be drawn at that depth are wanted.
         """
-        ids_MK, probs_MK = self._likeliest(windows_MC, self.k)
-        probs_MK = probs_MK.masked_fill((windows_MC[:, -1:] < 0) | (ids_MK < 0), 0.0)
-        return ids_MK.masked_fill(probs_MK <= 0, -1), probs_MK.log()
+        ids_MC, probs_MC = self._summed(windows_MC)
+        probs_MC = probs_MC.masked_fill_((windows_MC[:, -1:] < 0) | (ids_MC < 0), 0.0)
+        ids_MC = ids_MC.masked_fill(probs_MC <= 0, -1)
+        if noise is not None:
+            return noise.ranked(ids_MC, probs_MC, depth, count)
+        best = probs_MC.topk(count, dim=1)
+        return ids_MC.gather(1, best.indices), best.values.log()
 
-    def _likeliest(self, windows_MC: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` successors of greatest summed probability; what has none is no successor, whatever its id."""
+    def _summed(self, windows_MC: Tensor) -> tuple[Tensor, Tensor]:
+        """What all sources name, and the probability that they give it together; 0 where it was named before."""
         assert self.successors.probs_VK is not None
         keys_MO = context_keys(windows_MC)
         own_MO = self.request.find(keys_MO)
@@ -249,5 +254,4 @@ class NgramSource:
         same_MCC = ids_MC[:, :, None] == ids_MC[:, None]
         summed_MC = torch.where(same_MCC, probs_MC[:, None], self._zero).sum(dim=2)
         repeated_MC = (same_MCC & self._earlier_CC).any(dim=2)
-        best = summed_MC.masked_fill_(repeated_MC, 0.0).topk(count, dim=1)
-        return ids_MC.gather(1, best.indices), best.values
+        return ids_MC, summed_MC.masked_fill_(repeated_MC, 0.0)

@@ -119,6 +119,7 @@ class Plan:
         drafted_only: the retrieved nodes of every tree are left out again, their rows empty.
         learns_accepted: the matrix learns from accepted tokens alone, not from every verified node.
         ngrams: retrieved nodes follow the last three tokens (`NgramSource`), not the last one alone.
+        shares_noise: where tokens are drawn by chance, head and retrieval are told the noise of the draws (`Noise`).
 
     Raises:
         GraftError: stages out of order, more nodes than a beam can give, a budget exceeded.
@@ -131,6 +132,7 @@ class Plan:
     drafted_only: bool = False
     learns_accepted: bool = False
     ngrams: bool = False
+    shares_noise: bool = False
 
     def __post_init__(self) -> None:
         passes = [stage.passes for stage in self.stages]

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import GraftError
+from .sampling import LEAST, Noise
 from .tree import PATH_BASE, DraftTree, Source
 
 RankPath = tuple[int, ...]
-LEAST = 2.0**-24
-"""Smallest positive fp16 number: the probability of a successor that is known but rounds to zero."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,17 @@ class Template:
     def __len__(self) -> int:
         return len(self.parents_T)
 
+    def found(self, tokens: list[Tensor], steps: list[Tensor]) -> DraftTree:
+        """The retrieved tree of what was found level by level, the root's first.
+
+        Args:
+            tokens: int64, -1 where nothing was found. What hangs below that was not found either.
+            steps: log-probability of each after its parent.
+        """
+        tokens_T, step_T = (torch.cat(parts).index_select(0, self.by_level_T) for parts in (tokens, steps))
+        tokens_T.masked_fill_((self.lineage_TT & (tokens_T < 0)).any(dim=1), -1)
+        return self.tree(tokens_T, step_T.masked_fill_(tokens_T < 0, -torch.inf))
+
     def tree(self, tokens_T: Tensor, step_logp_T: Tensor | None) -> DraftTree:
         """The retrieved tree of these tokens.
 
@@ -162,7 +172,7 @@ class SuccessorMatrix:
         learned_V = None if self.learned_V is None else change(self.learned_V)
         return replace(self, ids_VK=change(self.ids_VK), probs_VK=probs_VK, learned_V=learned_V)
 
-    def expand(self, root_1: Tensor, template: Template) -> DraftTree:
+    def expand(self, root_1: Tensor, template: Template, noise: Noise | None = None) -> DraftTree:
         """Retrieved nodes below the root: one gather per depth (Graft Eq. 10).
 
         Their `logp_N` is the cumulative log-probability where the matrix has probabilities (-inf for
@@ -170,7 +180,10 @@ class SuccessorMatrix:
 
         Args:
             root_1: the root's token, [1] int64.
+            noise: of the draws; ranks are then those of what will be drawn. Needs probabilities.
         """
+        if noise is not None and self.probs_VK is not None:
+            return self._foresee(root_1, template, noise)
         ids_X, tokens, places = self.ids_VK.view(-1), [root_1], [root_1[:0]]
         for level in template.levels:
             parent_M = tokens[-1].index_select(0, level.parents)
@@ -185,6 +198,27 @@ class SuccessorMatrix:
         # The root's own step is certain.
         step_T = F.pad(prob_P.clamp_(min=LEAST).log_(), (1, 0)).index_select(0, template.by_level_T)
         return template.tree(tokens_T, step_T.masked_fill_(tokens_T < 0, -torch.inf))
+
+    def _foresee(self, root_1: Tensor, template: Template, noise: Noise) -> DraftTree:
+        """`expand` with each node's successors in the order in which they are likely to be drawn."""
+        tokens, steps = [root_1], [torch.zeros_like(root_1, dtype=torch.float32)]
+        for depth, level in enumerate(template.levels, 1):
+            row_M = tokens[-1].index_select(0, level.above)
+            ids_MK, logp_MK = self.foreseen(row_M, template.max_rank + 1, noise, depth)
+            tokens.append(ids_MK.take(level.flat).long())
+            steps.append(logp_MK.take(level.flat))
+        return template.found(tokens, steps)
+
+    def foreseen(self, tokens_M: Tensor, count: int, noise: Noise, depth: int) -> tuple[Tensor, Tensor]:
+        """The successors of tokens that are likeliest to be drawn at that depth, and their log-probabilities.
+
+        Args:
+            tokens_M: int64; below an unknown one, -1, whatever is found means nothing.
+        """
+        assert self.probs_VK is not None
+        row_M = tokens_M.clamp(min=0)
+        probs_MK = self.probs_VK.index_select(0, row_M).float()
+        return noise.ranked(self.ids_VK.index_select(0, row_M), probs_MK, depth, count)
 
     def update(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
         """M[x] <- argtopk p(. | path to x) for every token the target has just read (Graft Eq. 12).

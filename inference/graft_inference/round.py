@@ -24,6 +24,8 @@ def run_round(target: Target, states: Sequence[DecodeState]) -> list[Emitted]:
     """One pass of the target: what it emits for each prompt."""
     for state in states:
         state.clock.start()
+        places = 1 + max(state.grafter.depths.values())
+        state.noise = state.sampler.noise(state.place, places, target.config.vocab_size, target.device)
     drafts = draft(states)
     _mark(states, "draft")
     trees = graft(states, drafts)
@@ -35,7 +37,7 @@ def run_round(target: Target, states: Sequence[DecodeState]) -> list[Emitted]:
     accepted, logprobs = [], []
     for state, tree, ancestors_NN, depth, output in zip(states, trees, ancestors, depths, outputs, strict=True):
         drawn_N, logp_N = state.sampler.draw(
-            tree, output.logits_NV, state.place, depth, state.history_S, state.logprobs is not None
+            tree, output.logits_NV, state.noise, depth, state.history_S, state.logprobs is not None
         )
         accepted.append(accept(tree, ancestors_NN, drawn_N, depth))
         logprobs.append(logp_N)
@@ -58,7 +60,8 @@ def draft(states: Sequence[DecodeState]) -> list[tuple[Stage, DraftTree]]:
     if not asked:
         return found
     fresh = [(state.fresh_tokens_A, state.fresh_taps_AE) for state in (states[index] for index in asked)]
-    drafts = dict(zip(asked, begin_all([_drafter(states[index]) for index in asked], fresh), strict=True))
+    noises = [states[index].shared_noise for index in asked]
+    drafts = dict(zip(asked, begin_all([_drafter(states[index]) for index in asked], fresh, noises), strict=True))
     while True:
         stops = _stops(states, drafts)
         for index, stage in stops.items():
@@ -175,7 +178,8 @@ def _read(records: list[Tensor]) -> list[list[Any]]:
 
 
 def _retrieve(state: DecodeState, stage: Stage) -> list[DraftTree]:
-    return state.grafter.retrieve(stage, state.ngrams or state.successors, state.root_1, state.echo)
+    source = state.ngrams or state.successors
+    return state.grafter.retrieve(stage, source, state.root_1, state.echo, state.shared_noise)
 
 
 def _drafter(state: DecodeState) -> Drafter:

@@ -4,8 +4,13 @@ The tree is fixed before the draws. At each node the target's own token is drawn
 draws (verification.py), so that it is an ancestral sample of the target. The noise of a draw depends on the seed
 and on the token's place in the output alone. Nodes of one depth therefore share it, which is exact, because
 only one of them is on the path; and the same seed gives the same text whatever tree found it.
+
+For the same reason the noise may be told to whoever proposes tokens. A draft head that adds it to its own scores
+meets the draw wherever both agree, though neither knows what the other will say (Gumbel coupling: Daliri, Musco and
+Suresh, arXiv 2408.07978): a draw from a flat distribution is foreseen as well as its likeliest token.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +43,46 @@ CONTEXT_FREE = {
 
 AHEAD = 16
 """Places whose noise is made before they are reached."""
+LEAST = 2.0**-24
+"""What is known to be possible is at least so likely; fp16 rounds smaller numbers to zero."""
+MEAN_GUMBEL = 0.5772156649
+"""Of the noise of a token that nobody names."""
+
+
+@dataclass
+class Noise:
+    """What a round's draws add to the target's scores.
+
+    Attributes:
+        gumbel_PV: by place, from that of the root's child on.
+        temperature: that the scores are divided by.
+    """
+
+    gumbel_PV: Tensor
+    temperature: float
+
+    def told(self, scores_MN: Tensor, ids_N: Tensor, depth: int) -> Tensor:
+        """Scores of tokens at that depth of a tree as they will be drawn, if they are the target's.
+
+        Args:
+            scores_MN: log-probabilities, but for a constant of each row.
+            ids_N: the tokens, of all rows or of each.
+        """
+        return scores_MN / self.temperature + self.gumbel_PV[depth - 1].take(ids_N)
+
+    def ranked(self, ids_MK: Tensor, probs_MK: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` of these successors that are likeliest to be drawn, and their log-probabilities of it.
+
+        Args:
+            ids_MK: -1 where there is none.
+            probs_MK: of each; what they leave to 1 belongs to tokens that are not named.
+        """
+        none_MK = ids_MK < 0
+        scores_MK = self.told(probs_MK.clamp(min=LEAST).log(), ids_MK.clamp(min=0).long(), depth)
+        rest_M1 = (1 - probs_MK.masked_fill(none_MK, 0.0).sum(dim=1, keepdim=True)).clamp(min=LEAST).log() + MEAN_GUMBEL
+        scores_MK = torch.cat((scores_MK.masked_fill(none_MK, -torch.inf), rest_M1), dim=1)
+        best = scores_MK.log_softmax(dim=1)[:, :-1].topk(count, dim=1)
+        return ids_MK.gather(1, best.indices), best.values
 
 
 class Sampler:
@@ -54,13 +99,34 @@ class Sampler:
         self.greedy = greedy
         self.seed = seed
         self.needs_history = any(type(processor) not in CONTEXT_FREE for processor in processors)
-        self._noise_from, self._noise_PV = 0, torch.empty(0, 0)
+        warpers = [one for one in processors if type(one) is TemperatureLogitsWarper]
+        self.temperature = warpers[-1].temperature if warpers else 1.0
+        self._made_from, self._made_PV = 0, torch.empty(0, 0)
+
+    def noise(self, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Noise | None:
+        """Noise of so many places; None where nothing is drawn by chance.
+
+        Trees of successive rounds reach the same places. Their noise is made once, some places ahead; a captured
+        graph, which learns the place when it is replayed, makes its own.
+
+        Args:
+            place: number of tokens emitted so far: where the token after the root will stand.
+        """
+        if self.greedy:
+            return None
+        if isinstance(place, Tensor):
+            return Noise(gumbel(self.seed, place, places, vocab_size, device), self.temperature)
+        first = place - self._made_from
+        if not 0 <= first <= len(self._made_PV) - places:
+            self._made_PV = gumbel(self.seed, place, places + AHEAD, vocab_size, device)
+            self._made_from, first = place, 0
+        return Noise(self._made_PV[first : first + places], self.temperature)
 
     def draw(
         self,
         tree: DraftTree,
         logits_NV: Tensor,
-        place: int | Tensor,
+        noise: Noise | None,
         max_depth: int,
         history_S: Tensor | None,
         logprobs: bool,
@@ -68,7 +134,7 @@ class Sampler:
         """The target's token after every node that the output may reach.
 
         Args:
-            place: number of tokens emitted so far: where the token after the root will stand.
+            noise: of the places that the tree reaches, and of one more.
             history_S: prompt and emitted tokens, the root last; needed if `needs_history`.
             logprobs: whether log-probabilities are wanted.
 
@@ -80,34 +146,19 @@ class Sampler:
             tokens_N = logits_NV.argmax(dim=-1)
             return tokens_N, _logprobs(logits_NV, tokens_N) if logprobs else None
         if self.needs_history and history_S is not None:
-            return self._walk(tree, logits_NV, place, max_depth, history_S, logprobs)
+            return self._walk(tree, logits_NV, noise, max_depth, history_S, logprobs)
         scores_NV = self.processors(tree.tokens_N[:, None], logits_NV.float())
-        tokens_N = self._choose(scores_NV, place, max_depth, tree.depths_N)
+        tokens_N = _choose(scores_NV, noise, tree.depths_N)
         return tokens_N, _logprobs(scores_NV, tokens_N) if logprobs else None
 
-    def _choose(self, scores_NV: Tensor, place: int | Tensor, max_depth: int, depths_N: Tensor) -> Tensor:
-        if self.greedy:
-            return scores_NV.argmax(dim=-1)
-        noise_PV, first = self._noise(place, max_depth + 1, scores_NV)
-        return noise_PV.index_select(0, depths_N + first).add_(scores_NV).argmax(dim=-1)
-
-    def _noise(self, place: int | Tensor, places: int, scores_NV: Tensor) -> tuple[Tensor, int]:
-        """Noise of so many places, and its row of the first of them.
-
-        Trees of successive rounds reach the same places. Their noise is made once, some places ahead; a captured
-        graph, which learns the place when it is replayed, makes its own.
-        """
-        vocab_size, device = scores_NV.shape[-1], scores_NV.device
-        if isinstance(place, Tensor):
-            return gumbel(self.seed, place, places, vocab_size, device), 0
-        first = place - self._noise_from
-        if not 0 <= first <= len(self._noise_PV) - places:
-            self._noise_PV = gumbel(self.seed, place, places + AHEAD, vocab_size, device)
-            self._noise_from, first = place, 0
-        return self._noise_PV, first
-
     def _walk(
-        self, tree: DraftTree, logits_NV: Tensor, place: int | Tensor, max_depth: int, history_S: Tensor, logprobs: bool
+        self,
+        tree: DraftTree,
+        logits_NV: Tensor,
+        noise: Noise | None,
+        max_depth: int,
+        history_S: Tensor,
+        logprobs: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Draws node by node along the emitted path, as far as the tree has it.
 
@@ -116,10 +167,10 @@ class Sampler:
         """
         tokens_N = torch.full_like(tree.tokens_N, -1)
         logp_N = torch.zeros_like(tree.logp_N)
-        ids_1S, row_1, root_1 = history_S[None], torch.zeros_like(tree.tokens_N[:1]), tree.depths_N[:1]
-        for depth in range(max_depth + 1):
+        ids_1S, row_1 = history_S[None], torch.zeros_like(tree.tokens_N[:1])
+        for _ in range(max_depth + 1):
             scores_1V = self.processors(ids_1S, logits_NV[row_1].float())
-            token_1 = self._choose(scores_1V, place + depth, 0, root_1)
+            token_1 = _choose(scores_1V, noise, tree.depths_N[row_1])
             tokens_N[row_1] = token_1
             if logprobs:
                 logp_N[row_1] = _logprobs(scores_1V, token_1)
@@ -129,6 +180,12 @@ class Sampler:
             row_1 = child_N.to(torch.uint8).argmax(dim=0, keepdim=True)
             ids_1S = torch.cat((ids_1S, token_1[None]), dim=1)
         return tokens_N, logp_N if logprobs else None
+
+
+def _choose(scores_NV: Tensor, noise: Noise | None, depths_N: Tensor) -> Tensor:
+    if noise is None:
+        return scores_NV.argmax(dim=-1)
+    return noise.gumbel_PV.index_select(0, depths_N).add_(scores_NV).argmax(dim=-1)
 
 
 def _logprobs(scores_NV: Tensor, tokens_N: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .grafting import Grafter
 from .kv_cache import TreeCache
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix
-from .sampling import Sampler
+from .sampling import Noise, Sampler
 from .static_drafting import StaticDrafter
 from .target import Target
 from .tree import DraftTree, root_tree
@@ -46,7 +46,8 @@ class Statics:
     Attributes:
         length_1, place_1, root_1, seed_1: int64, what a request calls so.
         tree: what is verified next.
-        drafter, successors, echo: None until a request needs them; the matrix is that of a request alone.
+        drafter, successors, echo, noise_PV: None until a request needs them; the matrix is that of a request alone,
+            the noise that of the next round's draws.
         record: host memory that segments write to.
     """
 
@@ -62,11 +63,20 @@ class Statics:
         self.drafter: StaticDrafter | None = None
         self.successors: SuccessorMatrix | None = None
         self.echo: Echo | None = None
+        self.noise_PV: Tensor | None = None
 
     @property
     def fresh(self) -> int:
         """Rows for what the head has not read."""
         return fresh_rows(self.depth)
+
+    def foresee(self, sampler: Sampler, place: int | Tensor) -> None:
+        """Makes the noise of the draws from this place on."""
+        if self.noise_PV is not None:
+            places, vocab_size = self.noise_PV.shape
+            noise = sampler.noise(place, places, vocab_size, self.noise_PV.device)
+            if noise is not None:
+                self.noise_PV.copy_(noise.gumbel_PV)
 
     def changing(self, successors: SuccessorMatrix | None) -> list[Tensor]:
         """What segments change for good, this matrix included; keys and values past the lengths do not count."""
@@ -76,6 +86,8 @@ class Statics:
             tensors += [drafter.length_1, drafter.pending_1, drafter.tokens_F, drafter.taps_FE]
         if self.echo is not None:
             tensors += [self.echo.text_S, self.echo.end_1]
+        if self.noise_PV is not None:
+            tensors.append(self.noise_PV)
         return tensors + (successors.tensors if successors is not None else [])
 
 
@@ -122,7 +134,7 @@ class Segments:
         return flat(retrieved)
 
     def _retrieve(self, stage: Stage) -> list[DraftTree]:
-        return self.grafter.retrieve(stage, self.successors, self.static.root_1, self.echo)
+        return self.grafter.retrieve(stage, self.successors, self.static.root_1, self.echo, self._shared_noise)
 
     def draft(self, stage: Stage, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
         """The passes up to a stage, and to the host whether to stop there; what this stage retrieves, meanwhile.
@@ -135,9 +147,9 @@ class Segments:
             found = self._retrieve(stage) if retrieved is None else []
         grown = list(layers)
         if not grown:
-            grown.append(drafter.begin(self.size, width))
+            grown.append(drafter.begin(self.size, width, self._shared_noise))
         while len(grown) < stage.passes:
-            grown.append(drafter.deepen(grown[-1], len(grown), width))
+            grown.append(drafter.deepen(grown[-1], len(grown), width, self._shared_noise))
         if stage is not self.plan.stages[-1]:
             self._say(Draft(static.root_1, grown).confidence <= stage.threshold)
         static.graphs.join()
@@ -172,7 +184,7 @@ class Segments:
         positions_N = static.length_1 + tree.depths_N
         visible = BucketVisibility(positions_N, static.length_1, cache.rows_N, ancestors_NN, self.size)
         output = self.target.forward(tree.tokens_N, cache, visible)
-        drawn_N, logp_N = self.sampler.draw(tree, output.logits_NV, static.place_1, depth, None, self.logprobs)
+        drawn_N, logp_N = self.sampler.draw(tree, output.logits_NV, self._noise, depth, None, self.logprobs)
         acceptance = accept(tree, ancestors_NN, drawn_N, depth)
         self._learn(tree, output.logits_NV, acceptance)
         count_1, path_D, emitted_D = acceptance.count[None], acceptance.path_D, acceptance.emitted_D
@@ -187,6 +199,7 @@ class Segments:
         static.root_1.copy_(emitted_D.index_select(0, count_1 - 1))
         static.length_1 += count_1
         static.place_1 += count_1
+        static.foresee(self.sampler, static.place_1)
         record = to_record(tree, acceptance)
         static.record[: len(record)].copy_(record, non_blocking=True)
         return []
@@ -212,6 +225,16 @@ class Segments:
         self.successors.update(tree.tokens_N[row_D], logits_NV[row_D])
         if self.successors.learned_V is not None:
             self.successors.learned_V.index_add_(0, tree.tokens_N[:1], -missing[None])
+
+    @property
+    def _noise(self) -> Noise | None:
+        if self.sampler.greedy or self.static.noise_PV is None:
+            return None
+        return Noise(self.static.noise_PV, self.sampler.temperature)
+
+    @property
+    def _shared_noise(self) -> Noise | None:
+        return self._noise if self.plan.shares_noise else None
 
     @property
     def _drafter(self) -> StaticDrafter:

@@ -11,7 +11,7 @@ from .kv_cache import TreeCache
 from .ngrams import NgramSource
 from .policy import Plan
 from .retrieval import SuccessorMatrix
-from .sampling import Sampler
+from .sampling import Noise, Sampler
 from .stats import GenerationStats, PhaseClock
 from .tree import DraftTree
 
@@ -27,6 +27,7 @@ class DecodeState:
         echo: this request's own text, where the plan searches it.
         learns: whether the matrix is updated.
         place: tokens emitted so far; what was accepted beyond the request's end counts too.
+        noise: of this round's draws; None where nothing is drawn by chance.
         root_1: the last emitted token, not yet in the cache.
         fresh_tokens_A, fresh_taps_AE: what the last round committed.
         retrieved: this round's retrieved candidates by source, once looked up.
@@ -54,4 +55,10 @@ class DecodeState:
     logprobs: list[Tensor] | None
     stats: GenerationStats
     clock: PhaseClock
+    noise: Noise | None = None
     retrieved: list[DraftTree] | None = None
+
+    @property
+    def shared_noise(self) -> Noise | None:
+        """What of it those who propose tokens are told."""
+        return self.noise if self.plan.shares_noise else None

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from .draft_head import DraftHead
 from .drafting import Drafter, Layer, propose
 from .kv_cache import allocate
+from .sampling import Noise
 from .target import Target
 
 
@@ -77,13 +78,13 @@ class StaticDrafter:
         self.pending_1.zero_()
         return hidden_1H
 
-    def begin(self, size: int, beam_width: int) -> Layer:
+    def begin(self, size: int, beam_width: int, noise: Noise | None) -> Layer:
         """Catches up and proposes the children of the root."""
         hidden_1H = self.read(size)
-        logp_1k, tokens_1k = propose(self.head, hidden_1H, beam_width)
+        logp_1k, tokens_1k = propose(self.head, [hidden_1H], [noise], 1, beam_width)
         return Layer.below_root(logp_1k, tokens_1k, hidden_1H, self._row_S[None, :size] < self.length_1)
 
-    def deepen(self, last: Layer, passes: int, beam_width: int) -> Layer:
+    def deepen(self, last: Layer, passes: int, beam_width: int, noise: Noise | None) -> Layer:
         """Expands the best children of the layer that pass number `passes` proposed."""
         k, size = beam_width, last.visible_AK.shape[1]
         best = last.logp_C.topk(k)
@@ -93,7 +94,7 @@ class StaticDrafter:
         positions_k = (self.length_1 + passes - 1).expand(k)
         tokens_k = last.tokens_C[best.indices]
         hidden_kH = self._pass(tokens_k, last.hidden_AH[parent_k], rows_k, positions_k, visible_kK)
-        logp_kk, tokens_kk = propose(self.head, hidden_kH, k)
+        logp_kk, tokens_kk = propose(self.head, [hidden_kH], [noise], passes + 1, k)
         first_row = 1 if passes == 1 else 1 + k + (passes - 2) * k**2
         return last.below(best, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
 

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria
 from graft_inference import METHODS, GraftError
 from graft_inference.drafting import Drafter, begin_all, deepen_all
 from graft_inference.policy import AUTOREGRESSIVE
+from graft_inference.sampling import Noise, gumbel
 from graft_inference.target import Target
 
 from .families import FAMILIES, WINDOW, family_model
@@ -328,9 +329,10 @@ def test_drafts_of_several_prompts_are_those_of_each_alone():
     together, alone = ([Drafter(head, target, 3, 40) for _ in range(3)] for _ in range(2))
     alone[1].defer(*pieces[0][1])
     together[1].defer(*pieces[0][1])
+    noises = [None, *(Noise(gumbel(seed, 0, 4, 61, torch.device("cpu")), 0.6) for seed in (1, 2))]
     for fresh in pieces:
-        drafts = begin_all(together, fresh)
-        expected = [one.begin(*part) for one, part in zip(alone, fresh, strict=True)]
+        drafts = begin_all(together, fresh, noises)
+        expected = [one.begin(*part, noise) for one, part, noise in zip(alone, fresh, noises, strict=True)]
         for _ in range(3):
             drafts = deepen_all(together, drafts)
             expected = [one.deepen(draft) for one, draft in zip(alone, expected, strict=True)]

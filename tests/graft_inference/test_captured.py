@@ -17,7 +17,7 @@ from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs
 from .test_engine import ngram_engine, prompt
 from .test_host_reads import HostReads
-from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy, told_policy
 
 SMALL = 8
 
@@ -57,7 +57,7 @@ def same(eager, captured, ids, new_tokens, *args, is_captured=True, **options):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy, told_policy])
 def test_captured_rounds_equal_eager_ones(policy, method, temperature):
     eager, captured = pair(policy(0.5))
     graphs = captured.captured.graphs

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from graft_inference.drafting import Drafter
+from graft_inference.sampling import Noise, gumbel
 from graft_inference.target import Target
 
 from .test_tree import token_path
@@ -13,7 +14,7 @@ from .tiny import tiny_head, tiny_model
 LENGTH, BEAM, PASSES = 7, 3, 4
 
 
-def plain_logp(head, target, tokens, feature):
+def plain_logp(head, target, tokens, feature, noise=None):
     """Log-probabilities over target ids after a path: tokens[i] beside feature i; later features are the
     head's own outputs. One whole pass per step, plain causal attention, no cache."""
     steps = len(tokens) - len(feature)
@@ -24,17 +25,20 @@ def plain_logp(head, target, tokens, feature):
         attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
         out = head(embedding[:, :size], features[None], torch.arange(size)[None], attend)[0]
         features = torch.cat((features, out[-1:]))
-    logp = head.logits(out[-1]).log_softmax(-1)
+    scores = head.logits(out[-1])
+    if noise:
+        scores = scores / noise.temperature + noise.gumbel_PV[steps][head.target_ids]
+    logp = scores.log_softmax(-1)
     return {int(head.target_ids[i]): float(logp[i]) for i in range(len(logp))}
 
 
-def plain_tree(head, target, tokens, feature):
+def plain_tree(head, target, tokens, feature, noise=None):
     """{token path: score} of EAGLE's beam search, and the best score of the deepest layer."""
     scores, beam = {}, [((), 0.0)]
     for _ in range(PASSES):
         layer = {}
         for path, score in beam:
-            logp = plain_logp(head, target, [*tokens, *path], feature)
+            logp = plain_logp(head, target, [*tokens, *path], feature, noise)
             for token in sorted(logp, key=logp.get, reverse=True)[:BEAM]:
                 layer[(*path, token)] = score + logp[token]
         scores |= layer
@@ -42,9 +46,10 @@ def plain_tree(head, target, tokens, feature):
     return scores, beam[0][1]
 
 
+@pytest.mark.parametrize("noise", [None, Noise(gumbel(3, 5, PASSES, 61, torch.device("cpu")), 0.4)])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("chunks", [[LENGTH], [3, 4], [1, 1, 5], [6, 1]])
-def test_draft_equals_plain_beam_search(family, chunks):
+def test_draft_equals_plain_beam_search(family, chunks, noise):
     model = tiny_model(family)
     head = tiny_head(model)
     target = Target(model, head.config.tapped_layers)
@@ -55,11 +60,11 @@ def test_draft_equals_plain_beam_search(family, chunks):
         drafter = Drafter(head, target, BEAM, capacity=LENGTH + BEAM * PASSES)
         start = 0
         for chunk in chunks:  # as rounds do: drafting in between must leave nothing behind
-            draft = drafter.begin(tokens[start : start + chunk], taps[start : start + chunk])
+            draft = drafter.begin(tokens[start : start + chunk], taps[start : start + chunk], noise)
             for _ in range(PASSES - 1):
                 draft = drafter.deepen(draft)
             start += chunk
-        expected, deepest = plain_tree(head, target, tokens.tolist(), head.fuse(taps))
+        expected, deepest = plain_tree(head, target, tokens.tolist(), head.fuse(taps), noise)
     tree = draft.candidates
     found = {token_path(tree, row): float(tree.logp_N[row]) for row in range(1, len(tree))}
     assert found.keys() == expected.keys()

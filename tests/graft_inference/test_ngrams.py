@@ -116,7 +116,7 @@ def test_siblings_differ():
     source = NgramSource(table_of(counts_of(text_of(1, 300))), matrix_of())
     source.read(torch.tensor(text_of(2, 200)))
     windows_MC = torch.cartesian_prod(*[torch.arange(VOCAB)] * LONGEST)
-    ids_MK, logp_MK = source.successors_of(windows_MC)
+    ids_MK, logp_MK = source.successors_of(windows_MC, source.k)
     for ids, logps in zip(ids_MK.tolist(), logp_MK.tolist(), strict=True):
         found = [token for token in ids if token >= 0]
         assert len(set(found)) == len(found)
@@ -127,7 +127,7 @@ def test_siblings_differ():
 def test_nothing_follows_an_unknown_token():
     source = NgramSource(table_of(counts_of(text_of(1, 300))), matrix_of())
     source.read(torch.tensor([3]))
-    ids_MK, _ = source.successors_of(torch.tensor([[-1, -1, -1], [3, 4, -1]]))
+    ids_MK, _ = source.successors_of(torch.tensor([[-1, -1, -1], [3, 4, -1]]), source.k)
     assert (ids_MK == -1).all()
     fresh = NgramSource(source.corpus, matrix_of())
     fresh.read(torch.tensor([VOCAB - 1]))

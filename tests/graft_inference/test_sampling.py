@@ -1,5 +1,6 @@
 """Sampling: token for token a plain loop's with the same noise, and as a distribution exact."""
 
+import math
 from collections import Counter
 from itertools import product
 
@@ -20,12 +21,12 @@ from transformers import (
 )
 
 from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage, grafting
-from graft_inference import sampling as sampling_module
-from graft_inference.sampling import Sampler, gumbel
+from graft_inference.sampling import Noise, Sampler, gumbel
+from graft_inference.tree import root_tree
 from graft_inference.verification import accept
 
 from .test_engine import SMALL, prompt, small_engine
-from .tiny import TEMPLATE, learned_policy
+from .tiny import TEMPLATE, learned_policy, told_policy
 
 CPU = torch.device("cpu")
 
@@ -91,9 +92,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_seed_gives_the_text_of_plain_sampling_whatever_the_method(setting):
+@pytest.mark.parametrize("policy", [None, told_policy])
+def test_a_seed_gives_the_text_of_plain_sampling_whatever_the_method(policy, setting):
     options, processors = SETTINGS[setting]
-    engine = small_engine()
+    engine = small_engine(policy=policy and policy(0.5))
     engine.eos_token_ids = frozenset({2} if setting == "minimum" else ())
     input_ids = prompt(5, 0, SMALL)
     expected, logprobs = plain_sampling(
@@ -105,9 +107,13 @@ def test_a_seed_gives_the_text_of_plain_sampling_whatever_the_method(setting):
         torch.testing.assert_close(out.logprobs, logprobs, atol=2e-3, rtol=1e-3)
 
 
-def test_a_learned_plan_gives_the_text_of_plain_sampling_too():
-    """Draws belong to places, not to trees: whatever competes, and however wide, no choice can bend the text."""
-    engine = small_engine(policy=learned_policy(0.5, gate=3.0))
+@pytest.mark.parametrize("policy", [learned_policy, told_policy])
+def test_a_learned_plan_gives_the_text_of_plain_sampling_too(policy):
+    """Draws belong to places, not to trees: whatever competes, and however wide, no choice can bend the text.
+
+    Not even one that knows the noise of the draws.
+    """
+    engine = small_engine(policy=policy(0.5, gate=3.0))
     rounds, tokens, stages = 0, 0, Counter()
     for seed in range(12):
         input_ids = prompt(5, seed, SMALL)
@@ -119,6 +125,37 @@ def test_a_learned_plan_gives_the_text_of_plain_sampling_too():
         rounds, tokens, stages = rounds + out.stats.rounds, tokens + 24, stages + out.stats.stages
     assert rounds < 0.8 * tokens
     assert len(stages) >= 3
+
+
+def test_who_knows_the_noise_and_the_targets_scores_foresees_every_draw():
+    logits_NV = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(LogitsProcessorList([TemperatureLogitsWarper(0.7)]), False, 5)
+    for place in (0, 3, 40):
+        noise = sampler.noise(place, 4, 30, CPU)
+        assert noise.temperature == 0.7
+        for depth in range(4):
+            row = root_tree(torch.tensor([1]))
+            row.depths_N = torch.tensor([depth])
+            drawn, _ = sampler.draw(row, logits_NV[depth : depth + 1], noise, 3, None, False)
+            ids = torch.randperm(30)  # a draft vocabulary in its own order
+            told = noise.told(logits_NV[depth : depth + 1, ids], ids, depth + 1)
+            assert ids[told.argmax()] == drawn[0]
+            probs = (logits_NV[depth : depth + 1]).softmax(-1)
+            best, logp = noise.ranked(torch.arange(30)[None], probs, depth + 1, 5)
+            assert best[0, 0] == drawn[0]
+            assert (logp.diff() <= 0).all()
+
+
+def test_ranked_successors_leave_out_what_is_none_and_know_of_the_rest():
+    noise = Noise(torch.tensor([[0.0] * 6, [0.0, 9.0, 0.0, 0.0, 5.0, 0.0]]), 0.5)
+    ids, probs = torch.tensor([[3, 4, -1, 1]]), torch.tensor([[0.5, 0.25, 0.9, 0.05]])
+    best, logp = noise.ranked(ids, probs, 1, 4)
+    assert best.tolist() == [[3, 4, 1, -1]]
+    rest = 0.2 * math.exp(0.5772156649)  # as the mean of noise has it
+    weights = torch.tensor([[0.25, 0.0625, 0.0025, 0.0]])
+    torch.testing.assert_close(logp.exp(), weights / (weights.sum() + rest))
+    best, _ = noise.ranked(ids, probs, 2, 2)
+    assert best.tolist() == [[1, 4]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -189,10 +226,14 @@ class Replay(Sampler):
         self.recorded = list(recorded)
         self.asked = None
 
-    def draw(self, tree, logits_NV, place, max_depth, history_S, logprobs):
+    def noise(self, place, places, vocab_size, device):
+        self.place = place
+        return super().noise(place, places, vocab_size, device)
+
+    def draw(self, tree, logits_NV, noise, max_depth, history_S, logprobs):
         if self.recorded:
             return self.recorded.pop(0), None
-        self.asked = (tree, logits_NV, place, max_depth)
+        self.asked = (tree, logits_NV, self.place, max_depth)
         return logits_NV.argmax(dim=-1), None
 
 
@@ -213,9 +254,8 @@ def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeyp
         ancestors_NN = tree.ancestors(max_depth)
 
         def one(noise_PV, tree=tree, logits_NV=logits_NV, place=place, max_depth=max_depth, ancestors=ancestors_NN):
-            rows = noise_PV[place : place + max_depth + 1]
-            monkeypatch.setattr(sampling_module, "gumbel", lambda *_: rows)
-            drawn_N, _ = Sampler(processors, False, 0).draw(tree, logits_NV, place, max_depth, None, False)
+            noise = Noise(noise_PV[place : place + max_depth + 1], 1.0)
+            drawn_N, _ = Sampler(processors, False, 0).draw(tree, logits_NV, noise, max_depth, None, False)
             result = accept(tree, ancestors, drawn_N, max_depth)
             return drawn_N, result.count, result.emitted_D
 

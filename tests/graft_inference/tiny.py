@@ -102,6 +102,16 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
     return Plan(stages, beam_width=3, budget=12, scale=scale, learns_accepted=True)
 
 
+def told_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
+    """All its plans share the noise of draws; prunes by shares, competes where it retrieves alone."""
+    policy = tiny_policy(threshold)
+    return Policy(
+        graft=replace(learned_plan(threshold, gate), shares_noise=True),
+        eagle3=replace(policy.eagle3, shares_noise=True),
+        retrieve=replace(policy.retrieve, shares_noise=True),
+    )
+
+
 def learned_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
     return replace(tiny_policy(), graft=learned_plan(threshold, gate))
 

@@ -111,6 +111,39 @@ def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, n
         assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
 
 
+@pytest.fixture(scope="module")
+def told(engine, prompts):
+    return record_traces(
+        engine,
+        prompts,
+        NEW,
+        BEAM,
+        PASSES,
+        retrieval_depth=4,
+        paths=24,
+        echo_depth=8,
+        temperature=0.6,
+        shares_noise=True,
+    )
+
+
+@pytest.mark.parametrize("ngrams", [False, True])
+@pytest.mark.parametrize("name", ["tree", "pruned at two checkpoints", "quotas", "retrieved alone", "everything"])
+def test_replay_reproduces_rounds_that_know_the_noise_of_draws(engine, prompts, told, name, ngrams):
+    plan = replace(plans(told.of_ngrams() if ngrams else told)[name], shares_noise=True)
+    plan = replace(plan, ngrams=ngrams and plan.looks_up)
+    stats = [engine.generate(prompt, NEW, 0.6, plan=plan, seed=seed).stats for seed, prompt in enumerate(prompts)]
+    tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
+    assert tau > 1.1
+    assert Replay(told, LATENCY, BUDGET, plan.ngrams, True).run(plan)[1] == pytest.approx(tau, abs=1e-9)
+    unaware = [
+        engine.generate(prompt, NEW, 0.6, plan=replace(plan, shares_noise=False), seed=seed).stats.rounds
+        for seed, prompt in enumerate(prompts)
+    ]
+    assert sum(unaware) != sum(s.rounds for s in stats)
+    assert set(told.reach_TC.unique().tolist()) == {0.0, 1.0}
+
+
 @pytest.mark.parametrize("name", ["both compete", "retrieved alone", "everything", "quotas"])
 def test_replay_reproduces_rounds_with_longer_contexts(engine, prompts, traces, name):
     longer = traces.of_ngrams()
