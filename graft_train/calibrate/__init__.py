@@ -43,6 +43,8 @@ SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_
 def calibrate(config: "Config") -> Path:
     """Writes `policy/`: policy.json, traces.safetensors, latency.json, report.json, report.md, frontier.png.
 
+    At a temperature there is a second file of traces, of heads and sources that know the noise of the draws.
+
     Raises:
         GraftError: no or too few calibration prompts, traces of other weights, settings that allow no plan.
     """

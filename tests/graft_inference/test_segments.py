@@ -33,7 +33,7 @@ from graft_inference.tree import DraftTree
 
 from .families import FAMILIES, family_model
 from .recorded import RecordedGraphs
-from .tiny import VOCAB, learned_policy, tiny_head, tiny_model, tiny_policy
+from .tiny import VOCAB, learned_policy, tiny_head, tiny_model, tiny_policy, told_policy
 
 SIZE = 64
 META = torch.device("meta")
@@ -82,6 +82,7 @@ def segments(model, plan, processors=(), greedy=True, decay=0.0, logprobs=False)
     static = Statics(cache, SIZE, rows=12, depth=5, graphs=MetaGraphs())
     move(cache, static.buffers)
     static.drafter = StaticDrafter(head, target, SIZE, static.fresh)
+    static.noise_PV = None if greedy else torch.zeros((static.depth + 1, VOCAB), device=META)
     ids_VK = torch.zeros((VOCAB, 4), dtype=torch.int32, device=META)
     matrix = SuccessorMatrix(ids_VK, torch.zeros((VOCAB, 4), dtype=torch.float16, device=META), decay=decay)
     return Segments(
@@ -105,10 +106,10 @@ def trees(outputs):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy, told_policy])
 @torch.inference_mode()
 def test_every_piece_of_every_plan(policy, method):
-    pieces = segments(tiny_model("llama"), policy().plan(method))
+    pieces = segments(tiny_model("llama"), policy().plan(method), greedy=policy is not told_policy)
     layers, retrieved = [], None
     for stage in pieces.plan.stages:
         if stage.passes == 0 and len(pieces.plan.stages) > 1:

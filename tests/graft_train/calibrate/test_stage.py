@@ -97,6 +97,28 @@ def test_everything_is_learned_measured_and_written(run_dir):
     assert all(f"| {name} |" in text for name in PLANS)
 
 
+def test_at_a_temperature_learned_plans_know_the_noise_of_draws_and_published_ones_do_not(run_dir, monkeypatch):
+    raced, race = {}, module.race
+    monkeypatch.setattr(module, "race", lambda *given: raced.update(given[2]) or race(*given))
+    directory = calibrate(config_for(run_dir, temperature=0.8))
+    told = {name: plan.shares_noise for name, plan in raced.items()}
+    assert told == {name: not name.startswith(module.PUBLISHED) for name in raced}
+    plain, shared = (load_file(directory / name) for name in ("traces.safetensors", "traces-shared-noise.safetensors"))
+    assert torch.equal(plain["truth_TD"], shared["truth_TD"])
+    assert not torch.equal(plain["tokens_TC"], shared["tokens_TC"])
+    ablation = json.loads((directory / "report.json").read_text())["ablation"]
+    assert "no shared noise" in ablation
+    renewed = calibrate(config_for(run_dir, temperature=0.8, latency_only=True))
+    assert not Policy.from_dict(json.loads((renewed / "policy.json").read_text())).eagle3.shares_noise
+
+
+def test_without_shared_noise_no_plan_knows_it(run_dir):
+    directory = calibrate(config_for(run_dir, temperature=0.8, shared_noise=False))
+    assert not (directory / "traces-shared-noise.safetensors").exists()
+    policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
+    assert not any(plan.shares_noise for plan in (policy.graft, policy.eagle3, policy.retrieve))
+
+
 @pytest.mark.parametrize("by_all_is_faster", [True, False])
 def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by_all_is_faster):
     """Only of plans that look something up: for others it is the same."""
@@ -154,7 +176,7 @@ def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
     """Drawing costs more than taking the likeliest token: what is timed draws, from seeds that can be drawn again."""
     config = config_for(run_dir, temperature=0.7, repeats=2)
     engine, prompts = module._engine(config), module._prompts(config)
-    traces = module.trace(config.policy, engine, prompts)
+    traces = {False: module.trace(config.policy, engine, prompts)}
     generate, asked = engine.generate, []
 
     def recorded(prompt, tokens, temperature, **options):
