@@ -228,8 +228,9 @@ class Segments:
 
     @property
     def _noise(self) -> Noise | None:
-        if self.sampler.greedy or self.static.noise_PV is None:
+        if self.sampler.greedy:
             return None
+        assert self.static.noise_PV is not None
         return Noise(self.static.noise_PV, self.sampler.temperature)
 
     @property
