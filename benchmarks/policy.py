@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
 from graft_inference.head_checkpoint import load_head
-from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, taught_by_all, trace
+from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, taught_by_all, told_traces, trace
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replays, replay_of
@@ -160,7 +160,7 @@ def measure(
                 "ratios": {base: {plan: ratio(raced[plan], raced[base]) for plan in plans} for base in BASELINES},
                 "predicted": predicted,
                 "measured_on_calibration": {plan: seen[plan]["tokens_per_second"] for plan in seen},
-                "calibration_error": calibration(traces[name][temperature > 0]),
+                "calibration_error": calibration(told_traces(traces[name], settings.shared_noise)),
                 "latency_ms": latency[name].to_dict(),
             }
         )

@@ -129,7 +129,7 @@ def _build(config: "Config", out: Path) -> None:
         },
         "measured": measured,
         "measured_as_predicted": replayed,
-        "calibration_error": calibration(traces.get(settings.shared_noise, traces[False])),
+        "calibration_error": calibration(told_traces(traces, settings.shared_noise)),
         "ablation": ablation(settings, replays, plan_of),
         "frontier": frontier(settings, replays, plans, plan_of),
         "latency_ms": latency.to_dict(),
@@ -202,11 +202,16 @@ def _load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, 
     }
 
 
+def told_traces(traces: dict[bool, Traces], shares_noise: bool) -> Traces:
+    """Those of plans that say so; where nothing was traced with the noise told, telling it makes no difference."""
+    return traces.get(shares_noise, traces[False])
+
+
 def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latency: Latency) -> Replays:
     """Replays with the matrix, and with longer contexts where they may be used and were traced.
 
     Args:
-        traces: by whether the noise of draws is told; where only False is there, it makes no difference.
+        traces: by whether the noise of draws is told, see `told_traces`.
     """
     if settings.ngrams and not traces[False].ngrams_TG.shape[1]:
         raise GraftError(
@@ -215,7 +220,7 @@ def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latenc
         )
     budget = max(settings.widths)
     return {
-        (shares_noise, ngrams): Replay(traces.get(shares_noise, traces[False]), latency, budget, ngrams, shares_noise)
+        (shares_noise, ngrams): Replay(told_traces(traces, shares_noise), latency, budget, ngrams, shares_noise)
         for shares_noise in (False, True)
         for ngrams in (False, True)[: 1 + settings.ngrams]
     }
@@ -301,7 +306,7 @@ def latency_of(
     settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: dict[bool, Traces]
 ) -> Latency:
     """This device's latency table, with the templates that plans would look up."""
-    told = traces.get(settings.shared_noise, traces[False])
+    told = told_traces(traces, settings.shared_noise)
     templates = [part.template[: 2 * max(settings.widths)] for part in (told, told.of_ngrams())]
     if not settings.ngrams:
         templates = templates[:1]

@@ -144,7 +144,7 @@ class CapturedRounds:
     def _room(self, state: DecodeState) -> Statics:
         """Buffers that are large enough. New ones cost every graph."""
         plan, static = state.plan, self._static
-        depth, rows = max(state.grafter.depths.values()), plan.max_rows
+        depth, rows = state.grafter.max_depth, plan.max_rows
         if static is not None:
             depth, rows = max(depth, static.depth), max(rows, static.rows)
         capacity = bucket(state.cache.tree_layers[0].capacity + slack_rows(plan, rows, depth))
@@ -199,7 +199,7 @@ class CapturedRounds:
         times.append(graphs.now())
         self._graft(segments, stage, layers, retrieved)
         times.append(graphs.now())
-        depth = max(state.grafter.depths.values())
+        depth = state.grafter.max_depth
         learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
         decay = state.successors.decay if state.successors is not None else 0.0
         echoes = segments.echo is not None

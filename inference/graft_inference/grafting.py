@@ -40,6 +40,7 @@ class Grafter:
         self.scale = plan.scale
         # By passes, which tell a plan's stages apart and hash faster than templates.
         self.depths = {stage.passes: plan.depth(stage) for stage in plan.stages}
+        self.max_depth = max(self.depths.values())
         if self.scale is None:
             self._templates = {stage.passes: Template(list(stage.template), device) for stage in plan.stages}
             return

@@ -212,7 +212,7 @@ class NgramSource:
             ids_MK, logp_MK = self.successors_of(windows_MC, template.max_rank + 1, noise, depth)
             tokens.append(ids_MK.take(level.flat))
             steps.append(logp_MK.take(level.flat))
-        return template.found(tokens, steps)
+        return template.found(torch.cat(tokens), torch.cat(steps))
 
     def successors_of(
         self, windows_MC: Tensor, count: int, noise: Noise | None = None, depth: int = 1

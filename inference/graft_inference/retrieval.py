@@ -93,15 +93,18 @@ class Template:
     def __len__(self) -> int:
         return len(self.parents_T)
 
-    def found(self, tokens: list[Tensor], steps: list[Tensor]) -> DraftTree:
-        """The retrieved tree of what was found level by level, the root's first.
+    def found(self, tokens_L: Tensor, steps_L: Tensor | None) -> DraftTree:
+        """The retrieved tree of what was found, level by level, the root first.
 
         Args:
-            tokens: int64, -1 where nothing was found. What hangs below that was not found either.
-            steps: log-probability of each after its parent.
+            tokens_L: int64, -1 where nothing was found. What hangs below that was not found either.
+            steps_L: log-probability of each after its parent; None: not scored.
         """
-        tokens_T, step_T = (torch.cat(parts).index_select(0, self.by_level_T) for parts in (tokens, steps))
+        tokens_T = tokens_L.index_select(0, self.by_level_T)
         tokens_T.masked_fill_((self.lineage_TT & (tokens_T < 0)).any(dim=1), -1)
+        if steps_L is None:
+            return self.tree(tokens_T, None)
+        step_T = steps_L.index_select(0, self.by_level_T)
         return self.tree(tokens_T, step_T.masked_fill_(tokens_T < 0, -torch.inf))
 
     def tree(self, tokens_T: Tensor, step_logp_T: Tensor | None) -> DraftTree:
@@ -189,15 +192,11 @@ class SuccessorMatrix:
             parent_M = tokens[-1].index_select(0, level.parents)
             places.append(torch.add(level.ranks, parent_M, alpha=self.k))
             tokens.append(ids_X.take(places[-1]).long())
-        tokens_T = torch.cat(tokens).index_select(0, template.by_level_T)
-        # What hangs below an unknown successor, -1, was looked up in no row of its own.
-        tokens_T.masked_fill_((template.lineage_TT & (tokens_T < 0)).any(dim=1), -1)
         if self.probs_VK is None:
-            return template.tree(tokens_T, None)
+            return template.found(torch.cat(tokens), None)
         prob_P = self.probs_VK.view(-1).take(torch.cat(places)).float()
         # The root's own step is certain.
-        step_T = F.pad(prob_P.clamp_(min=LEAST).log_(), (1, 0)).index_select(0, template.by_level_T)
-        return template.tree(tokens_T, step_T.masked_fill_(tokens_T < 0, -torch.inf))
+        return template.found(torch.cat(tokens), F.pad(prob_P.clamp_(min=LEAST).log_(), (1, 0)))
 
     def _foresee(self, root_1: Tensor, template: Template, noise: Noise) -> DraftTree:
         """`expand` with each node's successors in the order in which they are likely to be drawn."""
@@ -207,7 +206,7 @@ class SuccessorMatrix:
             ids_MK, logp_MK = self.foreseen(row_M, template.max_rank + 1, noise, depth)
             tokens.append(ids_MK.take(level.flat).long())
             steps.append(logp_MK.take(level.flat))
-        return template.found(tokens, steps)
+        return template.found(torch.cat(tokens), torch.cat(steps))
 
     def foreseen(self, tokens_M: Tensor, count: int, noise: Noise, depth: int) -> tuple[Tensor, Tensor]:
         """The successors of tokens that are likeliest to be drawn at that depth, and their log-probabilities.

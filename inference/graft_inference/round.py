@@ -24,8 +24,8 @@ def run_round(target: Target, states: Sequence[DecodeState]) -> list[Emitted]:
     """One pass of the target: what it emits for each prompt."""
     for state in states:
         state.clock.start()
-        places = 1 + max(state.grafter.depths.values())
-        state.noise = state.sampler.noise(state.place, places, target.config.vocab_size, target.device)
+        places, vocab_size = 1 + state.grafter.max_depth, target.config.vocab_size
+        state.noise = state.sampler.noise(state.place, places, vocab_size, target.device)
     drafts = draft(states)
     _mark(states, "draft")
     trees = graft(states, drafts)

@@ -103,7 +103,7 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
 
 
 def told_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
-    """All its plans share the noise of draws; prunes by shares, competes where it retrieves alone."""
+    """Plans that share the noise of draws: the learned one as graft, the tiny policy's other two."""
     policy = tiny_policy(threshold)
     return Policy(
         graft=replace(learned_plan(threshold, gate), shares_noise=True),
