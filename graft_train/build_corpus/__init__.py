@@ -157,8 +157,7 @@ def write_tables(settings: CorpusConfig, runs: Path, out: Path, made_for: dict[s
     Raises:
         GraftError: the samples hold no pair.
     """
-    paths = sorted(runs.glob("*.arrow"))
-    matrix_blocks, ngram_blocks = split_blocks(merge_runs(paths, out / "merged"), NGRAM << SUCCESSOR_BITS)
+    matrix_blocks, ngram_blocks = split_blocks(merge_runs(runs), NGRAM << SUCCESSOR_BITS)
     k = min(settings.successors, made_for["vocab_size"])
     matrix = successor_matrix(matrix_blocks, made_for["vocab_size"], k)
     if not int(matrix["counts"].sum()):
@@ -167,7 +166,7 @@ def write_tables(settings: CorpusConfig, runs: Path, out: Path, made_for: dict[s
     if settings.ngrams:
         table = ngram_table(ngram_blocks, settings.ngram_successors, settings.ngram_mb)
         save_table(out / "ngrams.safetensors", table, made_for)
-    say(f"build_corpus: {int(matrix['counts'].sum()):,} tokens counted, from {len(paths)} sorted runs")
+    say(f"build_corpus: {int(matrix['counts'].sum()):,} tokens counted")
 
 
 def _hash(path: Path) -> str:

@@ -4,13 +4,14 @@ A pair is one int64 key, context << SUCCESSOR_BITS | successor, and an int64 wei
 their order, so neither does what is built from them.
 """
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from graft_inference.errors import GraftError
 
@@ -111,14 +112,15 @@ def write_run(path: Path, blocks: Iterator[Block], units: list[int]) -> None:
     aside.rename(path)
 
 
-def read_run(path: Path) -> Iterator[Block]:
-    """The blocks of a run, one in memory at a time (a mapped file would stay resident)."""
+def read_run(path: Path, bar: Any) -> Iterator[Block]:
+    """The blocks of a run, one in memory at a time (a mapped file would stay resident); `bar` counts their bytes."""
     import pyarrow as pa
 
     with pa.OSFile(str(path)) as file:
         reader = pa.ipc.open_file(file)
         for index in range(reader.num_record_batches):
             batch = reader.get_batch(index)
+            bar.update(batch.nbytes)
             yield batch.column("key").to_numpy(), batch.column("weight").to_numpy()
 
 
@@ -137,40 +139,59 @@ def units_of(path: Path) -> list[int]:
         raise GraftError(f"{path} is damaged ({error}); delete it and run recipes/build_corpus.py again") from error
 
 
-def merge_runs(paths: list[Path], scratch: Path) -> Iterator[Block]:
-    """The sum of all runs as ascending blocks. Memory: FAN_IN * BLOCK pairs, however many runs there are.
+def merge_runs(directory: Path) -> Iterator[Block]:
+    """The sum of a directory's runs as ascending blocks. Memory: FAN_IN * BLOCK pairs, however many runs there are.
 
-    Args:
-        scratch: a directory for intermediate runs; what an interrupted merge left there is dropped.
+    While there are more than FAN_IN, the smallest are replaced by their sum, so that the disk holds little more than
+    the runs themselves and an interrupted merge goes on where it was.
     """
-    shutil.rmtree(scratch, ignore_errors=True)
-    for level in range(len(paths)):
-        if len(paths) <= FAN_IN:
-            break
-        scratch.mkdir(exist_ok=True)
-        groups = [paths[start : start + FAN_IN] for start in range(0, len(paths), FAN_IN)]
-        paths = [scratch / f"{level}-{number}.arrow" for number in range(len(groups))]
-        for path, group in zip(paths, groups, strict=True):
-            write_run(path, _merge(group), [])
+    paths = sorted(_current(directory), key=lambda path: path.stat().st_size)
+    while len(paths) > FAN_IN:
+        count = min(FAN_IN, len(paths) - FAN_IN + 1)
+        paths = [*paths[count:], _replace(paths[:count])]
     yield from _merge(paths)
-    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(paths: list[Path]) -> Path:
+    """One run in the place of several; until they are gone, `_current` tells it from them by its units."""
+    whole, *rest = paths
+    write_run(whole, _merge(paths), [unit for path in paths for unit in units_of(path)])
+    for path in rest:
+        path.unlink()
+    return whole
+
+
+def _current(directory: Path) -> list[Path]:
+    """The runs that no other holds the units of; others are removed."""
+    current: list[Path] = []
+    held: set[int] = set()
+    units = {path: units_of(path) for path in sorted(directory.glob("*.arrow"))}
+    for path in sorted(units, key=lambda path: -len(units[path])):
+        if held.isdisjoint(units[path]):
+            current.append(path)
+            held.update(units[path])
+        else:
+            path.unlink()
+    return current
 
 
 def _merge(paths: list[Path]) -> Iterator[Block]:
     """Takes from every run what lies up to the least of their blocks' last keys: the rest is still to come."""
-    runs = [read_run(path) for path in paths]
-    heads = [next(run, None) for run in runs]
-    while any(head is not None for head in heads):
-        last = min(int(keys[-1]) for keys, _ in filter(None, heads))
-        ready = []
-        for index, head in enumerate(heads):
-            if head is None:
-                continue
-            keys, weights = head
-            cut = int(np.searchsorted(keys, last, side="right"))
-            ready.append((keys[:cut], weights[:cut]))
-            heads[index] = (keys[cut:], weights[cut:]) if cut < len(keys) else next(runs[index], None)
-        yield sum_pairs(ready)
+    size = sum(path.stat().st_size for path in paths)
+    with tqdm(total=size, desc="build_corpus: merge", unit="B", unit_scale=True, leave=False) as bar:
+        runs = [read_run(path, bar) for path in paths]
+        heads = [next(run, None) for run in runs]
+        while any(head is not None for head in heads):
+            last = min(int(keys[-1]) for keys, _ in filter(None, heads))
+            ready = []
+            for index, head in enumerate(heads):
+                if head is None:
+                    continue
+                keys, weights = head
+                cut = int(np.searchsorted(keys, last, side="right"))
+                ready.append((keys[:cut], weights[:cut]))
+                heads[index] = (keys[cut:], weights[cut:]) if cut < len(keys) else next(runs[index], None)
+            yield sum_pairs(ready)
 
 
 def split_blocks(blocks: Iterator[Block], key: int) -> tuple[Iterator[Block], Iterator[Block]]:

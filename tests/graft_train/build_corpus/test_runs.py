@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,11 +39,9 @@ def test_sum_pairs_counts_and_weighs():
     assert as_dict([sum_pairs([])]) == {}
 
 
-@pytest.mark.parametrize(("rows", "units"), [(1, 25), (60, 25), (10_000, 25), (10_000, 1)])
-def test_merged_runs_equal_plain_sums(tmp_path, small_blocks, rows, units):
-    """25 runs, merged three at a time: two levels of intermediate runs; or one run."""
-    (tmp_path / "runs").mkdir()
-    writer, expected = RunWriter(tmp_path / "runs", rows), Counter()
+def write_runs(directory, rows, units):
+    """Random pairs of so many units as runs; the sums they should give."""
+    writer, expected = RunWriter(directory, rows), Counter()
     for unit in range(units):
         keys, weights = random_pairs(unit, 30, keys=300)
         writer.add(keys, weights)
@@ -50,12 +49,46 @@ def test_merged_runs_equal_plain_sums(tmp_path, small_blocks, rows, units):
         for key, weight in zip(keys, weights, strict=True):
             expected[int(key)] += int(weight)
     writer.flush()
-    paths = sorted((tmp_path / "runs").iterdir())
-    assert (len(paths) == units) == (rows == 1 or units == 1)
-    assert sorted(unit for path in paths for unit in units_of(path)) == list(range(units))
-    assert as_dict(list(merge_runs(paths, tmp_path / "merged"))) == expected
-    assert sorted((tmp_path / "runs").iterdir()) == paths
-    assert not (tmp_path / "merged").exists()
+    return expected
+
+
+def units_in(directory):
+    return sorted(unit for path in directory.iterdir() for unit in units_of(path))
+
+
+@pytest.mark.parametrize(("rows", "units"), [(1, 25), (60, 25), (10_000, 25), (10_000, 1), (1, 4), (1, 3)])
+def test_merged_runs_equal_plain_sums(tmp_path, small_blocks, rows, units):
+    """25 runs, at most three merged at a time, or as few as one; sums take the places of what they sum."""
+    expected = write_runs(tmp_path, rows, units)
+    written = len(list(tmp_path.iterdir()))
+    assert (written == units) == (rows == 1 or units == 1)
+    assert units_in(tmp_path) == list(range(units))
+    assert as_dict(list(merge_runs(tmp_path))) == expected
+    assert len(list(tmp_path.iterdir())) == min(written, 3)
+    assert units_in(tmp_path) == list(range(units))
+    assert as_dict(list(merge_runs(tmp_path))) == expected
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_a_merge_killed_while_it_drops_what_it_summed_counts_nothing_twice(
+    tmp_path, small_blocks, monkeypatch, removed
+):
+    expected = write_runs(tmp_path, 1, 9)
+    unlink, left = Path.unlink, iter(range(removed))
+
+    def dies(path, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", dies)
+    with pytest.raises(KeyboardInterrupt):
+        list(merge_runs(tmp_path))
+    monkeypatch.undo()
+    assert len(units_in(tmp_path)) > 9
+    monkeypatch.setattr(runs, "FAN_IN", 3)
+    assert as_dict(list(merge_runs(tmp_path))) == expected
+    assert units_in(tmp_path) == list(range(9))
 
 
 def test_an_unfinished_unit_never_reaches_the_disk(tmp_path):
