@@ -34,6 +34,8 @@ PUBLISHED = ("eagle3", "paper")
 """Told nothing of the draws' noise, as published."""
 BY_ALL = ", taught by all nodes"
 """Ends the names of plans as `taught_by_all` changes them."""
+LEAVES = 4
+"""Drafted leaves beneath which the matrix may be asked."""
 MOST_ECHOED = 32
 """Tokens that the request's own text may add to a tree."""
 SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams", "paper")
@@ -74,9 +76,9 @@ def plan_of(name: str, settings: CalibrateConfig, replays: Replays) -> Plan:
         case "paper":
             return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
         case "prune_only":
-            return best_learned(replay, replace(scale, template=(), echo=()), allowed)
+            return best_learned(replay, replace(scale, template=(), echo=(), beneath=0), allowed)
         case "retrieve_only" | "retrieve_ngrams":
-            return best_learned(replay, replace(scale, drafted=()), allowed)
+            return best_learned(replay, replace(scale, drafted=(), beneath=0), allowed)
     return best_learned(replay, scale, allowed)
 
 
@@ -88,7 +90,12 @@ def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
     if not settings.learned_template:
         known, depth = set(traces.template), max(map(len, traces.template))
         paths = tuple(path for path in depth_template((4,) * depth) if path in known)
-    return replace(scale, template=paths, echo=scale.echo if settings.echo else ())
+    beneath = _leaves(settings) if not replay.ngrams else 0
+    return replace(scale, template=paths, echo=scale.echo if settings.echo else (), beneath=beneath)
+
+
+def _leaves(settings: CalibrateConfig) -> int:
+    return min(LEAVES, settings.beam_width) if settings.beneath else 0
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -218,6 +225,11 @@ def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latenc
             "policy.ngrams=true, but these traces hold no longer contexts: delete the policy directory and run "
             "recipes/calibrate.py without policy.latency_only"
         )
+    if _leaves(settings) > traces[False].leaves_TPL.shape[2]:
+        raise GraftError(
+            "policy.beneath=true, but these traces do not say what lies beneath drafted leaves: delete the policy "
+            "directory and run recipes/calibrate.py without policy.latency_only"
+        )
     budget = max(settings.widths)
     return {
         (shares_noise, ngrams): Replay(told_traces(traces, shares_noise), latency, budget, ngrams, shares_noise)
@@ -299,6 +311,7 @@ def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor],
         min(max(settings.widths) - 1, MOST_ECHOED),
         settings.temperature,
         shares_noise,
+        _leaves(settings),
     )
 
 
@@ -308,8 +321,6 @@ def latency_of(
     """This device's latency table, with the templates that plans would look up."""
     told = told_traces(traces, settings.shared_noise)
     templates = [part.template[: 2 * max(settings.widths)] for part in (told, told.of_ngrams())]
-    if not settings.ngrams:
-        templates = templates[:1]
     return measure_latency(
         engine,
         prompts,
@@ -318,5 +329,7 @@ def latency_of(
         settings.max_passes,
         settings.repeats,
         settings.temperature,
-        *templates,
+        templates[0],
+        templates[1] if settings.ngrams else (),
+        _leaves(settings),
     )

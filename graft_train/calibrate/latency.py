@@ -31,6 +31,7 @@ class Latency:
         graft_ms: choosing the tree without retrieved candidates, with the matrix's, and with those of longer contexts.
         commit_ms: acceptance and keeping its result without teaching the matrix, with, and n-grams besides.
             Both end after two where there are no longer contexts.
+        beneath_ms: asking the matrix beneath drafted leaves.
         echo_ms: searching the request's own text, and remembering it.
         read_ms: foreseeing what was retrieved, and one more host read, to leave out drafting.
         spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
@@ -42,16 +43,17 @@ class Latency:
     draft_ms: list[float]
     graft_ms: list[float]
     commit_ms: list[float]
+    beneath_ms: float
     echo_ms: float
     read_ms: float
     spread: list[float]
 
     def round_ms(self, plan: Plan, stage: Stage, context_T: np.ndarray) -> np.ndarray:
         """Cost of rounds that stop at this stage, [T]."""
-        looked_up = plan.looks_up + plan.ngrams
+        expanded, learned = plan.expands + plan.ngrams, plan.looks_up + plan.ngrams
         asks_first = plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
-        fixed = self.draft_ms[stage.passes] + self.graft_ms[looked_up] + self.commit_ms[looked_up]
-        fixed += self.echo_ms * plan.echoes
+        fixed = self.draft_ms[stage.passes] + self.graft_ms[expanded] + self.commit_ms[learned]
+        fixed += self.echo_ms * plan.echoes + self.beneath_ms * (plan.leaves(stage.passes) > 0)
         by_context = [np.interp(stage.rows, self.widths, times) for times in self.verify_ms]
         return fixed + asks_first * self.read_ms + np.interp(context_T, self.contexts, by_context)
 
@@ -69,15 +71,17 @@ def measure_latency(
     temperature: float,
     template: RankPaths,
     ngram_template: RankPaths = (),
+    leaves: int = 0,
 ) -> Latency:
     """Times forced plans on real prompts, interleaved, after a warm-up of each.
 
     Args:
         temperature: of the draws, which take longer than the likeliest tokens do.
         template, ngram_template: rank paths looked up in the matrix and by longer contexts; none: not timed.
+        leaves: drafted leaves beneath which the matrix is asked; none: not timed.
     """
     timed = sorted({1, *widths})
-    plans = _forced_plans(timed, beam_width, max_passes, template, ngram_template)
+    plans = _forced_plans(timed, beam_width, max_passes, template, ngram_template, leaves)
     contexts = _contexts(engine, prompts)
     runs = [("long", key) for key in plans if key[0] == "width"] if len(contexts) > 1 else []
     runs = [("short", key) for key in plans] + runs
@@ -105,6 +109,7 @@ def measure_latency(
         draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, max_passes + 1))]),
         graft_ms=[typical("graft", source, 1) for source in sources],
         commit_ms=[typical("commit", source, 1) for source in sources],
+        beneath_ms=max(0.0, typical("graft", "beneath", 1) - typical("graft", "passes", 1)) if leaves else 0.0,
         echo_ms=max(0.0, sum(typical(phase, "echo", 1) - typical(phase, "passes", 1) for phase in ("graft", "commit"))),
         read_ms=max(0.0, sum(typical(phase, "gate", 1) - typical(phase, "both", 1) for phase in ("draft", "graft"))),
         spread=[median(spreads), max(spreads)],
@@ -112,7 +117,12 @@ def measure_latency(
 
 
 def _forced_plans(
-    widths: list[int], beam_width: int, max_passes: int, template: RankPaths, ngram_template: RankPaths
+    widths: list[int],
+    beam_width: int,
+    max_passes: int,
+    template: RankPaths,
+    ngram_template: RankPaths,
+    leaves: int,
 ) -> dict[tuple[str, int], Plan]:
     """Plans that leave no choice: of every width, of every number of passes, and with every overhead.
 
@@ -135,10 +145,12 @@ def _forced_plans(
     if ngram_template:
         longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ranks, ngram_template)
         plans["ngrams", 1] = replace(plans["both", 1], scale=longer, ngrams=True)
+    if leaves:
+        plans["beneath", 1] = replace(plans["passes", 1], scale=replace(drafted, beneath=leaves))
     rows = tuple(-0.1 * depth for depth in range(1, budget))
     plans["echo", 1] = replace(plans["passes", 1], scale=replace(drafted, echo=(rows,) * LONGEST))
     # Nothing promises so much: the head is asked all the same.
-    gate = Stage(0, 1e9, width=min(middle, 1 + both.candidates))
+    gate = Stage(0, 1e9, width=min(middle, 1 + len(template)))
     plans["gate", 1] = replace(plans["both", 1], stages=(gate, *plans["both", 1].stages))
     return {key: replace(plan, shares_noise=True) for key, plan in plans.items()}
 

@@ -15,6 +15,7 @@ from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import ratio
 from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.scale import (
+    beneath_scores,
     calibration_error,
     drafted_scores,
     echo_scores,
@@ -37,6 +38,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "always drafts": {"retrieve_first": False},
     "no echo": {"echo": False},
     "no longer contexts": {"ngrams": False},
+    "nothing beneath leaves": {"beneath": False},
     "no shared noise": {"shared_noise": False},
 }
 COLORS = {
@@ -65,7 +67,14 @@ def calibration(traces: Traces) -> dict[str, dict[str, float]]:
             scores = retrieved_scores(part, fit_scale(part, fitted))
             found[name] = _errors(part, judged, part.retrieved_logp_TR, scores, part.reach_TR)
     scale = fit_scale(traces, fitted)
-    found["drafted"] = _errors(traces, judged, traces.logp_TC, drafted_scores(traces, scale), traces.reach_TC)
+    score_TC = drafted_scores(traces, scale)
+    found["drafted"] = _errors(traces, judged, traces.logp_TC, score_TC, traces.reach_TC)
+    if traces.beneath_TPLK.numel():
+        passes = traces.leaves_TPL.shape[1]
+        leaf_TL1 = traces.logp_TC.gather(1, traces.leaves_TPL[:, -1].long())[:, :, None]
+        raw_TLK = torch.where(traces.beneath_TPLK[:, -1] < 0, -torch.inf, leaf_TL1 + traces.beneath_logp_TPLK[:, -1])
+        below = raw_TLK, beneath_scores(traces, scale, passes, score_TC), traces.beneath_reach_TPLK[:, -1]
+        found["beneath leaves"] = _errors(traces, judged, *(part.flatten(1) for part in below))
     claimed_TE = torch.where(traces.matched_T[:, None] > 0, torch.zeros_like(traces.echo_reach_TE), -torch.inf)
     found["echo"] = _errors(traces, judged, claimed_TE, echo_scores(traces, scale), traces.echo_reach_TE)
     return found
@@ -85,8 +94,12 @@ def _errors(
 
 
 def pieces(settings: CalibrateConfig) -> dict[str, dict[str, Any]]:
-    """What may be taken away; where nothing is drawn by chance, there is no noise to tell."""
-    return {name: change for name, change in PIECES.items() if settings.temperature or "shared_noise" not in change}
+    """What may be taken away of what is there; where nothing is drawn by chance, there is no noise to tell."""
+
+    def is_there(name: str) -> bool:
+        return bool(getattr(settings, name)) and (settings.temperature > 0 or name != "shared_noise")
+
+    return {name: change for name, change in PIECES.items() if all(map(is_there, change))}
 
 
 def ablation(settings: CalibrateConfig, replays: Replays, plan_of: PlanOf) -> dict[str, dict[str, float]]:
@@ -120,7 +133,8 @@ def describe(plan: Plan) -> str:
     looked_up = "n-grams" if plan.ngrams else "matrix"
     if plan.scale and not plan.learns_accepted:
         looked_up += " taught by all nodes"
-    asked = ((looked_up, plan.looks_up), ("echo", plan.echoes))
+    beneath = "beneath leaves" + (" alone" if not plan.expands else "")
+    asked = ((looked_up, plan.looks_up), (beneath, plan.grafts_beneath), ("echo", plan.echoes))
     sources = ", ".join(name for name, is_asked in asked if is_asked)
     parts = []
     for stage in plan.stages:
@@ -217,7 +231,7 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         f"Head passes 0, 1, ...: {_times(latency['draft_ms'])}. Without retrieval, with the matrix and with longer "
         f"contexts, choosing the tree takes {_times(latency['graft_ms'])}, acceptance and commit "
         f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}, the search of "
-        f"the request's own text {latency['echo_ms']:.2f}. "
+        f"the request's own text {latency['echo_ms']:.2f}, beneath drafted leaves {latency['beneath_ms']:.2f}. "
         f"Interquartile range over median of a round: {latency['spread'][0]:.0%} typically, "
         f"{latency['spread'][1]:.0%} at most.",
         "",

@@ -10,7 +10,7 @@ from .ngrams import NgramSource, NgramTable
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
 from .sampling import Noise
-from .tree import DraftTree, Source, compete, merge
+from .tree import DraftTree, Source, compete, graft_beneath, merge
 
 LEAST = 1e-4
 """Probabilities this close to 0 and 1 count as that close."""
@@ -51,6 +51,9 @@ class Grafter:
             slope, offset = self.scale.retrieved[len(path) - 1]
             retrieved.append((slope, offset + self.scale.ranks[path[-1]]))
         self._retrieved_T2 = torch.tensor(retrieved, device=device)
+        if plan.grafts_beneath:
+            slope, offset = self.scale.retrieved[0]
+            self._beneath_K2 = torch.tensor([(slope, offset + rank) for rank in self.scale.ranks], device=device)
         # A root's slope and offset are never used.
         self._drafted_D2 = torch.tensor([(1.0, 0.0), *self.scale.drafted], device=device)
         self._chain = Template([(0,) * depth for depth in range(1, self.scale.echo_depth + 1)], device)
@@ -99,22 +102,53 @@ class Grafter:
         promises = torch.stack([tree.logp_N.exp().sum() for tree in retrieved])
         return promises.amax(dim=0, keepdim=True) > stage.threshold
 
-    def tree(self, stage: Stage, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
+    def tree(
+        self,
+        stage: Stage,
+        drafted: DraftTree,
+        retrieved: list[DraftTree],
+        successors: SuccessorMatrix | None = None,
+        noise: Noise | None = None,
+    ) -> DraftTree:
         """The best nodes, as many as the stage verifies.
 
         Args:
             drafted: every node the head proposed.
             retrieved: what `retrieve` found.
+            successors: asked beneath drafted leaves, where the plan says so.
+            noise: what the matrix is told of the draws.
         """
         if self.scale is None:
             best = drafted.best(stage.drafted)
             return merge(best, retrieved[0], stage.retrieved) if retrieved else best
         step_N = step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted)
         own_N = drafted.path_sums(step_N, stage.passes)
+        if leaves := self.plan.leaves(stage.passes):
+            assert successors is not None
+            row_L = drafted.leaves(leaves)
+            drafted, step_LK = self.beneath(drafted, row_L, successors, noise)
+            own_N = torch.cat((own_N, (own_N.index_select(0, row_L)[:, None] + step_LK).flatten()))
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
         return tree
+
+    def beneath(
+        self, drafted: DraftTree, row_L: Tensor, successors: SuccessorMatrix, noise: Noise | None
+    ) -> tuple[DraftTree, Tensor]:
+        """The drafted tree with the matrix's successors beneath its leaves.
+
+        Args:
+            row_L: of the leaves.
+
+        Returns:
+            the tree, and log P(accepted | leaf accepted) of each successor, [L, K]; -inf where there is none.
+        """
+        depth_L1 = drafted.depths_N.index_select(0, row_L)[:, None] + 1
+        token_L = drafted.tokens_N.index_select(0, row_L)
+        ids_LK, logp_LK = successors.successors_of(token_L, len(self._beneath_K2), noise, depth_L1)
+        step_LK = calibrated(self._beneath_K2, logp_LK).masked_fill_(ids_LK < 0, -torch.inf)
+        return graft_beneath(drafted, row_L, ids_LK, logp_LK), step_LK
 
 
 def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:

@@ -203,21 +203,27 @@ class SuccessorMatrix:
         tokens, steps = [root_1], [torch.zeros_like(root_1, dtype=torch.float32)]
         for depth, level in enumerate(template.levels, 1):
             row_M = tokens[-1].index_select(0, level.above)
-            ids_MK, logp_MK = self.foreseen(row_M, template.max_rank + 1, noise, depth)
+            ids_MK, logp_MK = self.successors_of(row_M, template.max_rank + 1, noise, depth)
             tokens.append(ids_MK.take(level.flat).long())
             steps.append(logp_MK.take(level.flat))
         return template.found(torch.cat(tokens), torch.cat(steps))
 
-    def foreseen(self, tokens_M: Tensor, count: int, noise: Noise, depth: int) -> tuple[Tensor, Tensor]:
-        """The successors of tokens that are likeliest to be drawn at that depth, and their log-probabilities.
+    def successors_of(
+        self, tokens_M: Tensor, count: int, noise: Noise | None = None, depth: int | Tensor = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest successors and their log-probabilities, [M, count]; ids are -1 where there are fewer.
 
         Args:
             tokens_M: int64; below an unknown one, -1, whatever is found means nothing.
+            noise: of the draws, where the likeliest to be drawn at that depth are wanted.
+            depth: [M, 1] where each row has its own.
         """
         assert self.probs_VK is not None
         row_M = tokens_M.clamp(min=0)
-        probs_MK = self.probs_VK.index_select(0, row_M).float()
-        return noise.ranked(self.ids_VK.index_select(0, row_M), probs_MK, depth, count)
+        ids_MK, probs_MK = self.ids_VK.index_select(0, row_M), self.probs_VK.index_select(0, row_M).float()
+        if noise is not None:
+            return noise.ranked(ids_MK, probs_MK, depth, count)
+        return ids_MK[:, :count], probs_MK[:, :count].clamp(min=LEAST).log()
 
     def update(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
         """M[x] <- argtopk p(. | path to x) for every token the target has just read (Graft Eq. 12).

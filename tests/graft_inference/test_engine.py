@@ -17,7 +17,17 @@ from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.sampling import Sampler
 from graft_inference.verification import accept
 
-from .tiny import TEMPLATE, VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny import (
+    TEMPLATE,
+    VOCAB,
+    beneath_plan,
+    learned_plan,
+    learned_policy,
+    tiny_engine,
+    tiny_head,
+    tiny_model,
+    tiny_policy,
+)
 from .tiny_bundle import tiny_ngrams
 
 SMALL = 8
@@ -145,9 +155,9 @@ def test_samples_of_a_learned_plan_follow_the_targets_own_law():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
-def test_greedy_output_of_a_learned_plan_equals_generate(family, threshold):
-    engine = small_engine(family, learned_policy(threshold))
+@pytest.mark.parametrize(("plan", "threshold"), [*product([learned_plan], [0.0, 0.3, 1.0]), (beneath_plan, 0.3)])
+def test_greedy_output_of_a_learned_plan_equals_generate(family, plan, threshold):
+    engine = small_engine(family, replace(tiny_policy(), graft=plan(threshold)))
     stages: Counter[str] = Counter()
     for seed in range(4):
         input_ids = prompt(3 + seed, seed, SMALL)

@@ -1,6 +1,7 @@
 """The stage on a tiny random pair: what it writes, what it refuses, and renewing the latency table alone."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,19 @@ def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
     calibrate(config_for(run_dir, latency_only=True, ngrams=True))
     calibrate(config_for(run_dir, latency_only=True))
     assert not Policy.from_dict(json.loads((directory / "policy.json").read_text())).needs_ngrams
+
+
+def test_what_lies_beneath_drafted_leaves_is_tried_where_it_is_asked_for(run_dir):
+    directory = calibrate(config_for(run_dir))
+    with pytest.raises(GraftError, match="do not say what lies beneath drafted leaves: delete the policy directory"):
+        calibrate(config_for(run_dir, latency_only=True, beneath=True))
+    assert "nothing beneath leaves" not in json.loads((directory / "report.json").read_text())["ablation"]
+    shutil.rmtree(directory)
+    report = json.loads((calibrate(config_for(run_dir, beneath=True)) / "report.json").read_text())
+    assert report["latency_ms"]["beneath_ms"] >= 0
+    assert "beneath leaves" in report["calibration_error"]
+    found = report["ablation"]
+    assert found["all"]["tokens_per_second"] >= found["nothing beneath leaves"]["tokens_per_second"]
 
 
 def test_longer_contexts_that_are_not_there_are_asked_for_in_vain(run_dir):
