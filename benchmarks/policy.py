@@ -7,7 +7,8 @@ documentation texts of the installed packages. Every policy is learned on calibr
 the learned one, the same one learned on the other domain (transfer), without each of its pieces (ablation), the
 paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree. Ratios come with 95 %
 intervals by bootstrap over prompts. A quarter of an hour on two cores; an interrupted run goes on with the
-temperature it was at. Pieces are taken away at the first temperature only.
+temperature it was at. Pieces are taken away at the first temperature only, but for the shared noise and what hangs
+beneath drafted leaves.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def main() -> None:
         retrieval_depth=6,
         checkpoints=2,
         ngrams=True,
+        beneath=True,
         repeats=arguments.repeats,
     )
     domains = {
@@ -194,7 +196,7 @@ def contenders(
     if settings.temperature:
         plans["eagle3, told the noise"] = replace(plans["eagle3"], shares_noise=True)
     for piece, change in pieces(settings).items():
-        if change and (ablate or "shared_noise" in change):
+        if change and (ablate or change.keys() & {"shared_noise", "beneath"}):
             plans[piece] = plan_of("learned", replace(settings, **change), replays)
     if ablate:
         plans |= taught_by_all({"learned": plans["learned"]})

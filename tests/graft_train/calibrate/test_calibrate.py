@@ -181,7 +181,7 @@ def test_longer_contexts_cost_what_was_measured(traces):
 def test_beneath_leaves_are_accepted_nodes_that_nothing_else_had(engine, prompts, traces, replay):
     with_ = plans(traces)["beneath leaves alone"]
     assert replay.run(with_)[1] > replay.run(with_.without_retrieval())[1]
-    accepted = sum((engine.generate(prompt, NEW, plan=with_).stats.accepted for prompt in prompts), Counter())
+    accepted = sum((Counter(engine.generate(prompt, NEW, plan=with_).stats.accepted) for prompt in prompts), Counter())
     assert accepted["retrieved"]
     plan = replace(with_, stages=(Stage(2, width=8),))
     speed, tau = replay.run(plan)
