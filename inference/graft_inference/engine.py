@@ -24,17 +24,16 @@ from .kv_cache import TreeCache
 from .ngrams import NgramSource, NgramTable, RequestNgrams
 from .packed_linear import pack_linears
 from .policy import Plan, Policy
+from .prefill import prefill
 from .prefix import KeptPrefix
 from .prompts import Prompts
-from .request import Request
+from .request import Request, Row
 from .retrieval import SuccessorMatrix
 from .round import run_round
-from .sampling import Sampler
 from .self_check import self_check
 from .state import DecodeState
 from .stats import Generation, GenerationStats, PhaseClock
 from .target import Target
-from .tree import root_tree
 from .verification import Emitted
 
 SCOPES = ("request", "engine", "frozen")
@@ -54,7 +53,7 @@ class GraftEngine:
         retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the
             "engine"; "frozen" teaches it nothing. The longer contexts of a request's own text are known to
             itself in any case, and to others where they stay in the "engine".
-        prefill_chunk: tokens of a prompt that are read in one pass; fewer need less memory.
+        prefill_chunk: most tokens of prompts that are read in one pass; fewer need less memory.
         keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
             what is new. Output is the same; memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
@@ -236,17 +235,14 @@ class GraftEngine:
         rows = request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)
         if request.streamer is not None:
             request.streamer.put(prompts.padded_BS.cpu())
-        states, emitted = {}, {}
-        for index, (row, stats) in enumerate(zip(rows, each, strict=True)):
-            found = None if logprobs is None else logprobs[index]
-            # Not a decorator: inference mode must not leak to the caller between two tokens.
-            with self._lock, torch.inference_mode():
-                state, first = self._prefill(
-                    row.prompt_S, row.new_tokens, row.sampler, plan, stats, found, row.seen_S, resumes=len(rows) == 1
-                )
-                if self.governed and request.plan is None and request.method == "graft":
+        # Not a decorator: inference mode must not leak to the caller between two tokens.
+        with self._lock, torch.inference_mode():
+            opened, first = self._prefill(rows, plan, each, logprobs or [None] * len(rows))
+            if self.governed and request.plan is None and request.method == "graft":
+                for state in opened:
                     state.ladder = tuple(map(self._grafter, ladder(plan).values()))
-            states[index], emitted[index] = state, ([first], ["prefill"])
+        states = dict(enumerate(opened))
+        emitted: dict[int, Emitted] = {index: ([token], ["prefill"]) for index, token in enumerate(first)}
         while states:
             for index, (tokens, sources) in emitted.items():
                 for token, source in zip(tokens, sources, strict=True):
@@ -269,48 +265,34 @@ class GraftEngine:
 
     def _prefill(
         self,
-        prompt_S: Tensor,
-        new_tokens: int,
-        sampler: Sampler,
+        rows: Sequence[Row],
         plan: Plan,
-        stats: GenerationStats,
-        logprobs: list[Tensor] | None = None,
-        seen_S: Tensor | None = None,
-        resumes: bool = True,
-    ) -> tuple[DecodeState, int]:
-        """Reads the prompt piece by piece and emits the first token.
+        each: Sequence[GenerationStats],
+        logprobs: Sequence[list[Tensor] | None],
+    ) -> tuple[list[DecodeState], list[int]]:
+        """Reads the prompts; the first token of each."""
+        states = [
+            self._open(row, plan, stats, found, resumes=len(rows) == 1)
+            for row, stats, found in zip(rows, each, logprobs, strict=True)
+        ]
+        first = prefill(self.target, states, [row.prompt_S for row in rows], self.prefill_chunk)
+        for state in states:
+            state.clock.mark("prefill")
+        return states, first
+
+    def _open(
+        self, row: Row, plan: Plan, stats: GenerationStats, logprobs: list[Tensor] | None, resumes: bool
+    ) -> DecodeState:
+        """What a request starts with, its prompt not yet read.
 
         Args:
-            seen_S: what logits processors take for the prompt, if not `prompt_S`.
             resumes: whether a kept prefix may be used, which only one request can.
         """
         clock = PhaseClock(stats.seconds, self.target.device)
-        prompt_S = prompt_S.to(self.target.device)
-        seen_S = prompt_S if seen_S is None else seen_S.to(self.target.device)
-        cache, drafter, successors = self._caches(prompt_S, new_tokens, plan, stats, resumes)
-        ngrams = self._ngrams(plan, successors)
+        prompt_S = row.prompt_S
+        cache, drafter, successors = self._caches(prompt_S, row.new_tokens, plan, stats, resumes)
         # As many as the cache: the last round may go beyond the request's end.
-        capacity = len(prompt_S) + new_tokens + plan.max_rows
-        echo = Echo(capacity, self.target.device) if plan.echoes else None
-        texts: list[NgramSource | Echo] = [source for source in (ngrams, echo) if source is not None]
-        for source in texts:
-            source.read(prompt_S)
-        learns = successors is not None and self.retrieval_scope != "frozen"
-        for start in range(stats.reused, len(prompt_S), self.prefill_chunk):
-            piece_S = prompt_S[start : start + self.prefill_chunk]
-            output = self.target.prefill(piece_S, cache, all_logits=learns)
-            if successors is not None and learns:
-                successors.update(piece_S, output.logits_NV)
-            if drafter is not None and cache.length < len(prompt_S):
-                drafter.read(prompt_S[start + 1 : cache.length + 1], output.taps_NE)
-        tree = root_tree(prompt_S[-1:])
-        noise = sampler.noise(0, 1, self.target.config.vocab_size, self.target.device)
-        root_1, logp_1 = sampler.draw(tree, output.logits_NV[-1:], noise, 0, seen_S, logprobs is not None)
-        if logprobs is not None and logp_1 is not None:
-            logprobs.append(logp_1)
-        for source in texts:
-            source.read(root_1)
-        first = int(root_1)
+        capacity = len(prompt_S) + row.new_tokens + plan.max_rows
         state = DecodeState(
             plan=plan,
             grafter=self._grafter(plan),
@@ -318,22 +300,24 @@ class GraftEngine:
             cache=cache,
             drafter=drafter,
             successors=successors,
-            ngrams=ngrams,
-            echo=echo,
-            learns=learns,
-            sampler=sampler,
-            place=1,
-            root_1=root_1,
-            fresh_tokens_A=torch.cat((prompt_S[start + 1 :], root_1)),
-            fresh_taps_AE=output.taps_NE,
-            history_S=torch.cat((seen_S, root_1)) if sampler.needs_history else None,
-            tokens=[first],
+            ngrams=self._ngrams(plan, successors),
+            echo=Echo(capacity, self.target.device) if plan.echoes else None,
+            learns=successors is not None and self.retrieval_scope != "frozen",
+            sampler=row.sampler,
+            place=0,
+            root_1=prompt_S[-1:],
+            fresh_tokens_A=prompt_S[:0],
+            fresh_taps_AE=self.target.embedding_weight[:0],
+            history_S=row.seen_S if row.sampler.needs_history else None,
+            tokens=[],
             logprobs=logprobs,
             stats=stats,
             clock=clock,
         )
-        clock.mark("prefill")
-        return state, first
+        for text in (state.ngrams, state.echo):
+            if text is not None:
+                text.read(prompt_S)
+        return state
 
     def _ngrams(self, plan: Plan, successors: SuccessorMatrix | None) -> NgramSource | None:
         """This request's source of longer contexts, not yet told any text."""

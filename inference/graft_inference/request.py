@@ -117,7 +117,7 @@ class Request:
             new_tokens = own.new_tokens(len(seen_S), target.max_positions)
             sampler = own.sampler(len(seen_S), eos_token_ids, target.device)
             stopper = own.stopper(seen_S, new_tokens, eos_token_ids, tokenizer)
-            rows.append(Row(prompt_S, seen_S, new_tokens, sampler, stopper))
+            rows.append(Row(prompt_S.to(target.device), seen_S.to(target.device), new_tokens, sampler, stopper))
         return rows
 
     def _of_prompt(self, index: int) -> Self:

@@ -28,8 +28,9 @@ class DecodeState:
         learns: whether the matrix is updated.
         place: tokens emitted so far; what was accepted beyond the request's end counts too.
         noise: of this round's draws; None where nothing is drawn by chance.
-        root_1: the last emitted token, not yet in the cache.
-        fresh_tokens_A, fresh_taps_AE: what the last round committed.
+        root_1: the last emitted token, not yet in the cache; of a prompt that is not read yet, its own last.
+        fresh_tokens_A, fresh_taps_AE: what the last round committed, or the last piece of the prompt: states and the
+            token after each.
         retrieved: this round's retrieved candidates by source, once looked up.
         history_S: prompt and emitted tokens, where a logits processor reads them.
         tokens: emitted tokens, where the prefix is kept.

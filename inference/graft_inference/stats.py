@@ -42,12 +42,11 @@ class GenerationStats:
 
     @classmethod
     def together(cls, parts: Sequence[Self]) -> Self:
-        """Of all prompts, which were read one after the other and decoded at the same time."""
+        """Of all prompts, which were read and decoded at the same time."""
         if len(parts) == 1:
             return parts[0]
         # The one that was under way longest took part in every pass.
         seconds = {phase: max(part.seconds[phase] for part in parts) for phase in PHASES}
-        seconds["prefill"] = sum(part.seconds["prefill"] for part in parts)
         return cls(
             rounds=sum(part.rounds for part in parts),
             emitted=sum(part.emitted for part in parts),

@@ -68,7 +68,7 @@ class Target:
         self._taps: dict[int, Tensor] = {}
         self._tapped_layers = tapped_layers
         self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in tapped_layers]
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -137,10 +137,26 @@ class Target:
         Args:
             all_logits: False computes only those of the last token, where the family can: [1, V].
         """
-        positions_S = torch.arange(cache.length, cache.length + len(tokens_S), device=tokens_S.device)
-        output = self.forward(tokens_S, cache, Visibility(positions_S, cache.length), all_logits)
-        cache.commit(len(tokens_S))
-        return output
+        return self.prefill_all([tokens_S], [cache], all_logits)[0]
+
+    def prefill_all(
+        self, pieces: Sequence[Tensor], caches: Sequence[TreeCache], all_logits: bool = True
+    ) -> list[TargetOutput]:
+        """`prefill` for several prompts, in one pass: none sees another's cache or piece."""
+        rows = [len(piece_S) for piece_S in pieces]
+        visible = [
+            Visibility(torch.arange(cache.length, cache.length + count, device=piece_S.device), cache.length)
+            for piece_S, cache, count in zip(pieces, caches, rows, strict=True)
+        ]
+        last_B = None if all_logits else torch.tensor(rows).cumsum(0) - 1
+        if len(pieces) == 1:
+            output = self.forward(pieces[0], caches[0], visible[0], last_B)
+        else:
+            output = self.forward(torch.cat(list(pieces)), PackedCaches(caches, rows), visible, last_B)
+        for cache, count in zip(caches, rows, strict=True):
+            cache.commit(count)
+        logits = output.logits_NV.split(rows if all_logits else 1)
+        return list(map(TargetOutput, logits, output.taps_NE.split(rows)))
 
     def verify(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> TargetOutput:
         """One pass over all rows of a tree, each seeing the cache and its own ancestors. Commits nothing."""
@@ -169,29 +185,32 @@ class Target:
         tokens_N: Tensor,
         cache: TreeCache | BucketCache | PackedCaches,
         visible: Visibility | list[Visibility],
-        all_logits: bool = True,
+        logits_of: Tensor | None = None,
     ) -> TargetOutput:
         """One pass over N rows that see the cache and each other as `visible` says. Commits nothing.
 
         Args:
             cache, visible: of several prompts, whose rows are one behind the other: their caches, and what each sees.
+            logits_of: rows whose logits are wanted, on the host; None: all.
         """
         if isinstance(visible, Visibility):
             positions_N = visible.positions_N
         else:
             positions_N = torch.cat([one.positions_N for one in visible])
-        last_only = {} if all_logits or not self._keeps_last else {"logits_to_keep": 1}
+        only = {} if logits_of is None or not self._keeps_logits else {"logits_to_keep": logits_of}
         output = self.model(
             input_ids=tokens_N[None],
             position_ids=positions_N[None],
             past_key_values=cache,
             use_cache=True,
             visible=visible,
-            **last_only,
+            **only,
         )
         logits_NV = output.logits[0].to(tokens_N.device)
+        if logits_of is not None and not only:
+            logits_NV = logits_NV[logits_of]
         taps = [self._taps[index][0].to(tokens_N.device) for index in self._tapped_layers]
-        return TargetOutput(logits_NV, torch.cat(taps, dim=-1) if taps else logits_NV[:, :0])
+        return TargetOutput(logits_NV, torch.cat(taps, dim=-1) if taps else logits_NV.new_empty((len(tokens_N), 0)))
 
 
 def is_parallel(model: PreTrainedModel) -> bool:

@@ -23,6 +23,7 @@ from .tiny import (
     beneath_plan,
     learned_plan,
     learned_policy,
+    prefilled,
     tiny_engine,
     tiny_head,
     tiny_model,
@@ -373,7 +374,7 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
             for method in ("graft", "prune"):
                 stats = GenerationStats()
                 with torch.inference_mode():
-                    state, first = engine._prefill(full[:end], 20, GREEDY, engine.policy.plan(method), stats)
+                    state, first = prefilled(engine, full[:end], 20, GREEDY, engine.policy.plan(method), stats)
                     ((tokens[method], _),) = engine._round([state])
                 assert first == int(full[end])
                 stages[method] = stats.stages
@@ -404,7 +405,7 @@ def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch
         stats = GenerationStats()
         with torch.inference_mode():
             before_root = full[: 5 + emitted - 1]
-            state, _ = engine._prefill(before_root, 20, GREEDY, engine.policy.eagle3, stats)
+            state, _ = prefilled(engine, before_root, 20, GREEDY, engine.policy.eagle3, stats)
             ((_, fresh),) = rounds.draft([state])
         assert tree.tokens_N.tolist() == fresh.tokens_N.tolist()
         assert tree.parents_N.tolist() == fresh.parents_N.tolist()
@@ -471,7 +472,7 @@ def test_a_head_that_was_left_out_catches_up(family):
     plan = replace(plan, scale=replace(plan.scale, echo=()))  # the text repeats itself, and would never draft again
     input_ids = prompt(5, 1, SMALL)
     with torch.inference_mode():
-        state, _ = engine._prefill(input_ids[0], 40, GREEDY, plan, GenerationStats())
+        state, _ = prefilled(engine, input_ids[0], 40, GREEDY, plan)
         text = [*input_ids[0].tolist(), int(state.root_1)]
         left_out = 0
         for _ in range(12):
@@ -481,7 +482,7 @@ def test_a_head_that_was_left_out_catches_up(family):
                 left_out += 1
             elif left_out:
                 stats = GenerationStats()
-                fresh_state, _ = engine._prefill(torch.tensor(text[:-1]), 20, GREEDY, plan, stats)
+                fresh_state, _ = prefilled(engine, torch.tensor(text[:-1]), 20, GREEDY, plan, stats)
                 draft = fresh_state.drafter.begin(fresh_state.fresh_tokens_A, fresh_state.fresh_taps_AE)
                 while draft.passes < stage.passes:
                     draft = fresh_state.drafter.deepen(draft)
@@ -565,6 +566,6 @@ def test_accepted_tokens_add_up(method):
 )
 def test_bad_input_is_refused_before_any_pass(monkeypatch, arguments, message):
     engine = tiny_engine(tiny_model("llama"))
-    monkeypatch.setattr(engine.target, "prefill", lambda *_: pytest.fail("the target ran"))
+    monkeypatch.setattr(engine.target, "prefill_all", lambda *_: pytest.fail("the target ran"))
     with pytest.raises(GraftError, match=message):
         engine.generate(**({"input_ids": torch.tensor([0, 1, 2])} | arguments))

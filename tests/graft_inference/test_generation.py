@@ -12,7 +12,7 @@ from graft_inference.round import draft
 
 from .test_custom_generate import Recorder
 from .test_engine import GREEDY, SMALL, greedy_reference, prompt, small_engine
-from .tiny import tiny_engine, tiny_model
+from .tiny import prefilled, tiny_engine, tiny_model
 from .tiny_bundle import tiny_tokenizer
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
@@ -102,13 +102,13 @@ def test_a_prompt_read_in_pieces_changes_nothing(method):
 
 def count_read(engine) -> list[int]:
     """Lengths of the pieces of prompts that the target reads from now on."""
-    lengths, prefill = [], engine.target.prefill
+    lengths, prefill_all = [], engine.target.prefill_all
 
-    def counted(tokens_S, cache, all_logits=True):
-        lengths.append(len(tokens_S))
-        return prefill(tokens_S, cache, all_logits)
+    def counted(pieces, caches, all_logits):
+        lengths.extend(map(len, pieces))
+        return prefill_all(pieces, caches, all_logits)
 
-    engine.target.prefill = counted
+    engine.target.prefill_all = counted
     return lengths
 
 
@@ -280,7 +280,7 @@ def test_the_head_drafts_from_a_kept_prefix_what_it_drafts_from_a_fresh_read():
         for engine in (kept, fresh):
             stats = GenerationStats()
             with torch.inference_mode():
-                state, _ = engine._prefill(text, 8, GREEDY, engine.policy.eagle3, stats)
+                state, _ = prefilled(engine, text, 8, GREEDY, engine.policy.eagle3, stats)
                 trees.append(draft([state])[0][1])
             assert (stats.reused > 0) == (engine is kept)
         assert trees[0].tokens_N.tolist() == trees[1].tokens_N.tolist()

@@ -26,7 +26,7 @@ from graft_inference.tree import root_tree
 from graft_inference.verification import accept
 
 from .test_engine import SMALL, prompt, small_engine
-from .tiny import TEMPLATE, learned_policy, told_policy
+from .tiny import TEMPLATE, learned_policy, prefilled, told_policy
 
 CPU = torch.device("cpu")
 
@@ -245,7 +245,7 @@ def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeyp
         recorded, emitted, samples_S = waiting.pop()
         sampler, stats = Replay(processors, recorded), GenerationStats()
         with torch.inference_mode():
-            state, _ = engine._prefill(input_ids[0], 12, sampler, engine.policy.plan(method), stats)
+            state, _ = prefilled(engine, input_ids[0], 12, sampler, engine.policy.plan(method), stats)
             for _ in recorded:
                 engine._round([state])
         stages[str(dict(stats.stages))] += len(samples_S)

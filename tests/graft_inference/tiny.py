@@ -5,9 +5,10 @@ from dataclasses import replace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from graft_inference import GraftEngine, Plan, Policy, Scale, Stage
+from graft_inference import GenerationStats, GraftEngine, Plan, Policy, Scale, Stage
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
 from graft_inference.echo import LONGEST
+from graft_inference.request import Row
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
 
@@ -120,6 +121,13 @@ def told_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
 
 def learned_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
     return replace(tiny_policy(), graft=learned_plan(threshold, gate))
+
+
+def prefilled(engine, prompt_S, new_tokens, sampler, plan, stats=None):
+    """A state whose prompt has been read, and its first token."""
+    row = Row(prompt_S, prompt_S, new_tokens, sampler, is_last=None)
+    (state,), (first,) = engine._prefill([row], plan, [stats or GenerationStats()], [None])
+    return state, first
 
 
 def tiny_engine(

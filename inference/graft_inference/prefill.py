@@ -1,0 +1,92 @@
+"""Reading prompts, piece by piece; pieces of several prompts share a pass of the target."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .drafting import read_all
+from .state import DecodeState
+from .target import Target
+from .tree import root_tree
+
+Piece = tuple[int, int, int]
+"""Index of a prompt, and where its piece starts and ends."""
+
+
+def prefill(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tensor], chunk: int) -> list[int]:
+    """Reads what the caches do not hold yet of each prompt, and draws its first token: one host read for all.
+
+    The head reads the last piece of a prompt when it drafts for the first time.
+
+    Args:
+        states: of one plan.
+        prompts: [S] int64 each.
+        chunk: most tokens of a pass.
+    """
+    spans = [(state.cache.length, len(prompt_S)) for state, prompt_S in zip(states, prompts, strict=True)]
+    for pieces in passes(spans, chunk):
+        _read(target, states, prompts, pieces)
+    first = torch.cat([state.root_1 for state in states]).tolist()
+    for state, token in zip(states, first, strict=True):
+        state.tokens.append(token)
+    return first
+
+
+def passes(spans: Sequence[tuple[int, int]], chunk: int) -> Iterator[list[Piece]]:
+    """Every prompt cut as if it were alone, and as many pieces in a pass as have no more than `chunk` tokens together.
+
+    A matrix learns piece by piece: what it learns of a prompt must not depend on the others.
+
+    Args:
+        spans: where reading starts and ends, of each prompt.
+    """
+    waiting = [(index, start) for index, (start, _) in enumerate(spans)]
+    while waiting:
+        room, taken, left = chunk, [], []
+        for index, start in waiting:
+            end = min(start + chunk, spans[index][1])
+            if end - start > room:
+                left.append((index, start))
+                continue
+            room -= end - start
+            taken.append((index, start, end))
+            if end < spans[index][1]:
+                left.append((index, end))
+        yield taken
+        waiting = left
+
+
+def _read(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tensor], pieces: list[Piece]) -> None:
+    """One pass of the target over these pieces, and one of the head over those that are not their prompt's last."""
+    tokens = [prompts[index][start:end] for index, start, end in pieces]
+    outputs = target.prefill_all(tokens, [states[index].cache for index, _, _ in pieces], states[0].learns)
+    drafters, fresh = [], []
+    for (index, start, end), piece_S, output in zip(pieces, tokens, outputs, strict=True):
+        state, prompt_S = states[index], prompts[index]
+        if state.successors is not None and state.learns:
+            state.successors.update(piece_S, output.logits_NV)
+        state.fresh_tokens_A, state.fresh_taps_AE = prompt_S[start + 1 : end + 1], output.taps_NE
+        if end == len(prompt_S):
+            _draw_first(target, state, output.logits_NV[-1:])
+        elif state.drafter is not None:
+            drafters.append(state.drafter)
+            fresh.append((state.fresh_tokens_A, state.fresh_taps_AE))
+    if drafters:
+        read_all(drafters, fresh)
+
+
+def _draw_first(target: Target, state: DecodeState, logits_1V: Tensor) -> None:
+    """The token behind the prompt, which becomes the first round's root."""
+    noise = state.sampler.noise(0, 1, target.config.vocab_size, target.device)
+    tree, wanted = root_tree(state.root_1), state.logprobs is not None
+    state.root_1, logp_1 = state.sampler.draw(tree, logits_1V, noise, 0, state.history_S, wanted)
+    state.place = 1
+    state.fresh_tokens_A = torch.cat((state.fresh_tokens_A, state.root_1))
+    if state.logprobs is not None and logp_1 is not None:
+        state.logprobs.append(logp_1)
+    if state.history_S is not None:
+        state.history_S = torch.cat((state.history_S, state.root_1))
+    for text in (state.ngrams, state.echo):
+        if text is not None:
+            text.read(state.root_1)
