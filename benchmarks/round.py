@@ -169,6 +169,12 @@ def random_pair(shape: str, device: str, dtype: torch.dtype) -> GraftEngine:
     config = LlamaConfig(**sizes, **ends, tie_word_embeddings=shape in ("15m", "100m", "1b"))
     with torch.device(device):  # where a large one would not fit on the host
         model: Any = LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    return with_random_head(model)
+
+
+def with_random_head(model: Any) -> GraftEngine:
+    """An engine whose head and matrix are of random weights too."""
+    config = model.config
     head = DraftHead(
         DraftHeadConfig(
             hidden_size=config.hidden_size,
