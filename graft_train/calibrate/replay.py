@@ -228,7 +228,7 @@ class Replay:
         traces = self.traces
         leaves_TL, tokens_TLK = traces.leaves_TPL[:, passes - 1].long(), traces.beneath_TPLK[:, passes - 1]
         keys_TLK = _spread(self._keys[0].gather(1, leaves_TL))[:, :, None] + tokens_TLK + 1
-        # What was not found has no twin: a key of its own, where those of the root end.
+        # What was not found has no twin: a key of its own, below those of the other sources.
         own_LK = -torch.arange(1, tokens_TLK[0].numel() + 1).view_as(tokens_TLK[0]) - self._keys[1].shape[1]
         next_TL = traces.truth_TD.gather(1, traces.depths_C[leaves_TL])
         true_TLK = self._true_TC.gather(1, leaves_TL)[:, :, None] & (tokens_TLK == next_TL[:, :, None])
