@@ -14,7 +14,7 @@ import argparse
 import json
 import sysconfig
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_ta
 from graft_inference.head_checkpoint import load_head
 from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, taught_by_all, told_traces, trace
 from graft_train.calibrate.config import CalibrateConfig
+from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.report import calibration, describe, pieces
+from graft_train.calibrate.traces import Traces
 from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, of_split, read_documents
 from graft_train.data.prompts import build_prompts
@@ -64,7 +66,6 @@ def main() -> None:
         checkpoints=2,
         ngrams=True,
         beneath=True,
-        repeats=arguments.repeats,
     )
     domains = {
         "code": code_prompts(arguments.run_dir / "target", arguments.prompts),
@@ -77,7 +78,8 @@ def main() -> None:
         part = arguments.out / f"temperature-{temperature:g}.json"
         done = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
         if done.get("arguments") != said:  # not an interrupted run's
-            done = {"arguments": said, "runs": measure(engine, settings, domains, temperature, not result["runs"])}
+            runs = measure(engine, settings, domains, temperature, arguments.repeats, not result["runs"])
+            done = {"arguments": said, "runs": runs}
             write_json(part, done)
         result["runs"] += done["runs"]
     write_json(arguments.out / "policy.json", result)
@@ -133,28 +135,16 @@ def measure(
     settings: CalibrateConfig,
     domains: dict[str, dict[str, list[Tensor]]],
     temperature: float,
+    repeats: int,
     ablate: bool,
 ) -> list[dict[str, Any]]:
     """Learns on each domain's calibration prompts, races on each domain's evaluation prompts."""
     settings = replace(settings, temperature=temperature)
-    by_default = replace(settings, beneath=False)
-    noises = (False, True) if temperature else (False,)
-    traces = {
-        name: {told: trace(settings, engine, prompts["calibration"], told) for told in noises}
-        for name, prompts in domains.items()
-    }
-    latency = {name: latency_of(settings, engine, domains[name]["calibration"], traces[name]) for name in domains}
-    replays = {name: replay_sources(settings, traces[name], latency[name]) for name in domains}
-    learned = {name: learn(by_default, each) for name, each in replays.items()}
-    for name, each in replays.items():
-        learned[name]["learned, beneath leaves too"] = plan_of("learned", settings, each)
+    learned = {name: learn_on(engine, settings, prompts["calibration"], repeats) for name, prompts in domains.items()}
     found = []
-    for name, prompts in domains.items():
-        plans = contenders(by_default, replays[name], learned, name, ablate)
-        raced = race_distinct(engine, prompts["evaluation"], plans, settings, settings.repeats)
-        predicted = {plan: replay_of(replays[name], plans[plan]).run(plans[plan])[0] for plan in learned[name]}
-        # The prediction is of the calibration prompts: it is held against the speed on those.
-        seen = race_distinct(engine, prompts["calibration"], learned[name], settings, 1)
+    for name, one in learned.items():
+        plans = contenders(by_default(settings), learned, name, ablate)
+        raced = race_distinct(engine, domains[name]["evaluation"], plans, settings, repeats)
         found.append(
             {
                 "domain": name,
@@ -162,13 +152,47 @@ def measure(
                 "plans": {plan: describe(plans[plan]) for plan in plans},
                 "measured": raced,
                 "ratios": {base: {plan: ratio(raced[plan], raced[base]) for plan in plans} for base in BASELINES},
-                "predicted": predicted,
-                "measured_on_calibration": {plan: seen[plan]["tokens_per_second"] for plan in seen},
-                "calibration_error": calibration(told_traces(traces[name], settings.shared_noise)),
-                "latency_ms": latency[name].to_dict(),
+                "predicted": {name: replay_of(one.replays, plan).run(plan)[0] for name, plan in one.plans.items()},
+                "measured_on_calibration": one.tokens_per_second,
+                "calibration_error": calibration(told_traces(one.traces, settings.shared_noise)),
+                "latency_ms": one.latency.to_dict(),
             }
         )
     return found
+
+
+@dataclass
+class Learned:
+    """What one domain's calibration prompts gave.
+
+    Attributes:
+        traces: by whether the noise of draws is told.
+        tokens_per_second: of the plans, on these same prompts.
+    """
+
+    traces: dict[bool, Traces]
+    latency: Latency
+    replays: Replays
+    plans: dict[str, Plan]
+    tokens_per_second: dict[str, float]
+
+
+def learn_on(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor], repeats: int) -> Learned:
+    """The plans, raced as soon as the device was timed: a shared machine is another one a quarter of an hour later."""
+    noises = (False, True) if settings.temperature else (False,)
+    traces = {told: trace(settings, engine, prompts, told) for told in noises}
+    latency = latency_of(settings, engine, prompts, traces)
+    replays = replay_sources(settings, traces, latency)
+    plans = learn(by_default(settings), replays)
+    plans["learned, beneath leaves too"] = plan_of("learned", settings, replays)
+    raced = race_distinct(engine, prompts, plans, settings, repeats)
+    speeds = {name: found["tokens_per_second"] for name, found in raced.items()}
+    return Learned(traces, latency, replays, plans, speeds)
+
+
+def by_default(settings: CalibrateConfig) -> CalibrateConfig:
+    """Without what is traced, and tried in a plan of its own."""
+    return replace(settings, beneath=False)
 
 
 def race_distinct(
@@ -181,25 +205,19 @@ def race_distinct(
     return {name: raced[names[plan]] for name, plan in plans.items()}
 
 
-def contenders(
-    settings: CalibrateConfig,
-    replays: Replays,
-    learned: dict[str, dict[str, Plan]],
-    domain: str,
-    ablate: bool,
-) -> dict[str, Plan]:
+def contenders(settings: CalibrateConfig, learned: dict[str, Learned], domain: str, ablate: bool) -> dict[str, Plan]:
     """The plans of one race by name."""
-    plans = dict(learned[domain])
+    plans = dict(learned[domain].plans)
     plans["prune of learned"] = plans["learned"].without_retrieval()
     plans["paper as printed"] = paper_policy().graft
     for other in learned:
         if other != domain:
-            plans[f"learned on {other}"] = learned[other]["learned"]
+            plans[f"learned on {other}"] = learned[other].plans["learned"]
     if settings.temperature:
         plans["eagle3, told the noise"] = replace(plans["eagle3"], shares_noise=True)
     for piece, change in pieces(settings).items():
         if change and (ablate or "shared_noise" in change):
-            plans[piece] = plan_of("learned", replace(settings, **change), replays)
+            plans[piece] = plan_of("learned", replace(settings, **change), learned[domain].replays)
     if ablate:
         plans |= taught_by_all({"learned": plans["learned"]})
     return plans
