@@ -6,7 +6,7 @@ Needs the target, data, head and corpus of a finished quickstart. The second dom
 documentation texts of the installed packages. Every policy is learned on calibration prompts and raced on others:
 the learned one, the same one learned on the other domain (transfer), without each of its pieces (ablation), the
 paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree. Ratios come with 95 %
-intervals by bootstrap over prompts. A quarter of an hour on two cores; an interrupted run goes on with the
+intervals by bootstrap over prompts. Half an hour on two cores; an interrupted run goes on with the
 temperature it was at. Pieces are taken away at the first temperature only, but for the shared noise.
 """
 

@@ -72,7 +72,7 @@ def targets(vocab_size: int, experts: int) -> dict[str, Any]:
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     sizes = {
         "vocab_size": vocab_size, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "num_key_value_heads": 8, "head_dim": HIDDEN // 8, "max_position_embeddings": 4096, "tie_word_embeddings": True,
     }  # fmt: skip
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(**sizes, **ends, intermediate_size=ACTIVE * EXPERT))
