@@ -307,7 +307,7 @@ class GraftEngine:
             place=0,
             root_1=prompt_S[-1:],
             fresh_tokens_A=prompt_S[:0],
-            fresh_taps_AE=self.target.embedding_weight[:0],
+            fresh_taps_AE=torch.empty((0, 0), device=self.target.device),
             history_S=row.seen_S if row.sampler.needs_history else None,
             tokens=[],
             logprobs=logprobs,
