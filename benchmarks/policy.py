@@ -152,7 +152,7 @@ def measure(
                 "plans": {plan: describe(plans[plan]) for plan in plans},
                 "measured": raced,
                 "ratios": {base: {plan: ratio(raced[plan], raced[base]) for plan in plans} for base in BASELINES},
-                "predicted": {name: replay_of(one.replays, plan).run(plan)[0] for name, plan in one.plans.items()},
+                "predicted": {kind: replay_of(one.replays, plan).run(plan)[0] for kind, plan in one.plans.items()},
                 "measured_on_calibration": one.tokens_per_second,
                 "calibration_error": calibration(told_traces(one.traces, settings.shared_noise)),
                 "latency_ms": one.latency.to_dict(),

@@ -19,10 +19,9 @@ from round import with_random_head
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from graft_inference import Plan
-from graft_train.calibrate import plan_of, replay_sources, trace
+from graft_train.calibrate import latency_of, plan_of, replay_sources, trace
 from graft_train.calibrate.config import CalibrateConfig
-from graft_train.calibrate.latency import measure_latency
-from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.replay import Replay, replay_of
 from graft_train.calibrate.report import describe
 from graft_train.device import describe_device
 
@@ -44,23 +43,19 @@ def main() -> None:
     )  # fmt: skip
     prompts = code_prompts(arguments.run / "target", arguments.prompts)["calibration"]
     traces = {False: trace(settings, trained, prompts)}
-    template = traces[False].template[: 2 * max(settings.widths)]
     device = describe_device(trained.target.device)
     table = Table(title=f"{device['name']}, {device['threads']} threads, {arguments.experts} experts, {ACTIVE} a token")
     for name in ("target", "rows", "pass, ms", "plan", "passes: rows", "over plain decoding"):
         table.add_column(name, justify="left" if name in ("target", "plan", "passes: rows") else "right")
     for name, model in targets(trained.target.config.vocab_size, arguments.experts).items():
-        latency = measure_latency(
-            with_random_head(model), prompts, settings.widths, settings.beam_width, settings.max_passes,
-            settings.repeats, settings.temperature, template,
-        )  # fmt: skip
+        latency = latency_of(settings, with_random_head(model), prompts, traces)
         for rows, milliseconds in zip(latency.widths, latency.verify_ms[0], strict=True):
             table.add_row(name, str(rows), f"{milliseconds:.1f}")
         replays = replay_sources(settings, traces, latency)
         plain = latency.verify_ms[0][0] + latency.graft_ms[0] + latency.commit_ms[0]
         for kind in ("eagle3", "learned"):
             plan = plan_of(kind, settings, replays)
-            replay = replays[plan.shares_noise, plan.ngrams]
+            replay = replay_of(replays, plan)
             gain = f"{replay.run(plan)[0] * plain / 1e3:.2f}x"
             table.add_row(name, f"{mean_rows(replay, plan):.1f}", "", kind, describe(plan), gain)
         table.add_section()

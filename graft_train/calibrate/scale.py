@@ -121,9 +121,7 @@ def beneath_scores(traces: Traces, scale: Scale, passes: int, score_TC: Tensor) 
     Args:
         score_TC: of the drafted candidates.
     """
-    slope, offset = scale.retrieved[0]
-    table_K2 = torch.tensor([(slope, offset + rank) for rank in scale.ranks])
-    step_TLK = calibrated(table_K2, traces.beneath_logp_TPLK[:, passes - 1])
+    step_TLK = calibrated(torch.tensor(scale.ranked), traces.beneath_logp_TPLK[:, passes - 1])
     step_TLK = step_TLK.masked_fill(traces.beneath_TPLK[:, passes - 1] < 0, -torch.inf)
     return step_TLK + score_TC.gather(1, traces.leaves_TPL[:, passes - 1].long())[:, :, None]
 

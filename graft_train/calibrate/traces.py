@@ -20,13 +20,14 @@ from tqdm import tqdm
 from graft_inference import GraftEngine, GraftError
 from graft_inference.drafting import Drafter
 from graft_inference.echo import Echo
+from graft_inference.grafting import beneath
 from graft_inference.ngrams import LONGEST, NgramSource
 from graft_inference.policy import RankPaths, depth_template
 from graft_inference.request import Request
 from graft_inference.retrieval import SuccessorMatrix, Template
 from graft_inference.sampling import Noise, Sampler
 from graft_inference.target import TargetOutput
-from graft_inference.tree import DraftTree, Source, graft_beneath, merge
+from graft_inference.tree import DraftTree, Source, merge
 from graft_train.stage import is_main
 
 
@@ -320,9 +321,7 @@ class _Tracer:
             longer = (ngrams or successors).expand(root_1, self.longer, noise)
             repeated = self.chain.tree(torch.cat((root_1, tokens_E)), None)
             leaf_M = torch.cat(leaves)
-            depth_M1 = drafted.depths_N[leaf_M][:, None] + 1
-            below_MK, logp_MK = successors.successors_of(drafted.tokens_N[leaf_M], self.ranks, noise, depth_M1)
-            drafted = graft_beneath(drafted, leaf_M, below_MK, logp_MK)
+            drafted, below_MK, logp_MK = beneath(drafted, leaf_M, successors, self.ranks, noise)
             truth_D = torch.full((self.depth,), -1, device=sequence_S.device)
             following = sequence_S[root + 1 : root + 1 + self.depth]
             truth_D[: len(following)] = following

@@ -314,9 +314,7 @@ class GraftEngine:
             stats=stats,
             clock=clock,
         )
-        for text in (state.ngrams, state.echo):
-            if text is not None:
-                text.read(prompt_S)
+        state.read(prompt_S)
         return state
 
     def _ngrams(self, plan: Plan, successors: SuccessorMatrix | None) -> NgramSource | None:

@@ -52,8 +52,7 @@ class Grafter:
             retrieved.append((slope, offset + self.scale.ranks[path[-1]]))
         self._retrieved_T2 = torch.tensor(retrieved, device=device)
         if plan.grafts_beneath:
-            slope, offset = self.scale.retrieved[0]
-            self._beneath_K2 = torch.tensor([(slope, offset + rank) for rank in self.scale.ranks], device=device)
+            self._ranked_K2 = torch.tensor(self.scale.ranked, device=device)
         # A root's slope and offset are never used.
         self._drafted_D2 = torch.tensor([(1.0, 0.0), *self.scale.drafted], device=device)
         self._chain = Template([(0,) * depth for depth in range(1, self.scale.echo_depth + 1)], device)
@@ -126,29 +125,30 @@ class Grafter:
         if leaves := self.plan.leaves(stage.passes):
             assert successors is not None
             row_L = drafted.leaves(leaves)
-            drafted, step_LK = self.beneath(drafted, row_L, successors, noise)
+            drafted, ids_LK, logp_LK = beneath(drafted, row_L, successors, len(self._ranked_K2), noise)
+            step_LK = calibrated(self._ranked_K2, logp_LK).masked_fill_(ids_LK < 0, -torch.inf)
             own_N = torch.cat((own_N, (own_N.index_select(0, row_L)[:, None] + step_LK).flatten()))
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
         return tree
 
-    def beneath(
-        self, drafted: DraftTree, row_L: Tensor, successors: SuccessorMatrix, noise: Noise | None
-    ) -> tuple[DraftTree, Tensor]:
-        """The drafted tree with the matrix's successors beneath its leaves.
 
-        Args:
-            row_L: of the leaves.
+def beneath(
+    drafted: DraftTree, row_L: Tensor, successors: SuccessorMatrix, count: int, noise: Noise | None
+) -> tuple[DraftTree, Tensor, Tensor]:
+    """The drafted tree with the matrix's likeliest successors beneath some of its rows.
 
-        Returns:
-            the tree, and log P(accepted | leaf accepted) of each successor, [L, K]; -inf where there is none.
-        """
-        depth_L1 = drafted.depths_N.index_select(0, row_L)[:, None] + 1
-        token_L = drafted.tokens_N.index_select(0, row_L)
-        ids_LK, logp_LK = successors.successors_of(token_L, len(self._beneath_K2), noise, depth_L1)
-        step_LK = calibrated(self._beneath_K2, logp_LK).masked_fill_(ids_LK < 0, -torch.inf)
-        return graft_beneath(drafted, row_L, ids_LK, logp_LK), step_LK
+    Args:
+        row_L: see `graft_beneath`.
+        count: successors of each.
+
+    Returns:
+        the tree, the successors' ids (-1 where there are fewer) and their log-probabilities, [L, count] each.
+    """
+    depth_L1 = drafted.depths_N.index_select(0, row_L)[:, None] + 1
+    ids_LK, logp_LK = successors.successors_of(drafted.tokens_N.index_select(0, row_L), count, noise, depth_L1)
+    return graft_beneath(drafted, row_L, ids_LK, logp_LK), ids_LK, logp_LK
 
 
 def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:

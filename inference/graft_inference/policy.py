@@ -67,6 +67,12 @@ class Scale:
         """Tokens that the request's own text may add."""
         return len(self.echo[0]) if self.echo else 0
 
+    @property
+    def ranked(self) -> list[tuple[float, float]]:
+        """(slope, offset) of the successors of the root, and of drafted leaves, by rank."""
+        slope, offset = self.retrieved[0]
+        return [(slope, offset + rank) for rank in self.ranks]
+
     def candidates(self, passes: int) -> int:
         """Nodes that retrieval may add to what so many head passes propose."""
         beneath = self.beneath * len(self.ranks) if passes else 0
@@ -204,7 +210,7 @@ class Plan:
 
     @property
     def looks_up(self) -> bool:
-        """Whether it is asked at all."""
+        """Whether it is asked anywhere, below the root or beneath drafted leaves."""
         return self.expands or self.grafts_beneath
 
     @property

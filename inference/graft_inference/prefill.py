@@ -87,6 +87,4 @@ def _draw_first(target: Target, state: DecodeState, logits_1V: Tensor) -> None:
         state.logprobs.append(logp_1)
     if state.history_S is not None:
         state.history_S = torch.cat((state.history_S, state.root_1))
-    for text in (state.ngrams, state.echo):
-        if text is not None:
-            text.read(state.root_1)
+    state.read(state.root_1)

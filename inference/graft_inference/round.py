@@ -159,10 +159,7 @@ def _keep_branch(
     state.fresh_taps_AE = output.taps_NE[path_A]
     state.root_1 = state.fresh_tokens_A[-1:]
     state.place += count
-    if state.ngrams is not None:
-        state.ngrams.read(state.fresh_tokens_A)
-    if state.echo is not None:
-        state.echo.read(state.fresh_tokens_A)
+    state.read(state.fresh_tokens_A)
     if state.history_S is not None:
         state.history_S = torch.cat((state.history_S, state.fresh_tokens_A))
     if state.logprobs is not None and logp_N is not None:

@@ -59,6 +59,12 @@ class DecodeState:
     noise: Noise | None = None
     retrieved: list[DraftTree] | None = None
 
+    def read(self, tokens_A: Tensor) -> None:
+        """Tells those who search the request's own text what comes next in it, the prompt first."""
+        for text in (self.ngrams, self.echo):
+            if text is not None:
+                text.read(tokens_A)
+
     @property
     def shared_noise(self) -> Noise | None:
         """What of it those who propose tokens are told."""
