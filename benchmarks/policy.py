@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
 from graft_inference.head_checkpoint import load_head
-from graft_train.calibrate import latency_of, learn, plan_of, replay_sources, taught_by_all, told_traces, trace
+from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all, timer_of, told_traces, trace
 from graft_train.calibrate.config import CalibrateConfig
-from graft_train.calibrate.latency import Latency
+from graft_train.calibrate.latency import Latency, RoundTimer
 from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.report import calibration, describe, pieces
@@ -152,7 +152,10 @@ def measure(
                 "plans": {plan: describe(plans[plan]) for plan in plans},
                 "measured": raced,
                 "ratios": {base: {plan: ratio(raced[plan], raced[base]) for plan in plans} for base in BASELINES},
-                "predicted": {kind: replay_of(one.replays, plan).run(plan)[0] for kind, plan in one.plans.items()},
+                "predicted": {kind: replay_of(one.raced_on, plan).run(plan)[0] for kind, plan in one.plans.items()},
+                "predicted_when_chosen": {
+                    kind: replay_of(one.replays, plan).run(plan)[0] for kind, plan in one.plans.items()
+                },
                 "measured_on_calibration": one.tokens_per_second,
                 "calibration_error": calibration(told_traces(one.traces, settings.shared_noise)),
                 "latency_ms": one.latency.to_dict(),
@@ -167,27 +170,32 @@ class Learned:
 
     Attributes:
         traces: by whether the noise of draws is told.
+        latency: the plans were chosen by.
+        raced_on: the replays with latencies timed among the races of the plans.
         tokens_per_second: of the plans, on these same prompts.
     """
 
     traces: dict[bool, Traces]
     latency: Latency
     replays: Replays
+    raced_on: Replays
     plans: dict[str, Plan]
     tokens_per_second: dict[str, float]
 
 
 def learn_on(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor], repeats: int) -> Learned:
-    """The plans, raced as soon as the device was timed: a shared machine is another one a quarter of an hour later."""
+    """The plans, and the device timed again while they race: a shared machine has another speed minutes later."""
     noises = (False, True) if settings.temperature else (False,)
     traces = {told: trace(settings, engine, prompts, told) for told in noises}
-    latency = latency_of(settings, engine, prompts, traces)
+    timer = timer_of(settings, engine, prompts, traces)
+    latency = timer.latency()
     replays = replay_sources(settings, traces, latency)
     plans = learn(by_default(settings), replays)
     plans["learned, beneath leaves too"] = plan_of("learned", settings, replays)
-    raced = race_distinct(engine, prompts, plans, settings, repeats)
+    raced = race_distinct(engine, prompts, plans, settings, repeats, timer)
+    raced_on = {key: replay.on(timer.latency(settings.repeats)) for key, replay in replays.items()}
     speeds = {name: found["tokens_per_second"] for name, found in raced.items()}
-    return Learned(traces, latency, replays, plans, speeds)
+    return Learned(traces, latency, replays, raced_on, plans, speeds)
 
 
 def by_default(settings: CalibrateConfig) -> CalibrateConfig:
@@ -196,12 +204,17 @@ def by_default(settings: CalibrateConfig) -> CalibrateConfig:
 
 
 def race_distinct(
-    engine: GraftEngine, prompts: list[Tensor], plans: dict[str, Plan], settings: CalibrateConfig, repeats: int
+    engine: GraftEngine,
+    prompts: list[Tensor],
+    plans: dict[str, Plan],
+    settings: CalibrateConfig,
+    repeats: int,
+    timer: RoundTimer | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Plans that came out equal are raced once, under the first one's name."""
     names = {plan: name for name, plan in reversed(plans.items())}
     distinct = {name: plan for name, plan in plans.items() if names[plan] == name}
-    raced = race(engine, prompts, distinct, settings.max_new_tokens, settings.temperature, repeats)
+    raced = race(engine, prompts, distinct, settings.max_new_tokens, settings.temperature, repeats, timer)
     return {name: raced[names[plan]] for name, plan in plans.items()}
 
 
@@ -239,10 +252,15 @@ def to_markdown(result: dict[str, Any]) -> str:
             cells = " | ".join(f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in ratios)
             speed = f"{found['tokens_per_second']:.0f} | {found['tau']:.2f}"
             lines.append(f"| {name} | {run['plans'][name]} | {speed} | {cells} |")
-        lines += ["", "Predicted and measured tokens/s on the calibration prompts:", ""]
+        lines += [
+            "",
+            "Tokens/s on the calibration prompts, predicted by latencies timed among the races and measured:",
+            "",
+        ]
         for name, predicted in run["predicted"].items():
-            measured = run["measured_on_calibration"][name]
-            lines.append(f"- {name}: {predicted:.0f} against {measured:.0f} ({predicted / measured - 1:+.1%})")
+            measured, before = run["measured_on_calibration"][name], run["predicted_when_chosen"][name]
+            error = f"{predicted / measured - 1:+.1%}; when chosen {before:.0f}"
+            lines.append(f"- {name}: {predicted:.0f} against {measured:.0f} ({error})")
         for source, error in run["calibration_error"].items():
             if error:
                 lines.append(f"- calibration error, {source}: {error['before']:.2%} -> {error['after']:.2%}")

@@ -19,7 +19,7 @@ from round import with_random_head
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from graft_inference import Plan
-from graft_train.calibrate import latency_of, plan_of, replay_sources, trace
+from graft_train.calibrate import plan_of, replay_sources, timer_of, trace
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.replay import Replay, replay_of
 from graft_train.calibrate.report import describe
@@ -48,7 +48,7 @@ def main() -> None:
     for name in ("target", "rows", "pass, ms", "plan", "passes: rows", "over plain decoding"):
         table.add_column(name, justify="left" if name in ("target", "plan", "passes: rows") else "right")
     for name, model in targets(trained.target.config.vocab_size, arguments.experts).items():
-        latency = latency_of(settings, with_random_head(model), prompts, traces)
+        latency = timer_of(settings, with_random_head(model), prompts, traces).latency()
         for rows, milliseconds in zip(latency.widths, latency.verify_ms[0], strict=True):
             table.add_row(name, str(rows), f"{milliseconds:.1f}")
         replays = replay_sources(settings, traces, latency)

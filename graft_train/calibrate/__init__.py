@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_policy
 from graft_inference.bundle import Bundle, check_launch, load_ngrams, load_successors
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import depth_template
 from graft_train.calibrate.config import CalibrateConfig
-from graft_train.calibrate.latency import Latency, measure_latency
+from graft_train.calibrate.latency import Latency, RoundTimer
 from graft_train.calibrate.race import race
 from graft_train.calibrate.replay import Replay, Replays, replay_of
 from graft_train.calibrate.report import ablation, calibration, draw_frontier, frontier, print_report, to_markdown
@@ -111,13 +112,17 @@ def _build(config: "Config", out: Path) -> None:
             barrier()
     traces = _load_traces(settings, out, made_of)
     _check_enough(settings, len(traces[False]))
-    latency = of_main(latency_of(settings, engine, prompts, traces))
+    timer = timer_of(settings, engine, prompts, traces)
+    latency = of_main(timer.latency())
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
     racers = plans | taught_by_all(plans)
-    measured = of_main(race(engine, prompts, racers, settings.max_new_tokens, settings.temperature, settings.repeats))
+    measured = of_main(
+        race(engine, prompts, racers, settings.max_new_tokens, settings.temperature, settings.repeats, timer)
+    )
     if not is_main():
         return
+    raced_on = {key: replay.on(timer.latency(settings.repeats)) for key, replay in replays.items()}
     raced = {name: found["tokens_per_second"] for name, found in measured.items()}
     faster = {name: _faster(raced, name, f"{name}{BY_ALL}") for name in plans}
     replayed = {name: raced[name] for name in plans}
@@ -131,9 +136,10 @@ def _build(config: "Config", out: Path) -> None:
         "prompts": len(prompts),
         "graft_is": graft,
         "predicted": {
-            name: dict(zip(("tokens_per_second", "tau"), replay_of(replays, plan).run(plan), strict=True))
+            name: dict(zip(("tokens_per_second", "tau"), replay_of(raced_on, plan).run(plan), strict=True))
             for name, plan in plans.items()
         },
+        "predicted_when_chosen": {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()},
         "measured": measured,
         "measured_as_predicted": replayed,
         "calibration_error": calibration(told_traces(traces, settings.shared_noise)),
@@ -170,7 +176,7 @@ def _renew(config: "Config", directory: Path) -> Path:
     settings = config.policy
     traces = _load_traces(settings, directory, _made_of(config))
     engine = _engine(config)
-    latency = latency_of(settings, engine, _prompts(config), traces)
+    latency = timer_of(settings, engine, _prompts(config), traces).latency()
     if not is_main():
         return directory
     replays = replay_sources(settings, traces, latency)
@@ -315,21 +321,23 @@ def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor],
     )
 
 
-def latency_of(
+def timer_of(
     settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: dict[bool, Traces]
-) -> Latency:
-    """This device's latency table, with the templates that plans would look up."""
+) -> RoundTimer:
+    """Has timed this device, with the templates that plans would look up."""
     told = told_traces(traces, settings.shared_noise)
     templates = [part.template[: 2 * max(settings.widths)] for part in (told, told.of_ngrams())]
-    return measure_latency(
+    timer = RoundTimer(
         engine,
         prompts,
         settings.widths,
         settings.beam_width,
         settings.max_passes,
-        settings.repeats,
         settings.temperature,
         templates[0],
         templates[1] if settings.ngrams else (),
         _leaves(settings),
     )
+    for _ in tqdm(range(settings.repeats), desc="calibrate: latencies", unit="repeat", disable=not is_main()):
+        timer.repeat()
+    return timer

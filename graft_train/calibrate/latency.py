@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
-from tqdm import tqdm
 
 from graft_inference import GraftEngine, Plan, Scale, Stage
 from graft_inference.echo import LONGEST
 from graft_inference.policy import RankPaths
-from graft_train.stage import is_main
 
 ROUNDS = 24
 LONG_CONTEXT = 2048
@@ -61,59 +59,82 @@ class Latency:
         return asdict(self)
 
 
-def measure_latency(
-    engine: GraftEngine,
-    prompts: list[Tensor],
-    widths: list[int],
-    beam_width: int,
-    max_passes: int,
-    repeats: int,
-    temperature: float,
-    template: RankPaths,
-    ngram_template: RankPaths = (),
-    leaves: int = 0,
-) -> Latency:
-    """Times forced plans on real prompts, interleaved, after a warm-up of each.
+class RoundTimer:
+    """Times forced plans on real prompts, interleaved, after a warm-up of each; one more repeat whenever asked.
 
     Args:
         temperature: of the draws, which take longer than the likeliest tokens do.
         template, ngram_template: rank paths looked up in the matrix and by longer contexts; none: not timed.
         leaves: drafted leaves beneath which the matrix is asked; none: not timed.
+
+    Attributes:
+        repeats: counted so far.
     """
-    timed = sorted({1, *widths})
-    plans = _forced_plans(timed, beam_width, max_passes, template, ngram_template, leaves)
-    contexts = _contexts(engine, prompts)
-    runs = [("long", key) for key in plans if key[0] == "width"] if len(contexts) > 1 else []
-    runs = [("short", key) for key in plans] + runs
-    samples: dict[tuple[str, tuple[str, int]], list[dict[str, float]]] = {run: [] for run in runs}
-    for repeat in tqdm(range(repeats + 1), desc="calibrate: latencies", unit="repeat", disable=not is_main()):
-        for context, key in runs if repeat % 2 else reversed(runs):
-            prompt = contexts[context] if context == "long" else prompts[repeat % len(prompts)]
-            stats = engine.generate(prompt, ROUNDS, temperature, plan=plans[key], seed=repeat).stats
-            if repeat and stats.rounds:  # the first is a warm-up
-                samples[context, key].append({name: 1e3 * s / stats.rounds for name, s in stats.seconds.items()})
 
-    def typical(phase: str, *key: str | int, context: str = "short") -> float:
-        return median(sample[phase] for sample in samples[context, key])  # type: ignore[index]
+    def __init__(
+        self,
+        engine: GraftEngine,
+        prompts: list[Tensor],
+        widths: list[int],
+        beam_width: int,
+        max_passes: int,
+        temperature: float,
+        template: RankPaths,
+        ngram_template: RankPaths = (),
+        leaves: int = 0,
+    ) -> None:
+        self.engine, self.prompts, self.temperature = engine, prompts, temperature
+        self.widths, self.max_passes = sorted({1, *widths}), max_passes
+        self.plans = _forced_plans(self.widths, beam_width, max_passes, template, ngram_template, leaves)
+        self.contexts = _contexts(engine, prompts)
+        runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
+        runs = [("short", key) for key in self.plans] + runs
+        self.samples: dict[tuple[str, tuple[str, int]], dict[int, dict[str, float]]] = {run: {} for run in runs}
+        self.repeats = -1  # the first is a warm-up
+        self.repeat()
 
-    verify = [_rising([typical("verify", "width", width, context=context) for width in timed]) for context in contexts]
-    sources = [source for source in ("passes", "both", "ngrams") if (source, 1) in plans]
-    spreads = [_relative_spread(samples[run]) for run in runs]
-    return Latency(
-        widths=timed,
-        contexts=[
-            int(np.median([len(prompt) for prompt in prompts])),
-            *(len(contexts[c]) for c in contexts if c != "short"),
-        ],
-        verify_ms=verify,
-        draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, max_passes + 1))]),
-        graft_ms=[typical("graft", source, 1) for source in sources],
-        commit_ms=[typical("commit", source, 1) for source in sources],
-        beneath_ms=max(0.0, typical("graft", "beneath", 1) - typical("graft", "passes", 1)) if leaves else 0.0,
-        echo_ms=max(0.0, sum(typical(phase, "echo", 1) - typical(phase, "passes", 1) for phase in ("graft", "commit"))),
-        read_ms=max(0.0, sum(typical(phase, "gate", 1) - typical(phase, "both", 1) for phase in ("draft", "graft"))),
-        spread=[median(spreads), max(spreads)],
-    )
+    def repeat(self) -> None:
+        """Times every plan once more."""
+        self.repeats += 1
+        for context, key in self.samples if self.repeats % 2 else reversed(self.samples):
+            prompt = self.contexts["long"] if context == "long" else self.prompts[self.repeats % len(self.prompts)]
+            plan = self.plans[key]
+            stats = self.engine.generate(prompt, ROUNDS, self.temperature, plan=plan, seed=self.repeats).stats
+            if self.repeats and stats.rounds:
+                milliseconds = {name: 1e3 * seconds / stats.rounds for name, seconds in stats.seconds.items()}
+                self.samples[context, key][self.repeats] = milliseconds
+
+    def latency(self, last: int | None = None) -> Latency:
+        """The table of so many of the last repeats; of all, unless told otherwise."""
+        first = 0 if last is None else self.repeats - last + 1
+        samples = {run: [s for repeat, s in found.items() if repeat >= first] for run, found in self.samples.items()}
+
+        def typical(phase: str, *key: str | int, context: str = "short") -> float:
+            return median(sample[phase] for sample in samples[context, key])  # type: ignore[index]
+
+        def more(phases: tuple[str, ...], name: str, than: str) -> float:
+            return max(0.0, sum(typical(phase, name, 1) - typical(phase, than, 1) for phase in phases))
+
+        sources = [source for source in ("passes", "both", "ngrams") if (source, 1) in self.plans]
+        spreads = [_relative_spread(found) for found in samples.values()]
+        return Latency(
+            widths=self.widths,
+            contexts=[
+                int(np.median([len(prompt) for prompt in self.prompts])),
+                *(len(prompt) for context, prompt in self.contexts.items() if context != "short"),
+            ],
+            verify_ms=[
+                _rising([typical("verify", "width", width, context=context) for width in self.widths])
+                for context in self.contexts
+            ],
+            draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, self.max_passes + 1))]),
+            graft_ms=[typical("graft", source, 1) for source in sources],
+            commit_ms=[typical("commit", source, 1) for source in sources],
+            beneath_ms=more(("graft",), "beneath", "passes") if ("beneath", 1) in self.plans else 0.0,
+            echo_ms=more(("graft", "commit"), "echo", "passes"),
+            read_ms=more(("draft", "graft"), "gate", "both"),
+            spread=[median(spreads), max(spreads)],
+        )
 
 
 def _forced_plans(

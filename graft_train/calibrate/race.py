@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference import GraftEngine, Plan
+from graft_train.calibrate.latency import RoundTimer
 from graft_train.stage import is_main
 
 BOOTSTRAP = 2000
@@ -20,8 +21,13 @@ def race(
     max_new_tokens: int,
     temperature: float,
     repeats: int,
+    timer: RoundTimer | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second and tau of each plan; the order turns with every prompt and repeat.
+
+    Args:
+        timer: times the device once more, evenly among the runs, as often as it has before: what slows down the plans
+            slows down these latencies too.
 
     Returns:
         By plan: `tokens_per_second` and `tau` over all prompts, and per prompt `tokens` and `seconds`
@@ -29,11 +35,10 @@ def race(
     """
     names = list(plans)
     found: dict[str, list[list[tuple[int, float, int]]]] = {name: [[] for _ in prompts] for name in names}
+    turns, timings = repeats * len(prompts), timer.repeats if timer else 0
     for name in names:  # warm-up
         engine.generate(prompts[0], max_new_tokens, temperature, plan=plans[name], seed=0)
-    with tqdm(
-        total=repeats * len(prompts) * len(names), desc="calibrate: race", unit="run", disable=not is_main()
-    ) as bar:
+    with tqdm(total=turns * len(names), desc="calibrate: race", unit="run", disable=not is_main()) as bar:
         for repeat in range(repeats):
             for index, prompt in enumerate(prompts):
                 turn = (index + repeat) % len(names)
@@ -42,6 +47,9 @@ def race(
                     stats = engine.generate(prompt, max_new_tokens, temperature, plan=plans[name], seed=repeat).stats
                     found[name][index].append((stats.emitted - 1, stats.decode_seconds, stats.rounds))
                     bar.update()
+                done = repeat * len(prompts) + index
+                for _ in range((done + 1) * timings // turns - done * timings // turns):
+                    timer.repeat()  # type: ignore[union-attr]
     return {name: _summary(found[name]) for name in names}
 
 

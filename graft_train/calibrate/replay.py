@@ -1,7 +1,9 @@
 """Replays plans over traces, without the models."""
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -80,6 +82,12 @@ class Replay:
     def fitted(self) -> Scale:
         """The scale fitted to these traces."""
         return fit_scale(self.traces)
+
+    def on(self, latency: Latency) -> Self:
+        """The same traces on a device of these latencies; what was looked at is not looked at again."""
+        other = copy(self)
+        other.latency, other._runs = latency, {}
+        return other
 
     def outcome(self, plan: Plan) -> Outcome:
         """Every position as the root of a round of this plan.

@@ -196,7 +196,9 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "|" + "---|" * len(HEADER),
         *(f"| {' | '.join(row)} |" for row in rows_of(report, plans)),
         "",
-        "Predicted by replay and the latency table, measured on the engine; tau predicted/measured.",
+        "Predicted by replay and by latencies timed among the races, measured on the engine; tau predicted/measured.",
+        f"By the latencies it was chosen by, `{report['graft_is']}` was predicted "
+        f"{report['predicted_when_chosen'][report['graft_is']]:.0f}: the device had another speed then.",
         "",
         "## Calibration error",
         "",

@@ -13,6 +13,8 @@ from graft_inference import Plan, Scale, Stage, paper_policy
 from graft_train.calibrate.replay import Replay
 
 THRESHOLDS = 40
+SAME = 1e-5
+"""Measures that differ by less are one."""
 STARTS = 8
 """Trajectories from so many offsets weigh the positions: one alone would visit too few."""
 
@@ -113,22 +115,28 @@ def _improved(replay: Replay, scale: Scale, allowed: Allowed, last: int, plan: P
             found = _threshold(measure_T, weight_T * (here_T - value_T))
             if found is None:
                 break
-            stop_T = measure_T >= found
+            stop_T = measure_T > found
         if found is not None:
-            threshold = float(np.nextafter(np.float32(found), np.float32(-np.inf))) if passes == 0 else float(-found)
-            stages.insert(0, replace(stage, threshold=threshold))
+            stages.insert(0, replace(stage, threshold=found if passes == 0 else -found))
             value_T = np.where(stop_T, here_T, value_T)
         stop_T = np.ones_like(stop_T)
     return _plan(replay, tuple(stages), scale)
 
 
 def _threshold(measure_T: np.ndarray, gain_T: np.ndarray) -> float | None:
-    """The value such that stopping wherever the measure reaches it gains most; None if none gains."""
+    """The value such that stopping wherever the measure exceeds it gains most; None if none gains.
+
+    Equal measures stop together, and the value lies halfway to the next: an echo promises one of few sums, whose last
+    bits are other ones where they are added up in another order.
+    """
     order = np.argsort(-measure_T, kind="stable")
-    sums = np.cumsum(gain_T[order])
-    places = np.unique(np.linspace(0, len(order) - 1, THRESHOLDS + 2).astype(int))[1:-1]
-    best = places[np.argmax(sums[places])] if len(places) else 0
-    return float(measure_T[order[best]]) if len(places) and sums[best] > 0 else None
+    falling_T, sums_T = measure_T[order], np.cumsum(gain_T[order])
+    ends = np.flatnonzero(falling_T[:-1] - falling_T[1:] > SAME)
+    if not len(ends):
+        return None
+    ends = ends[np.unique(np.linspace(0, len(ends) - 1, THRESHOLDS).astype(int))]
+    best = ends[np.argmax(sums_T[ends])]
+    return float(falling_T[best] + falling_T[best + 1]) / 2 if sums_T[best] > 0 else None
 
 
 def _best_stage(

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,23 @@ def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, n
     tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
     assert tau > 1.1, "the tiny head must be right now and then for this to mean anything"
     assert replay.run(plan)[1] == pytest.approx(tau, abs=1e-9)
+    visited = replay.outcome(plan).stage_T[replay.visits(replay.outcome(plan))]
+    for index, stage in enumerate(plan.stages):
+        assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
+
+
+@pytest.mark.parametrize("dearness", [0.5, 1])
+def test_replay_reproduces_the_rounds_of_the_plan_that_was_learned(engine, prompts, traces, dearness):
+    """An echo promises one of few sums: a threshold on one of them would part replay and engine by a rounding error."""
+    latency = replace(LATENCY, draft_ms=[dearness * time for time in LATENCY.draft_ms])
+    replay = Replay(traces, latency, BUDGET)
+    scale = replace(fit_scale(traces), template=())
+    plan = best_learned(replay, scale, ALLOWED)
+    assert plan.stages[0].passes == 0
+    assert plan.drafts
+    seen = np.unique(replay.promise(scale))
+    assert np.abs(seen - plan.stages[0].threshold).min() > 1e-6
+    stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
     visited = replay.outcome(plan).stage_T[replay.visits(replay.outcome(plan))]
     for index, stage in enumerate(plan.stages):
         assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
@@ -467,6 +485,28 @@ def test_a_threshold_separates_where_stopping_pays():
     found = _threshold(-confidence, gain)
     assert found == pytest.approx(-0.3, abs=0.03)
     assert _threshold(-confidence, gain * 0 - 1) is None
+
+
+def test_a_threshold_lies_between_measures_and_takes_equal_ones_together():
+    from graft_train.calibrate.search import _threshold
+
+    measure = np.array([3.0, 2.0, 3.0, 1.0, 2.0, np.nextafter(2.0, 3.0)])
+    assert _threshold(measure, np.array([1.0, 1.0, 1.0, -9.0, 1.0, -0.5])) == 1.5
+    # The best prefix by position would end within the threes, where no threshold can part them.
+    assert _threshold(measure, np.array([5.0, 1.0, -6.0, -9.0, 1.0, 1.0])) == 1.5
+    assert _threshold(np.full(4, 2.0), np.ones(4)) is None
+
+
+def test_a_replay_on_other_latencies_keeps_the_tau_and_changes_the_speed(traces, replay):
+    plan = plans(traces)["everything"]
+    before = replay.run(plan)
+    twice = replace(LATENCY, **{
+        name: [[2 * t for t in row] for row in LATENCY.verify_ms] if name == "verify_ms" else
+        [2 * t for t in value] if isinstance(value, list) else 2 * value
+        for name, value in LATENCY.to_dict().items() if name.endswith("_ms")
+    })  # fmt: skip
+    assert replay.on(twice).run(plan) == (pytest.approx(before[0] / 2), before[1])
+    assert replay.run(plan) == before
 
 
 def test_paper_settings_scale_to_the_width_and_the_matrix(traces, replay):

@@ -89,6 +89,11 @@ def test_everything_is_learned_measured_and_written(run_dir):
     fastest = max(PLANS, key=lambda name: report["measured"][name]["tokens_per_second"] * (name != "paper"))
     assert report["graft_is"] == fastest
     assert report["ablation"].keys() >= {"all", "no calibration"}
+    assert set(report["predicted_when_chosen"]) == set(PLANS)
+    assert all(
+        found["tokens_per_second"] != report["predicted_when_chosen"][name]
+        for name, found in report["predicted"].items()
+    ), "what was timed before the race foretold it"
     assert report["ablation"]["all"]["tokens_per_second"] > 0
     policy = Policy.from_dict(json.loads((policy_dir / "policy.json").read_text()))
     assert policy.measured_on["device"]["name"] == describe_device(torch.device("cpu"))["name"]
@@ -155,7 +160,7 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
 
 
 def test_an_interrupted_run_does_not_trace_again(run_dir, monkeypatch):
-    monkeypatch.setattr(module, "measure_latency", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module, "RoundTimer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         calibrate(config_for(run_dir))
     monkeypatch.undo()
@@ -185,8 +190,35 @@ def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
         return generate(prompt, tokens, temperature, **options)
 
     monkeypatch.setattr(engine, "generate", recorded)
-    module.latency_of(config.policy, engine, prompts, traces)
+    module.timer_of(config.policy, engine, prompts, traces)
     assert set(asked) == {(0.7, 0), (0.7, 1), (0.7, 2)}
+
+
+def test_a_race_times_the_device_evenly_among_its_runs(run_dir, monkeypatch):
+    config = config_for(run_dir, repeats=3)
+    engine, prompts = module._engine(config), module._prompts(config)
+    timer = module.timer_of(config.policy, engine, prompts, {False: module.trace(config.policy, engine, prompts)})
+    assert timer.repeats == 3
+    happened, repeat, generate = [], timer.repeat, engine.generate
+    raced = {"eagle3": engine.policy.eagle3}
+
+    def noted(*given, plan, **options):
+        happened.append("run" if plan == raced["eagle3"] else "timed")
+        return generate(*given, plan=plan, **options)
+
+    monkeypatch.setattr(engine, "generate", noted)
+    monkeypatch.setattr(timer, "repeat", lambda: happened.append("timing") or repeat())
+    module.race(engine, prompts, raced, 4, 0.0, 2, timer)
+    assert timer.repeats == 6
+    turns = [what for what in happened if what != "timed"]
+    assert turns.count("run") == 1 + 2 * len(prompts)
+    first, second, last = (place for place, what in enumerate(turns) if what == "timing")
+    assert first < second < last == len(turns) - 1
+    assert min(first, second - first, last - second) > 1
+    # What was timed among the runs alone, and what was timed at all.
+    of_race, whole = timer.latency(3), timer.latency()
+    assert of_race.verify_ms != whole.verify_ms
+    assert len(timer.samples["short", ("passes", 1)]) == 6
 
 
 def test_latency_alone_needs_traces_of_these_weights(run_dir):
