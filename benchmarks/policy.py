@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-policy"))
     parser.add_argument(
-        "--prompts", type=int, default=20, help="of each domain, for calibration and again for the race"
+        "--prompts", type=int, default=24, help="of each domain, for calibration and again for the race"
     )
-    parser.add_argument("--tokens", type=int, default=96, help="new tokens of each prompt")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=80, help="new tokens of each prompt")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     arguments = parser.parse_args()

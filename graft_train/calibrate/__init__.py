@@ -338,6 +338,7 @@ def timer_of(
         templates[1] if settings.ngrams else (),
         _leaves(settings),
     )
-    for _ in tqdm(range(settings.repeats), desc="calibrate: latencies", unit="repeat", disable=not is_main()):
-        timer.repeat()
+    total = settings.repeats * len(timer.samples)
+    for _ in tqdm(timer.steps(settings.repeats), "calibrate: latencies", total, unit="run", disable=not is_main()):
+        pass
     return timer

@@ -1,5 +1,6 @@
 """What a round costs on this device, by phase, against head passes, verified rows and context."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -60,7 +61,7 @@ class Latency:
 
 
 class RoundTimer:
-    """Times forced plans on real prompts, interleaved, after a warm-up of each; one more repeat whenever asked.
+    """Times forced plans on real prompts, interleaved, after a warm-up of each.
 
     Args:
         temperature: of the draws, which take longer than the likeliest tokens do.
@@ -68,7 +69,7 @@ class RoundTimer:
         leaves: drafted leaves beneath which the matrix is asked; none: not timed.
 
     Attributes:
-        repeats: counted so far.
+        repeats: of every plan so far.
     """
 
     def __init__(
@@ -90,19 +91,22 @@ class RoundTimer:
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
         self.samples: dict[tuple[str, tuple[str, int]], dict[int, dict[str, float]]] = {run: {} for run in runs}
-        self.repeats = -1  # the first is a warm-up
-        self.repeat()
+        self.repeats = -1
+        for _ in self.steps(1):
+            pass  # a warm-up, which is not counted
 
-    def repeat(self) -> None:
-        """Times every plan once more."""
-        self.repeats += 1
-        for context, key in self.samples if self.repeats % 2 else reversed(self.samples):
-            prompt = self.contexts["long"] if context == "long" else self.prompts[self.repeats % len(self.prompts)]
-            plan = self.plans[key]
-            stats = self.engine.generate(prompt, ROUNDS, self.temperature, plan=plan, seed=self.repeats).stats
-            if self.repeats and stats.rounds:
-                milliseconds = {name: 1e3 * seconds / stats.rounds for name, seconds in stats.seconds.items()}
-                self.samples[context, key][self.repeats] = milliseconds
+    def steps(self, repeats: int) -> Iterator[None]:
+        """Times every plan so many times more, one with each step, so that other work may be done in between."""
+        for _ in range(repeats):
+            self.repeats += 1
+            for context, key in self.samples if self.repeats % 2 else reversed(self.samples):
+                prompt = self.contexts["long"] if context == "long" else self.prompts[self.repeats % len(self.prompts)]
+                plan = self.plans[key]
+                stats = self.engine.generate(prompt, ROUNDS, self.temperature, plan=plan, seed=self.repeats).stats
+                if self.repeats and stats.rounds:
+                    milliseconds = {name: 1e3 * seconds / stats.rounds for name, seconds in stats.seconds.items()}
+                    self.samples[context, key][self.repeats] = milliseconds
+                yield
 
     def latency(self, last: int | None = None) -> Latency:
         """The table of so many of the last repeats; of all, unless told otherwise."""

@@ -26,8 +26,8 @@ def race(
     """Tokens per second and tau of each plan; the order turns with every prompt and repeat.
 
     Args:
-        timer: times the device once more, evenly among the runs, as often as it has before: what slows down the plans
-            slows down these latencies too.
+        timer: times the device as often again as it has, a little after every run: what slows down the plans slows down
+            these latencies too.
 
     Returns:
         By plan: `tokens_per_second` and `tau` over all prompts, and per prompt `tokens` and `seconds`
@@ -35,10 +35,13 @@ def race(
     """
     names = list(plans)
     found: dict[str, list[list[tuple[int, float, int]]]] = {name: [[] for _ in prompts] for name in names}
-    turns, timings = repeats * len(prompts), timer.repeats if timer else 0
+    runs = repeats * len(prompts) * len(names)
+    timings = timer.repeats * len(timer.samples) if timer else 0
+    steps = timer.steps(timer.repeats) if timer else iter(())
+    due = iter(np.diff(np.arange(runs + 1) * timings // runs))
     for name in names:  # warm-up
         engine.generate(prompts[0], max_new_tokens, temperature, plan=plans[name], seed=0)
-    with tqdm(total=turns * len(names), desc="calibrate: race", unit="run", disable=not is_main()) as bar:
+    with tqdm(total=runs, desc="calibrate: race", unit="run", disable=not is_main()) as bar:
         for repeat in range(repeats):
             for index, prompt in enumerate(prompts):
                 turn = (index + repeat) % len(names)
@@ -47,9 +50,8 @@ def race(
                     stats = engine.generate(prompt, max_new_tokens, temperature, plan=plans[name], seed=repeat).stats
                     found[name][index].append((stats.emitted - 1, stats.decode_seconds, stats.rounds))
                     bar.update()
-                done = repeat * len(prompts) + index
-                for _ in range((done + 1) * timings // turns - done * timings // turns):
-                    timer.repeat()  # type: ignore[union-attr]
+                    for _ in range(next(due)):
+                        next(steps)
     return {name: _summary(found[name]) for name in names}
 
 
