@@ -47,17 +47,23 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-policy"))
     parser.add_argument(
-        "--prompts", type=int, default=24, help="of each domain, for calibration and again for the race"
+        "--prompts",
+        type=int,
+        nargs="+",
+        default=[24, 12],
+        help="of each domain, for calibration and again for the race, at each temperature; what repeats itself, as "
+        "greedy text does, differs most from prompt to prompt",
     )
     parser.add_argument("--tokens", type=int, default=80, help="new tokens of each prompt")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     arguments = parser.parse_args()
+    if len(arguments.prompts) != len(arguments.temperatures):
+        parser.error("--prompts needs one number for each of --temperatures")
     torch.set_num_threads(arguments.threads)
     engine = load_engine(arguments.run_dir)
     settings = CalibrateConfig(
-        prompts=arguments.prompts,
         max_new_tokens=arguments.tokens,
         beam_width=4,
         max_passes=6,
@@ -67,17 +73,19 @@ def main() -> None:
         ngrams=True,
         beneath=True,
     )
-    domains = {
-        "code": code_prompts(arguments.run_dir / "target", arguments.prompts),
-        "prose": prose_prompts(arguments.run_dir / "target", arguments.prompts),
-    }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    said = {name: str(value) for name, value in vars(arguments).items() if name != "temperatures"}
-    result: dict[str, Any] = {"device": describe_device(engine.target.device), "arguments": said, "runs": []}
-    for temperature in arguments.temperatures:
+    result: dict[str, Any] = {"device": describe_device(engine.target.device), "runs": []}
+    for temperature, count in zip(arguments.temperatures, arguments.prompts, strict=True):
         part = arguments.out / f"temperature-{temperature:g}.json"
         done = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+        said = {"prompts": count} | {
+            name: str(getattr(arguments, name)) for name in ("run_dir", "tokens", "repeats", "threads")
+        }
         if done.get("arguments") != said:  # not an interrupted run's
+            domains = {
+                "code": code_prompts(arguments.run_dir / "target", count),
+                "prose": prose_prompts(arguments.run_dir / "target", count),
+            }
             runs = measure(engine, settings, domains, temperature, arguments.repeats, not result["runs"])
             done = {"arguments": said, "runs": runs}
             write_json(part, done)
@@ -241,7 +249,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     lines = ["# The learned policy", "", f"{device['name']}, {device['threads']} threads, torch {device['torch']}.", ""]
     for run in result["runs"]:
         lines += [
-            f"## {run['domain']}, temperature {run['temperature']:g}",
+            f"## {run['domain']}, temperature {run['temperature']:g}, {len(run['measured']['learned']['tokens'])} prompts",
             "",
             "| plan | passes: rows | tokens/s | tau | over eagle3 | over paper, scaled | over paper, as printed |",
             "|---|---|---:|---:|---:|---:|---:|",
