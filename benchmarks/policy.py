@@ -248,8 +248,9 @@ def to_markdown(result: dict[str, Any]) -> str:
     device = result["device"]
     lines = ["# The learned policy", "", f"{device['name']}, {device['threads']} threads, torch {device['torch']}.", ""]
     for run in result["runs"]:
+        prompts = len(run["measured"]["learned"]["tokens"])
         lines += [
-            f"## {run['domain']}, temperature {run['temperature']:g}, {len(run['measured']['learned']['tokens'])} prompts",
+            f"## {run['domain']}, temperature {run['temperature']:g}, {prompts} prompts",
             "",
             "| plan | passes: rows | tokens/s | tau | over eagle3 | over paper, scaled | over paper, as printed |",
             "|---|---|---:|---:|---:|---:|---:|",
