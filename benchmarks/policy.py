@@ -6,7 +6,7 @@ Needs the target, data, head and corpus of a finished quickstart. The second dom
 documentation texts of the installed packages. Every policy is learned on calibration prompts and raced on others:
 the learned one, the same one learned on the other domain (transfer), without each of its pieces (ablation), the
 paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree. Ratios come with 95 %
-intervals by bootstrap over prompts. Half an hour on two cores; an interrupted run goes on with the
+intervals by bootstrap over prompts. About an hour on two cores; an interrupted run goes on with the
 temperature it was at. Pieces are taken away at the first temperature only, but for the shared noise.
 """
 
@@ -27,9 +27,9 @@ from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_ta
 from graft_inference.head_checkpoint import load_head
 from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all, timer_of, told_traces, trace
 from graft_train.calibrate.config import CalibrateConfig
-from graft_train.calibrate.latency import Latency, RoundTimer
+from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.race import race, ratio
-from graft_train.calibrate.replay import Replays, replay_of
+from graft_train.calibrate.replay import Replays, replay_of, replays_on
 from graft_train.calibrate.report import calibration, describe, pieces
 from graft_train.calibrate.traces import Traces
 from graft_train.data.chat import Chat
@@ -166,7 +166,7 @@ def measure(
                 },
                 "measured_on_calibration": one.tokens_per_second,
                 "calibration_error": calibration(told_traces(one.traces, settings.shared_noise)),
-                "latency_ms": one.latency.to_dict(),
+                "latency_ms": one.replays[False, False].latency.to_dict(),
             }
         )
     return found
@@ -178,13 +178,12 @@ class Learned:
 
     Attributes:
         traces: by whether the noise of draws is told.
-        latency: the plans were chosen by.
-        raced_on: the replays with latencies timed among the races of the plans.
+        replays: with the latencies that the plans were chosen by.
+        raced_on: the same with latencies timed among the races of the plans.
         tokens_per_second: of the plans, on these same prompts.
     """
 
     traces: dict[bool, Traces]
-    latency: Latency
     replays: Replays
     raced_on: Replays
     plans: dict[str, Plan]
@@ -196,14 +195,13 @@ def learn_on(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tenso
     noises = (False, True) if settings.temperature else (False,)
     traces = {told: trace(settings, engine, prompts, told) for told in noises}
     timer = timer_of(settings, engine, prompts, traces)
-    latency = timer.latency()
-    replays = replay_sources(settings, traces, latency)
+    replays = replay_sources(settings, traces, timer.latency())
     plans = learn(by_default(settings), replays)
     plans["learned, beneath leaves too"] = plan_of("learned", settings, replays)
     raced = race_distinct(engine, prompts, plans, settings, repeats, timer)
-    raced_on = {key: replay.on(timer.latency(settings.repeats)) for key, replay in replays.items()}
+    raced_on = replays_on(replays, timer.latency(settings.repeats))
     speeds = {name: found["tokens_per_second"] for name, found in raced.items()}
-    return Learned(traces, latency, replays, raced_on, plans, speeds)
+    return Learned(traces, replays, raced_on, plans, speeds)
 
 
 def by_default(settings: CalibrateConfig) -> CalibrateConfig:

@@ -15,7 +15,7 @@ from graft_inference.policy import depth_template
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.latency import Latency, RoundTimer
 from graft_train.calibrate.race import race
-from graft_train.calibrate.replay import Replay, Replays, replay_of
+from graft_train.calibrate.replay import Replay, Replays, replay_of, replays_on
 from graft_train.calibrate.report import ablation, calibration, draw_frontier, frontier, print_report, to_markdown
 from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
@@ -122,7 +122,7 @@ def _build(config: "Config", out: Path) -> None:
     )
     if not is_main():
         return
-    raced_on = {key: replay.on(timer.latency(settings.repeats)) for key, replay in replays.items()}
+    raced_on = replays_on(replays, timer.latency(settings.repeats))
     raced = {name: found["tokens_per_second"] for name, found in measured.items()}
     faster = {name: _faster(raced, name, f"{name}{BY_ALL}") for name in plans}
     replayed = {name: raced[name] for name in plans}

@@ -281,6 +281,11 @@ def replay_of(replays: Replays, plan: Plan) -> Replay:
     return replays[plan.shares_noise, plan.ngrams]
 
 
+def replays_on(replays: Replays, latency: Latency) -> Replays:
+    """All of them on a device of these latencies."""
+    return {key: replay.on(latency) for key, replay in replays.items()}
+
+
 def _spread(keys: Tensor) -> Tensor:
     return keys * PATH_BASE
 
