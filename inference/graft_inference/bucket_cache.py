@@ -1,5 +1,6 @@
 """The key/value cache as a captured pass sees it: a bucket of fixed size, its length on the device."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +21,26 @@ def bucket(rows: int) -> int:
     return size
 
 
+@dataclass
+class Place:
+    """Where the next pass writes its rows, int64; a cache and its layers share it, not knowing each other.
+
+    A cycle of references would keep the buffers until Python looks for such, which a full device does not make it do.
+    """
+
+    rows_N: Tensor
+
+
 class BucketLayer(CacheLayerMixin):
-    """One layer's first rows, [1, heads, bucket, head_dim]; new ones are written where `BucketCache.rows_N` says."""
+    """One layer's first rows, [1, heads, bucket, head_dim]."""
 
     is_sliding = False
     keys: Tensor
     values: Tensor
 
-    def __init__(self, cache: "BucketCache", keys: Tensor, values: Tensor) -> None:
+    def __init__(self, place: Place, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.cache = cache
+        self.place = place
         self.keys, self.values = keys, values
         self.is_initialized = True
 
@@ -37,31 +48,26 @@ class BucketLayer(CacheLayerMixin):
         raise AssertionError("a bucket stands on buffers that are there")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.cache.rows_N, key_states)
-        self.values.index_copy_(2, self.cache.rows_N, value_states)
+        self.keys.index_copy_(2, self.place.rows_N, key_states)
+        self.values.index_copy_(2, self.place.rows_N, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.size, 0
+        return self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
         return 0  # positions are given, and no mask is asked for
 
     def get_max_length(self) -> int:
-        return self.cache.size
+        return self.keys.shape[2]
 
 
 class BucketCache(Cache):
-    """The first `size` rows of a cache.
-
-    Attributes:
-        rows_N: where the next pass writes its rows, int64.
-    """
+    """The first `size` rows of a cache."""
 
     def __init__(self, cache: TreeCache, size: int) -> None:
-        self.size = size
-        self.rows_N = torch.zeros(0, dtype=torch.long)
-        layers = [BucketLayer(self, layer.keys[:, :, :size], layer.values[:, :, :size]) for layer in cache.tree_layers]
+        self.place = place = Place(torch.zeros(0, dtype=torch.long))
+        layers = [BucketLayer(place, layer.keys[:, :, :size], layer.values[:, :, :size]) for layer in cache.tree_layers]
         super().__init__(layers=list(layers))
 
 

@@ -33,6 +33,8 @@ from .verification import Emitted, of_record
 
 CAPTURED_PROCESSORS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 """They read nothing but the scores, and nothing on the host."""
+MOST_SAMPLINGS = 16
+"""Settings of the sampling that graphs are kept for."""
 COLUMNS = 6
 """Of a layer, and of a tree."""
 
@@ -44,7 +46,7 @@ class CapturedRounds:
         graphs: what captures and replays.
 
     Attributes:
-        captures: graphs captured so far.
+        captures: graphs captured so far, failed attempts included.
     """
 
     def __init__(self, target: Target, head: DraftHead, graphs: CudaGraphs) -> None:
@@ -61,6 +63,7 @@ class CapturedRounds:
         # By grafters, of which a plan has one and which hash faster.
         self._captured: dict[tuple, Captured] = {}
         self._refused: dict[tuple, str] = {}
+        self._samplings: set[tuple] = set()
 
     def round(self, state: DecodeState, shared: SuccessorMatrix) -> Emitted | None:
         """The tokens that one round emits and where each came from.
@@ -71,23 +74,39 @@ class CapturedRounds:
         Returns:
             None, and nothing has changed, where the round has to run eagerly: `stats.uncaptured` says why.
         """
-        start = time.perf_counter()
-        sampling = _settings(state.sampler)
-        key = (state.grafter, sampling, bucket(state.cache.length))
-        reason = self._refused.get(key) or self._obstacle(state)
+        start, captures = time.perf_counter(), self.captures
+        reason = self._obstacle(state)
+        if reason is None:
+            sampling = self._sampling(state.sampler)
+            key = (state.grafter, sampling, bucket(state.cache.length))
+            reason = self._refused.get(key)
         if reason is None:
             try:
                 self._share(shared)
-                emitted, device_seconds = self._round(state, self._adopt(state), sampling)
+                emitted, seconds = self._round(state, self._adopt(state), sampling)
             except (CannotCapture, GraftError) as error:
                 self._current = lambda: None
                 reason = self._refused[key] = str(error)
             else:
+                if self.captures > captures:
+                    seconds = {}  # of no phase, but of capturing
                 state.stats.captured += 1
-                state.stats.seconds["commit"] += time.perf_counter() - start - device_seconds
+                for phase, taken in seconds.items():
+                    state.stats.seconds[phase] += taken
+                state.stats.seconds["commit"] += time.perf_counter() - start - sum(seconds.values())
                 return emitted
         state.stats.uncaptured = reason
         return None
+
+    def _sampling(self, sampler: Sampler) -> tuple:
+        """The sampler's settings. With too many that differ all graphs go, which hold memory."""
+        settings = _settings(sampler)
+        if settings not in self._samplings and len(self._samplings) == MOST_SAMPLINGS:
+            self._samplings.clear()
+            self._captured.clear()
+            self._refused.clear()
+        self._samplings.add(settings)
+        return settings
 
     def _obstacle(self, state: DecodeState) -> str | None:
         """What is known not to work."""
@@ -166,8 +185,8 @@ class CapturedRounds:
             static.noise_PV = torch.zeros(places, self.target.config.vocab_size, device=device)
         return static
 
-    def _round(self, state: DecodeState, static: Statics, sampling: tuple) -> tuple[Emitted, float]:
-        """What was emitted, and the seconds that the segments took.
+    def _round(self, state: DecodeState, static: Statics, sampling: tuple) -> tuple[Emitted, dict[str, float]]:
+        """What was emitted, and the seconds that the segments of each phase took.
 
         Args:
             sampling: the sampler's settings.
@@ -209,15 +228,13 @@ class CapturedRounds:
         times.append(graphs.now())
         graphs.wait()
         record = static.record[: 1 + 2 * (depth + 1)].tolist()
-        seconds = [graphs.seconds(start, end) for start, end in pairwise(times)]
-        for phase, taken in zip(("draft", "graft", "verify"), seconds, strict=True):
-            state.stats.seconds[phase] += taken
+        taken = [graphs.seconds(start, end) for start, end in pairwise(times)]
         tokens, sources = of_record(record)
         self._commit(state, static, len(tokens), read)
         state.tokens += tokens
         state.stats.rounds += 1
         state.stats.stages[stage.name] += 1
-        return (tokens, sources), sum(seconds)
+        return (tokens, sources), dict(zip(("draft", "graft", "verify"), taken, strict=True))
 
     def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], list[DraftTree] | None]:
         """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
@@ -255,15 +272,15 @@ class CapturedRounds:
     def _key(self, segments: Segments) -> tuple:
         """What tells the segments before the verification apart."""
         told = not segments.sampler.greedy and segments.plan.shares_noise
-        temperature = segments.sampler.temperature if told else None
-        return segments.grafter, segments.size, segments.successors is self._shared, temperature
+        sampling = _settings(segments.sampler) if told else None
+        return segments.grafter, segments.size, segments.successors is self._shared, sampling
 
     def _run(self, segments: Segments, key: tuple, function: Function) -> list[Tensor]:
         """Replays a segment, captured first where it was not yet."""
         if key not in self._captured:
             changing = segments.static.changing(segments.successors)
-            self._captured[key] = self.graphs.capture(function, changing)
             self.captures += 1
+            self._captured[key] = self.graphs.capture(function, changing)
         captured = self._captured[key]
         captured.replay()
         return captured.outputs

@@ -3,11 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Function = Callable[[], Sequence[Tensor]]
+READS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2"}
+"""Operators whose result, or its size, the host has to know."""
+MASKS = (torch.bool, torch.uint8)
+COPIES = ("copy_", "_to_copy")
 
 
 class CannotCapture(Exception):
@@ -35,6 +42,10 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._side = torch.cuda.Stream(device)
+        # The pool dies with the last of its graphs, and a capture into a dead one fails: this one stays.
+        self._first = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._first, self._pool, self._stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
 
     def capture(self, function: Function, changing: Sequence[Tensor]) -> Captured:
         """Runs the function twice, in vain, and records a third run.
@@ -52,10 +63,14 @@ class CudaGraphs:
             with torch.cuda.stream(self._stream):
                 with undone(changing):
                     outputs = [tensor.clone() for tensor in function()]
-                with undone(changing), no_host_reads():
+                with undone(changing), NoHostReads():
                     function()
             current.wait_stream(self._stream)
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            # Should the capture not even begin, torch would leave its stream the current one.
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
                 for kept, tensor in zip(outputs, function(), strict=True):
                     kept.copy_(tensor)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -101,12 +116,29 @@ def undone(changing: Sequence[Tensor]) -> Iterator[None]:
             tensor.copy_(value)
 
 
-@contextmanager
-def no_host_reads() -> Iterator[None]:
-    """Whatever would wait for the device raises RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+class NoHostReads(TorchDispatchMode):
+    """Raises CannotCapture where this thread would wait for the device.
+
+    `torch.cuda.set_sync_debug_mode` would stop the other threads of the process as well.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if waits(name, args):
+            raise CannotCapture(f"{name} waits for the device")
+        result = func(*args, **kwargs)
+        copies = name in COPIES
+        leaves = tree_leaves((args, kwargs, result if copies else None))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        # An operator takes single numbers of the host along, and a copy to pinned memory need not be waited for.
+        harmless = kwargs.get("non_blocking", args[-1] is True) if copies else not any(t.dim() for t in on_host)
+        if on_host and len(on_host) < len(tensors) and not harmless:
+            raise CannotCapture(f"{name} carries data between host and device")
+        return result
+
+
+def waits(operator: str, arguments: tuple) -> bool:
+    """Whether the host has to know an operator's result, or the size of it."""
+    indices = arguments[1] if operator in ("index", "index_put", "index_put_") else ()
+    return operator in READS or any(index is not None and index.dtype in MASKS for index in indices)

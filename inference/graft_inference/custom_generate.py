@@ -6,6 +6,7 @@ only, hence the two constants: they lead back to the bundle.
 """
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,6 +38,8 @@ ACCEPTED = {
 }
 
 _bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Bundle]] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+"""A model's attention is ours while it serves a request, so that those of several threads take turns."""
 _governors: WeakKeyDictionary[nn.Module, dict[tuple[Plan, int], Governor]] = WeakKeyDictionary()
 
 
@@ -92,32 +95,34 @@ def generate(
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         _check_supported(generation_config, input_ids, attention_mask)
-        check = model not in _bundles
-        bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
-        engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check)
-        # The request's own stopping criteria include its end-of-sequence tokens.
-        engine.eos_token_ids = frozenset()
-        engine.governors = _governors.setdefault(model, {})
-        try:
-            return engine.generate(
-                input_ids,
-                attention_mask=attention_mask,
-                padding_counts=True,
-                # Without an end of sequence a plain `generate` fills stopped sequences with what comes next.
-                pad_token_id=generation_config.pad_token_id or 0,
-                # The temperature itself is one of the processors.
-                temperature=float(generation_config.do_sample),
-                method=method,
-                seed=int(torch.randint(2**62, ())) if generation_config.do_sample else None,
-                max_length=generation_config.max_length,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                stop_strings=stop_strings,
-                tokenizer=tokenizer,
-                streamer=streamer,
-            ).sequences
-        finally:
-            engine.target.release()
+        request = {
+            "attention_mask": attention_mask,
+            "padding_counts": True,
+            # Without an end of sequence a plain `generate` fills stopped sequences with what comes next.
+            "pad_token_id": generation_config.pad_token_id or 0,
+            # The temperature itself is one of the processors.
+            "temperature": float(generation_config.do_sample),
+            "method": method,
+            "seed": int(torch.randint(2**62, ())) if generation_config.do_sample else None,
+            "max_length": generation_config.max_length,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "stop_strings": stop_strings,
+            "tokenizer": tokenizer,
+            "streamer": streamer,
+        }
+        with _locks.setdefault(model, threading.RLock()):
+            check = model not in _bundles
+            bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
+            # Graphs would have to be captured for every request, as the model is given back after each.
+            engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check, captured=False)
+            # The request's own stopping criteria include its end-of-sequence tokens.
+            engine.eos_token_ids = frozenset()
+            engine.governors = _governors.setdefault(model, {})
+            try:
+                return engine.generate(input_ids, **request).sequences
+            finally:
+                engine.target.release()
 
     kwargs["custom_generate"] = decode
     sequences: Any = GenerationMixin.generate(model, *args, **kwargs)

@@ -297,7 +297,7 @@ def propose(
     logits_BD = head.logits(_joined(hidden)).float()
     if any(noises):
         parts = zip(_parted(logits_BD, [len(part) for part in hidden]), noises, strict=True)
-        told = [part if noise is None else noise.told(part, head.target_ids, depth) for part, noise in parts]
+        told = [part if noise is None else noise.foreseen(part, head.target_ids, depth) for part, noise in parts]
         logits_BD = _joined(told)
     logp_Bk, draft_ids_Bk = logits_BD.log_softmax(dim=-1).topk(beam_width, dim=-1)
     return logp_Bk, head.target_ids[draft_ids_Bk]

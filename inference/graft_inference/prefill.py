@@ -17,7 +17,8 @@ Piece = tuple[int, int, int]
 def prefill(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tensor], chunk: int) -> list[int]:
     """Reads what the caches do not hold yet of each prompt, and draws its first token: one host read for all.
 
-    The head reads the last piece of a prompt when it drafts for the first time.
+    The head reads the last piece of a single prompt when it drafts for the first time, so that the first token need not
+    wait for it. The last pieces of a batch would be too much for one pass: all but their last positions are read here.
 
     Args:
         states: of one plan.
@@ -58,7 +59,7 @@ def passes(spans: Sequence[tuple[int, int]], chunk: int) -> Iterator[list[Piece]
 
 
 def _read(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tensor], pieces: list[Piece]) -> None:
-    """One pass of the target over these pieces, and one of the head over those that are not their prompt's last."""
+    """One pass of the target over these pieces, and one of the head over what is not left to the first draft."""
     tokens = [prompts[index][start:end] for index, start, end in pieces]
     outputs = target.prefill_all(tokens, [states[index].cache for index, _, _ in pieces], states[0].learns)
     drafters, fresh = [], []
@@ -66,12 +67,16 @@ def _read(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tenso
         state, prompt_S = states[index], prompts[index]
         if state.successors is not None and state.learns:
             state.successors.update(piece_S, output.logits_NV)
-        state.fresh_tokens_A, state.fresh_taps_AE = prompt_S[start + 1 : end + 1], output.taps_NE
+        tokens_A, taps_AE, now = prompt_S[start + 1 : end + 1], output.taps_NE, end - start
         if end == len(prompt_S):
             _draw_first(target, state, output.logits_NV[-1:])
-        elif state.drafter is not None:
+            tokens_A = torch.cat((tokens_A, state.root_1))
+            now = now - 1 if len(states) > 1 else 0
+        if state.drafter is not None and now:
             drafters.append(state.drafter)
-            fresh.append((state.fresh_tokens_A, state.fresh_taps_AE))
+            fresh.append((tokens_A[:now], taps_AE[:now]))
+            tokens_A, taps_AE = tokens_A[now:], taps_AE[now:].clone()  # not a view, which would keep all of them
+        state.fresh_tokens_A, state.fresh_taps_AE = tokens_A, taps_AE
     if drafters:
         read_all(drafters, fresh)
 
@@ -82,7 +87,6 @@ def _draw_first(target: Target, state: DecodeState, logits_1V: Tensor) -> None:
     tree, wanted = root_tree(state.root_1), state.logprobs is not None
     state.root_1, logp_1 = state.sampler.draw(tree, logits_1V, noise, 0, state.history_S, wanted)
     state.place = 1
-    state.fresh_tokens_A = torch.cat((state.fresh_tokens_A, state.root_1))
     if state.logprobs is not None and logp_1 is not None:
         state.logprobs.append(logp_1)
     if state.history_S is not None:

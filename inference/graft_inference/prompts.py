@@ -63,7 +63,7 @@ class Prompts:
         else:
             if attention_mask is not None:
                 raise GraftError("a list of prompts has no padding: pass it without attention_mask")
-            prompts = [_line(ids, index) for index, ids in enumerate(input_ids)]
+            prompts = [_line(torch.as_tensor(ids), index) for index, ids in enumerate(input_ids)]
             if not prompts:
                 raise GraftError("an empty list of prompts: pass one non-empty prompt at least")
             padded_BS = pad_sequence(prompts, batch_first=True, padding_value=pad_token_id or 0, padding_side="left")

@@ -19,6 +19,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import GraftError
@@ -115,7 +116,7 @@ class Request:
             own = self._of_prompt(index) if len(prompts) > 1 else self
             seen_S = padded_S if self.padding_counts else prompt_S
             new_tokens = own.new_tokens(len(seen_S), target.max_positions)
-            sampler = own.sampler(len(seen_S), eos_token_ids, target.device)
+            sampler = own.sampler(len(seen_S), new_tokens, eos_token_ids, target.device)
             stopper = own.stopper(seen_S, new_tokens, eos_token_ids, tokenizer)
             rows.append(Row(prompt_S.to(target.device), seen_S.to(target.device), new_tokens, sampler, stopper))
         return rows
@@ -152,7 +153,7 @@ class Request:
             )
         return count
 
-    def sampler(self, prompt_length: int, eos_token_ids: Set[int], device: torch.device) -> Sampler:
+    def sampler(self, prompt_length: int, new_tokens: int, eos_token_ids: Set[int], device: torch.device) -> Sampler:
         """Raises GraftError for a setting out of its range."""
         if self.temperature < 0:
             raise GraftError(f"temperature={self.temperature}: 0 is greedy, more samples")
@@ -177,8 +178,11 @@ class Request:
                     processors.append(MinPLogitsWarper(self.min_p))
         except (ValueError, TypeError) as error:
             raise GraftError(f"bad sampling setting: {error}") from error
-        seed = torch.Generator().seed() if self.seed is None else self.seed
-        return Sampler(processors, self.temperature == 0, seed)
+        seed = torch.Generator().seed() if self.seed is None else int(self.seed)
+        end_ids = set(eos_token_ids).union(
+            *(one.eos_token_id.tolist() for one in self.stopping_criteria if isinstance(one, EosTokenCriteria))
+        )
+        return Sampler(processors, self.temperature == 0, seed, end_ids, prompt_length + new_tokens)
 
     def stopper(self, prompt_S: Tensor, new_tokens: int, eos_token_ids: Set[int], tokenizer: Any | None) -> "Stopper":
         """Raises GraftError if a stop string has no tokenizer to be found with."""

@@ -10,6 +10,7 @@ meets the draw wherever both agree, though neither knows what the other will say
 Suresh, arXiv 2408.07978): a draw from a flat distribution is foreseen as well as its likeliest token.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +30,16 @@ from transformers import (
 
 from .tree import DraftTree, Source
 
-CONTEXT_FREE = {
-    TemperatureLogitsWarper,
+TRUNCATING = {
     TopKLogitsWarper,
     TopPLogitsWarper,
     MinPLogitsWarper,
     TypicalLogitsWarper,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
-    SuppressTokensLogitsProcessor,
 }
+"""Processors that leave unlikely tokens out."""
+CONTEXT_FREE = {TemperatureLogitsWarper, SuppressTokensLogitsProcessor, *TRUNCATING}
 """Processors that read nothing but the scores, so that all nodes can go through them at once."""
 
 AHEAD = 16
@@ -47,6 +48,8 @@ LEAST = 2.0**-24
 """What is known to be possible is at least so likely; fp16 rounds smaller numbers to zero."""
 MEAN_GUMBEL = 0.5772156649
 """Of the noise of a token that nobody names."""
+LEFT_OUT = 3.0
+"""Nats taken off a token that the settings would leave out if the head were the target, which may see it otherwise."""
 
 
 @dataclass
@@ -56,10 +59,13 @@ class Noise:
     Attributes:
         gumbel_PV: by place, from that of the root's child on.
         temperature: that the scores are divided by.
+        warpers: what else unlikely tokens go through, temperature included, in the order of the request; None where no
+            token is left out.
     """
 
     gumbel_PV: Tensor
     temperature: float
+    warpers: LogitsProcessorList | None = None
 
     def told(self, scores_MN: Tensor, ids_N: Tensor, depth: int | Tensor) -> Tensor:
         """Scores of tokens at that depth of a tree as they will be drawn, if they are the target's.
@@ -71,6 +77,19 @@ class Noise:
         """
         place_N = ids_N + (depth - 1) * self.gumbel_PV.shape[1]
         return scores_MN / self.temperature + self.gumbel_PV.view(-1).take(place_N)
+
+    def foreseen(self, logits_BD: Tensor, ids_D: Tensor, depth: int) -> Tensor:
+        """A head's scores as they will be drawn. What top-k, top-p or the like would leave out comes behind the rest.
+
+        Args:
+            logits_BD: over the draft vocabulary.
+            ids_D: that vocabulary.
+        """
+        scores_BD = self.told(logits_BD, ids_D, depth)
+        if self.warpers is None:
+            return scores_BD
+        kept_BD = self.warpers(ids_D[None], logits_BD)  # type: ignore[arg-type]
+        return scores_BD - LEFT_OUT * kept_BD.isneginf()
 
     def ranked(self, ids_MK: Tensor, probs_MK: Tensor, depth: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` of these successors that are likeliest to be drawn, and their log-probabilities of it.
@@ -95,15 +114,28 @@ class Sampler:
         processors: transformers' logits processors, applied in order.
         greedy: take the likeliest token.
         seed: of the noise, any 64-bit integer.
+        ends: tokens behind which no processor is asked; the output ends there.
+        length: of prompt and output together, where it ends at the latest.
     """
 
-    def __init__(self, processors: LogitsProcessorList, greedy: bool, seed: int | Tensor) -> None:
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        greedy: bool,
+        seed: int | Tensor,
+        ends: Set[int] = frozenset(),
+        length: int | None = None,
+    ) -> None:
         self.processors: Any = processors  # whose annotations ask for legacy tensor types
         self.greedy = greedy
         self.seed = seed
+        self.ends = ends
+        self.length = length
         self.needs_history = any(type(processor) not in CONTEXT_FREE for processor in processors)
-        warpers = [one for one in processors if type(one) is TemperatureLogitsWarper]
-        self.temperature = warpers[-1].temperature if warpers else 1.0
+        warpers = [one for one in processors if type(one) in {TemperatureLogitsWarper, *TRUNCATING}]
+        temperatures = [one.temperature for one in warpers if type(one) is TemperatureLogitsWarper]
+        self.temperature = temperatures[-1] if temperatures else 1.0
+        self.warpers = LogitsProcessorList(warpers) if len(warpers) > len(temperatures) else None
         self._made_from, self._made_PV = 0, torch.empty(0, 0)
 
     def noise(self, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Noise | None:
@@ -118,12 +150,16 @@ class Sampler:
         if self.greedy:
             return None
         if isinstance(place, Tensor):
-            return Noise(gumbel(self.seed, place, places, vocab_size, device), self.temperature)
+            return self.adding(gumbel(self.seed, place, places, vocab_size, device))
         first = place - self._made_from
         if not 0 <= first <= len(self._made_PV) - places:
             self._made_PV = gumbel(self.seed, place, places + AHEAD, vocab_size, device)
             self._made_from, first = place, 0
-        return Noise(self._made_PV[first : first + places], self.temperature)
+        return self.adding(self._made_PV[first : first + places])
+
+    def adding(self, gumbel_PV: Tensor) -> Noise:
+        """The noise of these draws, with what the scores go through before."""
+        return Noise(gumbel_PV, self.temperature, self.warpers)
 
     def draw(
         self,
@@ -165,8 +201,8 @@ class Sampler:
     ) -> tuple[Tensor, Tensor | None]:
         """Draws node by node along the emitted path, as far as the tree has it.
 
-        A processor sees each prefix of the output once and in order, as in plain decoding, so even one that
-        keeps state of its own works. That costs a host read per accepted node, paid by such processors alone.
+        A processor sees each prefix of the output once and in order, as in plain decoding, and none beyond its end, so
+        even one that keeps state of its own works. That costs a host read per accepted node, paid by such alone.
         """
         tokens_N = torch.full_like(tree.tokens_N, -1)
         logp_N = torch.zeros_like(tree.logp_N)
@@ -178,10 +214,11 @@ class Sampler:
             if logprobs:
                 logp_N[row_1] = _logprobs(scores_1V, token_1)
             child_N = (tree.parents_N == row_1) & (tree.tokens_N == token_1) & (tree.sources_N > Source.ROOT)
-            if not child_N.any():
+            ids_1S = torch.cat((ids_1S, token_1[None]), dim=1)
+            token, is_there = torch.cat((token_1, child_N.any()[None])).tolist()
+            if not is_there or token in self.ends or ids_1S.shape[1] == self.length:
                 break
             row_1 = child_N.to(torch.uint8).argmax(dim=0, keepdim=True)
-            ids_1S = torch.cat((ids_1S, token_1[None]), dim=1)
         return tokens_N, logp_N if logprobs else None
 
 
@@ -209,7 +246,8 @@ def gumbel(seed: int | Tensor, place: int | Tensor, places: int, vocab_size: int
     key_P = _mix(place_P * signed(0x9E3779B97F4A7C15) + (seed if isinstance(seed, Tensor) else signed(seed)))
     bits_PV = _mix(key_P[:, None] + token_V * signed(0xD1342543DE82EF95))
     # The top 32 bits as a number in (0, 1); small ones keep their relative precision in float32.
-    uniform_PV = ((bits_PV >> 32) + 2**31).float().add_(0.5).mul_(2.0**-32)
+    # The largest would round to 1, whose noise is infinite.
+    uniform_PV = ((bits_PV >> 32) + 2**31).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     # -log1p(-u) is exponential, and minus its logarithm Gumbel.
     return uniform_PV.neg_().log1p_().neg_().log_().neg_()
 

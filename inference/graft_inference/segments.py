@@ -180,9 +180,9 @@ class Segments:
         static, cache = self.static, self.cache
         tree = static.tree.first(rows) if rows > 1 else root_tree(static.root_1)
         ancestors_NN = tree.ancestors(depth)
-        cache.rows_N = static.length_1 + torch.arange(rows, device=static.length_1.device)
-        positions_N = static.length_1 + tree.depths_N
-        visible = BucketVisibility(positions_N, static.length_1, cache.rows_N, ancestors_NN, self.size)
+        cache.place.rows_N = static.length_1 + torch.arange(rows, device=static.length_1.device)
+        positions_N = (static.length_1 + tree.depths_N).clamp(max=self.target.max_positions - 1)
+        visible = BucketVisibility(positions_N, static.length_1, cache.place.rows_N, ancestors_NN, self.size)
         output = self.target.forward(tree.tokens_N, cache, visible)
         drawn_N, logp_N = self.sampler.draw(tree, output.logits_NV, self._noise, depth, None, self.logprobs)
         acceptance = accept(tree, ancestors_NN, drawn_N, depth)
@@ -231,7 +231,7 @@ class Segments:
         if self.sampler.greedy:
             return None
         assert self.static.noise_PV is not None
-        return Noise(self.static.noise_PV, self.sampler.temperature)
+        return self.sampler.adding(self.static.noise_PV)
 
     @property
     def _shared_noise(self) -> Noise | None:

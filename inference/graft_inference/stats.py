@@ -24,7 +24,7 @@ class GenerationStats:
         accepted: kept tokens of the rounds by source: drafted, retrieved, and bonus (the target's own).
         stages: rounds by the stage they stopped at; "none" where no head ran.
         captured: rounds that were replayed from CUDA graphs. Their `verify` is acceptance, cache and matrix too, and
-            their `commit` what the host adds, captures included.
+            their `commit` what the host adds, and all of a round that captures.
         uncaptured: why others were not, where the engine captures.
         governed: rounds by the plan that the governor gave them, and why; empty where it had no say.
     """

@@ -174,10 +174,8 @@ class Target:
         return list(map(TargetOutput, output.logits_NV.split(rows), output.taps_NE.split(rows)))
 
     def _visible(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> Visibility:
-        positions_N = cache.length + tree.depths_N
-        if rope_type(self.config) in SWITCHING_ROPE:
-            # No token beyond the limit is ever emitted, and its position must not change the other rows.
-            positions_N = positions_N.clamp(max=self.max_positions - 1)
+        # No token beyond the limit is ever emitted. Learned positions end there; some RoPE would change for all rows.
+        positions_N = (cache.length + tree.depths_N).clamp(max=self.max_positions - 1)
         return Visibility(positions_N, cache.length, ancestors_NN)
 
     def forward(

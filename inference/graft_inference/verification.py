@@ -78,3 +78,5 @@ def learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, accep
     order_N = rank_N.argsort()
     tokens_N = torch.where(empty_N, tree.tokens_N[0], tree.tokens_N)
     successors.update(tokens_N[order_N], logits_NV[order_N])
+    if successors.learned_V is not None:
+        successors.learned_V.index_add_(0, tree.tokens_N[:1], -empty_N.sum()[None])

@@ -13,10 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from graft_inference.cuda_graph import CannotCapture, Captured, undone
-
-READS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2"}
-"""Operators whose result, or its size, the host has to know; `tolist` and `numpy` read without one."""
+from graft_inference.cuda_graph import CannotCapture, Captured, undone, waits
 
 
 class Recording(TorchDispatchMode):
@@ -29,8 +26,7 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if name in READS or any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+        if waits(name, args):
             raise CannotCapture(f"{name} waits for the device")
         result = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, result))

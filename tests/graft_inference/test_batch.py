@@ -237,6 +237,17 @@ def test_prompts_are_read_together(chunk, expected):
     assert read == expected
 
 
+@pytest.mark.parametrize(("chunk", "expected"), [(1024, [3 + 23 + 9, 4]), (24, [3 + 9, 23, 4])])
+def test_the_head_reads_a_batch_in_passes_no_larger_than_the_targets(chunk, expected):
+    """And leaves one position of each prompt to the first draft."""
+    engine, read = small_engine(), []
+    engine.prefill_chunk = chunk
+    fuse = engine.head.fuse
+    engine.head.fuse = lambda taps_AE: read.append(len(taps_AE)) or fuse(taps_AE)
+    engine.generate(PROMPTS, 2, pad_token_id=PAD)
+    assert read == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("all_logits", [True, False])
 def test_prompts_read_together_are_those_read_alone(family, all_logits):
@@ -252,6 +263,15 @@ def test_prompts_read_together_are_those_read_alone(family, all_logits):
             torch.testing.assert_close(output.logits_NV, expected.logits_NV, atol=2e-4, rtol=2e-4)
             torch.testing.assert_close(output.taps_NE, expected.taps_NE, atol=2e-4, rtol=2e-4)
     assert [cache.length for cache in packed] == list(map(len, texts))
+
+
+def test_prompts_may_be_lists_of_ids():
+    engine = small_engine()
+    expected = engine.generate(PROMPTS, 4, pad_token_id=PAD).sequences
+    assert (
+        engine.generate([line.tolist() for line in PROMPTS], 4, pad_token_id=PAD).sequences.tolist()
+        == expected.tolist()
+    )
 
 
 def test_padding_on_either_side_is_no_part_of_a_prompt():

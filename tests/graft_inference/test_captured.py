@@ -1,14 +1,17 @@
 """Captured rounds give what eager ones give. The graphs are recordings (`recorded.py`); test_cuda.py has real ones."""
 
+import gc
+import weakref
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, NoBadWordsLogitsProcessor
 
 from graft_inference import METHODS, GenerationStats, GraftError, bucket_cache
+from graft_inference import captured as captured_module
 from graft_inference.bucket_cache import bucket
 from graft_inference.captured import CapturedRounds
 from graft_inference.governor import Governor
@@ -111,16 +114,18 @@ def test_another_matrix_may_be_put_in(scope):
             engine.successors = replace(engine.successors, ids_VK=ids_VK, decay=0.5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("policy", "temperature"), [(tiny_policy, 0.0), (tiny_policy, 0.7), (told_policy, 0.7)])
 @pytest.mark.parametrize("method", METHODS)
-def test_requests_with_settings_of_their_own_take_turns_on_the_same_graphs(method, temperature):
-    eager, captured = pair()
+def test_requests_with_settings_of_their_own_take_turns_on_the_same_graphs(method, policy, temperature):
+    eager, captured = pair(policy(0.5))
     for seed in (3, 2**63 + 5):
         options = {"top_k": 6, "top_p": 0.95, "min_p": 0.01, "seed": seed, "return_logprobs": True}
         expected, out = same(eager, captured, prompt(8, 0, SMALL), 12, temperature, method, **options)
         torch.testing.assert_close(out.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
     for other in (temperature / 3, 2.0):  # on graphs that differ in nothing else
         same(eager, captured, prompt(8, 0, SMALL), 12, other, method, seed=3, return_logprobs=True)
+    for top_k in (1, 4):
+        same(eager, captured, prompt(8, 0, SMALL), 12, temperature, method, seed=3, top_k=top_k)
 
 
 @pytest.mark.parametrize("scope", ["request", "engine"])
@@ -205,7 +210,7 @@ class Favours(LogitsProcessor):
 def test_what_cannot_be_captured_runs_eagerly_and_says_so():
     eager, captured = pair()
     for reason, options in {
-        "processor": {"logits_processor": [Favours()]},
+        "processor": {"logits_processor": [Favours(), NoBadWordsLogitsProcessor([[5]], eos_token_id=7)]},
         "a logits": {"repetition_penalty": 1.3},
     }.items():
         _, out = same(eager, captured, prompt(6, 0, SMALL), 20, is_captured=False, **options)
@@ -279,6 +284,43 @@ def test_the_plan_may_change_between_rounds(plans):
     change(eager, "_round", eager)
     change(captured.captured, "round", captured)
     same(eager, captured, prompt(6, 1, SMALL), 40)
+
+
+def test_graphs_are_kept_for_so_many_samplings(monkeypatch):
+    monkeypatch.setattr(captured_module, "MOST_SAMPLINGS", 3)
+    eager, captured = pair()
+    graphs, kept = captured.captured.graphs, []
+    for turn in range(8):
+        same(eager, captured, prompt(6, 1, SMALL), 12, 0.5 + turn / 10, seed=1)
+        kept.append(len(captured.captured._captured))
+    assert kept[3] < kept[2], "the fourth found no room"
+    assert kept[6] < kept[5]
+    captures = graphs.captures
+    same(eager, captured, prompt(6, 1, SMALL), 12, 0.5 + 7 / 10, seed=1)
+    assert graphs.captures == captures
+
+
+def test_a_round_that_captures_is_no_phases():
+    _, engine = pair()
+    seconds = engine.generate(prompt(9, 0, SMALL), 2).stats.seconds
+    assert seconds["draft"] == seconds["graft"] == seconds["verify"] == 0
+    assert seconds["commit"] > 0
+    again = engine.generate(prompt(9, 0, SMALL), 2).stats.seconds
+    assert min(again.values()) > 0
+
+
+def test_buffers_go_with_the_last_that_uses_them():
+    """Not when Python next looks for cycles: a device's memory does not make it do so."""
+    _, engine = pair()
+    engine.generate(prompt(9, 0, SMALL), 12)
+    buffer = weakref.ref(engine.captured._static.buffers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del engine.captured
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 def test_buckets_hold_what_they_are_asked_for_and_are_few():

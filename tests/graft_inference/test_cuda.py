@@ -1,10 +1,13 @@
 """Captured rounds on a CUDA device: real graphs give what eager rounds give."""
 
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from graft_inference import METHODS, bucket_cache
-from graft_inference.cuda_graph import CannotCapture, Captured, CudaGraphs, no_host_reads, undone
+from graft_inference.cuda_graph import CannotCapture, Captured, CudaGraphs, undone
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs
@@ -21,6 +24,16 @@ def _small_buckets(monkeypatch):
     monkeypatch.setattr(bucket_cache, "SMALLEST", 32)
     # Reduced precision would part the two on near ties.
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@contextmanager
+def no_host_reads():
+    """Whatever would wait for the device raises RuntimeError, in this process."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class EagerSegments(RecordedGraphs):
@@ -89,6 +102,39 @@ def test_a_function_that_reads_on_the_host_is_refused_and_leaves_the_device_usab
         captured.replay()
         graphs.wait()
         assert captured.outputs[0].tolist() == [5, 5, 5]
+
+
+def test_graphs_may_all_go_and_others_come():
+    """What a first graph needs to be captured outlives the last one: a longer request drops them all."""
+    eager, captured = pair(graphs=CudaGraphs(CUDA), device=CUDA)
+    for length in (6, 60, 200):
+        same(eager, captured, prompt(length, 0, SMALL), 20)
+
+
+def test_a_governed_engine_is_captured_too():
+    _, captured = pair(graphs=CudaGraphs(CUDA), device=CUDA, governed=True)
+    stats = captured.generate(prompt(9, 0, SMALL), 60).stats
+    assert stats.captured == stats.rounds, stats.uncaptured
+
+
+def test_a_capture_leaves_other_threads_alone():
+    graphs, stop, troubles = CudaGraphs(CUDA), threading.Event(), []
+
+    def reading():
+        while not stop.is_set():
+            try:
+                torch.ones(3, device=CUDA).sum().item()
+            except RuntimeError as error:
+                troubles.append(error)
+
+    thread = threading.Thread(target=reading)
+    thread.start()
+    value = torch.ones(3, device=CUDA)
+    for _ in range(20):
+        graphs.capture(lambda: [value + 1], [])
+    stop.set()
+    thread.join()
+    assert not troubles
 
 
 def test_an_engine_on_cuda_captures_unless_told_otherwise():

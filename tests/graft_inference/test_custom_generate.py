@@ -1,6 +1,8 @@
 """`generate` of the bundle, as transformers calls it: what plain `generate` gives, or a refusal."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,6 +76,16 @@ def test_the_request_decides_which_token_ends_it(model, bundle, as_list):
     other = next(token for token in range(VOCAB) if token not in free)
     unended = generate(prompt(9), model=model, draft=bundle, **(settings | {"eos_token_id": other}))
     assert unended[0, 9:].tolist() == free
+
+
+def test_threads_take_turns_on_a_model(model, bundle):
+    """It has our attention while it serves one of them, and its own again behind all."""
+    prompts = [prompt(5 + turn, turn) for turn in range(4)]
+    expected = [model.generate(ids, max_new_tokens=24, do_sample=False).tolist() for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        ask = partial(generate, model=model, draft=bundle, max_new_tokens=24)
+        assert [out.tolist() for out in pool.map(ask, prompts)] == expected
+    assert model.generate(prompts[0], max_new_tokens=24, do_sample=False).tolist() == expected[0]
 
 
 LEFT = {"padding_value": PAD, "batch_first": True, "padding_side": "left"}

@@ -1,17 +1,21 @@
 """The drafted tree against a plain beam search that re-reads every path without a cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import LogitsProcessorList, TopKLogitsWarper
 
 from graft_inference.drafting import Drafter
-from graft_inference.sampling import Noise, gumbel
+from graft_inference.sampling import LEFT_OUT, Noise, gumbel
 from graft_inference.target import Target
 
 from .test_tree import token_path
 from .tiny import tiny_head, tiny_model
 
 LENGTH, BEAM, PASSES = 7, 3, 4
+NOISE = Noise(gumbel(3, 5, PASSES, 61, torch.device("cpu")), 0.4)
 
 
 def plain_logp(head, target, tokens, feature, noise=None):
@@ -27,7 +31,8 @@ def plain_logp(head, target, tokens, feature, noise=None):
         features = torch.cat((features, out[-1:]))
     scores = head.logits(out[-1])
     if noise:
-        scores = scores / noise.temperature + noise.gumbel_PV[steps][head.target_ids]
+        left_out = scores < scores.topk(noise.warpers[0].top_k).values[-1] if noise.warpers else torch.zeros(1)
+        scores = scores / noise.temperature + noise.gumbel_PV[steps][head.target_ids] - LEFT_OUT * left_out
     logp = scores.log_softmax(-1)
     return {int(head.target_ids[i]): float(logp[i]) for i in range(len(logp))}
 
@@ -46,7 +51,7 @@ def plain_tree(head, target, tokens, feature, noise=None):
     return scores, beam[0][1]
 
 
-@pytest.mark.parametrize("noise", [None, Noise(gumbel(3, 5, PASSES, 61, torch.device("cpu")), 0.4)])
+@pytest.mark.parametrize("noise", [None, NOISE, replace(NOISE, warpers=LogitsProcessorList([TopKLogitsWarper(2)]))])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("chunks", [[LENGTH], [3, 4], [1, 1, 5], [6, 1]])
 def test_draft_equals_plain_beam_search(family, chunks, noise):

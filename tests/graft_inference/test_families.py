@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -23,7 +25,7 @@ from graft_inference.target import Target
 from .families import FAMILIES, WINDOW, family_model
 from .test_engine import prompt
 from .test_tree import random_tree, token_path
-from .tiny import SIZES, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny import SIZES, VOCAB, tiny_engine, tiny_head, tiny_model, tiny_policy
 
 SMALL = 8
 
@@ -170,3 +172,18 @@ def test_a_model_that_serves_an_engine_refuses_other_callers():
     target = Target(tiny_model("llama"))
     with pytest.raises(GraftError, match=r"engine.target.release\(\)"):
         target.model(prompt(3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learned_positions_end_where_the_text_does(method):
+    """Trees reach beyond the last position that there is."""
+    torch.manual_seed(3)
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 4}
+    config = OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=40, dropout=0.0)
+    model = OPTForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(6)
+    expected = model.generate(prompt(20), max_new_tokens=20, do_sample=False)
+    assert tiny_engine(model).generate(prompt(20), 20, method=method).sequences.tolist() == expected.tolist()

@@ -15,13 +15,15 @@ from transformers import (
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation import EosTokenCriteria
 
-from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage, grafting
-from graft_inference.sampling import Noise, Sampler, gumbel
+from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage, grafting, sampling
+from graft_inference.sampling import LEFT_OUT, Noise, Sampler, gumbel
 from graft_inference.tree import root_tree
 from graft_inference.verification import accept
 
@@ -40,6 +42,14 @@ class Alternating(LogitsProcessor):
     def __call__(self, input_ids, scores):
         self.lengths.append(input_ids.shape[1])
         return scores.masked_fill(torch.arange(scores.shape[1]) % 2 != len(self.lengths) % 2, float("-inf"))
+
+
+class Counting(Alternating):
+    """Counts alone."""
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        return scores
 
 
 def plain_sampling(model, input_ids, count, processors, seed, greedy=False):
@@ -146,6 +156,23 @@ def test_who_knows_the_noise_and_the_targets_scores_foresees_every_draw():
             assert (logp.diff() <= 0).all()
 
 
+def test_a_head_puts_last_what_the_settings_leave_out():
+    """At temperature 2 the nucleus of 0.8 has three tokens, and at 1 it would have two."""
+    ways = [TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.8), SuppressTokensLogitsProcessor([0], device="cpu")]
+    noise = Sampler(LogitsProcessorList(ways), False, 5).noise(3, 4, 9, CPU)
+    logits, ids = torch.tensor([[3.0, 2.0, 1.0, -1.0]]), torch.tensor([7, 0, 4, 2])
+    assert logits.softmax(-1).cumsum(-1)[0, 1] > 0.8
+    expected = logits[0] / 2 + noise.gumbel_PV[1, ids] - torch.tensor([0.0, 0.0, 0.0, LEFT_OUT])
+    torch.testing.assert_close(noise.foreseen(logits, ids, 2)[0], expected)
+
+
+def test_nothing_is_left_out_by_a_temperature():
+    ways = [TemperatureLogitsWarper(0.7), SuppressTokensLogitsProcessor([0], device="cpu")]
+    noise = Sampler(LogitsProcessorList(ways), False, 5).noise(0, 2, 9, CPU)
+    logits, ids = torch.tensor([[9.0, -9.0]]), torch.tensor([3, 8])
+    torch.testing.assert_close(noise.foreseen(logits, ids, 1)[0], logits[0] / 0.7 + noise.gumbel_PV[0, ids])
+
+
 def test_ranked_successors_leave_out_what_is_none_and_know_of_the_rest():
     noise = Noise(torch.tensor([[0.0] * 6, [0.0, 9.0, 0.0, 0.0, 5.0, 0.0]]), 0.5)
     ids, probs = torch.tensor([[3, 4, -1, 1]]), torch.tensor([[0.5, 0.25, 0.9, 0.05]])
@@ -169,8 +196,24 @@ def test_a_processor_with_state_sees_every_prefix_once_and_in_order(temperature)
         ours = Alternating()
         out = engine.generate(input_ids, 16, temperature, method, seed=3, logits_processor=[ours])
         assert out.sequences.tolist() == expected, method
-        assert ours.lengths[:16] == list(range(5, 21))
+        assert ours.lengths == list(range(5, 21))
         assert out.logprobs is None
+
+
+@pytest.mark.parametrize("criterion", [False, True])
+def test_no_processor_is_asked_for_what_comes_behind_the_end(criterion):
+    """A grammar has nothing to say there. The end is a token, or so many of them."""
+    engine = small_engine()
+    input_ids = prompt(5, 0, SMALL)
+    whole = engine.generate(input_ids, 24).sequences[0].tolist()
+    for end in {*whole[8:20]}:
+        engine.eos_token_ids = frozenset(() if criterion else (end,))
+        options = {"stopping_criteria": [EosTokenCriteria(end)]} if criterion else {}
+        for method in METHODS:
+            asked = Counting()
+            out = engine.generate(input_ids, 20, method=method, logits_processor=[asked], **options)
+            assert out.sequences[0].tolist() == whole[: min(whole.index(end, 5) + 1, 25)]
+            assert asked.lengths == list(range(5, out.sequences.shape[1]))
 
 
 def test_the_text_does_not_depend_on_where_rounds_end():
@@ -196,6 +239,12 @@ def test_noise_is_gumbel_and_independent_over_places_tokens_and_seeds():
     spectrum = torch.fft.ifft(torch.fft.fft(wide[0]) * torch.fft.fft(wide[1]).conj()).real
     spread = wide.std(dim=1).prod() * 5000**0.5
     assert ((spectrum - wide.mean(dim=1).prod() * 5000).abs() < 6 * spread).all()
+
+
+def test_noise_is_finite_for_the_greatest_number_too(monkeypatch):
+    for bits in (-1, 2**63 - 1, -(2**63), 0):
+        monkeypatch.setattr(sampling, "_mix", lambda values, bits=bits: torch.full_like(values, bits))
+        assert gumbel(0, 0, 1, 3, CPU).isfinite().all()
 
 
 def test_noise_is_a_function_of_seed_and_place_alone():

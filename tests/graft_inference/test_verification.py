@@ -2,8 +2,9 @@
 
 import torch
 
+from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.tree import DraftTree, Source
-from graft_inference.verification import accept
+from graft_inference.verification import accept, learn
 
 
 def tree_of(tokens, parents, depths, sources=None):
@@ -35,3 +36,14 @@ def test_a_match_below_a_rejected_node_is_not_accepted():
 def test_empty_rows_are_never_accepted():
     tree = tree_of([9, 0], [0, 0], [0, 0], [Source.ROOT, Source.EMPTY])
     assert accept(tree, tree.ancestors(1), torch.tensor([0, 0]), 1).count == 1
+
+
+def test_every_node_teaches_the_matrix_once_and_empty_rows_nothing():
+    tree = tree_of([9, 1, 2, 0, 0], [0, 0, 1, 0, 0], [0, 1, 2, 0, 0])
+    tree.sources_N[3:] = Source.EMPTY
+    matrix = SuccessorMatrix(torch.full((10, 2), -1, dtype=torch.int32), torch.zeros(10, 2, dtype=torch.float16))
+    logits = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+    learn(matrix, tree, logits, accept(tree, tree.ancestors(2), torch.tensor([1, 5, 0, 0, 0]), 2))
+    assert matrix.learned_V.tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0, 1]
+    for token, row in ((9, 0), (1, 1), (2, 2)):
+        assert matrix.ids_VK[token].tolist() == logits[row].topk(2).indices.tolist()
