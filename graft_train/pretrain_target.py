@@ -61,14 +61,25 @@ def pretrain_target(config: "Config") -> Path:
     """Writes `target/`: an ordinary transformers checkpoint, its tokenizer and pretraining.json."""
     if config.target.name_or_path:
         raise GraftError(f"target.name_or_path={config.target.name_or_path} is set: there is no target to pretrain")
-    settings = {"pretrain": asdict(config.pretrain_target), "data": document_settings(config.data)}
+    settings = {
+        "pretrain": asdict(config.pretrain_target),
+        "data": document_settings(config.data),
+        "seed": config.seed,
+    }
     return run_stage(config, "pretrain_target", "target", settings, [], lambda out: _build(config, out))
 
 
 def _build(config: "Config", out: Path) -> None:
     settings = config.pretrain_target
     set_seed(config.seed)
-    accelerator = Accelerator(cpu=resolve_device(config.target.device).type == "cpu")
+    # The schedules count optimizer steps, however many processes take one together.
+    cpu = resolve_device(config.target.device).type == "cpu"
+    accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False)
+    if settings.batch % accelerator.num_processes:
+        raise GraftError(
+            f"pretrain_target.batch={settings.batch} sequences cannot be shared by {accelerator.num_processes} "
+            "processes: set a multiple of their number"
+        )
     documents = read_documents(config.data)
     train_documents = of_split(documents, "train", config.data)
     held_out_documents = of_split(documents, "evaluation", config.data)
@@ -161,7 +172,7 @@ def _train(
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, settings)) for o in (muon, adamw)]
     model, muon, adamw, *schedules = accelerator.prepare(model, muon, adamw, *schedules)
     first = _resume(accelerator, out / "checkpoint")
-    share = settings.batch // accelerator.num_processes or 1
+    share = settings.batch // accelerator.num_processes
     bar = tqdm(
         range(first, settings.steps),
         initial=first,
@@ -209,6 +220,7 @@ def _checkpoint(accelerator: Accelerator, directory: Path, step: int) -> None:
     """Saved aside and renamed: a kill leaves either the old or the new one whole."""
     aside, old = directory.with_name("checkpoint.new"), directory.with_name("checkpoint.old")
     accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
     if accelerator.is_main_process:
         write_json(aside / "step.json", {"step": step})
         if directory.exists():

@@ -5,7 +5,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --signal=B:TERM@60
+#SBATCH --signal=B:USR1@60
 #SBATCH --requeue
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
@@ -18,9 +18,11 @@ GPUS=${SLURM_GPUS_ON_NODE:-8}
 CONFIG=${CONFIG:-ddp}
 
 # In single quotes: each node fills in its own SLURM_NODEID. run_dir must lie on a disk that all nodes see.
-# Requeued after a time limit, the same command goes on from the last checkpoint.
+# Requeued a minute before the time limit, the same command goes on from the last checkpoint.
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 srun bash -c 'exec accelerate launch \
   --config_file "conf/accelerate/$CONFIG.yaml" \
   --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 --deepspeed_multinode_launcher standard \
-  recipes/distill.py "$@"' distill "$@"
+  recipes/distill.py "$@"' distill "$@" &
+wait $!  # a shell hears a signal while it waits, not while a command runs

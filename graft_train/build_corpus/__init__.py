@@ -38,7 +38,7 @@ from graft_train.build_corpus.runs import (
     units_of,
 )
 from graft_train.build_corpus.tables import ngram_table, successor_matrix
-from graft_train.data.target import load_target, load_tokenizer, resolve_device, target_path
+from graft_train.data.target import load_target, load_tokenizer, refuse_several_spread, resolve_device, target_path
 from graft_train.stage import fingerprint_of, is_main, run_stage, say, write_json
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def describe_corpus(config: "Config") -> dict[str, Any]:
 def _build(config: "Config", out: Path) -> None:
     cpu = resolve_device(config.target.device).type == "cpu"
     processes = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the main process merges while others wait
+    if not config.corpus.text_only:
+        refuse_several_spread(config, processes.num_processes)
     made_for = describe_corpus(config)
     samples = Path(config.run_dir) / "data" / "samples.jsonl"
     runs = out / "runs"

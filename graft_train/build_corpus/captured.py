@@ -13,7 +13,7 @@ from graft_inference.errors import GraftError
 from graft_train.build_corpus.pairs import CHUNK, counted, weigh
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
-from graft_train.distill.batches import to_rows
+from graft_train.distill.batches import to_rows, with_room
 from graft_train.distill.state_source import INDEX, hash_of, open_shard, places_of
 from graft_train.stage import fingerprint_of, say
 
@@ -63,6 +63,7 @@ def find_captured(config: "Config", model: Any) -> CapturedStates | None:
     if not (directory / INDEX).is_file():
         return None
     samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
+    samples = with_room(samples, config.head.max_length)
     rows = to_rows(samples, config.head.max_length, model.config.get_text_config().vocab_size)
     wanted = {
         "target": fingerprint_of(target_path(config)),

@@ -78,9 +78,16 @@ class Chat:
             # Of a character that takes several tokens, the last of an answer, transformers marks the first alone.
             if mask[token - 1] and rendered.token_to_chars(token) == rendered.token_to_chars(token - 1):
                 mask[token] = 1
-        answers = spans(mask)
+        answers = [self._ended(rendered["input_ids"], *span) for span in spans(mask)]
         end = answers[-1][1] if answers else 0
         return Sample(document.id, "train", rendered["input_ids"][:end], answers)
+
+    def _ended(self, ids: Sequence[int], start: int, end: int) -> list[int]:
+        """A marked answer up to the token that ends it, which a template may leave unmarked, or mark more behind."""
+        if end < len(ids) and ids[end] in self.end_ids:
+            end += 1
+        ends = [place for place in range(start, end) if ids[place] in self.end_ids]
+        return [start, ends[-1] + 1 if ends else end]
 
     def _by_prefixes(self, document: Document) -> list[Sample]:
         messages = _conversation(document).messages
@@ -101,10 +108,8 @@ class Chat:
                 f"conversation up to that turn part at token {parted}, {seen!r} against {found!r}; use a chat template "
                 "with generation spans, or regenerate.answers=target"
             )
-        ends = [place for place in range(len(prompt), len(ids)) if ids[place] in self.end_ids]
-        end = ends[-1] + 1 if ends else len(ids)
-        answers = [[len(prompt), end]] if end > len(prompt) else []
-        return Sample(f"{document.id}#{turn}", "train", ids[:end], answers)
+        start, end = self._ended(ids, len(prompt), len(ids))
+        return Sample(f"{document.id}#{turn}", "train", ids[:end], [[start, end]] if end > start else [])
 
     def _render(self, document: Document, messages: Sequence[Message], **options: Any) -> Any:
         _template(self.tokenizer, document)

@@ -65,6 +65,16 @@ def target_path(config: "Config") -> Path:
         ) from error
 
 
+def refuse_several_spread(config: "Config", processes: int) -> None:
+    """Raises GraftError where each of several processes would spread a whole target over the same devices."""
+    if config.target.device_map and processes > 1:
+        raise GraftError(
+            f"target.device_map={config.target.device_map} would give each of {processes} processes a whole target, "
+            "spread over the same GPUs: launch one process (--num_processes 1), or set target.device_map=null (for "
+            "distill with head.shard_target=zero3 or tp)"
+        )
+
+
 def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
     """The target in evaluation mode, frozen, on its device or devices. One that is quantised stays so.
 

@@ -19,18 +19,18 @@ from graft_inference.head_checkpoint import save_head
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.sharded import count_parameters, held_bytes, whole
 from graft_train.data.states import TappedTarget
-from graft_train.data.target import load_target, resolve_device, target_path
-from graft_train.distill.batches import Row, to_rows
+from graft_train.data.target import load_target, refuse_several_spread, resolve_device, target_path
+from graft_train.distill.batches import Row, to_rows, with_room
 from graft_train.distill.checkpoint import vocabulary_hash
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
 from graft_train.distill.estimate import describe, estimate_training, naming_what_to_lower, speed_of
-from graft_train.distill.head import head_config, new_head, published_head
+from graft_train.distill.head import head_config, new_head, published_head, share_embeddings
 from graft_train.distill.loop import Training, plan_training, start_training, train, validate
 from graft_train.distill.measure import held_out_prompts, measure_tau
 from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
-from graft_train.stage import fingerprint_of, run_stage, say, write_json
+from graft_train.stage import fingerprint_of, is_main, run_stage, say, write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from graft_train.config import Config
 
 __all__ = ["distill"]
+SUMMARY = "training.json"
+"""Written last."""
 
 
 def distill(config: "Config") -> Path:
@@ -55,8 +57,11 @@ def distill(config: "Config") -> Path:
         settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
 
     def build(out: Path) -> None:
-        with naming_what_to_lower(config.head):
-            _build(config, data, out)
+        if not (out / SUMMARY).exists():  # else only the clearing up was interrupted
+            with naming_what_to_lower(config.head):
+                _build(config, data, out)
+        if is_main():
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
     return run_stage(config, "distill", "head", settings, [target, data], build)
 
@@ -65,8 +70,10 @@ def _build(config: "Config", data: Path, out: Path) -> None:
     started, settings = time.perf_counter(), config.head
     samples = read_samples(data / "samples.jsonl", "train")
     accelerator = make_accelerator(settings, resolve_device(config.target.device))
+    refuse_several_spread(config, accelerator.num_processes)
     model = load_target(config, settings.shard_target)
     set_seed(config.seed)
+    samples = with_room(samples, settings.max_length)
     rows = to_rows(samples, settings.max_length, model.config.get_text_config().vocab_size)
     held_out = min(settings.validation_samples, len(rows) // 10)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -122,6 +129,7 @@ def _head(
 ) -> tuple["DraftHead", float]:
     """The head to train, and the share of the answers' tokens that it can propose."""
     if published is not None:
+        share_embeddings(published, target)
         return published, coverage(samples, published.target_ids, shape.vocab_size)
     vocabulary = choose_draft_vocabulary(samples, shape.vocab_size, shape.draft_vocab_size)
     return new_head(shape, vocabulary.token_ids_D, target.lm_head_VH), vocabulary.coverage
@@ -174,6 +182,5 @@ def _finish(training: Training, out: Path, summary: dict[str, Any]) -> None:
         if accelerator.is_main_process:
             save_head(training.head, out)
     if accelerator.is_main_process:
-        write_json(out / "training.json", summary)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        write_json(out / SUMMARY, summary)
     accelerator.wait_for_everyone()

@@ -42,23 +42,42 @@ class Batch:
     answer_tokens: int
 
 
+def with_room(samples: list[Sample], max_length: int) -> list[Sample]:
+    """Those whose prompt leaves room for an answer; the others are counted.
+
+    Raises:
+        GraftError: there are none.
+    """
+    kept = [sample for sample in samples if sample.cut(max_length) is not None]
+    if not kept:
+        shortest = min(len(sample.prompt_ids) for sample in samples)
+        raise GraftError(
+            f"the prompts of all {len(samples)} samples fill head.max_length={max_length}, the shortest with "
+            f"{shortest} tokens: nothing to train on; raise it"
+        )
+    if len(kept) < len(samples):
+        say(
+            f"distill: the prompts of {len(samples) - len(kept)} of {len(samples)} samples fill "
+            f"head.max_length={max_length}, and were left out"
+        )
+    return kept
+
+
 def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row]:
     """One row a sample; longer ones are cut (see `Sample.cut`), which is said.
 
     A draft reads one token of an answer and predicts the next, so an answer of one token teaches nothing.
 
+    Args:
+        samples: `with_room`.
+
     Raises:
-        GraftError: names the sample that leaves nothing to train on, or holds a token the target lacks; or no
-            answer has two tokens.
+        GraftError: names the sample that holds a token the target lacks; or no answer has two tokens.
     """
     rows, cut, mute = [], 0, 0
     for sample in samples:
         kept = sample.cut(max_length)
-        if kept is None:
-            raise GraftError(
-                f"the prompt of sample {sample.id} has {len(sample.prompt_ids)} tokens and fills "
-                f"head.max_length={max_length}: nothing to train on; raise it or remove the sample"
-            )
+        assert kept is not None
         if max(kept.ids) >= vocab_size:
             raise GraftError(
                 f"sample {sample.id} holds token {max(kept.ids)}, but the target has {vocab_size} tokens: "

@@ -63,7 +63,7 @@ class HeadTrainConfig:
             that the draft's earlier tokens survive.
         skip_out_of_vocabulary: leave positions whose target choice cannot be drafted out of the loss.
         feature_noise: uniform noise on the tapped states, up to this share of their root mean square.
-        max_length: longer samples lose the end of their answer.
+        max_length: longer samples lose the end of their answer; those whose prompt fills it are left out.
         epochs: passes over the samples, unless max_steps ends training earlier.
         batch_tokens: samples are packed into rows of at most so many tokens; one row a device at a time.
         batches_per_step: rows of an optimizer step, over all devices: a multiple of their number.
@@ -137,8 +137,9 @@ class HeadTrainConfig:
             raise GraftError(f"head.max_length={self.max_length} leaves nothing to train on; set at least 3")
         if self.states_top_k is not None:
             self._check_top_k()
-        if self.feature_noise < 0:
-            raise GraftError(f"head.feature_noise={self.feature_noise} must not be negative")
+        for name in ("feature_noise", "validation_samples"):
+            if getattr(self, name) < 0:
+                raise GraftError(f"head.{name}={getattr(self, name)} must not be negative")
         weights = self.weights()
         if len(weights) != self.unroll_steps or min(weights) < 0 or not any(weights):
             raise GraftError(

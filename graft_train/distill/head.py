@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from graft_inference import GraftError
 from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
 from graft_inference.head_checkpoint import load_head
+from graft_train.data.states import TappedTarget
 from graft_train.distill.config import HeadTrainConfig
 
 
@@ -70,7 +71,8 @@ def published_head(place: str, model: PreTrainedModel) -> DraftHead:
             path = Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors"]))
         except (OSError, ValueError) as error:
             raise GraftError(f"head.init_from={place} is neither a directory nor a head on the Hub: {error}") from error
-    head, target = load_head(path).float(), model.config.get_text_config()
+    target = model.config.get_text_config()
+    head = load_head(path, target.num_hidden_layers).float()
     for name in ("hidden_size", "vocab_size"):
         own, wanted = getattr(head.config, name), getattr(target, name)
         if own != wanted:
@@ -78,3 +80,21 @@ def published_head(place: str, model: PreTrainedModel) -> DraftHead:
                 f"head.init_from={place} has {name}={own}, but the target {wanted}: it is another target's"
             )
     return head
+
+
+def share_embeddings(head: DraftHead, target: TappedTarget) -> None:
+    """Drops a head's copy of the target's embeddings, which training reads in any case.
+
+    Raises:
+        GraftError: they are not the target's.
+    """
+    if head.embed_tokens is None:
+        return
+    ids_V = torch.arange(head.config.vocab_size, device=target.model.device)
+    embedding_VH = target.embed(ids_V).to("cpu")
+    if not torch.equal(head.embed_tokens.weight.to(embedding_VH.dtype), embedding_VH):
+        raise GraftError(
+            "the head of head.init_from has embeddings of its own, and training reads the target's: go on from a head "
+            "that shares them"
+        )
+    head.embed_tokens = None

@@ -195,6 +195,9 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
 
     Returns:
         Sums over all processes, and the answer tokens behind them.
+
+    Raises:
+        GraftError: the loss or its gradient is not finite.
     """
     accelerator, settings = training.accelerator, training.settings
     prepared = training.prepare_share(batches)
@@ -220,12 +223,20 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
                 loss, batch_sums_6K = training.run(one, coefficient_K)
                 accelerator.backward(loss)
         sums_6K += batch_sums_6K
-    accelerator.clip_grad_norm_(training.distiller.parameters(), settings.clip)
+    sums_6K = accelerator.reduce(sums_6K, "sum")
+    norm = accelerator.clip_grad_norm_(training.distiller.parameters(), settings.clip)
+    # DeepSpeed has clipped already, and says nothing or a number.
+    if not (torch.isfinite(sums_6K).all() and (norm is None or math.isfinite(norm))):
+        raise GraftError(
+            f"the loss of the step with batches {min(batches)} to {max(batches)} is not finite: lower "
+            "head.learning_rate, or where target states were stored in float16 set head.states_dtype=bfloat16; the "
+            "last checkpoint is intact"
+        )
     for optimizer in training.optimizers:
         optimizer.step()
         optimizer.zero_grad()
     tokens = torch.tensor(float(sum(one.batch.answer_tokens for one in prepared)), device=sums_6K.device)
-    return StepSums.unstack(accelerator.reduce(sums_6K, "sum")), int(accelerator.reduce(tokens, "sum"))
+    return StepSums.unstack(sums_6K), int(accelerator.reduce(tokens, "sum"))
 
 
 def noisy(taps_SE: Tensor, share: float, seed: int) -> Tensor:

@@ -205,7 +205,7 @@ class _LinearDivergence(torch.autograd.Function):
         draft_NK = torch.empty_like(weight_NK, dtype=torch.long)
         survived_NK = torch.ones_like(value_NK)
         grad_hidden_NKH = torch.empty_like(hidden_NKH)
-        grad_weight_DH = torch.zeros_like(weight_DH)
+        grad_weight_DH = torch.zeros_like(weight_DH, dtype=torch.float32)
         last_K = torch.zeros_like(value_NK[:1])  # of the chunk before: survived, this step included
         for start in range(0, len(hidden_NKH), CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -219,9 +219,11 @@ class _LinearDivergence(torch.autograd.Function):
                 survived_NK[chunk], last_K = _survival(accepted_CK, last_K)
             value_NK[chunk], grad_CKD = divergence(name, teacher_CD, logp_CKD)
             grad_CKD *= (weight_NK[chunk] * survived_NK[chunk])[..., None]
+            # DeepSpeed trains a head that is bf16 itself; under autocast only the products are.
+            grad_CKD = grad_CKD.to(hidden_NKH.dtype)
             grad_hidden_NKH[chunk] = grad_CKD @ weight_DH
             grad_weight_DH += grad_CKD.flatten(0, 1).T @ hidden_NKH[chunk].flatten(0, 1)
-        ctx.save_for_backward(grad_hidden_NKH, grad_weight_DH)
+        ctx.save_for_backward(grad_hidden_NKH, grad_weight_DH.to(weight_DH.dtype))
         ctx.mark_non_differentiable(value_NK, draft_NK)
         return (value_NK * survived_NK * weight_NK).sum(), value_NK, draft_NK
 

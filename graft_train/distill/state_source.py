@@ -8,11 +8,13 @@ index is whole.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -48,15 +50,25 @@ def memory_states(target: TappedTarget, rows: list[Row], batch_tokens: int) -> S
     """Runs the target once over all rows and keeps what it made of them in host memory.
 
     The batches of this pass are fixed, so that the states are the same to the bit when training resumes.
+
+    Raises:
+        GraftError: more than the memory holds.
     """
-    device, memory = target.model.device, torch.device("cpu")
+    needed = _stored_bytes(target, rows, target.model.dtype) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise GraftError(
+            f"the target's states need {needed / 2**30:.1f} GiB of memory, all processes of this machine together, and "
+            f"{free / 2**30:.1f} are free: set head.states=disk or online"
+        )
+    memory = torch.device("cpu")
     cache: dict[int, TargetStates] = {}
     for chosen in tqdm(_packs(rows, range(len(rows)), batch_tokens), desc="states", unit="batch", leave=False):
         states, start = _run(target, rows, chosen).to(memory), 0
         for row in chosen:
             cache[row] = states.slice(start, start + len(rows[row].tokens_S))
             start += len(rows[row].tokens_S)
-    return lambda batch: TargetStates.cat([cache[row] for row in batch.rows]).to(device)
+    return lambda batch: TargetStates.cat([cache[row] for row in batch.rows]).to(batch.tokens_S.device)
 
 
 def disk_states(
@@ -101,7 +113,6 @@ def disk_states(
         accelerator.wait_for_everyone()
     places = _read_index(directory, identity, len(rows))
     files: dict[int, Any] = {}
-    device = target.model.device
 
     def read(row: int) -> TargetStates:
         shard, start, end = places[row]
@@ -110,7 +121,7 @@ def disk_states(
         parts = {PARTS[name]: files[shard].get_slice(name)[start:end] for name in files[shard].keys()}  # noqa: SIM118
         return TargetStates(**parts).map(lambda tensor: _as(tensor, target.model.dtype, torch.long))
 
-    return lambda batch: TargetStates.cat([read(row) for row in batch.rows]).to(device)
+    return lambda batch: TargetStates.cat([read(row) for row in batch.rows]).to(batch.tokens_S.device)
 
 
 def _packs(rows: list[Row], chosen: Any, batch_tokens: int) -> list[list[int]]:
@@ -158,6 +169,11 @@ def _write(
         whole = TargetStates.cat([one.to(torch.device("cpu")) for one in states])
         stored = vars(whole.map(lambda tensor: _as(tensor, dtype, torch.int32)))
         tensors = {name: stored[part] for name, part in PARTS.items() if stored[part] is not None}
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise GraftError(
+                f"the target's states of {path.stem} are not finite in {identity['dtype']}: set "
+                "head.states_dtype=bfloat16 or float32"
+            )
         aside = path.with_suffix(".new")
         try:
             save_file(tensors, str(aside))
@@ -193,10 +209,7 @@ def _cut(rows: list[Row], chosen: list[int], batch_tokens: int) -> list[list[int
 
 
 def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: torch.dtype, top: int | None) -> None:
-    tokens = sum(len(row.tokens_S) for row in rows)
-    hidden = target.model.config.get_text_config().hidden_size
-    predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
-    needed = tokens * (len(target.tapped_layers) * hidden * dtype.itemsize + predicted + 4)
+    tokens, needed = sum(len(row.tokens_S) for row in rows), _stored_bytes(target, rows, dtype, top)
     done = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     partial.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(partial.parent).free
@@ -209,6 +222,14 @@ def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: tor
             f"{partial.parent} has {free / 2**30:.1f} GiB free, but the target states need "
             f"{(needed - done) / 2**30:.1f}: set head.states=online, head.states_dtype=bfloat16, or another run_dir"
         )
+
+
+def _stored_bytes(target: TappedTarget, rows: list[Row], dtype: torch.dtype, top: int | None = None) -> int:
+    """Of the states of all rows, token ids as int32."""
+    hidden = target.model.config.get_text_config().hidden_size
+    predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
+    per_token = len(target.tapped_layers) * hidden * dtype.itemsize + predicted + 4
+    return per_token * sum(len(row.tokens_S) for row in rows)
 
 
 def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[tuple[int, int, int]]:

@@ -1,5 +1,6 @@
 """`regenerate`: the target answers the training prompts itself, so that the head learns its habits."""
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from graft_inference import GraftError
 from graft_train.data.chat import Chat
 from graft_train.data.documents import document_settings, of_split, read_documents
 from graft_train.data.preview import show
@@ -30,11 +32,17 @@ def regenerate(config: "Config") -> Path:
     """Writes `data/samples.jsonl`; see `data/samples.py` for a line's fields.
 
     Raises:
+        GraftError: launched as several processes, or what a stage, the data or a server lacks.
         SystemExit: data.preview=true, when the samples have been shown. Nothing is written then.
     """
     if config.data.preview:
         _preview(config)
         raise SystemExit(0)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GraftError(
+            "regenerate runs as one process: python recipes/regenerate.py; to answer faster give it servers "
+            "(regenerate.base_url)"
+        )
     settings = {
         **config.regenerate.decisive(),
         "data": document_settings(config.data),
@@ -75,6 +83,10 @@ class _Work:
         tokenizer = load_tokenizer(config)
         self.chat = Chat(tokenizer, end_ids(path, tokenizer))
         self.max_positions = AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+        if urls := config.regenerate.servers():
+            from graft_train.regenerate.servers import context_limit
+
+            self.max_positions = min(self.max_positions, context_limit(urls) or self.max_positions)
         self.documents = read_documents(config.data)
 
     def prompts(self, split: str, count: int) -> list[Prompt]:

@@ -42,6 +42,26 @@ class Unreachable(Exception):
     """A server that has failed every attempt of a request."""
 
 
+def context_limit(urls: list[str]) -> int | None:
+    """The fewest tokens that a server takes for prompt and answer (vLLM's and SGLang's max_model_len).
+
+    None where none says so; one that does not answer now is asked again, with patience, for its answers.
+    """
+    limits = []
+    with httpx2.Client(timeout=10.0, headers=_headers()) as client:
+        for url in urls:
+            try:
+                limits.append(client.get(f"{url.rstrip('/')}/models").json()["data"][0]["max_model_len"])
+            except (httpx2.TransportError, ValueError, LookupError, TypeError):
+                continue
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _headers() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def ask_servers(prompts: list[Prompt], path: Path, settings: RegenerateConfig, seed: int, chat: Chat) -> None:
     """Appends an answer to every prompt that has none in `path` yet, in the order in which they come.
 
@@ -88,10 +108,8 @@ class _Questions:
     retokenised: int = 0
 
     async def ask_all(self) -> None:
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(timeout=TIMEOUT, limits=limits, headers=headers) as client:
+        async with httpx2.AsyncClient(timeout=TIMEOUT, limits=limits, headers=_headers()) as client:
             while self.pending:
                 before = len(self.pending)
                 troubles = await self._round(client)

@@ -1,3 +1,8 @@
+import json
+import subprocess
+import sys
+from unittest import mock
+
 import pytest
 import torch
 
@@ -7,6 +12,7 @@ from graft_train.config import Config
 from graft_train.data.documents import DataConfig
 from graft_train.data.target import TargetConfig
 from graft_train.pretrain_target import PretrainConfig, batch_rows, pretrain_target, rate
+from tests.graft_train.distill.ranks import environment, torchrun
 from tests.graft_train.tiny_run import tiny_config, write_sources
 
 
@@ -44,6 +50,43 @@ def test_resume_equals_no_interruption(tmp_path, monkeypatch):
     found = weights(pretrain_target(interrupted))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not (tmp_path / "interrupted" / "target" / "checkpoint").exists()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from graft_train.pretrain_target import pretrain_target
+from tests.graft_train.tiny_run import tiny_config
+
+pretrain_target(tiny_config(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """Schedules and batches count the same; AdamW's first steps amplify roundings, so the loss is compared."""
+    write_sources(tmp_path / "sources")
+    alone = pretrain_target(tiny_config(tmp_path / "alone", tmp_path / "sources"))
+    (tmp_path / "here.py").write_text(SCRIPT)
+    run = subprocess.run(
+        [sys.executable, *torchrun(2), str(tmp_path / "here.py"), str(tmp_path / "both"), str(tmp_path / "sources")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    losses = [
+        json.loads((directory / "pretraining.json").read_text())["held_out_loss"]
+        for directory in (alone, tmp_path / "both" / "target")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_batch_that_processes_cannot_share_is_named(tmp_path, monkeypatch):
+    write_sources(tmp_path / "sources")
+    monkeypatch.setattr(module, "Accelerator", lambda **_: mock.Mock(num_processes=3))
+    with pytest.raises(GraftError, match=r"pretrain_target\.batch=4 sequences cannot be shared by 3 processes"):
+        pretrain_target(tiny_config(tmp_path / "run", tmp_path / "sources"))
 
 
 def weights(directory):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -175,6 +176,13 @@ def test_a_damaged_table_is_refused(config, name, tensor, message):
     edited(path, {}, **{name: tensor})
     with pytest.raises(GraftError, match=message):
         load_ngrams(path, VOCAB)
+
+
+def test_a_target_spread_over_all_devices_is_one_process(config, monkeypatch):
+    monkeypatch.setattr("graft_train.build_corpus.PartialState", lambda **_: mock.Mock(num_processes=2))
+    config.target.device_map = "auto"
+    with pytest.raises(GraftError, match=r"device_map=auto would give each of 2 processes a whole target"):
+        build_corpus(config)
 
 
 def test_bad_settings_are_refused(config, tmp_path):

@@ -43,6 +43,17 @@ def test_a_template_with_spans_gives_one_row_with_every_answer():
     assert shown(row) == ("<user> a b <end> gap <assistant> [c <end>] gap <user> d <end> gap <assistant> [e f <end>]")
 
 
+def test_a_marked_answer_ends_with_its_end_wherever_the_marks_are():
+    """Templates leave the end of a turn out of their marks, or mark the newline behind it too."""
+    end = "{% endgeneration %} gap"
+    assert MARKED.count(f" <end>{end}") == 1
+    for template in (MARKED.replace(f" <end>{end}", f"{end[:-4]} <end> gap"), MARKED.replace(end, f" gap{end[:-4]}")):
+        (row,) = chat(template).answered(document("a b", "c", "d", "e f"))
+        assert shown(row) == (
+            "<user> a b <end> gap <assistant> [c <end>] gap <user> d <end> gap <assistant> [e f <end>]"
+        )
+
+
 def test_an_answer_has_all_tokens_of_its_last_character():
     bytes_ = ByteLevelBPETokenizer()
     bytes_.train_from_iterator(["nothing"], vocab_size=257, special_tokens=["<end>"], show_progress=False)

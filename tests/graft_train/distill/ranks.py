@@ -56,15 +56,19 @@ def run_ranks(
     """
     script = directory / "distill_here.py"
     script.write_text(SCRIPT)
-    paths = [str(ROOT), str(ROOT / "inference"), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, *launcher, str(script), str(directory), changes, str(kill), during],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
         cwd=directory,
     )
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "inference"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def was_killed(run: subprocess.CompletedProcess[str]) -> bool:

@@ -3,7 +3,7 @@ import torch
 
 from graft_inference import GraftError
 from graft_train.data.samples import Sample, answered
-from graft_train.distill.batches import collate, pack, plan_batches, to_rows
+from graft_train.distill.batches import collate, pack, plan_batches, to_rows, with_room
 
 from .pair import VOCAB, samples
 
@@ -46,12 +46,14 @@ def test_all_answers_of_a_conversation_are_masked_and_it_is_cut_at_a_turns_end()
     assert cut.answer_S.long().tolist() == [0, 0, 1, 1]
 
 
-def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_named():
+def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_left_out(capsys):
     sample = answered("long", [1] * 6, samples()[0].answer_ids, {})
     row = to_rows([sample], 8, VOCAB)[0]
     assert row.answer_S.tolist() == [False] * 6 + [True] * 2
-    with pytest.raises(GraftError, match=r"sample long .*head.max_length=6"):
-        to_rows([sample], 6, VOCAB)
+    assert with_room([sample, samples()[0]], 6) == samples()[:1]
+    assert "the prompts of 1 of 2 samples fill head.max_length=6" in capsys.readouterr().out
+    with pytest.raises(GraftError, match=r"all 1 samples fill head.max_length=6, the shortest with 6 tokens"):
+        with_room([sample], 6)
 
 
 def test_answers_of_one_token_are_counted_and_alone_they_are_refused(capsys):

@@ -5,11 +5,13 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftEngine, GraftError
 from graft_inference.head_checkpoint import load_head
@@ -240,6 +242,7 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
         ({"states": "cache"}, "head.states=cache"),
         ({"step_weights": [1.0]}, r"head.step_weights=\[1.0\] must be head.unroll_steps=7 weights"),
         ({"feature_noise": -0.1}, "head.feature_noise=-0.1"),
+        ({"validation_samples": -1}, "head.validation_samples=-1"),
         ({"states_top_k": 0, "states": "disk"}, "head.states_top_k=0 must be positive"),
         ({"states_top_k": 8}, "head.states_top_k=8 is for head.states=disk"),
         ({"states_top_k": 8, "states": "disk", "loss": "reverse_kl"}, "head.loss=reverse_kl is infinite"),
@@ -256,7 +259,7 @@ def test_impossible_settings_are_named(changes, message):
     [
         ({"tapped_layers": [0, 2, 9]}, r"head.tapped_layers=\[0, 2, 9\].*layers 0\.\.3"),
         ({"tapped_layers": [2, 0, 3]}, "ascending"),
-        ({"max_length": 3}, "head.max_length=3"),
+        ({"max_length": 3}, "raise head.max_length"),
         ({"batches_per_step": 500}, "lower head.batch_tokens or head.batches_per_step"),
     ],
 )
@@ -375,6 +378,58 @@ def test_a_trained_head_can_be_gone_on_from(tmp_path):
     head = load_head(distill(second))
     assert torch.equal(head.target_ids, load_head(first).target_ids)
     assert sum(metrics(Path(second.run_dir) / "head")[0]["loss"]) < 0.9 * sum(metrics(first)[0]["loss"])
+
+
+def test_a_head_with_a_copy_of_the_targets_embeddings_is_gone_on_from_without_it(tmp_path):
+    """Published heads of some dialects bring one, and need not say which layers they tap."""
+    first = distill(make_run(tmp_path, max_steps=2))
+    weights, embeddings = load_file(first / "model.safetensors"), tiny_target().get_input_embeddings().weight
+    brought = tmp_path / "brought"
+    shutil.copytree(first, brought)
+    values = json.loads((brought / "config.json").read_text())
+    for name in ("eagle_aux_hidden_state_layer_ids", "eagle_config"):
+        del values[name]
+    (brought / "config.json").write_text(json.dumps(values))
+    changes = {"max_steps": 2, "measure_prompts": 1, "measure_tokens": 4}
+    save_file(weights | {"embed_tokens.weight": embeddings}, brought / "model.safetensors")
+    plain = distill(make_run(tmp_path / "plain", init_from=str(first), **changes))
+    assert metrics(distill(make_run(tmp_path / "with", init_from=str(brought), **changes))) == metrics(plain)
+    save_file(weights | {"embed_tokens.weight": embeddings + 1}, brought / "model.safetensors")
+    with pytest.raises(GraftError, match="embeddings of its own"):
+        distill(make_run(tmp_path / "other", init_from=str(brought), **changes))
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
+    run = TappedTarget.states
+
+    def overflowing(*arguments):
+        states = run(*arguments)
+        states.taps_SE[0, 0] = float("inf")
+        return states
+
+    monkeypatch.setattr(TappedTarget, "states", overflowing)
+    with pytest.raises(GraftError, match="batches 0 to 1 is not finite"):
+        distill(make_run(tmp_path))
+    with pytest.raises(GraftError, match=r"states of shard-00000 are not finite in float16.*states_dtype=bfloat16"):
+        distill(make_run(tmp_path / "disk", states="disk", states_dtype="float16"))
+
+
+def test_states_that_memory_does_not_hold_are_refused_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: mock.Mock(available=1000))
+    with pytest.raises(GraftError, match=r"GiB of memory.*set head.states=disk or online"):
+        distill(make_run(tmp_path, states="memory"))
+
+
+def test_a_head_that_was_finished_but_for_its_name_is_not_trained_again(tmp_path, monkeypatch):
+    config = make_run(tmp_path, max_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage_module.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        distill(config)
+    assert (tmp_path / "run" / "head.partial" / "checkpoints").exists()
+    monkeypatch.setattr(stage_module, "_build", None)
+    head = distill(config)
+    assert load_head(head)
+    assert not (head / "checkpoints").exists()
 
 
 def test_a_head_of_another_target_is_not_gone_on_from(tmp_path):

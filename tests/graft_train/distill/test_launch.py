@@ -1,10 +1,14 @@
 """Settings that a launch cannot follow."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from graft_inference import GraftError
+from graft_train import distill as stage_module
 from graft_train.data.target import load_target
+from graft_train.distill import distill
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.parallel import make_accelerator
 
@@ -28,6 +32,14 @@ def test_a_target_is_spread_or_shared_out_but_not_both(tmp_path):
     config.target.device_map = "auto"
     with pytest.raises(GraftError, match=r"head\.shard_target=tp and target\.device_map=auto exclude each other"):
         load_target(config, "tp")
+
+
+def test_a_target_spread_over_all_devices_is_one_process(tmp_path, monkeypatch):
+    config = make_run(tmp_path)
+    config.target.device_map = "auto"
+    monkeypatch.setattr(stage_module, "make_accelerator", lambda *_: mock.Mock(num_processes=2))
+    with pytest.raises(GraftError, match=r"target\.device_map=auto would give each of 2 processes.*--num_processes 1"):
+        distill(config)
 
 
 def test_an_unknown_way_to_share_out_is_named():

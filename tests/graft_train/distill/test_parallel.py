@@ -17,6 +17,7 @@ from .test_distill import make_run, metrics
 # Some steps' gradients are longer than the clip and some are not: AdamW alone would forgive a wrong scale.
 CHANGES = {
     "max_steps": 4,
+    "batches_per_step": 4,
     "checkpoint_every": 2,
     "measure_prompts": 3,
     "measure_tokens": 6,
@@ -91,6 +92,14 @@ def test_one_process_goes_on_from_two(tmp_path, alone):
     assert killed.returncode != 0
     assert (tmp_path / "run" / "head.partial" / "checkpoints" / "step-00000002").exists()
     assert_same_training(distill(make_run(tmp_path, **CHANGES)), alone, 1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_in_bf16(tmp_path, alone, stage):
+    """There the parameters themselves are bf16, as they are nowhere else."""
+    head = head_of(tmp_path, CHANGES | {"mixed_precision": "bf16"}, launcher=deepspeed(stage, 2))
+    for one, two in zip(metrics(alone), metrics(head), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.05)
 
 
 def test_zero_3_trains_as_one_process(tmp_path, alone):

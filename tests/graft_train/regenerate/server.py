@@ -21,11 +21,13 @@ def answer_to(prompt: list[int], limit: int) -> list[int]:
 class Server:
     """Attributes:
     completion: makes a choice from the answer's ids; by default as vLLM does when asked for ids.
+    model: what it says of its model besides the name.
     refuse: gives the status and the body of a refusal for the n-th request (from 0), or None.
     """
 
     completion: Callable[[list[int], list[int]], dict[str, Any]] | None = None
     refuse: Callable[[int], tuple[int, str] | None] = lambda number: None
+    model: dict[str, Any] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     answers: int = 0
     url: str = ""
@@ -50,7 +52,8 @@ def serving(server: Server) -> Iterator[Server]:
 
         def do_GET(self) -> None:
             found = self.path == "/v1/models"
-            self.send(*((200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]}) if found else (404, {})))
+            model = {"id": "tiny", "object": "model"} | server.model
+            self.send(*((200, {"object": "list", "data": [model]}) if found else (404, {})))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

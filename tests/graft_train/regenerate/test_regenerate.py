@@ -59,6 +59,30 @@ def test_a_server_answers_in_place_of_this_process(tmp_path):
     assert regenerate(config) / "samples.jsonl" == path
 
 
+def test_a_server_is_not_asked_more_than_it_takes(tmp_path):
+    """Prompts of 14 tokens are cut at the earlier turn, of 5, where answers of 6 would not fit behind them."""
+    narrow = Server(model={"max_model_len": 19})
+    with serving(Server(model={"max_model_len": 64})) as wide, serving(narrow):
+        samples = read_samples(regenerate(served(tmp_path / "one", wide, narrow)) / "samples.jsonl", "train")
+        assert {len(sample.prompt_ids) for sample in samples} == {5}
+        asked, narrow.model["max_model_len"] = len(wide.requests), 10
+        with pytest.raises(GraftError, match="longer than the 4 tokens"):
+            regenerate(served(tmp_path / "two", wide, narrow))
+        assert len(wide.requests) == asked
+
+
+def served(root, *servers):
+    root.mkdir()
+    return chat_config(root, PLAIN, base_url=[server.url for server in servers])
+
+
+def test_several_processes_would_answer_everything_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GraftError, match="regenerate runs as one process"):
+        regenerate(chat_config(tmp_path, PLAIN))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("answers", ["data", "target"])
 def test_preview_shows_what_there_is_and_runs_and_writes_nothing(tmp_path, answers, capsys):
     config = chat_config(tmp_path, MARKED, answers=answers)
