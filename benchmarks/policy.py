@@ -152,7 +152,7 @@ def measure(
     found = []
     for name, one in learned.items():
         plans = contenders(by_default(settings), learned, name, ablate)
-        raced = race_distinct(engine, domains[name]["evaluation"], plans, settings, repeats)
+        raced = race_distinct(engine, domains[name]["evaluation"], plans, settings, repeats, redraws=True)
         found.append(
             {
                 "domain": name,
@@ -216,11 +216,12 @@ def race_distinct(
     settings: CalibrateConfig,
     repeats: int,
     timer: RoundTimer | None = None,
+    redraws: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Plans that came out equal are raced once, under the first one's name."""
     names = {plan: name for name, plan in reversed(plans.items())}
     distinct = {name: plan for name, plan in plans.items() if names[plan] == name}
-    raced = race(engine, prompts, distinct, settings.max_new_tokens, settings.temperature, repeats, timer)
+    raced = race(engine, prompts, distinct, settings.max_new_tokens, settings.temperature, repeats, timer, redraws)
     return {name: raced[names[plan]] for name, plan in plans.items()}
 
 

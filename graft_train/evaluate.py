@@ -19,12 +19,14 @@ from graft_train.data.target import DTYPES, resolve_device, target_path
 from graft_train.device import describe_device
 from graft_train.export import write_card
 from graft_train.report import draw, print_table, to_markdown
-from graft_train.stage import is_main, run_stage, write_json
+from graft_train.stage import barrier, is_main, run_stage, say, write_json
 
 if TYPE_CHECKING:
     from graft_train.config import Config
 
 BOOTSTRAP = 2000
+TIMED = "timed.json"
+"""What was timed, until it is checked and summed up."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class EvaluateConfig:
         temperature: of the timed runs; losslessness is checked greedily.
         repeats: timed runs of every prompt with every method; the median counts.
         governed: graft may narrow its tree or stop speculating where it does not pay, as it does by default.
+        check_lossless: compare every method's greedy tokens in fp32, which takes a target of that size, with
+            transformers' own.
     """
 
     prompts: int = 80
@@ -44,6 +48,7 @@ class EvaluateConfig:
     temperature: float = 0.0
     repeats: int = 5
     governed: bool = True
+    check_lossless: bool = True
 
     def __post_init__(self) -> None:
         least = {"prompts": 1, "max_new_tokens": 2, "repeats": 1}  # the prefill gives the first token
@@ -66,38 +71,72 @@ def evaluate(config: "Config") -> Path:
     run_dir = Path(config.run_dir)
     inputs = [target_path(config), run_dir / "data", run_dir / "bundle"]
     settings = {**asdict(config.evaluation), "seed": config.seed, "dtype": config.target.dtype}
+    del settings["check_lossless"]  # or runs that were timed could not be kept where the check does not fit
     directory = run_stage(config, "evaluate", "evaluation", settings, inputs, lambda out: _build(config, out))
     if is_main():
-        print_table(read_json(directory / "evaluation.json"))
+        evaluation = read_json(directory / "evaluation.json")
+        print_table(evaluation)
+        if config.evaluation.check_lossless and None in evaluation["lossless"].values():
+            say(f"evaluate: made with evaluation.check_lossless=false; delete {directory} to have it checked")
     return directory
 
 
 def _build(config: "Config", out: Path) -> None:
     settings, run_dir = config.evaluation, Path(config.run_dir)
     samples = read_samples(run_dir / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
-    engine = _engine(config, config.target.dtype, settings.governed)
-    _check_lengths(engine, samples, settings.max_new_tokens)
-    runs = _interleaved(engine, samples, settings, config.seed)
-    device, policy = describe_device(engine.target.device), engine.policy
-    del engine
+    path = out / TIMED
+    if not path.exists():  # else an interrupted check left it
+        timed = _timed(config, samples)
+        if is_main():
+            write_json(path, timed)
+        barrier()
     gc.collect()  # hooks and their target hold each other, and a large one is held once at a time
     lossless = _losslessness(config, samples)
     if not is_main():
         return
+    timed = read_json(path)
+    runs = {name: [[_run_of(run) for run in prompt] for prompt in timed["runs"][name]] for name in METHODS}
     evaluation = {
         "methods": {name: _summary(runs[name], runs["autoregressive"]) for name in METHODS},
         **lossless,
-        "device": device,
+        "device": timed["device"],
         "settings": {
             **settings_facts(config, samples),
+            "graphs": timed["graphs"],
             "repetition": _repetition(samples, runs["autoregressive"]),
-            "plans": {name: asdict(policy.plan(name)) for name in METHODS},
+            "plans": timed["plans"],
         },
     }
     write_json(out / "evaluation.json", evaluation)
     (out / "report.md").write_text(to_markdown(evaluation), encoding="utf-8")
     draw(evaluation, out / "report.png")
     write_card(run_dir / "bundle", evaluation)
+    path.unlink()
+
+
+def _timed(config: "Config", samples: list[Sample]) -> dict[str, Any]:
+    """The timed runs, by what and where, as JSON values."""
+    settings = config.evaluation
+    engine = _engine(config, config.target.dtype, settings.governed)
+    _check_lengths(engine, samples, settings.max_new_tokens)
+    runs = _interleaved(engine, samples, settings, config.seed)
+    return {
+        "device": describe_device(engine.target.device),
+        "graphs": engine.captured is not None,
+        "plans": {name: asdict(engine.policy.plan(name)) for name in METHODS},
+        "runs": {name: [[_values_of(run) for run in prompt] for prompt in runs[name]] for name in METHODS},
+    }
+
+
+def _values_of(run: Run) -> dict[str, Any]:
+    """As JSON values; `asdict` would count a counter's items."""
+    return vars(run) | {"stats": vars(run.stats)}
+
+
+def _run_of(values: dict[str, Any]) -> Run:
+    stats = values["stats"]
+    counters = {name: Counter(stats[name]) for name in ("stages", "governed")}
+    return Run(values["tokens"], GenerationStats(**(stats | counters)), values["wall_seconds"])
 
 
 def _engine(config: "Config", dtype: str, governed: bool) -> GraftEngine:
@@ -134,7 +173,6 @@ def settings_facts(config: "Config", samples: list[Sample]) -> dict[str, Any]:
         "dtype": config.target.dtype,
         "batch": 1,
         "attention": "scaled_dot_product_attention",
-        "graphs": False,
         "matrix": "built from the training split; every request starts from it anew and updates its own copy",
     }
 
@@ -249,7 +287,23 @@ def _speedups(runs: list[list[Run]], baseline: list[list[Run]]) -> np.ndarray:
 
 
 def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
-    """Greedy fp32 output of every method against transformers' own `generate` on an untouched model."""
+    """Greedy fp32 output of every method against transformers' own `generate` on an untouched model.
+
+    Raises:
+        GraftError: in fp32 the target does not fit the device.
+    """
+    if not config.evaluation.check_lossless:
+        return {"lossless": dict.fromkeys(METHODS), "divergences": {}}
+    try:
+        return _compared(config, samples)
+    except torch.OutOfMemoryError as error:
+        raise GraftError(
+            f"there is no memory to check losslessness with the target in fp32 ({str(error).partition('. ')[0]}): set "
+            "evaluation.check_lossless=false, or target.device_map=auto; the timed runs are kept"
+        ) from error
+
+
+def _compared(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     tokens = config.evaluation.max_new_tokens
     references = _references(config, samples)
     gc.collect()

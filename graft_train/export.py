@@ -106,7 +106,7 @@ def export(config: "Config") -> Path:
         config,
         "export",
         "bundle",
-        {"license": settings.license},
+        {"license": settings.license, "policy": _hash_of(run_dir / "policy" / "policy.json")},
         inputs,
         lambda out: _build(config, out, run_dir / "bundle"),
     )
@@ -259,6 +259,11 @@ def _write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def _hash_of(policy: Path) -> str:
+    """Of a policy that may be chosen anew from the same traces; empty where there is none, which is refused later."""
+    return hashlib.sha256(policy.read_bytes()).hexdigest()[:16] if policy.is_file() else ""
 
 
 def _evaluation_of(bundle: Path, directory: Path) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{phases['graft'] + phases['commit']:.2f}",
                 f"{method['accepted_per_round']['drafted']:.2f}",
                 f"{method['accepted_per_round']['retrieved']:.2f}",
-                "yes" if evaluation["lossless"][name] else "NO",
+                {True: "yes", False: "NO", None: "not checked"}[evaluation["lossless"][name]],
             )
         )
     return rows
@@ -81,15 +81,19 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     header = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
     body = [f"| {' | '.join(row)} |" for row in rows_of(evaluation)]
     low, high = settings["prompt_tokens"]
+    graphs = "CUDA graphs (where a round has one, verify includes other)" if settings["graphs"] else "no graphs"
+    lossless = "greedy fp32 tokens equal transformers' own `generate` on every prompt"
+    if None in evaluation["lossless"].values():
+        lossless = "not checked (evaluation.check_lossless=false)"
     facts = [
         f"- device: {_machine(evaluation)}",
-        f"- {settings['dtype']}, batch 1, {settings['attention']}, no graphs, no compilation",
+        f"- {settings['dtype']}, batch 1, {settings['attention']}, {graphs}, no compilation",
         f"- temperature {settings['temperature']}; {settings['prompts']} held-out prompts of {low}-{high} tokens, "
         f"{settings['max_new_tokens']} new tokens each",
         f"- methods interleaved, {settings['repeats']} repeats, median per prompt; intervals by bootstrap over prompts",
         "- tokens/s is decoding alone, prefill apart; speed-up is against autoregressive decoding in the same engine",
         "- tau: tokens per target pass, bonus token included; draft, verify, other: ms per round",
-        "- lossless: greedy fp32 tokens equal transformers' own `generate` on every prompt",
+        f"- lossless: {lossless}",
         f"- successor matrix: {settings['matrix']}",
     ]
     stages = [f"- {name}: {_stages(evaluation['methods'][name]['stages'])}" for name in METHODS]

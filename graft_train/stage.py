@@ -27,6 +27,10 @@ RECIPE_OF = {
     "evaluation": "evaluate",
 }
 RECORD = "stage.json"
+SMALL_FILES = (".json", ".jinja", ".model", ".txt")
+"""Of a checkpoint: its shape, its tokenizer with chat template, its generation settings."""
+SAMPLED, SAMPLE_BYTES = 16, 1 << 16
+"""Places of a file of weights that are read, and how far."""
 
 
 def run_stage(
@@ -44,7 +48,7 @@ def run_stage(
 
     Args:
         settings: everything that decides the result, as JSON values.
-        inputs: directories of earlier stages, or of a user's own target.
+        inputs: directories of earlier stages of this run, and the target's.
 
     Raises:
         GraftError: an input is missing, or the directory was made from other settings or inputs. Nothing
@@ -52,7 +56,9 @@ def run_stage(
     """
     final = Path(config.run_dir) / directory
     partial = final.with_name(f"{directory}.partial")
-    record = _record(name, settings, inputs)
+    # A target's own name may be that of a commit, which need not change it.
+    roles = {path.name if path.parent == final.parent else "target": path for path in inputs}
+    record = _record(name, settings, roles)
     if _matches(final, record):
         say(f"{name}: reusing {final}")
         return final
@@ -122,10 +128,10 @@ def fingerprint_of(directory: Path) -> str:
     raise GraftError(f"{directory} is missing; run recipes/{recipe}.py with the same run_dir first")
 
 
-def _record(name: str, settings: dict[str, Any], inputs: list[Path]) -> dict[str, Any]:
+def _record(name: str, settings: dict[str, Any], inputs: dict[str, Path]) -> dict[str, Any]:
     # Through JSON and back, so that it compares equal to what is read from a file.
     settings = json.loads(json.dumps(settings))
-    fingerprints = {path.name: fingerprint_of(path) for path in inputs}
+    fingerprints = {role: fingerprint_of(path) for role, path in inputs.items()}
     canonical = json.dumps([name, settings, fingerprints], sort_keys=True)
     return {
         "stage": name,
@@ -176,13 +182,18 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint_of_model(directory: Path) -> str:
-    """Hash of a checkpoint's small files and of its weights' sizes; reading 100 GB to be sure is not worth it."""
+    """Hash of a checkpoint's small files and of samples of its weights; reading 100 GB to be sure is not worth it."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.name == "config.json" or path.name.startswith("tokenizer"):
+        if path.suffix in SMALL_FILES:
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            digest.update(f"{path.name}{path.stat().st_size}".encode())
+            size = path.stat().st_size
+            digest.update(f"{path.name}{size}".encode())
+            with path.open("rb") as file:
+                for place in range(SAMPLED):
+                    file.seek(place * size // SAMPLED)
+                    digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 

@@ -35,6 +35,8 @@ PUBLISHED = ("eagle3", "paper")
 """Told nothing of the draws' noise, as published."""
 BY_ALL = ", taught by all nodes"
 """Ends the names of plans as `taught_by_all` changes them."""
+TRACED = ("beam_width", "max_passes", "retrieval_depth", "temperature")
+"""Settings that traces are made with."""
 LEAVES = 4
 """Drafted leaves beneath which the matrix may be asked."""
 MOST_ECHOED = 32
@@ -56,6 +58,7 @@ def calibrate(config: "Config") -> Path:
     if settings.latency_only:
         return _renew(config, run_dir / "policy")
     values = {name: value for name, value in asdict(settings).items() if name != "latency_only"}
+    values["dtype"] = config.target.dtype
     inputs = _inputs(config)
     return run_stage(config, "calibrate", "policy", values, inputs, lambda out: _build(config, out))
 
@@ -190,7 +193,8 @@ def _renew(config: "Config", directory: Path) -> Path:
     }
     _write(config, directory, latency, plans, speeds, report)
     say(
-        f"calibrate: {directory} is chosen anew for this device; delete the bundle and run recipes/export.py to ship it"
+        f"calibrate: {directory} is chosen anew for this device; delete the bundle and run recipes/export.py to ship "
+        "it (report.md and frontier.png are still of the device that raced)"
     )
     return directory
 
@@ -209,7 +213,7 @@ def _trace_files(settings: CalibrateConfig) -> dict[bool, str]:
     return files
 
 
-def _load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, str]) -> dict[bool, Traces]:
+def _load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, Any]) -> dict[bool, Traces]:
     return {
         shares_noise: Traces.load(directory / name, made_of) for shares_noise, name in _trace_files(settings).items()
     }
@@ -264,10 +268,12 @@ def _inputs(config: "Config") -> list[Path]:
     return [target_path(config), *(Path(config.run_dir) / stage for stage in ("data", "head", "corpus"))]
 
 
-def _made_of(config: "Config") -> dict[str, str]:
-    """Fingerprints of what the traces depend on."""
+def _made_of(config: "Config") -> dict[str, Any]:
+    """What the traces depend on: fingerprints and settings."""
     names = ("target", "data", "head", "corpus")
-    return {name: fingerprint_of(path) for name, path in zip(names, _inputs(config), strict=True)}
+    made_of: dict[str, Any] = {name: fingerprint_of(path) for name, path in zip(names, _inputs(config), strict=True)}
+    settings = {f"policy.{name}": getattr(config.policy, name) for name in TRACED}
+    return made_of | settings | {"target.dtype": config.target.dtype}
 
 
 def _prompts(config: "Config") -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from graft_inference import GraftEngine, Plan, Scale, Stage
+from graft_inference import GraftEngine, GraftError, Plan, Scale, Stage
 from graft_inference.echo import LONGEST
 from graft_inference.policy import RankPaths
 
@@ -23,7 +23,7 @@ class Latency:
     """Median milliseconds per round, and the spread they were seen with.
 
     Attributes:
-        widths: rows of a verification that were timed.
+        widths: rows of a verification that were timed: of those asked for, what a tree can have.
         contexts: tokens in the cache at which they were timed.
         verify_ms: one target pass, [contexts][widths].
         draft_ms: the head at 0, 1, 2, ... passes.
@@ -85,7 +85,8 @@ class RoundTimer:
         leaves: int = 0,
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
-        self.widths, self.max_passes = sorted({1, *widths}), max_passes
+        most = 1 + beam_width + (max_passes - 1) * beam_width**2 + len(template)
+        self.widths, self.max_passes = sorted({1, *(width for width in widths if width <= most)}), max_passes
         self.plans = _forced_plans(self.widths, beam_width, max_passes, template, ngram_template, leaves)
         self.contexts = _contexts(engine, prompts)
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
@@ -109,9 +110,18 @@ class RoundTimer:
                 yield
 
     def latency(self, last: int | None = None) -> Latency:
-        """The table of so many of the last repeats; of all, unless told otherwise."""
+        """The table of so many of the last repeats; of all, unless told otherwise.
+
+        Raises:
+            GraftError: a plan never ran a round.
+        """
         first = 0 if last is None else self.repeats - last + 1
         samples = {run: [s for repeat, s in found.items() if repeat >= first] for run, found in self.samples.items()}
+        if not all(samples.values()):
+            raise GraftError(
+                "the device could not be timed, because the prompts that were to do so ended with their first token: "
+                "raise policy.repeats, or take prompts that the target continues"
+            )
 
         def typical(phase: str, *key: str | int, context: str = "short") -> float:
             return median(sample[phase] for sample in samples[context, key])  # type: ignore[index]
@@ -159,11 +169,10 @@ def _forced_plans(
     drafted = replace(both, template=())
     budget = max(*widths, beam_width + 1)
     middle = min(beam_width, widths[len(widths) // 2])
-    plans = {
-        ("width", width): Plan((Stage(0, width=width),), beam_width, budget, both)
-        for width in widths
-        if width <= 1 + len(template)
-    }
+    plans = {}
+    for width in widths:
+        passes = 0 if width <= 1 + len(template) else max_passes
+        plans["width", width] = Plan((Stage(passes, width=width),), beam_width, budget, both)
     for passes in range(1, max_passes + 1):
         plans["passes", passes] = Plan((Stage(passes, width=middle),), beam_width, budget, drafted)
     plans["both", 1] = Plan((Stage(1, width=middle),), beam_width, budget, both)

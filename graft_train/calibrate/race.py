@@ -22,12 +22,16 @@ def race(
     temperature: float,
     repeats: int,
     timer: RoundTimer | None = None,
+    redraws: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second and tau of each plan; the order turns with every prompt and repeat.
+
+    At a temperature every plan continues a prompt by one text, whose seed is the prompt's place, as its trace's is.
 
     Args:
         timer: times the device as often again as it has, a little after every run: what slows down the plans slows down
             these latencies too.
+        redraws: each repeat draws another text instead.
 
     Returns:
         By plan: `tokens_per_second` and `tau` over all prompts, and per prompt `tokens` and `seconds`
@@ -47,7 +51,8 @@ def race(
                 turn = (index + repeat) % len(names)
                 order = names[turn:] + names[:turn]
                 for name in order if repeat % 2 else reversed(order):
-                    stats = engine.generate(prompt, max_new_tokens, temperature, plan=plans[name], seed=repeat).stats
+                    seed = index + redraws * repeat * len(prompts)
+                    stats = engine.generate(prompt, max_new_tokens, temperature, plan=plans[name], seed=seed).stats
                     found[name][index].append((stats.emitted - 1, stats.decode_seconds, stats.rounds))
                     bar.update()
                     for _ in range(next(due)):

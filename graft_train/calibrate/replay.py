@@ -121,7 +121,7 @@ class Replay:
             while position < end:
                 visited.append(position)
                 position += steps[position]
-        return np.array(visited)
+        return np.array(visited, dtype=np.int64)
 
     def table(self, scale: Scale) -> Table:
         """Every tree this scale would make, to the budget."""

@@ -109,6 +109,8 @@ def _improved(replay: Replay, scale: Scale, allowed: Allowed, last: int, plan: P
             stage, value_T = _best_stage(replay, scale, allowed, passes, rate, weight_T)
             stages = [stage]
             continue
+        if not _possible(replay, scale, allowed, passes):
+            continue  # so early a tree has fewer rows than any width
         found = None
         for _ in range(2):  # the width that suits the rounds that stop here, then who stops, and again
             stage, here_T = _best_stage(replay, scale, allowed, passes, rate, weight_T * stop_T)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,13 +101,15 @@ class Traces:
             reach_TR=self.ngrams_reach_TG,
         )
 
-    def save(self, path: Path, made_of: dict[str, str]) -> None:
-        """Writes the traces and what they were made of: fingerprints of target, head, corpus and data."""
+    def save(self, path: Path, made_of: dict[str, Any]) -> None:
+        """Writes the traces and what they were made of: fingerprints of target, head, corpus and data, and settings."""
         tensors = {column.name: getattr(self, column.name).contiguous() for column in fields(self)}
-        save_file(tensors, path, {"made_of": json.dumps(made_of, sort_keys=True)})
+        aside = path.with_name(f".{path.name}.new")
+        save_file(tensors, aside, {"made_of": json.dumps(made_of, sort_keys=True)})
+        aside.replace(path)
 
     @classmethod
-    def load(cls, path: Path, made_of: dict[str, str]) -> "Traces":
+    def load(cls, path: Path, made_of: dict[str, Any]) -> "Traces":
         """Raises GraftError for a missing or damaged file, or one made of other weights or data."""
         try:
             with safe_open(path, "pt") as file:
@@ -153,7 +156,7 @@ def record_traces(
     texts = []
     for index, prompt in enumerate(bar):
         whole = engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
-        sampler = Request(temperature=temperature, seed=index).sampler(0, set(), engine.target.device)
+        sampler = Request(temperature=temperature, seed=index).sampler(0, 0, set(), engine.target.device)
         texts.append(Text(whole.to(engine.target.device), len(prompt), sampler if shares_noise else None))
     template = likely_paths(engine, texts, retrieval_depth, paths)
     longer = likely_paths(engine, texts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []

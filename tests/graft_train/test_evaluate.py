@@ -122,6 +122,34 @@ def test_a_second_call_measures_nothing_and_prints_the_table_again(run_dir, caps
     assert all(row in second for row in rows)
 
 
+def test_what_was_timed_outlives_a_check_that_does_not_fit(run_dir, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB.")
+
+    with monkeypatch.context() as patch, pytest.raises(GraftError, match=r"evaluation.check_lossless=false.*are kept"):
+        patch.setattr(evaluate_module, "_references", full)
+        run_evaluate(run_dir)
+    timed = json.loads((run_dir / "evaluation.partial" / "timed.json").read_text())
+    monkeypatch.setattr(evaluate_module, "_interleaved", lambda *_: pytest.fail("timed again"))
+    evaluation = run_evaluate(run_dir)
+    assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
+    first = timed["runs"]["graft"][0][0]
+    assert sum(first["stats"]["stages"].values()) == first["stats"]["rounds"]
+    assert evaluation["methods"]["graft"]["stages"].keys() >= first["stats"]["stages"].keys()
+    assert not (run_dir / "evaluation" / "timed.json").exists()
+
+
+def test_without_the_check_nothing_is_called_lossless(run_dir, capsys):
+    evaluation = run_evaluate(run_dir, check_lossless=False)
+    assert evaluation["lossless"] == dict.fromkeys(METHODS)
+    report, card = ((run_dir / path).read_text() for path in ("evaluation/report.md", "bundle/README.md"))
+    assert report.count("not checked") == card.count("not checked") + 1 == len(METHODS) + 1
+    assert "no graphs" in report
+    capsys.readouterr()
+    assert run_evaluate(run_dir) == evaluation
+    assert "check_lossless=false; delete" in capsys.readouterr().out
+
+
 def test_wrong_tokens_are_found_and_told(run_dir, monkeypatch, capsys):
     """Acceptance that spoils every bonus token below a tree: only autoregressive decoding stays right."""
     accept = round_module.accept

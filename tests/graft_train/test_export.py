@@ -131,6 +131,24 @@ print(json.dumps(found))
 """.replace("INPUT", str(prompt(9).tolist()))
 
 
+def test_a_policy_chosen_anew_is_another_bundle_whose_evaluation_is_to_come(run_dir):
+    """The traces, and so the stage's record, are the same."""
+    bundle = run_export(run_dir)
+    (run_dir / "evaluation").mkdir()
+    write_json(run_dir / "evaluation" / "evaluation.json", EVALUATION)
+    inputs = {"bundle": json.loads((bundle / "stage.json").read_text())["fingerprint"]}
+    write_json(run_dir / "evaluation" / "stage.json", {"fingerprint": "e", "settings": {}, "inputs": inputs})
+    assert "| graft |" in (run_export(run_dir) / "README.md").read_text()
+    path = run_dir / "policy" / "policy.json"
+    write_json(path, json.loads(path.read_text()) | {"measured_on": {"device": {"name": "abacus", "threads": 1}}})
+    with pytest.raises(GraftError, match=r"bundle was made with other settings: policy: .*delete"):
+        run_export(run_dir)
+    shutil.rmtree(bundle)
+    card = (run_export(run_dir) / "README.md").read_text()
+    assert "abacus" in card
+    assert "| graft |" not in card
+
+
 def test_the_bundle_holds_what_was_made(exported):
     bundle = exported / "bundle"
     for stage, name in (("head", "config.json"), ("head", "model.safetensors"), ("corpus", "successors.safetensors")):

@@ -76,6 +76,9 @@ def test_a_changed_input_is_noticed(tmp_path):
     target.mkdir()
     (target / "config.json").write_text("{}")
     stage(tmp_path / "run", lambda directory: None, inputs=[target])
+    renamed = target.rename(tmp_path / "renamed")
+    stage(tmp_path / "run", lambda directory: pytest.fail("built"), inputs=[renamed])
+    renamed.rename(target)
     (target / "config.json").write_text('{"a": 1}')
-    with pytest.raises(GraftError, match=r"input\.mine"):
+    with pytest.raises(GraftError, match=r"input\.target"):
         stage(tmp_path / "run", lambda directory: None, inputs=[target])

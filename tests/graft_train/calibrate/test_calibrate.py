@@ -509,6 +509,12 @@ def test_a_replay_on_other_latencies_keeps_the_tau_and_changes_the_speed(traces,
     assert replay.run(plan) == before
 
 
+def test_rounds_that_begin_behind_every_continuation_are_none(traces, replay):
+    visited = replay.visits(replay.outcome(paper_policy().eagle3), 10**6)
+    assert visited.dtype == np.int64
+    assert not len(visited)
+
+
 def test_paper_settings_scale_to_the_width_and_the_matrix(traces, replay):
     plan = best_paper(replay, WIDTHS, most_rank=3)
     assert {stage.rows for stage in plan.stages} <= set(WIDTHS) | {1 + BEAM}

@@ -221,6 +221,15 @@ def test_a_race_times_the_device_evenly_among_its_runs(run_dir, monkeypatch):
     assert len(timer.samples["short", ("passes", 1)]) == 6
 
 
+def test_prompts_that_end_at_once_time_nothing(run_dir):
+    config = config_for(run_dir)
+    engine, prompts = module._engine(config), module._prompts(config)
+    traces = {False: module.trace(config.policy, engine, prompts)}
+    engine.eos_token_ids = frozenset(range(engine.target.config.vocab_size))
+    with pytest.raises(GraftError, match="ended with their first token"):
+        module.timer_of(config.policy, engine, prompts, traces).latency()
+
+
 def test_latency_alone_needs_traces_of_these_weights(run_dir):
     with pytest.raises(GraftError, match=r"cannot be read .*without latency_only"):
         calibrate(config_for(run_dir, latency_only=True))
@@ -228,6 +237,38 @@ def test_latency_alone_needs_traces_of_these_weights(run_dir):
     write_json(run_dir / "head" / "stage.json", {"fingerprint": "other", "settings": {}, "inputs": {}})
     with pytest.raises(GraftError, match=r"traced with another head \(head, now other\)"):
         calibrate(config_for(run_dir, latency_only=True))
+
+
+def test_latency_alone_needs_traces_of_these_settings_and_another_dtype_is_another_policy(run_dir):
+    calibrate(config_for(run_dir, shared_noise=False))
+    for name, value in {"max_passes": 3, "beam_width": 2, "retrieval_depth": 3, "temperature": 0.5}.items():
+        with pytest.raises(GraftError, match=rf"traced with another policy\.{name}"):
+            calibrate(config_for(run_dir, shared_noise=False, latency_only=True, **{name: value}))
+    config = config_for(run_dir, shared_noise=False)
+    config.target.dtype = "bfloat16"
+    with pytest.raises(GraftError, match=r"dtype: float32 -> bfloat16"):
+        calibrate(config)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_race_goes_over_the_traced_texts(run_dir, temperature):
+    """So that a prediction is of the same rounds, and differs in their time alone."""
+    report = json.loads(
+        (calibrate(config_for(run_dir, temperature=temperature, repeats=2)) / "report.json").read_text()
+    )
+    compared = 0
+    for name, found in report["measured"].items():
+        if report["measured_as_predicted"][name] == found["tokens_per_second"] and name != "paper":
+            assert found["tau"] == pytest.approx(report["predicted"][name]["tau"]), name
+            compared += 1
+    assert compared >= 2
+
+
+def test_widths_that_no_tree_has_are_left_out_and_others_are_timed(run_dir):
+    """Eight rank paths of depth 1 beside 2 + 2 * 4 drafted nodes."""
+    config = config_for(run_dir, retrieval_depth=1, beam_width=2, max_passes=3, widths=[1, 4, 12, 64])
+    latency = json.loads((calibrate(config) / "latency.json").read_text())
+    assert latency["widths"] == [1, 4, 12]
 
 
 def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
