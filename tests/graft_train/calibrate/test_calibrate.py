@@ -510,7 +510,7 @@ def test_a_replay_on_other_latencies_keeps_the_tau_and_changes_the_speed(traces,
 
 
 def test_rounds_that_begin_behind_every_continuation_are_none(traces, replay):
-    visited = replay.visits(replay.outcome(paper_policy().eagle3), 10**6)
+    visited = replay.visits(replay.outcome(best_eagle3(replay, WIDTHS)), 10**6)
     assert visited.dtype == np.int64
     assert not len(visited)
 
