@@ -209,22 +209,22 @@ class CapturedRounds:
             drafts=drafter is not None,
             logprobs=state.logprobs is not None,
         )
+        key = self._key(segments, sampling)
         times = [graphs.now()]
-        stage, layers, retrieved = self._draft(segments)
+        stage, layers, retrieved = self._draft(segments, key)
         read = self._pending if layers else 0
         if drafter is not None and not layers and self._pending > static.fresh // 2:
             self._run(segments, ("catch up", size), segments.catch_up)
             read = self._pending
         times.append(graphs.now())
-        self._graft(segments, stage, layers, retrieved)
+        self._graft(segments, key, stage, layers, retrieved)
         times.append(graphs.now())
         depth = state.grafter.max_depth
         learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
         decay = state.successors.decay if state.successors is not None else 0.0
         echoes = segments.echo is not None
         settings = (segments.drafts, echoes, segments.logprobs, learning, decay, sampling)
-        key = ("verify", size, stage.rows, depth, settings)
-        self._run(segments, key, lambda: segments.verify(stage.rows, depth))
+        self._run(segments, ("verify", size, stage.rows, depth, settings), lambda: segments.verify(stage.rows, depth))
         times.append(graphs.now())
         graphs.wait()
         record = static.record[: 1 + 2 * (depth + 1)].tolist()
@@ -236,10 +236,9 @@ class CapturedRounds:
         state.stats.stages[stage.name] += 1
         return (tokens, sources), dict(zip(("draft", "graft", "verify"), taken, strict=True))
 
-    def _draft(self, segments: Segments) -> tuple[Stage, list[Layer], list[DraftTree] | None]:
+    def _draft(self, segments: Segments, key: tuple) -> tuple[Stage, list[Layer], list[DraftTree] | None]:
         """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
         plan = segments.plan
-        key = self._key(segments)
         stages, retrieved = plan.stages, None
         layers: list[Layer] = []
         if not segments.drafts or not plan.drafts:
@@ -262,18 +261,23 @@ class CapturedRounds:
                 break
         return stage, layers, retrieved
 
-    def _graft(self, segments: Segments, stage: Stage, layers: list[Layer], retrieved: list[DraftTree] | None) -> None:
+    def _graft(
+        self,
+        segments: Segments,
+        key: tuple,
+        stage: Stage,
+        layers: list[Layer],
+        retrieved: list[DraftTree] | None,
+    ) -> None:
         """Puts the tree together."""
         if stage.rows == 1:
             return
-        key = ("graft", stage.passes, *self._key(segments))
-        self._run(segments, key, lambda: segments.graft(stage, layers, retrieved))
+        self._run(segments, ("graft", stage.passes, *key), lambda: segments.graft(stage, layers, retrieved))
 
-    def _key(self, segments: Segments) -> tuple:
+    def _key(self, segments: Segments, sampling: tuple) -> tuple:
         """What tells the segments before the verification apart."""
         told = not segments.sampler.greedy and segments.plan.shares_noise
-        sampling = _settings(segments.sampler) if told else None
-        return segments.grafter, segments.size, segments.successors is self._shared, sampling
+        return segments.grafter, segments.size, segments.successors is self._shared, sampling if told else None
 
     def _run(self, segments: Segments, key: tuple, function: Function) -> list[Tensor]:
         """Replays a segment, captured first where it was not yet."""

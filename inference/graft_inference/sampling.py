@@ -39,7 +39,8 @@ TRUNCATING = {
     EtaLogitsWarper,
 }
 """Processors that leave unlikely tokens out."""
-CONTEXT_FREE = {TemperatureLogitsWarper, SuppressTokensLogitsProcessor, *TRUNCATING}
+WARPERS = {TemperatureLogitsWarper, *TRUNCATING}
+CONTEXT_FREE = {SuppressTokensLogitsProcessor, *WARPERS}
 """Processors that read nothing but the scores, so that all nodes can go through them at once."""
 
 AHEAD = 16
@@ -132,7 +133,7 @@ class Sampler:
         self.ends = ends
         self.length = length
         self.needs_history = any(type(processor) not in CONTEXT_FREE for processor in processors)
-        warpers = [one for one in processors if type(one) in {TemperatureLogitsWarper, *TRUNCATING}]
+        warpers = [one for one in processors if type(one) in WARPERS]
         temperatures = [one.temperature for one in warpers if type(one) is TemperatureLogitsWarper]
         self.temperature = temperatures[-1] if temperatures else 1.0
         self.warpers = LogitsProcessorList(warpers) if len(warpers) > len(temperatures) else None

@@ -181,7 +181,7 @@ class Segments:
         tree = static.tree.first(rows) if rows > 1 else root_tree(static.root_1)
         ancestors_NN = tree.ancestors(depth)
         cache.place.rows_N = static.length_1 + torch.arange(rows, device=static.length_1.device)
-        positions_N = (static.length_1 + tree.depths_N).clamp(max=self.target.max_positions - 1)
+        positions_N = self.target.positions(static.length_1, tree)
         visible = BucketVisibility(positions_N, static.length_1, cache.place.rows_N, ancestors_NN, self.size)
         output = self.target.forward(tree.tokens_N, cache, visible)
         drawn_N, logp_N = self.sampler.draw(tree, output.logits_NV, self._noise, depth, None, self.logprobs)

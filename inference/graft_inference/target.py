@@ -174,9 +174,14 @@ class Target:
         return list(map(TargetOutput, output.logits_NV.split(rows), output.taps_NE.split(rows)))
 
     def _visible(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> Visibility:
-        # No token beyond the limit is ever emitted. Learned positions end there; some RoPE would change for all rows.
-        positions_N = (cache.length + tree.depths_N).clamp(max=self.max_positions - 1)
-        return Visibility(positions_N, cache.length, ancestors_NN)
+        return Visibility(self.positions(cache.length, tree), cache.length, ancestors_NN)
+
+    def positions(self, length: int | Tensor, tree: DraftTree) -> Tensor:
+        """Of a tree's rows, [N], behind so many committed tokens; none lies beyond the limit.
+
+        No token beyond it is ever emitted. Learned positions end there, and some RoPE would change for all rows.
+        """
+        return (length + tree.depths_N).clamp(max=self.max_positions - 1)
 
     def forward(
         self,

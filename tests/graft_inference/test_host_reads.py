@@ -8,11 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft_inference import METHODS
+from graft_inference.cuda_graph import waits
 
 from .tiny import learned_policy, tiny_engine, tiny_model, tiny_policy
-
-READS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "masked_select"}
-"""Operators whose result, or its size, the host has to know; int() and bool() are the first two."""
 
 
 class HostReads(TorchDispatchMode):
@@ -23,10 +21,7 @@ class HostReads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
-        self.count += name in READS or by_mask
+        self.count += waits(func.overloadpacket.__name__, args)
         return func(*args, **(kwargs or {}))
 
     def tolist(self, tensor):
