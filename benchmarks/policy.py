@@ -199,7 +199,7 @@ def learn_on(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tenso
     plans = learn(by_default(settings), replays)
     plans["learned, beneath leaves too"] = plan_of("learned", settings, replays)
     raced = race_distinct(engine, prompts, plans, settings, repeats, timer)
-    raced_on = replays_on(replays, timer.latency(settings.repeats))
+    raced_on = replays_on(replays, timer.latency())
     speeds = {name: found["tokens_per_second"] for name, found in raced.items()}
     return Learned(traces, replays, raced_on, plans, speeds)
 

@@ -125,7 +125,7 @@ def _build(config: "Config", out: Path) -> None:
     )
     if not is_main():
         return
-    raced_on = replays_on(replays, timer.latency(settings.repeats))
+    raced_on = replays_on(replays, timer.latency())
     raced = {name: found["tokens_per_second"] for name, found in measured.items()}
     faster = {name: _faster(raced, name, f"{name}{BY_ALL}") for name in plans}
     replayed = {name: raced[name] for name in plans}

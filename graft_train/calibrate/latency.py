@@ -69,7 +69,7 @@ class RoundTimer:
         leaves: drafted leaves beneath which the matrix is asked; none: not timed.
 
     Attributes:
-        repeats: of every plan so far.
+        repeats: of every plan so far, forgotten ones included.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RoundTimer:
         self.contexts = _contexts(engine, prompts)
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
-        self.samples: dict[tuple[str, tuple[str, int]], dict[int, dict[str, float]]] = {run: {} for run in runs}
+        self.samples: dict[tuple[str, tuple[str, int]], list[dict[str, float]]] = {run: [] for run in runs}
         self.repeats = -1
         for _ in self.steps(1):
             pass  # a warm-up, which is not counted
@@ -106,31 +106,34 @@ class RoundTimer:
                 stats = self.engine.generate(prompt, ROUNDS, self.temperature, plan=plan, seed=self.repeats).stats
                 if self.repeats and stats.rounds:
                     milliseconds = {name: 1e3 * seconds / stats.rounds for name, seconds in stats.seconds.items()}
-                    self.samples[context, key][self.repeats] = milliseconds
+                    self.samples[context, key].append(milliseconds)
                 yield
 
-    def latency(self, last: int | None = None) -> Latency:
-        """The table of so many of the last repeats; of all, unless told otherwise.
+    def forget(self) -> None:
+        """The table begins anew, as of a device whose speed has changed."""
+        for found in self.samples.values():
+            found.clear()
+
+    def latency(self) -> Latency:
+        """The table of what was timed since it was last forgotten.
 
         Raises:
             GraftError: a plan never ran a round.
         """
-        first = 0 if last is None else self.repeats - last + 1
-        samples = {run: [s for repeat, s in found.items() if repeat >= first] for run, found in self.samples.items()}
-        if not all(samples.values()):
+        if not all(self.samples.values()):
             raise GraftError(
                 "the device could not be timed, because the prompts that were to do so ended with their first token: "
                 "raise policy.repeats, or take prompts that the target continues"
             )
 
         def typical(phase: str, *key: str | int, context: str = "short") -> float:
-            return median(sample[phase] for sample in samples[context, key])  # type: ignore[index]
+            return median(sample[phase] for sample in self.samples[context, key])  # type: ignore[index]
 
         def more(phases: tuple[str, ...], name: str, than: str) -> float:
             return max(0.0, sum(typical(phase, name, 1) - typical(phase, than, 1) for phase in phases))
 
         sources = [source for source in ("passes", "both", "ngrams") if (source, 1) in self.plans]
-        spreads = [_relative_spread(found) for found in samples.values()]
+        spreads = [_relative_spread(found) for found in self.samples.values()]
         return Latency(
             widths=self.widths,
             contexts=[

@@ -29,8 +29,8 @@ def race(
     At a temperature every plan continues a prompt by one text, whose seed is the prompt's place, as its trace's is.
 
     Args:
-        timer: times the device as often again as it has, a little after every run: what slows down the plans slows down
-            these latencies too.
+        timer: begins its table anew and times the device after every run, and every plan of its own as often as it
+            has before: what slows down the racing plans slows down these latencies too.
         redraws: each repeat draws another text instead.
 
     Returns:
@@ -40,8 +40,11 @@ def race(
     names = list(plans)
     found: dict[str, list[list[tuple[int, float, int]]]] = {name: [[] for _ in prompts] for name in names}
     runs = repeats * len(prompts) * len(names)
-    timings = timer.repeats * len(timer.samples) if timer else 0
-    steps = timer.steps(timer.repeats) if timer else iter(())
+    timings, steps = 0, iter(())
+    if timer:
+        timings = max(runs, timer.repeats * len(timer.samples))
+        steps = timer.steps(-(-timings // len(timer.samples)))
+        timer.forget()
     due = iter(np.diff(np.arange(runs + 1) * timings // runs))
     for name in names:  # warm-up
         engine.generate(prompts[0], max_new_tokens, temperature, plan=plans[name], seed=0)
