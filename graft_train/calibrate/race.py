@@ -40,10 +40,9 @@ def race(
     names = list(plans)
     found: dict[str, list[list[tuple[int, float, int]]]] = {name: [[] for _ in prompts] for name in names}
     runs = repeats * len(prompts) * len(names)
-    timings, steps = 0, iter(())
+    timings = max(runs, timer.repeats * len(timer.samples)) if timer else 0
+    steps = timer.steps(-(-timings // len(timer.samples))) if timer else iter(())
     if timer:
-        timings = max(runs, timer.repeats * len(timer.samples))
-        steps = timer.steps(-(-timings // len(timer.samples)))
         timer.forget()
     due = iter(np.diff(np.arange(runs + 1) * timings // runs))
     for name in names:  # warm-up
