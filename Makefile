@@ -8,8 +8,9 @@ INSTALLED := .venv/.installed
 quickstart: setup
 	$(BIN)/python recipes/quickstart.py
 
+# A worker for every core; the tests of a module share its fixtures.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadscope
 
 setup: $(INSTALLED)
 

@@ -18,6 +18,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from graft_train.device import describe_device
+
 SLACK = 128
 """Rows that a round may write behind the committed ones."""
 
@@ -32,7 +34,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=31)
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    table = Table(title=f"one layer's attention on {device}, {arguments.dtype}, ms")
+    machine = describe_device(device)
+    table = Table(title=f"one layer's attention: {machine['name']}, torch {machine['torch']}, {arguments.dtype}, ms")
     for name in ("bucket", "rows", "masked", "merged", "merged / masked", "greatest difference"):
         table.add_column(name, justify="right")
     for edge, size in ((1024, 1536), (4096, 6144), (16384, 24576)):
