@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from round import random_successors
 from tqdm import tqdm
 
 from graft_inference import GenerationStats, GraftEngine, paper_policy
@@ -86,8 +87,7 @@ def random_engine(trained: GraftEngine, rows: int) -> GraftEngine:
     head.eval().requires_grad_(False)
     pack_linears(head)
     vocabulary, k = trained.successors.ids_VK.shape
-    matrix = SuccessorMatrix(torch.randint(vocabulary, (vocabulary, k), dtype=torch.int32))
-    matrix = matrix.to(trained.target.device)
+    matrix = SuccessorMatrix(random_successors(vocabulary, k)).to(trained.target.device)
     return GraftEngine(trained.target, paper_policy(4, rows, 6, k - 1), head, matrix, retrieval_scope="frozen")
 
 

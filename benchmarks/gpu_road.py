@@ -65,7 +65,7 @@ def road(arguments: argparse.Namespace) -> Config:
         run_dir=arguments.run,
         target=TargetConfig(dtype="bfloat16", device=arguments.device),
         data=DataConfig(
-            path=arguments.sources, glob="**/*.py", limit=12_000, prompt_tokens=128,
+            path=arguments.sources, glob="**/*.py", on_error="skip", limit=12_000, prompt_tokens=128,
             calibration_share=0.02, evaluation_share=0.02,
         ),
         pretrain_target=PretrainConfig(

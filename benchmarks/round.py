@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--against", choices=["hf"], help="compare with transformers' own ways instead (against_hf.py)")
     arguments = parser.parse_args()
     if arguments.against:
+        if arguments.shape:
+            parser.error("--against hf decodes the prompts of a run: pass --run, not --shape")
         import against_hf
 
         names = ("run", "device", "dtype", "threads")
@@ -115,7 +117,7 @@ def measure(
         arms |= {f"{name}, captured": (plan, captured) for name, plan in plans.items()}
     costs = {}
     for name, (plan, engine.captured) in arms.items():
-        moved = pass_bytes(engine, len(prompt) + rounds // 2) + plan.max_passes * head_bytes(engine)
+        moved = pass_bytes(engine, len(prompt) + rounds // 2) + head_bytes(engine, plan.max_passes)
         costs[name] = Cost(*count(engine, prompt, plan, rounds), moved, 1e3 * moved / rate)
     # Its hooks wait for the device, which a capture cannot.
     models = ForwardClock(engine) if captured is None else None
@@ -188,9 +190,15 @@ def with_random_head(model: Any) -> GraftEngine:
             max_position_embeddings=2048,
         )
     )
-    ids_VK = torch.randint(config.vocab_size, (config.vocab_size, 8), dtype=torch.int32)
+    ids_VK = random_successors(config.vocab_size, 8)
     probs_VK = torch.rand(config.vocab_size, 8).softmax(dim=1).sort(dim=1, descending=True).values.half()
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), SuccessorMatrix(ids_VK, probs_VK)), model)
+
+
+def random_successors(vocab_size: int, k: int) -> Tensor:
+    """k of every token, none twice, [V, k] int32."""
+    offsets_k = torch.randperm(vocab_size)[:k]
+    return ((torch.randint(vocab_size, (vocab_size, 1)) + offsets_k) % vocab_size).int()
 
 
 def forced_plans(beam: int, rows: int) -> dict[str, Plan]:
@@ -305,14 +313,16 @@ def pass_bytes(engine: GraftEngine, context: int) -> int:
     return weights + context * rows * model.dtype.itemsize
 
 
-def head_bytes(engine: GraftEngine) -> int:
-    """What one pass of the draft head reads at least; its embeddings are a few rows."""
-    own = [value.nbytes for name, value in engine.head.named_parameters() if not name.startswith("embed_tokens")]
-    return sum(own)
+def head_bytes(engine: GraftEngine, passes: int) -> int:
+    """What so many passes of the draft head read at least: of embeddings a few rows; the first one alone fuses."""
+    own = {name: value.nbytes for name, value in engine.head.named_parameters() if not name.startswith("embed_tokens")}
+    fuse = own.pop("fc.weight")
+    return passes * sum(own.values()) + (fuse if passes else 0)
 
 
-def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes read and written per second by a large copy: the best of ten."""
+def bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy, of which starting it is little: the best of ten."""
+    size = 1 << (31 if device.type == "cuda" else 28)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(10):

@@ -305,6 +305,7 @@ def _losslessness(config: "Config", samples: list[Sample]) -> dict[str, Any]:
 
 def _compared(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     tokens = config.evaluation.max_new_tokens
+    torch.set_float32_matmul_precision("highest")  # TensorFloat-32 parts passes of other widths on near ties
     references = _references(config, samples)
     gc.collect()
     # Not governed: each method's own plan is to be checked, whether it pays in fp32 or not.

@@ -92,6 +92,10 @@ class RoundTimer:
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
         self.samples: dict[tuple[str, tuple[str, int]], list[dict[str, float]]] = {run: [] for run in runs}
+        if engine.captured is not None:
+            # Graphs go where a deeper tree or a longer text comes: the deepest and the longest first.
+            longest = self.contexts.get("long", prompts[0])
+            engine.generate(longest, ROUNDS, temperature, plan=self.plans["echo", 1], seed=0)
         self.repeats = -1
         for _ in self.steps(1):
             pass  # a warm-up, which is not counted

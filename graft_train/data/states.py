@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from graft_inference.attention import explicit_attention
+from graft_inference.attention import as_bias, explicit_attention
 from graft_inference.errors import GraftError
 from graft_inference.target import is_parallel
 from graft_train.data.sharded import is_shared, whole
@@ -62,8 +62,8 @@ def document_attention(
             )
         else:
             folded_BKLD = query_BQLD.reshape(*key_BKLD.shape[:2], groups * length, -1)
-            mask = None if mask_LL is None else mask_LL.repeat(groups, 1)
-            attended = explicit_attention(folded_BKLD, key_BKLD, value_BKLD, length, mask, scaling, softcap, s_aux)
+            bias = None if mask_LL is None else as_bias(mask_LL.repeat(groups, 1), query)
+            attended = explicit_attention(folded_BKLD, key_BKLD, value_BKLD, length, bias, scaling, softcap, s_aux)
         out.append(attended.view_as(query_BQLD))
     return torch.cat(out, dim=2).transpose(1, 2), None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from graft_inference.device import without_plans
 from graft_inference.errors import GraftError
 from graft_train.data.sharded import load_zero3
 
@@ -85,6 +86,7 @@ def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
         GraftError: no checkpoint there, a damaged one, one that cannot be shared out, or no such device.
     """
     path, device = _existing(config), resolve_device(config.target.device)
+    without_plans(device)
     spread = config.target.device_map
     if shard and spread:
         raise GraftError(

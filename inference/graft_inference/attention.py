@@ -17,7 +17,7 @@ class Visibility:
     """What each of the N rows of one pass may attend to: committed rows, and some of its own pass.
 
     The pass's keys stand behind the committed ones. A committed key's index is its logical position, a
-    row's is given; a sliding window counts these. Masks are made once per window and device.
+    row's is given; a sliding window counts these.
 
     Args:
         positions_N: logical positions of the rows.
@@ -30,24 +30,26 @@ class Visibility:
         self.length = length
         self.own_NN = own_NN
         self.windows: set[int | None] = set()
-        self._masks: dict[tuple[int | None, int, torch.device], Tensor | None] = {}
+        self._biases: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor | None] = {}
 
     def first_key(self, window: int | None) -> int:
         """Index of the first key that any row of this pass sees."""
         return max(0, self.length - window + 1) if window else 0
 
-    def mask(self, window: int | None, groups: int, device: torch.device) -> Tensor | None:
-        """[groups * N, K] bool over the keys from `first_key` on, True where a row looks; None for plain causal.
+    def bias(self, window: int | None, groups: int, query: Tensor) -> Tensor | None:
+        """[groups * N, K] over the keys from `first_key` on: 0 where a row looks, else -inf; None for plain causal.
 
         Args:
             groups: how often the rows are repeated, for query heads that share a key head.
+            query: of the same dtype and device.
         """
-        key = (window, groups, device)
-        if key not in self._masks:
+        key = (window, groups, query.dtype, query.device)
+        if key not in self._biases:
             self.windows.add(window)
             mask_NK = self._build(window)
-            self._masks[key] = None if mask_NK is None else mask_NK.repeat(groups, 1).to(device)
-        return self._masks[key]
+            # Once a pass: of a mask of booleans every layer would make it anew.
+            self._biases[key] = None if mask_NK is None else as_bias(mask_NK.repeat(groups, 1).to(query.device), query)
+        return self._biases[key]
 
     def _build(self, window: int | None) -> Tensor | None:
         rows = len(self.positions_N)
@@ -114,20 +116,25 @@ def _attend(
 ) -> Tensor:
     """Of one segment, [1, q_heads, N, D]. Grouped query heads become query rows, which saves repeating K and V."""
     groups, queries = query.shape[1] // key.shape[1], query.shape[2]
-    mask = visible.mask(sliding_window, groups, query.device)
+    bias = visible.bias(sliding_window, groups, query)
     start = visible.first_key(sliding_window)
     if start:
         key, value = key[:, :, start:], value[:, :, start:]
     folded = query.reshape(1, key.shape[1], groups * queries, -1)
     if softcap is not None or s_aux is not None:
-        out = explicit_attention(folded, key, value, queries, mask, scaling, softcap, s_aux)
-    elif mask is None:
+        out = explicit_attention(folded, key, value, queries, bias, scaling, softcap, s_aux)
+    elif bias is None:
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=queries > 1, scale=scaling, enable_gqa=groups > 1
         )
     else:
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
     return out.reshape(1, query.shape[1], queries, -1)
+
+
+def as_bias(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of booleans as what is added to the scores, of a dtype as `like`: 0 where True, else -inf."""
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def explicit_attention(
@@ -135,7 +142,7 @@ def explicit_attention(
     key: Tensor,
     value: Tensor,
     queries: int,
-    mask: Tensor | None,
+    bias: Tensor | None,
     scaling: float | None,
     softcap: float | None,
     s_aux: Tensor | None,
@@ -145,10 +152,11 @@ def explicit_attention(
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None and queries > 1:
-        mask = torch.ones((queries, queries), dtype=torch.bool, device=query.device).tril().repeat(groups, 1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if bias is None and queries > 1:
+        causal = torch.ones((queries, queries), dtype=torch.bool, device=query.device).tril()
+        bias = as_bias(causal.repeat(groups, 1), query)
+    if bias is not None:
+        scores = scores + bias
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype).repeat_interleave(queries).view(1, key.shape[1], -1, 1)
         scores = torch.cat((scores, sinks), dim=-1)

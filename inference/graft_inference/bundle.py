@@ -141,6 +141,9 @@ def load_successors(path: Path, vocab_size: int, made_for: dict[str, Any] | None
         raise GraftError(f"{path}: counts must be int64 [{vocab_size}], not {counts.dtype} {list(counts.shape)}")
     if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab_size):
         raise GraftError(f"{path}: ids must lie in -1..{vocab_size - 1}; the file is corrupt")
+    ordered = ids.sort(dim=1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise GraftError(f"{path}: ids names a successor of one token twice; the file is corrupt")
     return SuccessorMatrix(ids, probs, made_for=built_for)
 
 

@@ -1,12 +1,14 @@
 """Rounds as CUDA graphs: one per segment and bucket of the caches, captured when first needed, then replayed.
 
 The host reads a small record when a round ends and a number at each decision on the way, and chooses the next
-segment; nothing else waits for the device.
+segment; nothing else waits for the device. A round ends by starting the next one's draft, up to its first decision,
+which the record brings along: a round that stops there is one read.
 """
 
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -20,6 +22,7 @@ from .draft_head import DraftHead
 from .drafting import Layer
 from .echo import Echo
 from .errors import GraftError
+from .grafting import Grafter
 from .kv_cache import TreeCache
 from .policy import Stage
 from .retrieval import SuccessorMatrix
@@ -37,6 +40,32 @@ MOST_SAMPLINGS = 16
 """Settings of the sampling that graphs are kept for."""
 COLUMNS = 6
 """Of a layer, and of a tree."""
+
+
+@dataclass
+class Drafted:
+    """How far a round's draft is.
+
+    Attributes:
+        size: of the bucket that its segments read.
+        place: of the stage that it has reached; -1 before the first.
+        stops: what the segment up to there told; None where the host has not read it.
+    """
+
+    grafter: Grafter
+    size: int
+    place: int = -1
+    layers: list[Layer] = field(default_factory=list)
+    retrieved: list[DraftTree] | None = None
+    stops: bool | None = None
+
+    @property
+    def stage(self) -> Stage:
+        return self.grafter.plan.stages[max(0, self.place)]
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage is self.grafter.plan.stages[-1]
 
 
 class CapturedRounds:
@@ -59,6 +88,7 @@ class CapturedRounds:
         self._owner: Callable[[], TreeCache | None] = lambda: None
         self._current: Callable[[], DecodeState | None] = lambda: None
         self._place = self._pending = 0
+        self._begun: Drafted | None = None
         self.captures = 0
         # By grafters, of which a plan has one and which hash faster.
         self._captured: dict[tuple, Captured] = {}
@@ -135,6 +165,7 @@ class CapturedRounds:
         static = self._room(state)
         if self._current() is state and self._place == state.place:
             return static
+        self._begun = None
         self._owner, self._current = weakref.ref(state.cache), weakref.ref(state)
         self._place = state.place
         if state.cache.buffers[0] is not static.buffers[0]:
@@ -192,10 +223,44 @@ class CapturedRounds:
             sampling: the sampler's settings.
         """
         graphs, drafter = self.graphs, state.drafter
-        size = bucket(state.cache.length + slack_rows(state.plan, static.rows, static.depth))
+        drafted = self._resumed(state, static)
+        segments = self._segments(state, static, drafted.size)
+        times = [graphs.now()]
+        drafted = self._draft(segments, sampling, drafted)
+        stage, read = drafted.stage, self._pending if drafted.layers else 0
+        if drafter is not None and not drafted.layers and self._pending > static.fresh // 2:
+            self._run(segments, ("catch up", segments.size), segments.catch_up)
+            read = self._pending
+        times.append(graphs.now())
+        if stage.rows > 1:
+            key = ("graft", stage.passes, *self._key(segments, sampling))
+            self._run(segments, key, lambda: segments.graft(stage, drafted.layers, drafted.retrieved))
+        times.append(graphs.now())
+        depth = state.grafter.max_depth
+        learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
+        decay = state.successors.decay if state.successors is not None else 0.0
+        settings = (segments.drafts, segments.echo is not None, segments.logprobs, learning, decay, sampling)
+        key = ("verify", segments.size, stage.rows, depth, settings)
+        self._run(segments, key, lambda: segments.verify(stage.rows, depth))
+        times.append(graphs.now())
+        self._begin(state, static, sampling, depth + 1)
+        times.append(graphs.now())
+        graphs.wait()
+        told, *record = static.record[: 2 + 2 * (depth + 1)].tolist()
+        if self._begun is not None and not self._begun.is_last:
+            self._begun.stops = bool(told)
+        draft, graft, verify, ahead = (graphs.seconds(start, end) for start, end in pairwise(times))
+        tokens, sources = of_record(record)
+        self._commit(state, static, len(tokens), read)
+        state.tokens += tokens
+        state.stats.rounds += 1
+        state.stats.stages[stage.name] += 1
+        return (tokens, sources), {"draft": draft + ahead, "graft": graft, "verify": verify}
+
+    def _segments(self, state: DecodeState, static: Statics, size: int) -> Segments:
         if size not in self._caches:
             self._caches[size] = BucketCache(state.cache, size)
-        segments = Segments(
+        return Segments(
             static=static,
             target=self.target,
             plan=state.plan,
@@ -206,73 +271,63 @@ class CapturedRounds:
             successors=state.successors,
             echo=state.echo,
             learns=state.learns,
-            drafts=drafter is not None,
+            drafts=state.drafter is not None,
             logprobs=state.logprobs is not None,
         )
-        key = self._key(segments, sampling)
-        times = [graphs.now()]
-        stage, layers, retrieved = self._draft(segments, key)
-        read = self._pending if layers else 0
-        if drafter is not None and not layers and self._pending > static.fresh // 2:
-            self._run(segments, ("catch up", size), segments.catch_up)
-            read = self._pending
-        times.append(graphs.now())
-        self._graft(segments, key, stage, layers, retrieved)
-        times.append(graphs.now())
-        depth = state.grafter.max_depth
-        learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
-        decay = state.successors.decay if state.successors is not None else 0.0
-        echoes = segments.echo is not None
-        settings = (segments.drafts, echoes, segments.logprobs, learning, decay, sampling)
-        self._run(segments, ("verify", size, stage.rows, depth, settings), lambda: segments.verify(stage.rows, depth))
-        times.append(graphs.now())
-        graphs.wait()
-        record = static.record[: 1 + 2 * (depth + 1)].tolist()
-        taken = [graphs.seconds(start, end) for start, end in pairwise(times)]
-        tokens, sources = of_record(record)
-        self._commit(state, static, len(tokens), read)
-        state.tokens += tokens
-        state.stats.rounds += 1
-        state.stats.stages[stage.name] += 1
-        return (tokens, sources), dict(zip(("draft", "graft", "verify"), taken, strict=True))
 
-    def _draft(self, segments: Segments, key: tuple) -> tuple[Stage, list[Layer], list[DraftTree] | None]:
-        """Drafts from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
-        plan = segments.plan
-        stages, retrieved = plan.stages, None
-        layers: list[Layer] = []
-        if not segments.drafts or not plan.drafts:
-            return stages[0], [], None
-        if stages[0].passes == 0:
-            outputs = self._run(segments, ("look up", *key), lambda: segments.look_up(stages[0]))
-            retrieved = _trees(outputs)
-            if self._told(segments):
-                return stages[0], [], retrieved
-            stages = stages[1:]
-        for stage in stages:
-            given = retrieved if plan.scale is not None else None
-            outputs = self._run(
-                segments, ("draft", stage.passes, *key), partial(segments.draft, stage, tuple(layers), given)
-            )
-            ends = COLUMNS * (stage.passes - len(layers))
-            layers = layers + [Layer(*outputs[i : i + COLUMNS]) for i in range(0, ends, COLUMNS)]
-            retrieved = given if given is not None else _trees(outputs[ends:])
-            if stage is stages[-1] or self._told(segments):
-                break
-        return stage, layers, retrieved
+    def _size(self, state: DecodeState, static: Statics, more: int = 0) -> int:
+        """Of the bucket that a round needs once so many more positions are committed."""
+        return bucket(state.cache.length + more + slack_rows(state.plan, static.rows, static.depth))
 
-    def _graft(
-        self,
-        segments: Segments,
-        key: tuple,
-        stage: Stage,
-        layers: list[Layer],
-        retrieved: list[DraftTree] | None,
-    ) -> None:
-        """Puts the tree together."""
-        if stage.rows == 1:
+    def _resumed(self, state: DecodeState, static: Statics) -> Drafted:
+        """The draft that the last round began, or none, where it was begun for another plan."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.grafter is state.grafter:
+            return begun
+        if begun is not None and state.drafter is not None and static.drafter is not None:
+            # What it has read on the device the host never took note of: it is read again.
+            static.drafter.length_1.fill_(state.drafter.length)
+            static.drafter.pending_1.fill_(self._pending)
+        return Drafted(state.grafter, self._size(state, static))
+
+    def _begin(self, state: DecodeState, static: Statics, sampling: tuple, count: int) -> None:
+        """Starts the next round's draft on what this round commits.
+
+        Args:
+            count: positions that are committed at most.
+        """
+        if not state.plan.drafts or state.drafter is None:
             return
-        self._run(segments, ("graft", stage.passes, *key), lambda: segments.graft(stage, layers, retrieved))
+        size = self._size(state, static, count)
+        try:
+            segments = self._segments(state, static, size)
+            self._begun = self._step(segments, sampling, Drafted(state.grafter, size))
+        except CannotCapture:
+            self._begun = None  # the next round will meet it at its beginning, where it can still run eagerly
+
+    def _draft(self, segments: Segments, sampling: tuple, drafted: Drafted) -> Drafted:
+        """Drafts on from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
+        if not segments.drafts or not segments.plan.drafts:
+            return drafted
+        while drafted.place < 0 or not (drafted.is_last or self._stops(segments, drafted)):
+            drafted = self._step(segments, sampling, drafted)
+        return drafted
+
+    def _step(self, segments: Segments, sampling: tuple, drafted: Drafted) -> Drafted:
+        """Replays the segment up to the next stage."""
+        place, key = drafted.place + 1, self._key(segments, sampling)
+        stage, layers = segments.plan.stages[place], drafted.layers
+        if stage.passes == 0:
+            found = _trees(self._run(segments, ("look up", *key), lambda: segments.look_up(stage)))
+            return Drafted(drafted.grafter, drafted.size, place, layers, found)
+        given = drafted.retrieved if segments.plan.scale is not None else None
+        outputs = self._run(
+            segments, ("draft", stage.passes, *key), partial(segments.draft, stage, tuple(layers), given)
+        )
+        ends = COLUMNS * (stage.passes - len(layers))
+        layers = layers + [Layer(*outputs[i : i + COLUMNS]) for i in range(0, ends, COLUMNS)]
+        retrieved = given if given is not None else _trees(outputs[ends:])
+        return Drafted(drafted.grafter, drafted.size, place, layers, retrieved)
 
     def _key(self, segments: Segments, sampling: tuple) -> tuple:
         """What tells the segments before the verification apart."""
@@ -289,10 +344,12 @@ class CapturedRounds:
         captured.replay()
         return captured.outputs
 
-    def _told(self, segments: Segments) -> int:
-        """What the segment that was just replayed tells the host: one read."""
-        self.graphs.wait()
-        return int(segments.static.record[0])
+    def _stops(self, segments: Segments, drafted: Drafted) -> bool:
+        """What the segment up to this stage told the host: one read, unless the last round's brought it."""
+        if drafted.stops is None:
+            self.graphs.wait()
+            drafted.stops = bool(segments.static.record[0])
+        return drafted.stops
 
     def _commit(self, state: DecodeState, static: Statics, count: int, read: int) -> None:
         """Tells the request, which may go on eagerly, what has happened on the device.

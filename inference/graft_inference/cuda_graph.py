@@ -39,13 +39,17 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._side = torch.cuda.Stream(device)
-        # The pool dies with the last of its graphs, and a capture into a dead one fails: this one stays.
-        self._first = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._first, self._pool, self._stream, capture_error_mode="thread_local"):
-            torch.zeros(1, device=device)
+        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._open_pool()
+
+    def _open_pool(self) -> None:
+        """The pool dies with the last of its graphs, and a capture into a dead one fails: its first graph stays."""
+        self._pool = torch.cuda.graph_pool_handle()
+        self._kept.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(self._kept[-1], self._pool, self._stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=self.device)
 
     def capture(self, function: Function, changing: Sequence[Tensor]) -> Captured:
         """Runs the function twice, in vain, and records a third run.
@@ -56,26 +60,39 @@ class CudaGraphs:
         Raises:
             CannotCapture: it reads something on the host, or there is no memory.
         """
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self.device)
         try:
-            self._stream.wait_stream(current)
+            outputs = self._warm_up(function, changing)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise CannotCapture(str(error).partition("\n")[0]) from error
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Should the capture not even begin, torch would leave its stream the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
+                for kept, tensor in zip(outputs, function(), strict=True):
+                    kept.copy_(tensor)
+        except RuntimeError as error:
+            # The allocator goes on recording into the pool of a capture that broke off: the next takes another.
+            self._kept.append(graph)
+            self._open_pool()
+            raise CannotCapture(str(error).partition("\n")[0]) from error
+        return Captured(graph.replay, outputs)
+
+    def _warm_up(self, function: Function, changing: Sequence[Tensor]) -> list[Tensor]:
+        """Runs the function twice, the second time watched; room for what it returns."""
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
             with torch.cuda.stream(self._stream):
                 with undone(changing):
                     outputs = [tensor.clone() for tensor in function()]
                 with undone(changing), NoHostReads():
                     function()
+        finally:
             current.wait_stream(self._stream)
-            # Should the capture not even begin, torch would leave its stream the current one.
-            with (
-                torch.cuda.stream(current),
-                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
-            ):
-                for kept, tensor in zip(outputs, function(), strict=True):
-                    kept.copy_(tensor)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise CannotCapture(str(error).partition("\n")[0]) from error
-        return Captured(graph.replay, outputs)
+        return outputs
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -124,7 +141,8 @@ class NoHostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if waits(name, args):
+        if waits(name, args) or (name == "_grouped_mm" and args[0].dtype != torch.bfloat16):
+            # The product of experts is one kernel in bfloat16 alone; elsewhere it reads their sizes, unseen from here.
             raise CannotCapture(f"{name} waits for the device")
         result = func(*args, **kwargs)
         copies = name in COPIES

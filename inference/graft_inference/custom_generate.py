@@ -37,7 +37,8 @@ ACCEPTED = {
     "stopping_criteria",
 }
 
-_bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Bundle]] = WeakKeyDictionary()
+_bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Any, Bundle]] = WeakKeyDictionary()
+"""Of each model: where its bundle lies, the tokenizer that it was checked with, if any, and the bundle."""
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """A model's attention is ours while it serves a request, so that those of several threads take turns."""
 _governors: WeakKeyDictionary[nn.Module, dict[tuple[Plan, int], Governor]] = WeakKeyDictionary()
@@ -148,9 +149,10 @@ def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask
 
 
 def _load(model: Any, location: str, revision: str | None, tokenizer: Any | None) -> Bundle:
-    """Reads a bundle once per model."""
+    """Reads a bundle once per model and tokenizer."""
     key = (location, revision)
-    if model not in _bundles or _bundles[model][0] != key:
+    known, checked_with, bundle = _bundles.get(model, (None, None, None))
+    if bundle is None or known != key or (tokenizer is not None and tokenizer is not checked_with):
         if not location:
             raise GraftError("this copy of the code belongs to no bundle: pass draft=PATH")
         try:
@@ -161,8 +163,8 @@ def _load(model: Any, location: str, revision: str | None, tokenizer: Any | None
         with torch.random.fork_rng(devices=[]):
             bundle = load_bundle(directory, model.config.get_text_config(), tokenizer)
         _check_weights(directory / "model.safetensors")
-        _bundles[model] = (key, bundle)
-    return _bundles[model][1]
+        _bundles[model] = (key, tokenizer, bundle)
+    return bundle
 
 
 def _check_weights(path: Path) -> None:

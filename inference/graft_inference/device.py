@@ -9,6 +9,16 @@ import torch
 from .policy import Policy
 
 
+def without_plans(device: torch.device) -> None:
+    """Leaves cuDNN's attention out on a GPU, in the whole process.
+
+    It builds a plan for every new shape, which takes tenths of a second (github.com/modelscope/FunASR/issues/3704,
+    torch 2.11), and while one decodes every pass has a shape of its own.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def device_name(device: torch.device) -> str:
     """What a GPU or CPU calls itself."""
     if device.type == "cuda":

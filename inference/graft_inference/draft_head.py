@@ -6,7 +6,7 @@ over whole sequences, a tree over a cache), so the caller passes attention as a 
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,14 @@ class DraftHead(nn.Module):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", kept_V)
         self.register_buffer("target_ids", torch.arange(config.draft_vocab_size), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Casts and moves everything but RoPE's frequencies, which only move: bf16 would lose the positions."""
+        exact = {name: buffer for name, buffer in self.rotary_emb.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self.rotary_emb, name, buffer.to(self.rotary_emb.get_buffer(name).device))
+        return self
 
     def set_draft_vocabulary(self, token_ids_D: Tensor) -> None:
         """Fixes which target tokens the head proposes.

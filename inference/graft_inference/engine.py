@@ -253,6 +253,7 @@ class GraftEngine:
                     yield index, token
                     if done:
                         state = states.pop(index)
+                        state.clock.settle()
                         break
             if states:
                 with self._lock, torch.inference_mode():

@@ -22,6 +22,7 @@ from .errors import GraftError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+PICKLED_FILE = "pytorch_model.bin"
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 SPECULATORS = "speculators_model_type"
 REMEDY = "copy the head again, or train it again with recipes/distill.py"
@@ -175,15 +176,27 @@ def _read_config(path: Path, target_layers: int | None) -> DraftHeadConfig:
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    pickled = path.with_name(PICKLED_FILE)
+    if not path.is_file() and pickled.is_file():
+        return _read_pickled(pickled)
     if not path.is_file():
-        pickled = path.with_name("pytorch_model.bin").is_file()
-        remedy = "save pytorch_model.bin as safetensors first (a pickle can run code)" if pickled else REMEDY
-        raise GraftError(f"{path} is missing; {remedy}")
+        raise GraftError(f"{path} is missing; {REMEDY}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise GraftError(f"{path} is truncated or corrupt ({error}); {REMEDY}") from error
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The official heads of EAGLE are such files. Nothing but tensors is read from one: no code runs."""
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes say
+        raise GraftError(f"{path} is truncated, corrupt, or holds more than tensors ({error}); {REMEDY}") from error
+    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise GraftError(f"{path} must hold tensors by name; {REMEDY}")
+    return values
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -48,7 +48,7 @@ class Statics:
         tree: what is verified next.
         drafter, successors, echo, noise_PV: None until a request needs them; the matrix is that of a request alone,
             the noise that of the next round's draws.
-        record: host memory that segments write to.
+        record: host memory that segments write to: what a draft told, then what a verification did.
     """
 
     def __init__(self, cache: TreeCache, capacity: int, rows: int, depth: int, graphs: CudaGraphs) -> None:
@@ -59,7 +59,7 @@ class Statics:
         self.length_1, self.place_1, self.root_1, self.seed_1 = torch.zeros((4, 1), dtype=torch.long, device=device)
         self.tree = DraftTree(*(column.repeat(rows) for column in columns(root_tree(self.root_1))))
         self.logp_D = torch.zeros(depth + 1, device=device)
-        self.record = graphs.host(1 + 2 * (depth + 1))
+        self.record = graphs.host(2 + 2 * (depth + 1))
         self.drafter: StaticDrafter | None = None
         self.successors: SuccessorMatrix | None = None
         self.echo: Echo | None = None
@@ -201,7 +201,7 @@ class Segments:
         static.place_1 += count_1
         static.foresee(self.sampler, static.place_1)
         record = to_record(tree, acceptance)
-        static.record[: len(record)].copy_(record, non_blocking=True)
+        static.record[1 : 1 + len(record)].copy_(record, non_blocking=True)
         return []
 
     def _keep_branch(self, path_D: Tensor) -> None:

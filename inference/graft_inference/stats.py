@@ -1,10 +1,10 @@
 """What a generation returns, and what it did."""
 
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -101,22 +101,49 @@ class Generation:
 
 
 class PhaseClock:
-    """Adds the time since the last mark to a phase; on a GPU it waits for the device first."""
+    """Adds the time since the last mark to a phase: of a GPU its own time, without waiting for it.
+
+    Args:
+        seconds: by phase; of a GPU they are complete after `settle`.
+    """
 
     def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
         self.seconds = seconds
         self.device = device
-        self.last = self.now()
+        self._marks: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.start()
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Of the host."""
         return time.perf_counter()
 
     def start(self) -> None:
-        self.last = self.now()
+        self._settle(is_over=torch.cuda.Event.query)
+        self._last = self._moment()
 
     def mark(self, phase: str) -> None:
-        now = self.now()
-        self.seconds[phase] += now - self.last
-        self.last = now
+        moment = self._moment()
+        if isinstance(moment, float):
+            self.seconds[phase] += moment - self._last
+        else:
+            self._marks.append((phase, self._last, moment))
+        self._last = moment
+
+    def settle(self) -> None:
+        """Waits for the device, and adds what is not in the seconds yet."""
+        if self._marks:
+            self._marks[-1][2].synchronize()
+        self._settle(is_over=lambda moment: True)
+
+    def _settle(self, is_over: Callable[[torch.cuda.Event], bool]) -> None:
+        while self._marks and is_over(self._marks[0][2]):
+            phase, start, end = self._marks.popleft()
+            self.seconds[phase] += start.elapsed_time(end) / 1e3
+
+    def _moment(self) -> Any:
+        """Seconds of the host, or an event that the GPU will reach."""
+        if self.device.type != "cuda":
+            return self.now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event

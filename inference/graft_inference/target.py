@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .attention import ATTENTION, Visibility
 from .bucket_cache import BucketCache
+from .device import without_plans
 from .errors import GraftError
 from .kv_cache import PackedCaches, TreeCache
 from .tree import DraftTree
@@ -46,6 +47,7 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tapped_layers: tuple[int, ...] = ()) -> None:
         check_supported(model)
+        without_plans(model.device)
         self.model = model
         self.config = model.config.get_text_config()
         self._implementation = self.config._attn_implementation
@@ -239,6 +241,8 @@ def check_supported(model: PreTrainedModel) -> None:
         raise GraftError(f"{name} attends in both directions: its next tokens cannot be verified in one pass")
     if getattr(config, "is_encoder_decoder", False):
         raise GraftError(f"{name} is an encoder-decoder; only decoder-only targets work")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise GraftError(f"{name} has layers that share keys and values with others, which our caches cannot hold")
     if not getattr(model, "_supports_attention_backend", False) or not hasattr(model.get_decoder(), "layers"):
         raise GraftError(f"{name} computes attention in a way of its own, which cannot be replaced by tree attention")
     if not getattr(config, "max_position_embeddings", None):

@@ -5,7 +5,7 @@ what a replay leaves in memory of its own is lost, as if another graph had used 
 """
 
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -47,6 +47,7 @@ class RecordedGraphs:
 
     def __init__(self) -> None:
         self.reads = self.captures = self.replays = 0
+        self._hidden = None
 
     def capture(self, function, changing) -> Captured:
         with undone(changing):
@@ -59,6 +60,7 @@ class RecordedGraphs:
         ):
             for kept, tensor in zip(outputs, function(), strict=True):
                 kept.copy_(tensor)
+        assert self._hidden is None, "what was computed aside is never joined"
         self.captures += 1
         steps, own = _steps(recording.calls)
         _spoil(own)
@@ -73,11 +75,21 @@ class RecordedGraphs:
 
         return Captured(replay, outputs)
 
+    @contextmanager
     def aside(self):
-        return nullcontext()
+        """What is computed here may not be read before `join`: until then other values stand there."""
+        assert self._hidden is None, "two blocks aside, and no join between them"
+        with Recording() as recording:
+            yield
+        _, own = _steps(recording.calls)
+        self._hidden = [(tensor, tensor.clone()) for tensor in own]
+        _spoil(own)
 
     def join(self) -> None:
-        pass
+        assert self._hidden is not None, "nothing is aside"
+        for tensor, value in self._hidden:
+            tensor.copy_(value)
+        self._hidden = None
 
     def host(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.long)

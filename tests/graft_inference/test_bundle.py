@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
+from graft_inference import METHODS, GraftEngine, GraftError, packed_linear, paper_policy
 from graft_inference.bundle import load_bundle, load_target_model, tokenizer_hash
 from graft_inference.drafting import Drafter
 
@@ -172,6 +172,7 @@ def test_a_graft_json_that_means_something_else_is_refused(bundle, target, edit,
         (lambda t: t.update(ids=t["ids"][:, 0].clone()), r"int32 \[61, k\]"),
         (lambda t: t["ids"][0].fill_(61), r"lie in -1..60"),
         (lambda t: t["ids"][0].fill_(-2), r"lie in -1..60"),
+        (lambda t: t["ids"][0, 2:].fill_(7), r"names a successor of one token twice"),
     ],
 )
 def test_a_matrix_of_another_vocabulary_is_refused(bundle, target, edit, message):
@@ -274,10 +275,28 @@ def test_the_engine_finds_stop_strings_with_the_targets_tokenizer(bundle, target
     assert out.stats.emitted < 24
 
 
+@pytest.mark.parametrize("method", ["graft", "autoregressive"])
+def test_linear_layers_are_packed_for_every_method_unless_told_otherwise(bundle, target, monkeypatch, method):
+    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: float(product == layer.forward))
+    calls, product = [], packed_linear._packed_product
+
+    def counted(layer):
+        packed = product(layer)
+        return lambda input_BSH: calls.append(layer) or packed(input_BSH)
+
+    monkeypatch.setattr(packed_linear, "_packed_product", counted)
+    for packs in (True, False):
+        calls.clear()
+        engine = GraftEngine.from_pretrained(bundle, target, packed=packs, check=False)
+        engine.generate(torch.arange(9), 8, method=method)
+        assert (engine.target.model.lm_head in calls) == packs
+        assert (engine.head.lm_head in calls) == (packs and method == "graft")
+
+
 @pytest.mark.parametrize("broken", [True, False])
 def test_the_self_check_runs_at_loading_unless_switched_off(bundle, target, monkeypatch, broken):
     monkeypatch.setattr("graft_inference.target.Visibility.first_key", lambda *_: int(broken))
-    monkeypatch.setattr("graft_inference.target.Visibility.mask", lambda *_: None)
+    monkeypatch.setattr("graft_inference.target.Visibility.bias", lambda *_: None)
     with pytest.raises(GraftError, match="LlamaForCausalLM gives other logits under tree attention"):
         load(bundle, target)
     GraftEngine.from_pretrained(bundle, target, check=False)

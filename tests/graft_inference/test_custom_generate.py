@@ -242,6 +242,14 @@ def test_code_and_weights_belong_together(model, bundle, monkeypatch):
     generate(prompt(9), model=model)
 
 
+def test_every_tokenizer_is_checked(model, bundle):
+    call = partial(generate, prompt(9), model=model, draft=bundle, max_new_tokens=2)
+    call()
+    with pytest.raises(GraftError, match="tokenizer is not the one"):
+        call(tokenizer=tiny_tokenizer(extra="z"))
+    call(tokenizer=tiny_tokenizer())
+
+
 def test_without_a_bundle_the_remedy_is_named(model, tmp_path, monkeypatch):
     with pytest.raises(GraftError, match="belongs to no bundle: pass draft=PATH"):
         generate(prompt(9), model=model)

@@ -14,6 +14,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -106,7 +108,7 @@ class HidesWindow(MistralForCausalLM):
 
     def forward(self, *args, visible=None, **kwargs):
         if visible is not None:
-            mask, visible.mask = visible.mask, lambda window, *rest: mask(None, *rest)
+            bias, visible.bias = visible.bias, lambda window, *rest: bias(None, *rest)
             visible.first_key = lambda window: 0
         return super().forward(*args, visible=visible, **kwargs)
 
@@ -131,6 +133,21 @@ def test_a_window_too_long_for_the_check_to_feel_must_still_be_applied():
         self_check(Target(model))
 
 
+def test_a_window_that_only_the_models_own_mask_applies_is_refused():
+    config = PhimoeConfig(**SIZES, num_local_experts=4, sliding_window=64)
+    with pytest.raises(GraftError, match=r"PhimoeForCausalLM .* hides their window of 64"):
+        self_check(Target(PhimoeForCausalLM(config).eval()))
+    config.sliding_window = None
+    self_check(Target(PhimoeForCausalLM(config).eval()))
+
+
+def test_a_window_that_nobody_applies_may_stand_in_the_configuration():
+    model = family_model("llama", sliding_window=64)
+    assert model.config.sliding_window == 64
+    self_check(Target(model))
+    assert model.config.sliding_window == 64
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -139,6 +156,7 @@ def test_a_window_too_long_for_the_check_to_feel_must_still_be_applied():
         (lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=11)), "GPT2LMHeadModel"),
         (lambda: family_model("gemma3", use_bidirectional_attention=True), "Gemma3.* both directions"),
         (lambda: family_model("llama", max_position_embeddings=0), "Llama.* no max_position_embeddings"),
+        (lambda: family_model("llama", num_kv_shared_layers=2), "Llama.* share keys and values"),
     ],
 )
 def test_families_that_cannot_work_are_refused_by_name(build, reason):

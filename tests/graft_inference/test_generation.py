@@ -12,7 +12,7 @@ from graft_inference.round import draft
 
 from .test_custom_generate import Recorder
 from .test_engine import GREEDY, SMALL, greedy_reference, prompt, small_engine
-from .tiny import prefilled, tiny_engine, tiny_model
+from .tiny import prefilled, tiny_engine, tiny_head, tiny_model, tiny_policy
 from .tiny_bundle import tiny_tokenizer
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
@@ -98,6 +98,27 @@ def test_a_prompt_read_in_pieces_changes_nothing(method):
             expected.stats.accepted,
             expected.stats.stages,
         )
+
+
+def test_a_prompt_of_32k_tokens_is_read_in_pieces():
+    """Its far end is felt: what comes next is the whole text's, and not that of the last piece."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = tiny_model("llama", **sizes, num_hidden_layers=3, max_position_embeddings=40_000, vocab_size=SMALL)
+    head = tiny_head(model, SMALL - 1, tapped_layers=(0, 1, 2), max_position_embeddings=40_000)
+    engine = tiny_engine(model, tiny_policy(0.5), head)
+    engine.prefill_chunk = 4096
+    ids = prompt(33_000, 1, SMALL)
+    expected = model_greedy(engine, ids, 12)
+    assert model_greedy(engine, ids[:, -4096:], 12)[0, -12:].tolist() != expected[0, -12:].tolist()
+    lengths = count_read(engine)
+    assert engine.generate(ids, 12).sequences.tolist() == expected.tolist()
+    assert lengths == [4096] * 8 + [33_000 - 8 * 4096]
+
+
+def model_greedy(engine, ids, count):
+    """The model's own greedy text, its attention's memory linear in the prompt."""
+    with engine.target.own_attention() as model:
+        return model.generate(ids, max_new_tokens=count, do_sample=False)
 
 
 def count_read(engine) -> list[int]:

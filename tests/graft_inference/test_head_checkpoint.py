@@ -251,7 +251,27 @@ def test_maps_that_map_nothing_are_accepted_and_others_are_not(tmp_path):
         load_head(tmp_path)
 
 
-def test_a_pickled_head_is_not_opened(saved):
-    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    with pytest.raises(GraftError, match=r"save pytorch_model.bin as safetensors first"):
+def test_an_official_head_is_a_pickle_of_tensors(saved):
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(tensors, saved / "pytorch_model.bin")
+    loaded = load_head(saved)
+    assert loaded.target_ids.tolist() == [0, 3, 4, 9]
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+class RunsCode:
+    def __reduce__(self):
+        return pytest.fail, ("the pickle ran code",)
+
+
+@pytest.mark.parametrize("content", [{"fc.weight": RunsCode()}, [torch.zeros(1)], {"fc.weight": 3}, b"", b"junk"])
+def test_a_pickle_of_anything_else_is_refused_and_runs_no_code(saved, content):
+    (saved / "model.safetensors").unlink()
+    if isinstance(content, bytes):
+        (saved / "pytorch_model.bin").write_bytes(content)
+    else:
+        torch.save(content, saved / "pytorch_model.bin")
+    with pytest.raises(GraftError, match=r"pytorch_model\.bin"):
         load_head(saved)

@@ -41,22 +41,21 @@ def tiny_model(family: str, seed: int = 0, **overrides):
     return model.eval().requires_grad_(False)
 
 
-def tiny_head(model, draft_vocab_size: int = 40, seed: int = 1) -> DraftHead:
+def tiny_head(model, draft_vocab_size: int = 40, seed: int = 1, **overrides) -> DraftHead:
     torch.manual_seed(seed)
     config = model.config
-    head = DraftHead(
-        DraftHeadConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=40,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=config.vocab_size,
-            draft_vocab_size=draft_vocab_size,
-            tapped_layers=(0, 1, 3),
-            max_position_embeddings=256,
-        )
-    )
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+        "tapped_layers": (0, 1, 3),
+        "max_position_embeddings": 256,
+    }
+    head = DraftHead(DraftHeadConfig(**(sizes | overrides)))
     head.set_draft_vocabulary(torch.randperm(config.vocab_size)[:draft_vocab_size].sort().values)
     for parameter in head.parameters():
         if parameter.dim() > 1:
