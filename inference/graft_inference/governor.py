@@ -16,7 +16,7 @@ from .policy import AUTOREGRESSIVE, Plan
 
 SHARE = 0.02
 """Of the autoregressive time, what may be lost in the long run."""
-GRANT, PURSE = 12.0, 16.0
+GRANT, PURSE = 8.0, 16.0
 """Tokens' worth that may be lost at the start, and at any one time."""
 STAKE, SLACK = 3.0, 16.0
 """What one plan may lose before the next has its turn, and how far earlier gains make up for it."""

@@ -118,7 +118,7 @@ class PhaseClock:
         return time.perf_counter()
 
     def start(self) -> None:
-        self._settle(is_over=torch.cuda.Event.query)
+        self._settle(is_over=lambda moment: moment.query())
         self._last = self._moment()
 
     def mark(self, phase: str) -> None:

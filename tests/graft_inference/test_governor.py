@@ -223,6 +223,23 @@ def test_a_random_head_is_nearly_as_fast_as_autoregressive(monkeypatch):
     assert not ungoverned.governed
 
 
+def test_a_batch_with_a_random_head_is_nearly_as_fast_as_autoregressive_ones(monkeypatch):
+    engine = governed_engine()
+    FakeTime(monkeypatch)
+    batch = [prompt(length)[0] for length in (9, 5, 12, 7)]
+    methods = ("graft", "autoregressive")
+    found = {method: engine.generate(batch, 600, 1.0, method, seed=0, pad_token_id=0) for method in methods}
+    governed, plain = (found[method].stats for method in methods)
+    assert found["graft"].sequences.tolist() == found["autoregressive"].sequences.tolist()
+    assert governed.decode_seconds < 1.05 * plain.decode_seconds
+    assert governed.governed["plan"]
+    assert governed.governed["autoregressive, nothing else pays"] > 4 * 400
+    engine.governed = False
+    assert (
+        engine.generate(batch, 60, 1.0, seed=0, pad_token_id=0).stats.decode_seconds > 1.5 * plain.decode_seconds / 10
+    )
+
+
 @pytest.mark.parametrize("method", ["prune", "eagle3", "retrieve", "autoregressive"])
 def test_baselines_and_a_plan_of_ones_own_stay_what_they_are(monkeypatch, method):
     engine = governed_engine()
