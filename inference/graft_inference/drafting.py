@@ -141,11 +141,10 @@ class Drafter:
         self._own_kk = torch.eye(beam_width, dtype=torch.bool, device=weight.device)
         self.beam_width = beam_width
 
-    def defer(self, tokens_A: Tensor, taps_AE: Tensor) -> None:
-        """Keeps newly committed positions for the next `begin`: a round that does not draft."""
-        self._deferred.append((tokens_A, taps_AE))
-        if sum(len(tokens_A) for tokens_A, _ in self._deferred) >= DEFERRED:
-            self.read(*self._deferred.pop())
+    @property
+    def unread(self) -> int:
+        """Committed positions that wait for the next `begin`."""
+        return sum(len(tokens_A) for tokens_A, _ in self._deferred)
 
     def resume(self, length: int, beam_width: int, capacity: int) -> None:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
@@ -246,6 +245,15 @@ def read_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]
     fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
     feature_AH = drafters[0].head.fuse(_joined([taps_AE for _, taps_AE in fresh]))
     return _pass([drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)], feature_AH)
+
+
+def defer_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Keeps newly committed positions of several prompts for their next `begin`: a round that does not draft."""
+    for drafter, one in zip(drafters, fresh, strict=True):
+        drafter._deferred.append(one)
+    full = [drafter for drafter in drafters if drafter.unread >= DEFERRED]
+    if full:
+        read_all(full, [drafter._deferred.pop() for drafter in full])
 
 
 def begin_all(

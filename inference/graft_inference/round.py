@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .drafting import Draft, Drafter, begin_all, deepen_all
+from .drafting import Draft, Drafter, begin_all, deepen_all, defer_all
 from .policy import Stage
 from .state import DecodeState
 from .target import Target, TargetOutput
@@ -59,7 +59,7 @@ def draft(states: Sequence[DecodeState]) -> list[tuple[Stage, DraftTree]]:
     asked = _asked(states)
     if not asked:
         return found
-    fresh = [(state.fresh_tokens_A, state.fresh_taps_AE) for state in (states[index] for index in asked)]
+    fresh = [_fresh(states[index]) for index in asked]
     noises = [states[index].shared_noise for index in asked]
     drafts = dict(zip(asked, begin_all([_drafter(states[index]) for index in asked], fresh, noises), strict=True))
     while True:
@@ -74,7 +74,9 @@ def draft(states: Sequence[DecodeState]) -> list[tuple[Stage, DraftTree]]:
 
 def _asked(states: Sequence[DecodeState]) -> list[int]:
     """Which prompts' heads are to draft. What the others committed waits until theirs is asked again."""
-    asked, gates = [], {}
+    asked: list[int] = []
+    waiting: list[int] = []
+    gates = {}
     for index, state in enumerate(states):
         stage, state.retrieved = state.plan.stages[0], None
         if state.drafter is None:
@@ -83,14 +85,12 @@ def _asked(states: Sequence[DecodeState]) -> list[int]:
             state.retrieved = _retrieve(state, stage)
             if state.retrieved:
                 gates[index] = state.grafter.skips_drafting(stage, state.retrieved)
-        if state.plan.drafts:
-            asked.append(index)
-        else:
-            state.drafter.defer(state.fresh_tokens_A, state.fresh_taps_AE)
+        (asked if state.plan.drafts else waiting).append(index)
     for index, (skips,) in zip(gates, _read(list(gates.values())), strict=True):
         if skips:
             asked.remove(index)
-            _drafter(states[index]).defer(states[index].fresh_tokens_A, states[index].fresh_taps_AE)
+            waiting.append(index)
+    defer_all([_drafter(states[index]) for index in waiting], [_fresh(states[index]) for index in waiting])
     return asked
 
 
@@ -177,6 +177,10 @@ def _read(records: list[Tensor]) -> list[list[Any]]:
 def _retrieve(state: DecodeState, stage: Stage) -> list[DraftTree]:
     source = state.ngrams or state.successors
     return state.grafter.retrieve(stage, source, state.root_1, state.echo, state.shared_noise)
+
+
+def _fresh(state: DecodeState) -> tuple[Tensor, Tensor]:
+    return state.fresh_tokens_A, state.fresh_taps_AE
 
 
 def _drafter(state: DecodeState) -> Drafter:

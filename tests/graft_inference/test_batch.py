@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 
 from graft_inference import METHODS, GraftError
-from graft_inference.drafting import Drafter, begin_all, deepen_all
+from graft_inference.drafting import Drafter, begin_all, deepen_all, defer_all
 from graft_inference.policy import AUTOREGRESSIVE
 from graft_inference.prefill import passes
 from graft_inference.sampling import Noise, gumbel
@@ -391,8 +391,8 @@ def test_drafts_of_several_prompts_are_those_of_each_alone():
         for turn, lengths in enumerate(((9, 1, 4), (2, 3, 1)))
     ]
     together, alone = ([Drafter(head, target, 3, 40) for _ in range(3)] for _ in range(2))
-    alone[1].defer(*pieces[0][1])
-    together[1].defer(*pieces[0][1])
+    defer_all(alone[1:2], [pieces[0][1]])
+    defer_all(together[1:2], [pieces[0][1]])
     noises = [None, *(Noise(gumbel(seed, 0, 4, 61, torch.device("cpu")), 0.6) for seed in (1, 2))]
     for fresh in pieces:
         drafts = begin_all(together, fresh, noises)

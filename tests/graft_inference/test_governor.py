@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from graft_inference import GraftEngine, drafting, paper_policy
-from graft_inference.drafting import DEFERRED, Drafter
+from graft_inference import round as round_module
+from graft_inference.drafting import DEFERRED, Drafter, defer_all
 from graft_inference.governor import GRANT, PLAIN_EVERY, PURSE, SHARE, Governor, ladder
 from graft_inference.policy import AUTOREGRESSIVE
 from graft_inference.stats import PhaseClock
@@ -233,11 +234,10 @@ def test_a_batch_with_a_random_head_is_nearly_as_fast_as_autoregressive_ones(mon
     assert found["graft"].sequences.tolist() == found["autoregressive"].sequences.tolist()
     assert governed.decode_seconds < 1.05 * plain.decode_seconds
     assert governed.governed["plan"]
-    assert governed.governed["autoregressive, nothing else pays"] > 4 * 400
+    assert governed.governed["autoregressive, nothing else pays"] > 4 * 450
     engine.governed = False
-    assert (
-        engine.generate(batch, 60, 1.0, seed=0, pad_token_id=0).stats.decode_seconds > 1.5 * plain.decode_seconds / 10
-    )
+    ungoverned = engine.generate(batch, 90, 1.0, seed=0, pad_token_id=0).stats
+    assert ungoverned.tokens_per_second < 0.7 * plain.tokens_per_second
 
 
 @pytest.mark.parametrize("method", ["prune", "eagle3", "retrieve", "autoregressive"])
@@ -298,13 +298,12 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
     """However long it is not asked; and what it has read in pieces it knows as if it had read it at once."""
     engine = governed_engine(learned_policy())
     most = []
-    defer = Drafter.defer
 
-    def watched(drafter, tokens_A, taps_AE):
-        defer(drafter, tokens_A, taps_AE)
-        most.append(sum(len(tokens) for tokens, _ in drafter._deferred))
+    def watched(drafters, fresh):
+        defer_all(drafters, fresh)
+        most.extend(drafter.unread for drafter in drafters)
 
-    monkeypatch.setattr(Drafter, "defer", watched)
+    monkeypatch.setattr(round_module, "defer_all", watched)
     always = replace(learned_plan().stages[0], threshold=-1.0)  # retrieved nodes promise more than that
     skipping = replace(learned_plan(), stages=(always, *learned_plan().stages[1:]))
     engine.generate(prompt(9), 900, plan=skipping)
@@ -317,7 +316,7 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
         taps = target.prefill(tokens, target.new_cache(200)).taps_NE
         drafters = [Drafter(head, target, 3, 240) for _ in range(2)]
         for place in range(150):
-            drafters[0].defer(tokens[place + 1 : place + 2], taps[place : place + 1])
+            defer_all(drafters[:1], [(tokens[place + 1 : place + 2], taps[place : place + 1])])
         drafts = [
             drafters[0].begin(tokens[151:152], taps[150:151]),
             drafters[1].begin(tokens[1:152], taps[:151]),
