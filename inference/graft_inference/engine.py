@@ -55,7 +55,8 @@ class GraftEngine:
             itself in any case, and to others where they stay in the "engine".
         prefill_chunk: most tokens of prompts that are read in one pass; fewer need less memory.
         keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
-            what is new. Output is the same; memory stays taken.
+            what is new. Output is the same, though not always the rounds: the matrix learns nothing from what is not
+            read again. Memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
         captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
         governed: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.

@@ -20,7 +20,8 @@ class GenerationStats:
         rounds: target passes after the prefill; of a batch, the sum over its prompts, which share their passes.
         emitted: new tokens, the prefill's first one included.
         reused: tokens of the prompt whose keys and values the previous request left.
-        seconds: wall time by phase. `graft` is look-up and merging, `commit` acceptance, cache and matrix.
+        seconds: time by phase, of a GPU its own, which is complete when the generation has ended. `graft` is look-up
+            and merging, `commit` acceptance, cache and matrix.
         accepted: kept tokens of the rounds by source: drafted, retrieved, and bonus (the target's own).
         stages: rounds by the stage they stopped at; "none" where no head ran.
         captured: rounds that were replayed from CUDA graphs. Their `verify` is acceptance, cache and matrix too, and
