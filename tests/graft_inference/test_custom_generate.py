@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, set_seed
 from transformers.generation.streamers import BaseStreamer
@@ -240,6 +241,20 @@ def test_code_and_weights_belong_together(model, bundle, monkeypatch):
         generate(prompt(9), model=model)
     monkeypatch.setattr(custom_generate, "WEIGHTS_SHA256", hashlib.sha256(weights).hexdigest())
     generate(prompt(9), model=model)
+
+
+def test_an_official_head_serves_but_not_for_a_bundles_code(model, bundle, tmp_path, monkeypatch):
+    head = tmp_path / "head"
+    head.mkdir()
+    (head / "config.json").write_bytes((bundle / "config.json").read_bytes())
+    torch.save(load_file(bundle / "model.safetensors"), head / "pytorch_model.bin")
+    expected = model.generate(prompt(9), max_new_tokens=8, do_sample=False)
+    ours = generate(prompt(9), model=model, draft=head, max_new_tokens=8, do_sample=False)
+    assert ours.tolist() == expected.tolist()
+    custom_generate._bundles.clear()
+    monkeypatch.setattr(custom_generate, "WEIGHTS_SHA256", "0" * 64)
+    with pytest.raises(GraftError, match="other weights"):
+        generate(prompt(9), model=model, draft=head, max_new_tokens=8)
 
 
 def test_every_tokenizer_is_checked(model, bundle):
