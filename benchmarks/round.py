@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft_inference import GraftEngine, Plan, Scale, Stage, paper_policy
 from graft_inference.bundle import Bundle, load_successors, load_target_model
+from graft_inference.cuda_graph import waits
 from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import Policy, depth_template
@@ -64,8 +65,6 @@ SHAPES = {
 VOCABULARY = {"15m": 8192, "100m": 16384, "1b": 128256, "8b": 128256, "32b": 151936}
 DRAFT_VOCABULARY = 32000
 PHASES = ("draft", "graft", "verify", "commit")
-READS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "masked_select"}
-"""Operators whose result, or its size, the host has to know; `tolist` reads without one."""
 LAUNCHES = {"cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"}
 BEAM, ROWS = 4, 16
 GPU_BEAM, GPU_ROWS = 10, 64
@@ -225,10 +224,7 @@ class Counts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
-        name = func.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
-        self.reads += name in READS or by_mask
+        self.reads += waits(func.overloadpacket.__name__, args)
         return func(*args, **(kwargs or {}))
 
 

@@ -62,7 +62,7 @@ def document_attention(
             )
         else:
             folded_BKLD = query_BQLD.reshape(*key_BKLD.shape[:2], groups * length, -1)
-            bias = None if mask_LL is None else as_bias(mask_LL.repeat(groups, 1), query)
+            bias = None if mask_LL is None else as_bias(mask_LL, groups, query)
             attended = explicit_attention(folded_BKLD, key_BKLD, value_BKLD, length, bias, scaling, softcap, s_aux)
         out.append(attended.view_as(query_BQLD))
     return torch.cat(out, dim=2).transpose(1, 2), None

@@ -48,7 +48,7 @@ class Visibility:
             self.windows.add(window)
             mask_NK = self._build(window)
             # Once a pass: of a mask of booleans every layer would make it anew.
-            self._biases[key] = None if mask_NK is None else as_bias(mask_NK.repeat(groups, 1).to(query.device), query)
+            self._biases[key] = None if mask_NK is None else as_bias(mask_NK, groups, query)
         return self._biases[key]
 
     def _build(self, window: int | None) -> Tensor | None:
@@ -132,9 +132,15 @@ def _attend(
     return out.reshape(1, query.shape[1], queries, -1)
 
 
-def as_bias(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of booleans as what is added to the scores, of a dtype as `like`: 0 where True, else -inf."""
-    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+def as_bias(mask_NK: Tensor, groups: int, like: Tensor) -> Tensor:
+    """A mask of booleans as what is added to the scores: 0 where True, else -inf, [groups * N, K].
+
+    Args:
+        groups: how often the rows are repeated, for query heads that share a key head.
+        like: of the dtype and device that are wanted.
+    """
+    bias_NK = like.new_zeros(mask_NK.shape).masked_fill_(~mask_NK.to(like.device), -torch.inf)
+    return bias_NK.repeat(groups, 1)
 
 
 def explicit_attention(
@@ -153,8 +159,7 @@ def explicit_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is None and queries > 1:
-        causal = torch.ones((queries, queries), dtype=torch.bool, device=query.device).tril()
-        bias = as_bias(causal.repeat(groups, 1), query)
+        bias = as_bias(torch.ones((queries, queries), dtype=torch.bool, device=query.device).tril(), groups, query)
     if bias is not None:
         scores = scores + bias
     if s_aux is not None:

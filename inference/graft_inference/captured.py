@@ -8,6 +8,7 @@ which the record brings along: a round that stops there is one read.
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -22,7 +23,6 @@ from .draft_head import DraftHead
 from .drafting import Layer
 from .echo import Echo
 from .errors import GraftError
-from .grafting import Grafter
 from .kv_cache import TreeCache
 from .policy import Stage
 from .retrieval import SuccessorMatrix
@@ -47,13 +47,12 @@ class Drafted:
     """How far a round's draft is.
 
     Attributes:
-        size: of the bucket that its segments read.
+        segments: those of the round.
         place: of the stage that it has reached; -1 before the first.
         stops: what the segment up to there told; None where the host has not read it.
     """
 
-    grafter: Grafter
-    size: int
+    segments: Segments
     place: int = -1
     layers: list[Layer] = field(default_factory=list)
     retrieved: list[DraftTree] | None = None
@@ -61,11 +60,11 @@ class Drafted:
 
     @property
     def stage(self) -> Stage:
-        return self.grafter.plan.stages[max(0, self.place)]
+        return self.segments.plan.stages[max(0, self.place)]
 
     @property
     def is_last(self) -> bool:
-        return self.stage is self.grafter.plan.stages[-1]
+        return self.stage is self.segments.plan.stages[-1]
 
 
 class CapturedRounds:
@@ -224,9 +223,9 @@ class CapturedRounds:
         """
         graphs, drafter = self.graphs, state.drafter
         drafted = self._resumed(state, static)
-        segments = self._segments(state, static, drafted.size)
+        segments = drafted.segments
         times = [graphs.now()]
-        drafted = self._draft(segments, sampling, drafted)
+        drafted = self._draft(drafted, sampling)
         stage, read = drafted.stage, self._pending if drafted.layers else 0
         if drafter is not None and not drafted.layers and self._pending > static.fresh // 2:
             self._run(segments, ("catch up", segments.size), segments.catch_up)
@@ -257,7 +256,9 @@ class CapturedRounds:
         state.stats.stages[stage.name] += 1
         return (tokens, sources), {"draft": draft + ahead, "graft": graft, "verify": verify}
 
-    def _segments(self, state: DecodeState, static: Statics, size: int) -> Segments:
+    def _segments(self, state: DecodeState, static: Statics, more: int = 0) -> Segments:
+        """Over the bucket that a round needs once so many more positions are committed."""
+        size = bucket(state.cache.length + more + slack_rows(state.plan, static.rows, static.depth))
         if size not in self._caches:
             self._caches[size] = BucketCache(state.cache, size)
         return Segments(
@@ -275,20 +276,16 @@ class CapturedRounds:
             logprobs=state.logprobs is not None,
         )
 
-    def _size(self, state: DecodeState, static: Statics, more: int = 0) -> int:
-        """Of the bucket that a round needs once so many more positions are committed."""
-        return bucket(state.cache.length + more + slack_rows(state.plan, static.rows, static.depth))
-
     def _resumed(self, state: DecodeState, static: Statics) -> Drafted:
         """The draft that the last round began, or none, where it was begun for another plan."""
         begun, self._begun = self._begun, None
-        if begun is not None and begun.grafter is state.grafter:
+        if begun is not None and begun.segments.grafter is state.grafter:
             return begun
         if begun is not None and state.drafter is not None and static.drafter is not None:
             # What it has read on the device the host never took note of: it is read again.
             static.drafter.length_1.fill_(state.drafter.length)
             static.drafter.pending_1.fill_(self._pending)
-        return Drafted(state.grafter, self._size(state, static))
+        return Drafted(self._segments(state, static))
 
     def _begin(self, state: DecodeState, static: Statics, sampling: tuple, count: int) -> None:
         """Starts the next round's draft on what this round commits.
@@ -298,28 +295,25 @@ class CapturedRounds:
         """
         if not state.plan.drafts or state.drafter is None:
             return
-        size = self._size(state, static, count)
-        try:
-            segments = self._segments(state, static, size)
-            self._begun = self._step(segments, sampling, Drafted(state.grafter, size))
-        except CannotCapture:
-            self._begun = None  # the next round will meet it at its beginning, where it can still run eagerly
+        with suppress(CannotCapture):  # the next round meets it at its beginning, where it can still run eagerly
+            self._begun = self._step(Drafted(self._segments(state, static, count)), sampling)
 
-    def _draft(self, segments: Segments, sampling: tuple, drafted: Drafted) -> Drafted:
+    def _draft(self, drafted: Drafted, sampling: tuple) -> Drafted:
         """Drafts on from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
+        segments = drafted.segments
         if not segments.drafts or not segments.plan.drafts:
             return drafted
-        while drafted.place < 0 or not (drafted.is_last or self._stops(segments, drafted)):
-            drafted = self._step(segments, sampling, drafted)
+        while drafted.place < 0 or not (drafted.is_last or self._stops(drafted)):
+            drafted = self._step(drafted, sampling)
         return drafted
 
-    def _step(self, segments: Segments, sampling: tuple, drafted: Drafted) -> Drafted:
+    def _step(self, drafted: Drafted, sampling: tuple) -> Drafted:
         """Replays the segment up to the next stage."""
-        place, key = drafted.place + 1, self._key(segments, sampling)
-        stage, layers = segments.plan.stages[place], drafted.layers
+        segments, place, layers = drafted.segments, drafted.place + 1, drafted.layers
+        stage, key = segments.plan.stages[place], self._key(segments, sampling)
         if stage.passes == 0:
             found = _trees(self._run(segments, ("look up", *key), lambda: segments.look_up(stage)))
-            return Drafted(drafted.grafter, drafted.size, place, layers, found)
+            return Drafted(segments, place, layers, found)
         given = drafted.retrieved if segments.plan.scale is not None else None
         outputs = self._run(
             segments, ("draft", stage.passes, *key), partial(segments.draft, stage, tuple(layers), given)
@@ -327,7 +321,7 @@ class CapturedRounds:
         ends = COLUMNS * (stage.passes - len(layers))
         layers = layers + [Layer(*outputs[i : i + COLUMNS]) for i in range(0, ends, COLUMNS)]
         retrieved = given if given is not None else _trees(outputs[ends:])
-        return Drafted(drafted.grafter, drafted.size, place, layers, retrieved)
+        return Drafted(segments, place, layers, retrieved)
 
     def _key(self, segments: Segments, sampling: tuple) -> tuple:
         """What tells the segments before the verification apart."""
@@ -344,11 +338,11 @@ class CapturedRounds:
         captured.replay()
         return captured.outputs
 
-    def _stops(self, segments: Segments, drafted: Drafted) -> bool:
+    def _stops(self, drafted: Drafted) -> bool:
         """What the segment up to this stage told the host: one read, unless the last round's brought it."""
         if drafted.stops is None:
             self.graphs.wait()
-            drafted.stops = bool(segments.static.record[0])
+            drafted.stops = bool(drafted.segments.static.record[0])
         return drafted.stops
 
     def _commit(self, state: DecodeState, static: Statics, count: int, read: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .device import event
+
 Function = Callable[[], Sequence[Tensor]]
 READS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2"}
 """Operators whose result, or its size, the host has to know."""
@@ -60,10 +62,7 @@ class CudaGraphs:
         Raises:
             CannotCapture: it reads something on the host, or there is no memory.
         """
-        try:
-            outputs = self._warm_up(function, changing)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise CannotCapture(str(error).partition("\n")[0]) from error
+        outputs = self._warm_up(function, changing)
         graph = torch.cuda.CUDAGraph()
         try:
             # Should the capture not even begin, torch would leave its stream the current one.
@@ -90,6 +89,8 @@ class CudaGraphs:
                     outputs = [tensor.clone() for tensor in function()]
                 with undone(changing), NoHostReads():
                     function()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise CannotCapture(str(error).partition("\n")[0]) from error
         finally:
             current.wait_stream(self._stream)
         return outputs
@@ -113,9 +114,7 @@ class CudaGraphs:
         torch.cuda.current_stream(self.device).synchronize()
 
     def now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return event(self.device)
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Between two moments that lie before the last `wait`."""

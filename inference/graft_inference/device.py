@@ -19,6 +19,13 @@ def without_plans(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def event(device: torch.device) -> torch.cuda.Event:
+    """A moment that the GPU will reach: when what was asked of it so far has been done."""
+    moment = torch.cuda.Event(enable_timing=True)
+    moment.record(torch.cuda.current_stream(device))
+    return moment
+
+
 def device_name(device: torch.device) -> str:
     """What a GPU or CPU calls itself."""
     if device.type == "cuda":

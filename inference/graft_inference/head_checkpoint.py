@@ -176,10 +176,10 @@ def _read_config(path: Path, target_layers: int | None) -> DraftHeadConfig:
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    pickled = path.with_name(PICKLED_FILE)
-    if not path.is_file() and pickled.is_file():
-        return _read_pickled(pickled)
     if not path.is_file():
+        pickled = path.with_name(PICKLED_FILE)
+        if pickled.is_file():
+            return _read_pickled(pickled)
         raise GraftError(f"{path} is missing; {REMEDY}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -33,8 +33,7 @@ def self_check(target: Target) -> None:
     logits_NV = target.verify(tree, tree.ancestors(3), cache).logits_NV.float()
     branches_BD = torch.tensor(BRANCHES, device=target.device)
     lines_BS = torch.cat((prompt_S.expand(len(BRANCHES), -1), tree.tokens_N[branches_BD]), dim=1)
-    with target.own_attention() as model:
-        expected_BDV = model(input_ids=lines_BS, use_cache=False).logits[:, PROMPT:].to(target.device).float()
+    expected_BDV = _own_logits(target, lines_BS)
     scale = (expected_BDV - expected_BDV.mean(dim=-1, keepdim=True)).norm()
     error = float((logits_NV[branches_BD] - expected_BDV).norm() / scale)
     tolerance = 1e-3 if target.model.dtype == torch.float32 else 0.1
@@ -45,24 +44,27 @@ def self_check(target: Target) -> None:
             "cannot be served without changing its output. check=False skips this test"
         )
     window = getattr(target.config, "sliding_window", None)
-    if window and window not in visible.windows and _applies_window(target, lines_BS):
+    if window and window not in visible.windows and _applies_window(target, lines_BS, expected_BDV):
         target.release()
         raise GraftError(f"{name} has sliding layers, but hides their window of {window} from its attention function")
 
 
-def _applies_window(target: Target, lines_BS: Tensor) -> bool:
-    """Whether the untouched model hides tokens by a sliding window; its check is too short to feel most of them."""
+def _own_logits(target: Target, lines_BS: Tensor) -> Tensor:
+    """What the untouched model says behind the prompt."""
+    with target.own_attention() as model:
+        return model(input_ids=lines_BS, use_cache=False).logits[:, PROMPT:].to(target.device).float()
+
+
+def _applies_window(target: Target, lines_BS: Tensor, expected_BDV: Tensor) -> bool:
+    """Whether the untouched model hides tokens by a sliding window; the lines are too short to feel most of them."""
     if "sliding_attention" in (getattr(target.config, "layer_types", None) or ()):
         return True
     window = target.config.sliding_window
-    with target.own_attention() as model:
-        whole_BSV = model(input_ids=lines_BS, use_cache=False).logits
-        try:
-            target.config.sliding_window = 2
-            felt_BSV = model(input_ids=lines_BS, use_cache=False).logits
-        finally:
-            target.config.sliding_window = window
-    return not torch.equal(whole_BSV, felt_BSV)
+    try:
+        target.config.sliding_window = 2
+        return not torch.equal(_own_logits(target, lines_BS), expected_BDV)
+    finally:
+        target.config.sliding_window = window
 
 
 def _tree(tokens_N: Tensor) -> DraftTree:

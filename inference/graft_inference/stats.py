@@ -2,12 +2,14 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from .device import event
 
 PHASES = ("prefill", "draft", "graft", "verify", "commit")
 
@@ -119,7 +121,7 @@ class PhaseClock:
         return time.perf_counter()
 
     def start(self) -> None:
-        self._settle(is_over=lambda moment: moment.query())
+        self._add_reached()
         self._last = self._moment()
 
     def mark(self, phase: str) -> None:
@@ -134,17 +136,13 @@ class PhaseClock:
         """Waits for the device, and adds what is not in the seconds yet."""
         if self._marks:
             self._marks[-1][2].synchronize()
-        self._settle(is_over=lambda moment: True)
+        self._add_reached()
 
-    def _settle(self, is_over: Callable[[torch.cuda.Event], bool]) -> None:
-        while self._marks and is_over(self._marks[0][2]):
+    def _add_reached(self) -> None:
+        while self._marks and self._marks[0][2].query():
             phase, start, end = self._marks.popleft()
             self.seconds[phase] += start.elapsed_time(end) / 1e3
 
     def _moment(self) -> Any:
         """Seconds of the host, or an event that the GPU will reach."""
-        if self.device.type != "cuda":
-            return self.now()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return event(self.device) if self.device.type == "cuda" else self.now()
