@@ -163,8 +163,8 @@ def test_processes_decide_by_the_same_times():
 def test_the_ladder_gets_cheaper_from_rung_to_rung(plan):
     rungs = ladder(plan)
     assert tuple(rungs) == NAMES
-    assert rungs["plan"] is plan
-    assert rungs["autoregressive"] is AUTOREGRESSIVE
+    assert rungs["plan"] == plan
+    assert rungs["autoregressive"] == AUTOREGRESSIVE
     most = max(stage.rows for stage in plan.stages)
     narrowed = rungs["narrowed"]
     assert max(stage.rows for stage in narrowed.stages) <= -(-most // 2) + 1
