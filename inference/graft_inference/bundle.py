@@ -199,6 +199,7 @@ def load_target_model(
     """The target and its tokenizer (None where it has none).
 
     Args:
+        device, dtype: "auto" for CUDA and bfloat16 where there is a GPU, and for the CPU and float32 elsewhere.
         device_map: spreads the target over devices, as transformers does; instead of `device`.
         tp_plan: "auto" shares the target out over the processes that torchrun started; instead of both.
 
@@ -206,6 +207,10 @@ def load_target_model(
         GraftError: not a model transformers can load, an unknown dtype or device, or one process for a tp_plan.
     """
     check_launch(tp_plan, device_map)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype):
         raise GraftError(f"dtype {dtype!r} does not exist: use float32, bfloat16 or float16")

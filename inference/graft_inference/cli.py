@@ -82,7 +82,6 @@ def summary(stats: GenerationStats) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="graft-generate", description="Lossless hybrid tree speculation.")
     parser.add_argument("bundle", help="directory or Hub id of an exported bundle")
     parser.add_argument("prompt", help="text to continue; - reads it from stdin")
@@ -95,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetition-penalty", type=float, help="over 1 discourages what is there already")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end with this text; may be given repeatedly")
     parser.add_argument("--seed", type=int, help="of the sampling")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", default="auto", help="default: bfloat16 on cuda, float32 on a CPU")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     return parser
 

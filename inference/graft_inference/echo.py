@@ -60,6 +60,7 @@ class Echo:
         length_W = (LONGEST - differs_W.long()).index_fill_(0, start_1, 0)
         best_1 = (length_W * len(length_W) + self._place_W).argmax(dim=0, keepdim=True)
         period_1 = (start_1 - best_1).clamp_(min=1)
-        place_D = best_1 + LONGEST + self._place_W[:count].remainder(period_1)
+        # Not of `_place_W`: a short request has room for fewer tokens than a plan foresees.
+        place_D = best_1 + LONGEST + torch.arange(count, device=period_1.device).remainder(period_1)
         tokens_D = self.text_S.index_select(0, torch.minimum(place_D, self.end_1))
         return tokens_D.long(), length_W.index_select(0, best_1)

@@ -110,8 +110,8 @@ class GraftEngine:
         cls,
         bundle: str | Path,
         target: str | Path,
-        device: str = "cpu",
-        dtype: str = "float32",
+        device: str = "auto",
+        dtype: str = "auto",
         packed: bool = True,
         check: bool = True,
         device_map: str | dict[str, Any] | None = None,
@@ -121,6 +121,8 @@ class GraftEngine:
         """Loads a bundle, or a bare EAGLE-3 head, and its target, each a local directory or a Hub id.
 
         Args:
+            device: "auto" is CUDA where there is one, else the CPU.
+            dtype: "auto" is bfloat16 on CUDA and float32 on a CPU.
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
             check: compare a small tree pass with the target's own linear passes (`self_check`).
             device_map: spreads the target over devices, as transformers does; instead of `device`.

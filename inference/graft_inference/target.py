@@ -118,6 +118,13 @@ class Target:
         return float(measured_1)
 
     @property
+    def attention(self) -> str:
+        """What computes the attention under a tree, for reports."""
+        capped = getattr(self.config, "attn_logit_softcapping", None)
+        has_sinks = any(name.endswith("sinks") for name, _ in self.model.named_parameters())
+        return "explicit attention" if capped or has_sinks else "scaled_dot_product_attention"
+
+    @property
     def max_positions(self) -> int:
         """Longest prompt and continuation."""
         return max_positions(self.config)

@@ -42,6 +42,13 @@ def test_it_finds_what_a_walk_over_the_text_finds(seed):
     assert read == 60
 
 
+def test_more_may_be_foreseen_than_a_short_text_has_room_for():
+    echo = Echo(6, CPU)
+    echo.read(torch.tensor([7, 8, 7]))
+    tokens, length = echo.find(9)
+    assert (tokens.tolist(), length.tolist()) == ([8, 7] * 4 + [8], [1])
+
+
 def test_by_hand():
     echo = Echo(20, CPU)
     echo.read(torch.tensor([7]))
