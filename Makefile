@@ -22,7 +22,7 @@ lint: setup
 
 # The speed table on the bundle of a finished run.
 bench: setup
-	$(BIN)/python recipes/evaluate.py
+	$(BIN)/python recipes/evaluate.py experiment=quickstart
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -29,7 +29,7 @@ from graft_train.calibrate import calibrate  # noqa: E402
 from graft_train.calibrate.config import CalibrateConfig  # noqa: E402
 from graft_train.config import Config  # noqa: E402
 from graft_train.data.documents import DataConfig  # noqa: E402
-from graft_train.data.target import TargetConfig, load_target, target_path  # noqa: E402
+from graft_train.data.target import TargetConfig, load_target  # noqa: E402
 from graft_train.distill import distill  # noqa: E402
 from graft_train.distill.config import HeadTrainConfig  # noqa: E402
 from graft_train.evaluate import EvaluateConfig, evaluate  # noqa: E402
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def road(arguments: argparse.Namespace) -> Config:
-    """A target of some 100 million parameters. Nothing is checkpointed: it is over before it would matter."""
+    """A target of some 100 million parameters. It is over before checkpoints would matter."""
     steps = 1500
     return Config(
         run_dir=arguments.run,
@@ -123,8 +123,9 @@ def corpus_in_memory(config: Config) -> Path:
         matrix = successor_matrix(iter([sum_pairs(pairs)]), vocab_size, settings.successors)
         save_table(out / "successors.safetensors", matrix, made_for)
 
-    inputs = [target_path(config), data]
-    return run_stage(config, "build_corpus", "corpus", settings.decisive() | {"in_memory": True}, inputs, build)
+    return run_stage(
+        config, "build_corpus", "corpus", settings.decisive() | {"in_memory": True}, ["target", "data"], build
+    )
 
 
 if __name__ == "__main__":

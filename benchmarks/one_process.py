@@ -1,4 +1,4 @@
-"""A stand-in for accelerate where it is not installed: one process, one device, full precision, no checkpoints.
+"""A stand-in for accelerate where it is not installed: one process, one device, full precision.
 
 For `gpu_road.py` on machines that lack the package; wherever accelerate is, it is used.
 """
@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from enum import Enum
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -50,10 +51,21 @@ class Accelerator(PartialState):
         if mixed_precision != "no":
             raise ValueError("without accelerate there is no mixed precision: set head.mixed_precision=no")
         self.gradient_state = SimpleNamespace(_set_sync_gradients=lambda _: None)
+        self._kept: list[Any] = []
 
     def prepare(self, *objects: Any) -> Any:
+        self._kept += objects
         moved = [one.to(self.device) if isinstance(one, nn.Module) else one for one in objects]
         return moved[0] if len(moved) == 1 else tuple(moved)
+
+    def save_state(self, directory: str) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        torch.save([one.state_dict() for one in self._kept], Path(directory) / "state.pt")
+
+    def load_state(self, directory: str) -> None:
+        states = torch.load(Path(directory) / "state.pt", weights_only=True)
+        for one, state in zip(self._kept, states, strict=True):
+            one.load_state_dict(state)
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         return model

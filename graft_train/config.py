@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graft_inference.errors import GraftError
 from graft_train.build_corpus import CorpusConfig
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.data.documents import DataConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 class Config:
     """Attributes:
     run_dir: where all stages read and write.
+    seed: of everything that is drawn: prompts' order, answers, the untrained head, batches, samples.
     threads: CPU threads of torch; None leaves its own choice.
     """
 
@@ -37,6 +39,10 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise GraftError(f"threads={self.threads} must be at least 1, or null for torch's own choice")
+
 
 def register() -> None:
     """Makes the schema known to Hydra; recipes call it before composing."""
@@ -49,5 +55,8 @@ def to_config(composed: "DictConfig") -> Config:
     """The composed values as dataclasses, once, at the edge."""
     from omegaconf import OmegaConf
 
-    values: Any = OmegaConf.to_object(composed)
+    try:
+        values: Any = OmegaConf.to_object(composed)
+    except (AttributeError, TypeError) as error:  # what `+key=value` added
+        raise GraftError(f"a setting that does not exist was added with +: {error}") from error
     return values

@@ -55,6 +55,8 @@ class EvaluateConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise GraftError(f"evaluation.{name}={getattr(self, name)} must be at least {bound}")
+        if self.temperature < 0:
+            raise GraftError(f"evaluation.temperature={self.temperature}: 0 is greedy, more samples")
 
 
 @dataclass
@@ -68,10 +70,9 @@ class Run:
 
 def evaluate(config: "Config") -> Path:
     """Writes `evaluation/` (evaluation.json, report.md, report.png) and renews the bundle's model card."""
-    run_dir = Path(config.run_dir)
-    inputs = [target_path(config), run_dir / "data", run_dir / "bundle"]
     settings = {**asdict(config.evaluation), "seed": config.seed, "dtype": config.target.dtype}
     del settings["check_lossless"]  # or runs that were timed could not be kept where the check does not fit
+    inputs = ["target", "data", "bundle"]
     directory = run_stage(config, "evaluate", "evaluation", settings, inputs, lambda out: _build(config, out))
     if is_main():
         evaluation = read_json(directory / "evaluation.json")
@@ -103,6 +104,7 @@ def _build(config: "Config", out: Path) -> None:
         "settings": {
             **settings_facts(config, samples),
             "graphs": timed["graphs"],
+            "attention": timed["attention"],
             "repetition": _repetition(samples, runs["autoregressive"]),
             "plans": timed["plans"],
         },
@@ -123,6 +125,7 @@ def _timed(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     return {
         "device": describe_device(engine.target.device),
         "graphs": engine.captured is not None,
+        "attention": engine.target.attention,
         "plans": {name: asdict(engine.policy.plan(name)) for name in METHODS},
         "runs": {name: [[_values_of(run) for run in prompt] for prompt in runs[name]] for name in METHODS},
     }
@@ -172,7 +175,6 @@ def settings_facts(config: "Config", samples: list[Sample]) -> dict[str, Any]:
         "prompt_tokens": [min(lengths), max(lengths)],
         "dtype": config.target.dtype,
         "batch": 1,
-        "attention": "scaled_dot_product_attention",
         "matrix": "built from the training split; every request starts from it anew and updates its own copy",
     }
 

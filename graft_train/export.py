@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -101,13 +102,12 @@ def export(config: "Config") -> Path:
     if settings.push_to_hub:
         _check_repo_id(settings.repo_id)
     run_dir = Path(config.run_dir)
-    inputs = [target_path(config), *(run_dir / stage for stage in ("head", "corpus", "policy"))]
     bundle = run_stage(
         config,
         "export",
         "bundle",
         {"license": settings.license, "policy": _hash_of(run_dir / "policy" / "policy.json")},
-        inputs,
+        ["target", "head", "corpus", "policy"],
         lambda out: _build(config, out, run_dir / "bundle"),
     )
     if is_main():
@@ -175,6 +175,7 @@ def _build(config: "Config", out: Path, final: Path) -> None:
         "target": describe_target(name, target_config, tokenizer),
     }
     write_json(out / "graft.json", graft)
+    _write_index(out)
     _write_code(out, str(final.resolve()))
     _write_text(out / "README.md", _card(out, str(final)))
     # A bundle that the engine would refuse must not appear.
@@ -185,6 +186,15 @@ def _copy(source: Path, directory: Path) -> None:
     if not source.is_file():
         raise GraftError(f"{source} is missing: delete {source.parent} and run its recipe again")
     shutil.copyfile(source, directory / source.name)
+
+
+def _write_index(bundle: Path) -> None:
+    """Says which file holds the head: without it vLLM would read every safetensors file as one of its weights."""
+    name = "model.safetensors"
+    with safe_open(bundle / name, "pt") as weights:
+        tensors = sorted(weights.keys())
+    size = {"total_size": (bundle / name).stat().st_size}
+    write_json(bundle / f"{name}.index.json", {"metadata": size, "weight_map": dict.fromkeys(tensors, name)})
 
 
 def _write_code(bundle: Path, location: str) -> None:

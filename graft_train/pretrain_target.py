@@ -33,10 +33,15 @@ class PretrainConfig:
     """A deep, thin Llama: its pass costs many times its one-layer head's, as with a large target.
 
     Attributes:
+        vocab_size: tokens of its byte-pair encoding, trained on the same text.
+        hidden_size, layers, heads, intermediate_size: its shape, as Llama has them.
+        max_positions: longest prompt and continuation.
         length: tokens per training sequence.
         batch: sequences per step.
+        steps: optimizer steps.
         muon_lr: peak rate of the layers' matrices (Muon).
         adamw_lr: peak rate of embeddings and norms (AdamW).
+        warmup: steps over which the rates rise.
         cooldown: share of the steps, at the end, over which the rates fall linearly to zero.
         checkpoint_every: steps between checkpoints.
     """
@@ -55,6 +60,16 @@ class PretrainConfig:
     warmup: int = 20
     cooldown: float = 0.4
     checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "layers", "heads", "length", "batch", "steps", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise GraftError(f"pretrain_target.{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % (2 * self.heads):
+            raise GraftError(
+                f"pretrain_target.hidden_size={self.hidden_size} must be an even multiple of "
+                f"pretrain_target.heads={self.heads}"
+            )
 
 
 def pretrain_target(config: "Config") -> Path:
@@ -224,6 +239,7 @@ def _checkpoint(accelerator: Accelerator, directory: Path, step: int) -> None:
     if accelerator.is_main_process:
         write_json(aside / "step.json", {"step": step})
         if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)  # what a kill left when it was being deleted
             os.replace(directory, old)
         os.replace(aside, directory)
         shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from graft_inference.errors import GraftError
+from graft_train.data.target import target_path
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -38,7 +39,7 @@ def run_stage(
     name: str,
     directory: str,
     settings: dict[str, Any],
-    inputs: list[Path],
+    inputs: Sequence[str],
     build: Callable[[Path], None],
 ) -> Path:
     """Builds `{run_dir}/{directory}`, or reuses it when it was built from the same settings and inputs.
@@ -48,7 +49,7 @@ def run_stage(
 
     Args:
         settings: everything that decides the result, as JSON values.
-        inputs: directories of earlier stages of this run, and the target's.
+        inputs: directories of earlier stages of this run, by name; `target` is whichever the configuration names.
 
     Raises:
         GraftError: an input is missing, or the directory was made from other settings or inputs. Nothing
@@ -56,9 +57,10 @@ def run_stage(
     """
     final = Path(config.run_dir) / directory
     partial = final.with_name(f"{directory}.partial")
-    # A target's own name may be that of a commit, which need not change it.
-    roles = {path.name if path.parent == final.parent else "target": path for path in inputs}
-    record = _record(name, settings, roles)
+    fingerprints = {role: fingerprint_of(final.with_name(role)) for role in inputs if role != "target"}
+    if "target" in inputs:  # last, as it may have to be downloaded
+        fingerprints["target"] = fingerprint_of(target_path(config))
+    record = _record(name, settings, fingerprints)
     if _matches(final, record):
         say(f"{name}: reusing {final}")
         return final
@@ -125,13 +127,13 @@ def fingerprint_of(directory: Path) -> str:
     if (directory / "config.json").is_file():
         return _fingerprint_of_model(directory)
     recipe = RECIPE_OF.get(directory.name, "pretrain_target")
-    raise GraftError(f"{directory} is missing; run recipes/{recipe}.py with the same run_dir first")
+    or_else = ", or set target.name_or_path" if recipe == "pretrain_target" else ""
+    raise GraftError(f"{directory} is missing; run recipes/{recipe}.py with the same run_dir first{or_else}")
 
 
-def _record(name: str, settings: dict[str, Any], inputs: dict[str, Path]) -> dict[str, Any]:
+def _record(name: str, settings: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
     # Through JSON and back, so that it compares equal to what is read from a file.
     settings = json.loads(json.dumps(settings))
-    fingerprints = {role: fingerprint_of(path) for role, path in inputs.items()}
     canonical = json.dumps([name, settings, fingerprints], sort_keys=True)
     return {
         "stage": name,
@@ -187,7 +189,7 @@ def _fingerprint_of_model(directory: Path) -> str:
     for path in sorted(directory.iterdir()):
         if path.suffix in SMALL_FILES:
             digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
+        elif path.suffix in (".safetensors", ".bin"):
             size = path.stat().st_size
             digest.update(f"{path.name}{size}".encode())
             with path.open("rb") as file:

@@ -20,7 +20,7 @@ def launched(directory, stubs, *arguments):
         (directory / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5"}
     return subprocess.Popen(
-        ["bash", "conf/accelerate/slurm.sh", *arguments],
+        ["bash", "recipes/launch/slurm.sh", *arguments],
         cwd=ROOT,
         env={**os.environ, **slurm, "SLURM_GPUS_ON_NODE": "4", "PATH": f"{directory}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
@@ -43,9 +43,9 @@ def test_every_node_launches_its_share_of_the_processes(tmp_path):
     assert run.returncode == 0
     for rank, line in enumerate(lines):
         assert line == (
-            "launch --config_file conf/accelerate/ddp.yaml --num_machines 2 --num_processes 8 "
+            "launch --config_file recipes/launch/ddp.yaml --num_machines 2 --num_processes 8 "
             f"--machine_rank {rank} --main_process_ip node7 --main_process_port 29500 "
             "--deepspeed_multinode_launcher standard recipes/distill.py experiment=qwen3_8b data.path=my chats.jsonl"
         )
     assert len(lines) == 2
-    assert (ROOT / "conf" / "accelerate" / "ddp.yaml").exists()
+    assert (ROOT / "recipes" / "launch" / "ddp.yaml").exists()

@@ -20,6 +20,7 @@ from graft_train.build_corpus.inspect import inspect_corpus, print_inspection
 from graft_train.build_corpus.pairs import (
     NGRAM,
     Window,
+    counted,
     is_held_out,
     join_samples,
     matrix_pairs,
@@ -60,8 +61,8 @@ def build_corpus(config: "Config") -> Path:
     Raises:
         GraftError: damaged samples, or something to merge that belongs to another target; names the file.
     """
-    inputs = [target_path(config), Path(config.run_dir) / "data"]
     settings = config.corpus.decisive() | {"merge": [_hash(Path(path)) for path in config.corpus.merge]}
+    inputs = ["target", "data"]
     corpus = run_stage(config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out))
     if is_main():
         print_inspection(read_json(corpus / "inspection.json"))
@@ -136,21 +137,21 @@ def window_pairs(
     settings: CorpusConfig, model: Any, captured: CapturedStates | None, window: Window, path: Path, vocab_size: int
 ) -> Iterator[tuple[Any, Any]]:
     samples = samples_of(window, path, vocab_size)
-    samples = [sample for sample in samples if not is_held_out(sample.id, settings.held_out)]
+    samples = [sample for sample in samples if not is_held_out(sample, settings.held_out)]
     if not samples:
         return
-    text = join_samples(samples, settings.prompts)
+    learned = counted(samples, settings.prompts)
+    text = join_samples(learned)
     if settings.ngrams:
         yield ngram_pairs(text), None
     if model is None:
         yield text_pairs(text), None
     else:
         k = min(settings.successors, vocab_size)
-        held = [sample for sample in samples if captured and captured.holds(sample)]
         if captured:
-            yield from captured.pairs(held, k, settings.prompts)
-        others = [sample for sample in samples if not captured or not captured.holds(sample)]
-        yield from predicted_pairs(model, others, k, settings.batch_tokens, settings.prompts)
+            yield from captured.pairs([one for one in learned if captured.holds(one.sample)], k)
+        others = [one for one in learned if not captured or not captured.holds(one.sample)]
+        yield from predicted_pairs(model, others, k, settings.batch_tokens)
 
 
 def write_tables(settings: CorpusConfig, runs: Path, out: Path, made_for: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graft_inference.errors import GraftError
-from graft_train.build_corpus.pairs import CHUNK, counted, weigh
+from graft_train.build_corpus.pairs import CHUNK, Counted, weigh
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
 from graft_train.distill.batches import to_rows, with_room
@@ -40,12 +40,11 @@ class CapturedStates:
         return _key(sample.ids) in self.places
 
     @torch.inference_mode()
-    def pairs(self, samples: list[Sample], k: int, prompts: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pairs(self, samples: list[Counted], k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """What `predicted_pairs` yields, by sample; all of them must be held."""
-        for sample in samples:
-            tokens_S = torch.tensor(sample.ids)
-            counted_S = torch.ones(len(tokens_S), dtype=torch.bool) if prompts else torch.from_numpy(counted(sample))
-            final_MH = self._final(sample)[counted_S].to(self.lm_head_VH)
+        for one in samples:
+            tokens_S, counted_S = torch.tensor(one.sample.ids), torch.from_numpy(one.counted_S)
+            final_MH = self._final(one.sample)[counted_S].to(self.lm_head_VH)
             for tokens_M, final_CH in zip(tokens_S[counted_S].split(CHUNK), final_MH.split(CHUNK), strict=True):
                 yield weigh(tokens_M.to(final_CH.device), final_CH @ self.lm_head_VH.T, k)
 

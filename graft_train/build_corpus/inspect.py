@@ -15,7 +15,7 @@ from graft_inference.bundle import load_ngrams, load_successors, read_safetensor
 from graft_inference.ngrams import LONGEST, ORDERS, NgramSource, NgramTable, context_keys
 from graft_inference.retrieval import SuccessorMatrix
 from graft_train.build_corpus.config import CorpusConfig
-from graft_train.build_corpus.pairs import is_held_out, join_samples, samples_of, windows
+from graft_train.build_corpus.pairs import counted, is_held_out, join_samples, samples_of, windows
 from graft_train.data.samples import Sample
 
 HELD_OUT_TOKENS = 1 << 16
@@ -60,7 +60,7 @@ def _held_out(path: Path, share: float, vocab_size: int) -> list[Sample]:
     tokens = 0
     for window in windows(path) if share else ():
         for sample in samples_of(window, path, vocab_size):
-            if tokens < HELD_OUT_TOKENS and is_held_out(sample.id, share):
+            if tokens < HELD_OUT_TOKENS and is_held_out(sample, share):
                 chosen.append(sample)
                 tokens += len(sample.ids)
         if tokens >= HELD_OUT_TOKENS:
@@ -69,7 +69,7 @@ def _held_out(path: Path, share: float, vocab_size: int) -> list[Sample]:
 
 
 def _positions(samples: list[Sample], prompts: bool) -> Positions:
-    text = join_samples(samples, prompts)
+    text = join_samples(counted(samples, prompts))
     tokens_P, place_P = torch.from_numpy(text.tokens_P), torch.from_numpy(text.place_P)
     back_C = torch.arange(LONGEST - 1, -1, -1)
     windows_PC = tokens_P[(torch.arange(len(tokens_P))[:, None] - back_C).clamp(min=0)]

@@ -1,7 +1,7 @@
 """From samples to (context, successor) pairs: what followed, or what the target says should follow."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -58,9 +58,9 @@ def windows(path: Path) -> Iterator[Window]:
         yield Window(number, line, lines)
 
 
-def is_held_out(identity: str, share: float) -> bool:
-    """Chosen by a hash, so that the order and number of samples do not matter."""
-    place = int.from_bytes(hashlib.sha256(f"corpus:{identity}".encode()).digest()[:8], "big")
+def is_held_out(sample: Sample, share: float) -> bool:
+    """Chosen by a hash of its document, so that the order and number of samples do not matter."""
+    place = int.from_bytes(hashlib.sha256(f"corpus:{sample.document}".encode()).digest()[:8], "big")
     return place < share * (1 << 64)
 
 
@@ -84,6 +84,51 @@ def samples_of(window: Window, path: Path, vocab_size: int) -> list[Sample]:
 
 
 @dataclass
+class Counted:
+    """A sample, and after which of its tokens what follows counts. counted_S: bool"""
+
+    sample: Sample
+    counted_S: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sample.ids)
+
+
+def counted(samples: list[Sample], prompts: bool) -> list[Counted]:
+    """Which tokens of the samples count.
+
+    A conversation that gives one sample an answer repeats in each what came before: that counts once.
+
+    Args:
+        prompts: whether the tokens of prompts count as successors; if not, those of answers alone do, so that
+            the token before an answer is the first whose successor counts.
+    """
+    found: list[Counted] = []
+    for sample in samples:
+        if not prompts:
+            answer_S = sample.answer_S.numpy()
+            found.append(Counted(sample, np.append(answer_S[1:], answer_S[-1:])))
+            continue
+        one = Counted(sample, np.ones(len(sample.ids), dtype=bool))
+        before = found[-1] if found else None
+        if before and before.sample.document == sample.document:
+            repeated = _shared(before.sample.ids, sample.ids)
+            if repeated >= len(before.sample.prompt_ids):
+                one.counted_S[: repeated - 1] = False
+                if repeated == len(before):
+                    before.counted_S[-1] = False  # it counts here, where something follows
+        found.append(one)
+    return found
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(first), len(second))
+    differs = np.asarray(first[:length]) != np.asarray(second[:length])
+    return int(differs.argmax()) if differs.any() else length
+
+
+@dataclass
 class Text:
     """Samples one behind the other.
 
@@ -100,18 +145,13 @@ class Text:
     counted_P: np.ndarray
 
 
-def join_samples(samples: list[Sample], prompts: bool) -> Text:
-    """Args:
-    prompts: whether the tokens of prompts count as successors; if not, those of answers alone do, so that
-        the token before an answer is the first whose successor counts.
-    """
-    lengths = np.array([len(sample.ids) for sample in samples])
-    ids = chain.from_iterable(sample.ids for sample in samples)
+def join_samples(samples: list[Counted]) -> Text:
+    lengths = np.array(list(map(len, samples)))
+    ids = chain.from_iterable(one.sample.ids for one in samples)
     tokens_P = np.fromiter(ids, dtype=np.int64, count=int(lengths.sum()))
     place_P = np.arange(len(tokens_P)) - np.repeat(lengths.cumsum() - lengths, lengths)
     left_P = np.repeat(lengths, lengths) - place_P - 1
-    counted_P = np.ones(len(tokens_P), dtype=bool) if prompts else np.concatenate([counted(one) for one in samples])
-    return Text(tokens_P, place_P, left_P, counted_P)
+    return Text(tokens_P, place_P, left_P, np.concatenate([one.counted_S for one in samples]))
 
 
 def text_pairs(text: Text) -> np.ndarray:
@@ -134,14 +174,14 @@ def ngram_pairs(text: Text) -> np.ndarray:
 
 @torch.inference_mode()
 def predicted_pairs(
-    model: Any, samples: list[Sample], k: int, batch_tokens: int, prompts: bool
+    model: Any, samples: list[Counted], k: int, batch_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Keys and weights of the target's top k after each token, and of all OTHER successors together.
 
     Batches depend on the samples alone, so that rounding does too.
     """
     for batch in batches(samples, batch_tokens):
-        ids_BS, counted_BS = pad(batch, prompts, model.device)
+        ids_BS, counted_BS = pad(batch, model.device)
         real_BS = ids_BS >= 0
         logits_BSV = model(input_ids=ids_BS.clamp(min=0), attention_mask=real_BS.long(), use_cache=False).logits
         for tokens_M, logits_MV in zip(
@@ -177,33 +217,23 @@ def matrix_pairs(matrix: SuccessorMatrix, counts_V: Tensor) -> tuple[np.ndarray,
     return keys_CK.flatten().numpy(), torch.cat((weights_CK, others_C1), dim=1).flatten().numpy()
 
 
-def batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
+def batches(samples: list[Counted], batch_tokens: int) -> Iterator[list[Counted]]:
     """Samples by length, as many at a time as fit the padded budget (at least one)."""
-    batch: list[Sample] = []
-    for sample in sorted(samples, key=_length):
-        if batch and _length(sample) * (len(batch) + 1) > batch_tokens:
+    batch: list[Counted] = []
+    for one in sorted(samples, key=len):
+        if batch and len(one) * (len(batch) + 1) > batch_tokens:
             yield batch
             batch = []
-        batch.append(sample)
+        batch.append(one)
     if batch:
         yield batch
 
 
-def pad(batch: list[Sample], prompts: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(batch: list[Counted], device: torch.device) -> tuple[Tensor, Tensor]:
     """ids [B, S] padded right with -1, and whether what follows each counts."""
-    ids_BS = torch.full((len(batch), max(map(_length, batch))), -1)
+    ids_BS = torch.full((len(batch), max(map(len, batch))), -1)
     counted_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
-    for row, sample in enumerate(batch):
-        ids_BS[row, : _length(sample)] = torch.tensor(sample.ids)
-        counted_BS[row, : _length(sample)] = True if prompts else torch.from_numpy(counted(sample))
+    for row, one in enumerate(batch):
+        ids_BS[row, : len(one)] = torch.tensor(one.sample.ids)
+        counted_BS[row, : len(one)] = torch.from_numpy(one.counted_S)
     return ids_BS.to(device), counted_BS.to(device)
-
-
-def counted(sample: Sample) -> np.ndarray:
-    """bool, the tokens before an answer's; and an answer's last where the sample ends with it."""
-    answer_S = sample.answer_S.numpy()
-    return np.append(answer_S[1:], answer_S[-1:])
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.ids)

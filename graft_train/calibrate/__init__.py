@@ -37,6 +37,7 @@ BY_ALL = ", taught by all nodes"
 """Ends the names of plans as `taught_by_all` changes them."""
 TRACED = ("beam_width", "max_passes", "retrieval_depth", "temperature")
 """Settings that traces are made with."""
+INPUTS = ("target", "data", "head", "corpus")
 LEAVES = 4
 """Drafted leaves beneath which the matrix may be asked."""
 MOST_ECHOED = 32
@@ -59,8 +60,7 @@ def calibrate(config: "Config") -> Path:
         return _renew(config, run_dir / "policy")
     values = {name: value for name, value in asdict(settings).items() if name != "latency_only"}
     values["dtype"] = config.target.dtype
-    inputs = _inputs(config)
-    return run_stage(config, "calibrate", "policy", values, inputs, lambda out: _build(config, out))
+    return run_stage(config, "calibrate", "policy", values, INPUTS, lambda out: _build(config, out))
 
 
 def learn(settings: CalibrateConfig, replays: Replays) -> dict[str, Plan]:
@@ -264,14 +264,11 @@ def _write(
     write_json(out / "policy.json", policy.to_dict())
 
 
-def _inputs(config: "Config") -> list[Path]:
-    return [target_path(config), *(Path(config.run_dir) / stage for stage in ("data", "head", "corpus"))]
-
-
 def _made_of(config: "Config") -> dict[str, Any]:
     """What the traces depend on: fingerprints and settings."""
-    names = ("target", "data", "head", "corpus")
-    made_of: dict[str, Any] = {name: fingerprint_of(path) for name, path in zip(names, _inputs(config), strict=True)}
+    stages = (name for name in INPUTS if name != "target")
+    made_of: dict[str, Any] = {name: fingerprint_of(Path(config.run_dir) / name) for name in stages}
+    made_of["target"] = fingerprint_of(target_path(config))
     settings = {f"policy.{name}": getattr(config.policy, name) for name in TRACED}
     return made_of | settings | {"target.dtype": config.target.dtype}
 

@@ -61,5 +61,12 @@ class CalibrateConfig:
             raise GraftError(f"policy.kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
         if not self.widths or min(self.widths) < 1 or max(self.widths) < 2:
             raise GraftError(f"policy.widths={list(self.widths)} must hold widths from 1, one of them at least 2")
+        least = {
+            "prompts": 1, "max_new_tokens": 2, "beam_width": 1, "max_passes": 1, "retrieval_depth": 1,
+            "checkpoints": 0, "repeats": 1, "least_rounds": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise GraftError(f"policy.{name}={getattr(self, name)} must be at least {bound}")
         if self.temperature < 0:
             raise GraftError(f"policy.temperature={self.temperature}: 0 is greedy, more samples")

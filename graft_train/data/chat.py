@@ -19,11 +19,23 @@ class Chat:
 
     Args:
         end_ids: tokens after which the target stops; what a template puts behind one is not the target's.
+        told: variables of the template, such as enable_thinking.
+
+    Raises:
+        GraftError: the template does not mention one of them, and would ignore it without a word.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], told: dict[str, Any] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.end_ids = end_ids
+        self.told = told or {}
+        for name in self.told:
+            if name not in str(tokenizer.chat_template):
+                raise GraftError(
+                    f"data.chat_template_kwargs: the target's chat template does not know {name}; leave it out"
+                )
         self._marks: bool | None = None
 
     def prompts(self, document: Document) -> Iterator[list[int]]:
@@ -61,9 +73,8 @@ class Chat:
             verbosity = logging.get_verbosity()
             logging.set_verbosity_error()  # it warns where there are none, which is no fault
             try:
-                self._marks = any(
-                    _render(self.tokenizer, tiny, None, return_assistant_tokens_mask=True)["assistant_masks"]
-                )
+                marked = _render(self.tokenizer, tiny, None, **self.told, return_assistant_tokens_mask=True)
+                self._marks = any(marked["assistant_masks"])
             except Exception:  # slow tokenizers cannot say which token a character is in
                 self._marks = False
             finally:
@@ -78,6 +89,10 @@ class Chat:
             # Of a character that takes several tokens, the last of an answer, transformers marks the first alone.
             if mask[token - 1] and rendered.token_to_chars(token) == rendered.token_to_chars(token - 1):
                 mask[token] = 1
+        first = _first_asked(messages)
+        if any(message["role"] == "assistant" for message in messages[:first]):
+            greeted = len(self._render(document, messages[:first])["input_ids"])
+            mask[:greeted] = [0] * len(mask[:greeted])  # nobody asked for what comes before the first question
         answers = [self._ended(rendered["input_ids"], *span) for span in spans(mask)]
         end = answers[-1][1] if answers else 0
         return Sample(document.id, "train", rendered["input_ids"][:end], answers)
@@ -114,7 +129,7 @@ class Chat:
     def _render(self, document: Document, messages: Sequence[Message], **options: Any) -> Any:
         _template(self.tokenizer, document)
         try:
-            return _render(self.tokenizer, messages, _conversation(document).tools, **options)
+            return _render(self.tokenizer, messages, _conversation(document).tools, **self.told, **options)
         except Exception as error:  # whatever a template raises
             raise BadRecord(f"the chat template refuses conversation {document.id}: {error}") from error
 

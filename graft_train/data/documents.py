@@ -25,8 +25,8 @@ class DataConfig:
     """Where documents come from and how they are divided.
 
     Attributes:
-        path: "stdlib" (the Python standard library's sources), a JSONL, JSON or Parquet file of records, a
-            directory of text files and such, or the id of a data set that `datasets` can load.
+        path: a JSONL, JSON or Parquet file of records, a directory of text files and such, the id of a data set
+            that `datasets` can load, or "stdlib" (the Python standard library's sources).
         sources: several paths with weights, read in place of `path`.
         hub_split: which split of a data set from the Hub is read.
         hub_subset: which subset (`datasets` calls it name), where it has several.
@@ -36,11 +36,13 @@ class DataConfig:
         evaluation_share: part of the documents kept for the final measurement and the held-out loss.
         limit: read at most this many documents of each source; null reads all.
         prompt_tokens: length of a prompt that is cut from plain text; conversations keep their own.
+        chat_template_kwargs: what the target's chat template is told beside the conversation, such as
+            {enable_thinking: false} for Qwen3 or {reasoning_effort: low} for gpt-oss.
         on_error: raise (the first bad record is an error) or skip (bad records are left out and counted).
         preview: show a few samples with their trained tokens coloured, and stop before the target runs.
     """
 
-    path: str = "stdlib"
+    path: str | None = None
     sources: list[Source] = field(default_factory=list)
     hub_split: str = "train"
     hub_subset: str | None = None
@@ -50,6 +52,7 @@ class DataConfig:
     evaluation_share: float = 0.05
     limit: int | None = None
     prompt_tokens: int = 256
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     on_error: str = "raise"
     preview: bool = False
 
@@ -70,7 +73,14 @@ class DataConfig:
             raise GraftError(f"data.on_error={self.on_error} is unknown; choose raise or skip")
 
     def all_sources(self) -> list[Source]:
-        return self.sources or [Source(path=self.path)]
+        """Raises GraftError where none is named."""
+        if self.sources:
+            return self.sources
+        if self.path is None:
+            raise GraftError(
+                "data.path is not set: give a JSONL, JSON or Parquet file, a directory, a `datasets` id, or stdlib"
+            )
+        return [Source(path=self.path)]
 
     def new_bad_records(self) -> BadRecords:
         return BadRecords(self.on_error == "skip")

@@ -73,8 +73,8 @@ def build_prompts(
     if not prompts:
         raise GraftError(
             f"none of {len(documents)} documents gives a prompt: texts are shorter than half of "
-            f"data.prompt_tokens={data.prompt_tokens}, or prompts are longer than the {max_tokens} tokens the "
-            "target can take; change data.prompt_tokens or the data"
+            f"data.prompt_tokens={data.prompt_tokens}, or prompts are longer than {max_tokens} tokens, which "
+            "regenerate.max_prompt_tokens and the target's length allow; change these or the data"
         )
     return prompts
 

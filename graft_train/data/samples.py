@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -35,6 +36,11 @@ class Sample:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", array("i", self.ids))
+
+    @property
+    def document(self) -> str:
+        """What it was made of: samples of one document, whose ids differ in a number at their end, share text."""
+        return re.sub(r"[@#]\d+$", "", self.id)
 
     @property
     def prompt_ids(self) -> list[int]:

@@ -22,17 +22,18 @@ def is_shared(model: PreTrainedModel) -> bool:
     return is_parallel(model) or any(map(_is_partitioned, model.parameters()))
 
 
-def load_zero3(path: Any, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
-    """The causal LM in `path`, every parameter shared out while it is read from there.
+def load_zero3(path: Any, dtype: torch.dtype, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The causal LM in `path`, every parameter shared out while it is read from there; and what was missing.
 
     It may be called like any other; afterwards nothing else is loaded in shares.
     """
     zero = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     precision = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    loader: Any = AutoModelForCausalLM  # what it returns depends on output_loading_info
     # transformers keeps a weak reference, which holds as long as this one.
     shares = HfDeepSpeedConfig(zero | precision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **settings)
+        model, found = loader.from_pretrained(path, dtype=dtype, **settings)
     finally:
         unset_hf_deepspeed_config()
         del shares
@@ -44,7 +45,7 @@ def load_zero3(path: Any, dtype: torch.dtype, **settings: Any) -> PreTrainedMode
             _gather_while_running(module, list(module.parameters()))
         elif id(module) not in inside and module._parameters:
             _gather_while_running(module, list(module.parameters(recurse=False)))
-    return model
+    return model, found
 
 
 def _restore_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:

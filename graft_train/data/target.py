@@ -14,6 +14,8 @@ from graft_train.data.sharded import load_zero3
 if TYPE_CHECKING:
     from graft_train.config import Config
 
+UNREAD = ["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"]
+"""Other copies of a model's weights, which are not downloaded."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +61,7 @@ def target_path(config: "Config") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        return Path(snapshot_download(name, ignore_patterns=UNREAD))
     except (OSError, ValueError) as error:
         raise GraftError(
             f"target.name_or_path={name} is neither a local directory nor a model on the Hub: {error}"
@@ -92,23 +94,31 @@ def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
         raise GraftError(
             f"head.shard_target={shard} and target.device_map={spread} exclude each other; set target.device_map=null"
         )
-    settings: dict[str, Any] = {"dtype": DTYPES[config.target.dtype], "use_safetensors": True}
+    settings: dict[str, Any] = {
+        "dtype": DTYPES[config.target.dtype],
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     try:
+        loader: Any = AutoModelForCausalLM  # what it returns depends on output_loading_info
         quantised = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
         if shard == "zero3" and quantised:
             raise GraftError("DeepSpeed cannot share out a quantised target; set head.shard_target=tp or null")
         if shard == "zero3":
-            model = load_zero3(path, **settings)
+            model, found = load_zero3(path, **settings)
         elif shard == "tp":
-            model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", **settings)
+            model, found = loader.from_pretrained(path, tp_plan="auto", **settings)
         else:
             # Not every quantised model can be moved once it is loaded.
             place = {"": device} if quantised and spread is None else spread
-            model = AutoModelForCausalLM.from_pretrained(path, device_map=place, **settings)
+            model, found = loader.from_pretrained(path, device_map=place, **settings)
             if place is None:
-                model.to(device)  # type: ignore[arg-type]
+                model.to(device)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise GraftError(f"cannot load the target from {path}: {error}") from error
+    if found["missing_keys"]:
+        # transformers would go on with random weights in their place.
+        raise GraftError(f"{path} lacks the tensors {sorted(found['missing_keys'])}: copy or download it again")
     return model.eval().requires_grad_(False)
 
 

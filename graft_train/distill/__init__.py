@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
+from transformers import AutoConfig
 
+from graft_inference.errors import GraftError
 from graft_inference.head_checkpoint import save_head
+from graft_inference.target import max_positions
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.sharded import count_parameters, held_bytes, whole
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import load_target, refuse_several_spread, resolve_device, target_path
-from graft_train.distill.batches import Row, to_rows, with_room
+from graft_train.distill.batches import Row, hold_out, to_rows, with_room
 from graft_train.distill.checkpoint import vocabulary_hash
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
 from graft_train.distill.estimate import describe, estimate_training, naming_what_to_lower, speed_of
@@ -51,7 +54,6 @@ def distill(config: "Config") -> Path:
         GraftError: no samples or none to train on, a head that this target cannot have, or what stopped the
             training: no memory, no disk, a checkpoint of another head.
     """
-    target, data = target_path(config), Path(config.run_dir) / "data"
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
     if config.head.init_from and Path(config.head.init_from).expanduser().is_dir():
         settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
@@ -59,26 +61,26 @@ def distill(config: "Config") -> Path:
     def build(out: Path) -> None:
         if not (out / SUMMARY).exists():  # else only the clearing up was interrupted
             with naming_what_to_lower(config.head):
-                _build(config, data, out)
+                _build(config, out)
         if is_main():
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
-    return run_stage(config, "distill", "head", settings, [target, data], build)
+    return run_stage(config, "distill", "head", settings, ["target", "data"], build)
 
 
-def _build(config: "Config", data: Path, out: Path) -> None:
+def _build(config: "Config", out: Path) -> None:
     started, settings = time.perf_counter(), config.head
-    samples = read_samples(data / "samples.jsonl", "train")
     accelerator = make_accelerator(settings, resolve_device(config.target.device))
     refuse_several_spread(config, accelerator.num_processes)
+    target_config = AutoConfig.from_pretrained(target_path(config)).get_text_config()
+    samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
+    samples = with_room(samples, settings.max_length)
+    rows = to_rows(samples, settings.max_length, target_config.vocab_size)
+    validation, training_rows = hold_out(samples, min(settings.validation_samples, len(rows) // 10), config.seed)
+    _check_positions(rows, max_positions(target_config))
+    plan, steps = plan_training(rows, training_rows, settings, config.seed)
     model = load_target(config, settings.shard_target)
     set_seed(config.seed)
-    samples = with_room(samples, settings.max_length)
-    rows = to_rows(samples, settings.max_length, model.config.get_text_config().vocab_size)
-    held_out = min(settings.validation_samples, len(rows) // 10)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    validation, training_rows = order[:held_out], order[held_out:]
-    plan, steps = plan_training(rows, training_rows, settings, config.seed, accelerator.num_processes)
 
     published = published_head(settings.init_from, model) if settings.init_from else None
     shape = published.config if published else head_config(model, settings)
@@ -106,7 +108,7 @@ def _build(config: "Config", data: Path, out: Path) -> None:
         progress.end()
     if result is not None:
         say(
-            f"distill: {held_out} held-out answers: tau {result.tau:.2f} as a chain of "
+            f"distill: {len(validation)} held-out rows: tau {result.tau:.2f} as a chain of "
             f"{settings.unroll_steps}, acceptance by step " + " ".join(f"{a:.2f}" for a in result.acceptance)
         )
     if measured is not None:
@@ -116,12 +118,21 @@ def _build(config: "Config", data: Path, out: Path) -> None:
         "samples": len(training_rows),
         "coverage": covered,
         "draft_vocabulary": vocabulary_hash(head),
-        "validation_samples": held_out,
+        "validation_samples": len(validation),
         "validation": asdict(result) if result else None,
         "measured_tau": measured,
         "seconds": round(time.perf_counter() - started, 1),
     }
     _finish(training, out, summary)
+
+
+def _check_positions(rows: list[Row], limit: int) -> None:
+    """Raises GraftError where a sample is longer than the target is served with: there its RoPE may change."""
+    longest = max(len(row.tokens_S) for row in rows)
+    if longest > limit:
+        raise GraftError(
+            f"the longest sample has {longest} tokens, and the target {limit} positions: set head.max_length={limit}"
+        )
 
 
 def _head(

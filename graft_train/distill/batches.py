@@ -98,6 +98,20 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
     return rows
 
 
+def hold_out(samples: list[Sample], most: int, seed: int) -> tuple[list[int], list[int]]:
+    """At most so many rows for validation, and the others. Rows of one document stay together: they share text."""
+    documents: dict[str, list[int]] = {}
+    for row, sample in enumerate(samples):
+        documents.setdefault(sample.document, []).append(row)
+    rows = list(documents.values())
+    validation: list[int] = []
+    training: list[int] = []
+    for place in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist():
+        fits = len(validation) + len(rows[place]) <= most
+        (validation if fits else training).extend(rows[place])
+    return validation, training
+
+
 def plan_batches(lengths: list[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
     """Row numbers of every batch of the training, each epoch in an order of its own."""
     plan = []

@@ -57,20 +57,25 @@ class HeadTrainConfig:
         tapped_layers: target layers whose outputs feed the head; None: EAGLE-3's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
         draft_vocab_size: most frequent answer tokens that can be drafted; at most the target's vocabulary.
+        norm_before_residual: the head's layer adds what it normalised, not what it read, as some published heads do.
         unroll_steps: draft steps trained at every position.
-        step_weights: weight of each step in the loss; None: step_decay**k.
+        step_decay: step k of a draft weighs step_decay**k in the loss.
+        step_weights: weights of the steps, one each, in place of those.
         loss: forward_kl, reverse_kl, total_variation, or survival: the forward KL weighted by the probability
             that the draft's earlier tokens survive.
         skip_out_of_vocabulary: leave positions whose target choice cannot be drafted out of the loss.
         feature_noise: uniform noise on the tapped states, up to this share of their root mean square.
         max_length: longer samples lose the end of their answer; those whose prompt fills it are left out.
-        epochs: passes over the samples, unless max_steps ends training earlier.
+        epochs: passes over the samples.
+        max_steps: optimizer steps after which training ends, if it has not by then.
         batch_tokens: samples are packed into rows of at most so many tokens; one row a device at a time.
         batches_per_step: rows of an optimizer step, over all devices: a multiple of their number.
         optimizer: adamw, or muon for the layers' matrices and AdamW for the rest.
         learning_rate: at the end of the warm-up.
         schedule: what follows: cosine or linear to zero, or wsd: constant, then linear to zero.
-        warmup_share, decay_share: of all optimizer steps; the latter for wsd.
+        warmup_share: of all optimizer steps, over which the rate rises.
+        decay_share: of all optimizer steps, over which it falls at the end; for wsd.
+        clip: most that the norm of a step's gradient may be.
         mixed_precision: "bf16" or "no".
         states: "online" runs the target over every batch; "memory" once over all samples, whose states stay
             in host memory; "disk" writes them once to {run_dir}/states, for any number of processes and runs.
@@ -80,10 +85,14 @@ class HeadTrainConfig:
         shard_target: share the target out over the processes: "zero3" (a DeepSpeed ZeRO-3 launch) or "tp"
             (transformers' tensor parallelism); None: each holds all of it, or what target.device_map says.
         validation_samples: held out of training (at most a tenth), measured at the end.
-        measure_every: optimizer steps between measurements of the acceptance length on `measure_prompts`
-            held-out prompts, `measure_tokens` each, with the engine that serves the head.
+        measure_every: optimizer steps between measurements of the acceptance length with the engine that serves the
+            head; None: only at the end.
+        measure_prompts: held-out prompts that a measurement decodes.
+        measure_tokens: tokens decoded of each.
         resume: "auto" continues from the last checkpoint, "never" starts again.
+        checkpoint_every: optimizer steps between checkpoints.
         keep_checkpoints: older ones are deleted.
+        log_every: optimizer steps between lines of metrics.jsonl.
         wandb: also log to wandb, offline unless WANDB_MODE says otherwise.
     """
 
@@ -102,7 +111,7 @@ class HeadTrainConfig:
     epochs: int = 2
     max_steps: int | None = None
     batch_tokens: int = 4096
-    batches_per_step: int = 4
+    batches_per_step: int = 8
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "cosine"
@@ -140,6 +149,13 @@ class HeadTrainConfig:
         for name in ("feature_noise", "validation_samples"):
             if getattr(self, name) < 0:
                 raise GraftError(f"head.{name}={getattr(self, name)} must not be negative")
+        for name in ("warmup_share", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise GraftError(f"head.{name}={getattr(self, name)} is a share of the steps, from 0 to 1")
+        if self.tapped_layers == []:
+            raise GraftError("head.tapped_layers=[] would feed the head nothing; name layers, or leave it null")
+        if self.states_dtype is not None and self.states != "disk":
+            raise GraftError(f"head.states_dtype={self.states_dtype} is for head.states=disk")
         weights = self.weights()
         if len(weights) != self.unroll_steps or min(weights) < 0 or not any(weights):
             raise GraftError(

@@ -21,7 +21,7 @@ class Estimate:
     """Bytes by what holds them on one device, and arithmetic of one optimizer step on it.
 
     Attributes:
-        batches: rows a device takes per step; their target states are held together.
+        states: of all the batches that a device takes per step, which are held together.
     """
 
     target: int

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft_inference import GraftError
+from graft_inference.bundle import resolve
 from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
 from graft_inference.head_checkpoint import load_head
 from graft_train.data.states import TappedTarget
@@ -25,6 +26,9 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
     rope = rope.get("full_attention", rope)
     if not rope or "rope_type" not in rope:
         raise GraftError(f"{type(model).__name__} has no RoPE, which a draft head needs")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        # The head turns all of its rows, and frequencies that are scaled for a part would not fit.
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     tapped = settings.tapped_layers
     return DraftHeadConfig(
         hidden_size=target.hidden_size,
@@ -36,7 +40,7 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
         draft_vocab_size=min(settings.draft_vocab_size, target.vocab_size),
         tapped_layers=tuple(tapped) if tapped else default_tapped_layers(target.num_hidden_layers),
         max_position_embeddings=target.max_position_embeddings,
-        rms_norm_eps=target.rms_norm_eps,
+        rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
         rope_parameters=dict(rope),
         norm_before_residual=settings.norm_before_residual,
     )
@@ -63,14 +67,10 @@ def published_head(place: str, model: PreTrainedModel) -> DraftHead:
     Raises:
         GraftError: no head there, or one of another target.
     """
-    path = Path(place).expanduser()
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            path = Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors"]))
-        except (OSError, ValueError) as error:
-            raise GraftError(f"head.init_from={place} is neither a directory nor a head on the Hub: {error}") from error
+    try:
+        path = resolve(Path(place).expanduser() if Path(place).expanduser().is_dir() else place)
+    except GraftError as error:
+        raise GraftError(f"head.init_from: {error}") from error
     target = model.config.get_text_config()
     head = load_head(path, target.num_hidden_layers).float()
     for name in ("hidden_size", "vocab_size"):

@@ -144,18 +144,13 @@ def start_training(
 
 
 def plan_training(
-    rows: list[Row], chosen: list[int], settings: HeadTrainConfig, seed: int, processes: int
+    rows: list[Row], chosen: list[int], settings: HeadTrainConfig, seed: int
 ) -> tuple[list[list[int]], int]:
     """The batches of the whole training on the chosen rows, and how many optimizer steps they make.
 
     Raises:
-        GraftError: batches that cannot be shared out evenly, or fewer than one optimizer step takes.
+        GraftError: fewer batches than one optimizer step takes.
     """
-    if settings.batches_per_step % processes:
-        raise GraftError(
-            f"head.batches_per_step={settings.batches_per_step} batches cannot be shared by {processes} processes: "
-            "set a multiple of their number"
-        )
     lengths = [len(rows[row].tokens_S) for row in chosen]
     plan = plan_batches(lengths, settings.batch_tokens, settings.epochs, seed)
     total = min(len(plan) // settings.batches_per_step, settings.max_steps or math.inf)
@@ -181,10 +176,12 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
         sums, tokens = train_step(training, batches, rate)
         seconds = time.perf_counter() - started
         due = training.measure and settings.measure_every and (step + 1) % settings.measure_every == 0
-        measured = training.measure() if training.measure and due else None
-        progress.log(step + 1, sums, rate, tokens, seconds, measured)
-        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
+        progress.log(step + 1, sums, rate, tokens, seconds)
+        # Before anything that may fail: the last one, too, as there is more to do before the head is written.
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
             save_checkpoint(accelerator, training.head, out / "checkpoints", step + 1, settings.keep_checkpoints)
+        if training.measure and due:
+            progress.log_measured(step + 1, training.measure())
 
 
 def train_step(training: Training, batches: dict[int, list[int]], rate: float) -> tuple[StepSums, int]:

@@ -8,7 +8,7 @@ from graft_inference import GraftEngine, GraftError
 from graft_inference.draft_head import DraftHead
 from graft_inference.policy import Plan, Policy, Stage
 from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.target import Target, check_supported
+from graft_inference.target import Target, check_supported, max_positions
 from graft_train.data.sharded import whole
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import Row
@@ -22,7 +22,7 @@ def held_out_prompts(target: TappedTarget, rows: list[Row], chosen: list[int], c
     except GraftError as error:
         say(f"distill: the acceptance length in the engine is not measured: {error}")
         return []
-    limit = target.model.config.get_text_config().max_position_embeddings - tokens
+    limit = max_positions(target.model.config.get_text_config()) - tokens
     prompts = [rows[row].tokens_S[: int(rows[row].answer_S.nonzero()[0])] for row in chosen]
     return [prompt for prompt in prompts if 0 < len(prompt) <= limit][:count]
 

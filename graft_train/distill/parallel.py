@@ -44,15 +44,20 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+    if settings.batches_per_step % accelerator.num_processes:
+        raise GraftError(
+            f"head.batches_per_step={settings.batches_per_step} rows cannot be shared by {accelerator.num_processes} "
+            f"processes: set a multiple of their number, such as {accelerator.num_processes}"
+        )
     if settings.shard_target == "zero3" and zero_stage(accelerator) != 3:
         raise GraftError(
             "head.shard_target=zero3 needs a launch under DeepSpeed ZeRO-3: accelerate launch --config_file "
-            "conf/accelerate/zero3.yaml recipes/distill.py ..., or head.shard_target=tp"
+            "recipes/launch/zero3.yaml recipes/distill.py ..., or head.shard_target=tp"
         )
     if settings.shard_target == "tp" and (accelerator.num_processes == 1 or deepspeed):
         raise GraftError(
             "head.shard_target=tp needs several processes without DeepSpeed: accelerate launch --config_file "
-            "conf/accelerate/ddp.yaml, or torchrun; with one process target.device_map=auto spreads the target"
+            "recipes/launch/ddp.yaml, or torchrun; with one process target.device_map=auto spreads the target"
         )
     return accelerator
 

@@ -41,14 +41,12 @@ class Progress:
         if self.settings.wandb:
             self.wandb = start_wandb(self.settings, self.out)
 
-    def log(
-        self, step: int, sums: StepSums, rate: float, tokens: int, seconds: float, measured: float | None = None
-    ) -> None:
-        """Takes every step, writes each `log_every`-th, the last, and those with a measured acceptance length."""
+    def log(self, step: int, sums: StepSums, rate: float, tokens: int, seconds: float) -> None:
+        """Takes every step, writes each `log_every`-th and the last."""
         if not self.main:
             return
         self.bar.update(1)
-        if step % self.settings.log_every and step != self.bar.total and measured is None:
+        if step % self.settings.log_every and step != self.bar.total:
             return
         metrics = sums.metrics()
         record = {
@@ -57,13 +55,19 @@ class Progress:
             "learning_rate": rate,
             "tokens_per_second": round(tokens / seconds),
         }
-        if measured is not None:
-            record["measured_tau"] = measured
         self.bar.set_postfix(loss=f"{metrics.loss[0]:.3f}", tau=f"{metrics.tau:.2f}")
+        self._write(record)
+
+    def log_measured(self, step: int, tau: float) -> None:
+        """The acceptance length in the engine after a step, in a line of its own."""
+        if self.main:
+            self._write({"step": step, "measured_tau": tau})
+
+    def _write(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb:
-            self.wandb.log(flatten(record), step=step)
+            self.wandb.log(flatten(record), step=record["step"])
 
     def end(self) -> None:
         if self.bar is not None:

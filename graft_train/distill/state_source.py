@@ -150,11 +150,11 @@ def _write(
     shards = _packs(rows, range(len(rows)), max(SHARD_TOKENS, batch_tokens))
     if accelerator.is_main_process:
         _check_disk(target, rows, partial, dtype, top)
-        begun = partial / "identity.json"
-        if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != identity:
+        begun, cut = partial / "identity.json", identity | {"shards": shards}
+        if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != cut:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        write_json(begun, identity)
+        write_json(begun, cut)
     accelerator.wait_for_everyone()
     missing = [number for number in range(len(shards)) if not _shard(partial, number).exists()]
     accelerator.wait_for_everyone()

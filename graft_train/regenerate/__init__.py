@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from graft_inference import GraftError
+from graft_inference.target import max_positions
 from graft_train.data.chat import Chat
 from graft_train.data.documents import document_settings, of_split, read_documents
 from graft_train.data.preview import show
@@ -47,9 +48,10 @@ def regenerate(config: "Config") -> Path:
         **config.regenerate.decisive(),
         "data": document_settings(config.data),
         "prompt_tokens": config.data.prompt_tokens,
+        "chat_template_kwargs": config.data.chat_template_kwargs,
         "seed": config.seed,
     }
-    return run_stage(config, "regenerate", "data", settings, [target_path(config)], lambda out: _build(config, out))
+    return run_stage(config, "regenerate", "data", settings, ["target"], lambda out: _build(config, out))
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -81,8 +83,8 @@ class _Work:
         self.config = config
         path = target_path(config)
         tokenizer = load_tokenizer(config)
-        self.chat = Chat(tokenizer, end_ids(path, tokenizer))
-        self.max_positions = AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+        self.chat = Chat(tokenizer, end_ids(path, tokenizer), config.data.chat_template_kwargs)
+        self.max_positions = max_positions(AutoConfig.from_pretrained(path).get_text_config())
         if urls := config.regenerate.servers():
             from graft_train.regenerate.servers import context_limit
 
@@ -91,7 +93,8 @@ class _Work:
 
     def prompts(self, split: str, count: int) -> list[Prompt]:
         """Prompts of a split; an answer must fit behind each."""
-        room = self.max_positions - self.config.regenerate.max_new_tokens
+        settings = self.config.regenerate
+        room = min(self.max_positions - settings.max_new_tokens, settings.max_prompt_tokens)
         return self._make(build_prompts, split, count, room)
 
     def answered(self, count: int) -> Iterator[Sample]:

@@ -13,6 +13,8 @@ class RegenerateConfig:
     held_out: prompts kept for calibration, and as many for evaluation.
     answers: target (it answers the prompts itself, so that the head learns its habits) or data (the
         conversations' own answers are trained on).
+    max_prompt_tokens: longest prompt; a conversation with a longer one asks with fewer turns, or is left out.
+        Prompt and answer together should fit head.max_length.
     max_new_tokens: longest answer.
     batch: prompts answered at a time; with servers, requests in flight at each.
     temperatures: dealt out to the batches (with servers: to the prompts) in turn; 0 is greedy.
@@ -26,6 +28,7 @@ class RegenerateConfig:
     samples: int = 50_000
     held_out: int = 200
     answers: str = "target"
+    max_prompt_tokens: int = 1024
     max_new_tokens: int = 1024
     batch: int = 32
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.8])
@@ -36,9 +39,11 @@ class RegenerateConfig:
     def __post_init__(self) -> None:
         if self.answers not in ("target", "data"):
             raise GraftError(f"regenerate.answers={self.answers} is unknown; choose target or data")
-        for name, least in {"samples": 1, "held_out": 1, "max_new_tokens": 1, "batch": 1, "retries": 0}.items():
-            if getattr(self, name) < least:
-                raise GraftError(f"regenerate.{name}={getattr(self, name)} must be at least {least}")
+        for name in ("samples", "held_out", "max_prompt_tokens", "max_new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise GraftError(f"regenerate.{name}={getattr(self, name)} must be at least 1")
+        if self.retries < 0:
+            raise GraftError(f"regenerate.retries={self.retries} must not be negative")
         if not self.temperatures or min(self.temperatures) < 0:
             raise GraftError(f"regenerate.temperatures={self.temperatures} must be a list of numbers, none negative")
         if not all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in self.servers()):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from graft_train.data.prompts import Prompt
 from graft_train.data.samples import Sample, answered, append_samples, parse_sample
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 def answer_in_process(prompts: list[Prompt], path: Path, config: "Config") -> None:
     """Appends the target's answers to `path`, whole batches at a time, from the first that is not there."""
-    model, tokenizer = load_target(config), load_tokenizer(config)
+    model: Any = load_target(config)
+    tokenizer = load_tokenizer(config)
+    # A target's own generation settings would change its distribution, which the head is to learn.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     batches = list(_batches(prompts, config.regenerate.batch))
     done = drop_torn_batch(path, [len(batch) for batch in batches])
     finished = sum(map(len, batches[:done]))
@@ -71,8 +75,7 @@ def answer(model: Any, tokenizer: Any, batch: list[Prompt], number: int, config:
     mask = torch.tensor(
         [[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch], device=model.device
     )
-    # A target's own generation settings would change its distribution, which the head is to learn.
-    sampling = {"repetition_penalty": 1.0, "do_sample": bool(temperature)}
+    sampling: dict[str, Any] = {"do_sample": bool(temperature)}
     if temperature:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     out = model.generate(ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **sampling)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import graft_inference
 from graft_inference import GraftEngine, GraftError
+from graft_inference.bundle import read_safetensors
 from graft_inference.head_checkpoint import save_head
 from graft_train.data.target import TargetConfig
 from graft_train.export import REQUIREMENTS, ExportConfig, export, write_card
@@ -164,6 +165,16 @@ def test_the_bundle_holds_what_was_made(exported):
         "num_hidden_layers": 4,
     }
     assert not list(bundle.rglob(".*"))
+
+
+def test_engines_that_read_every_safetensors_file_are_told_which_is_the_heads(exported):
+    """vLLM keeps those that the index names, and takes every tensor in them for a weight."""
+    bundle = exported / "bundle"
+    files = {path.name for path in bundle.glob("*.safetensors")}
+    assert files > {"model.safetensors"}
+    index = json.loads((bundle / "model.safetensors.index.json").read_text())
+    weights = read_safetensors(bundle / "model.safetensors")
+    assert index["weight_map"] == dict.fromkeys(weights, "model.safetensors")
 
 
 def test_the_engine_loads_it(exported):

@@ -62,6 +62,20 @@ pretrain_target(tiny_config(Path(sys.argv[1]), Path(sys.argv[2])))
 """
 
 
+def test_a_kill_while_the_last_checkpoint_was_deleted_is_got_over(tmp_path, monkeypatch):
+    """Both lie there then, and the next checkpoint takes their places."""
+    write_sources(tmp_path / "sources")
+    config = tiny_config(tmp_path / "run", tmp_path / "sources")
+    config.pretrain_target.checkpoint_every = 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.shutil, "rmtree", mock.Mock(side_effect=[None, None, KeyboardInterrupt]))
+        pretrain_target(config)
+    partial = tmp_path / "run" / "target.partial"
+    assert (partial / "checkpoint").exists()
+    assert (partial / "checkpoint.old").exists()
+    assert (pretrain_target(config) / "model.safetensors").exists()
+
+
 def test_two_processes_train_what_one_does(tmp_path):
     """Schedules and batches count the same; AdamW's first steps amplify roundings, so the loss is compared."""
     write_sources(tmp_path / "sources")

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from graft_inference.errors import GraftError
+from graft_train.data.target import TargetConfig
 from graft_train.stage import run_stage
 
 
-def stage(run_dir: Path, build: Any, rate: float = 0.1, inputs: Any = ()) -> Path:
-    config: Any = SimpleNamespace(run_dir=str(run_dir))
-    return run_stage(config, "distill", "head", {"head": {"lr": rate}}, list(inputs), build)
+def stage(run_dir: Path, build: Any, rate: float = 0.1, inputs: Any = (), target: str | None = None) -> Path:
+    config: Any = SimpleNamespace(run_dir=str(run_dir), target=TargetConfig(name_or_path=target))
+    return run_stage(config, "distill", "head", {"head": {"lr": rate}}, inputs, build)
 
 
 def test_builds_once_and_then_reuses(tmp_path, capsys):
@@ -65,9 +66,9 @@ def test_a_mistake_found_before_the_first_write_can_be_mended_by_other_settings(
     assert json.loads((tmp_path / "head/stage.json").read_text())["settings"]["head"]["lr"] == 0.2
 
 
-def test_missing_input_names_the_recipe(tmp_path):
+def test_missing_input_names_the_recipe_before_a_target_is_downloaded(tmp_path):
     with pytest.raises(GraftError, match=r"recipes/regenerate\.py"):
-        stage(tmp_path, lambda directory: pytest.fail("built"), inputs=[tmp_path / "data"])
+        stage(tmp_path, lambda directory: pytest.fail("built"), inputs=["target", "data"], target="some/target")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,10 +76,10 @@ def test_a_changed_input_is_noticed(tmp_path):
     target = tmp_path / "mine"
     target.mkdir()
     (target / "config.json").write_text("{}")
-    stage(tmp_path / "run", lambda directory: None, inputs=[target])
+    stage(tmp_path / "run", lambda directory: None, inputs=["target"], target=str(target))
     renamed = target.rename(tmp_path / "renamed")
-    stage(tmp_path / "run", lambda directory: pytest.fail("built"), inputs=[renamed])
+    stage(tmp_path / "run", lambda directory: pytest.fail("built"), inputs=["target"], target=str(renamed))
     renamed.rename(target)
     (target / "config.json").write_text('{"a": 1}')
     with pytest.raises(GraftError, match=r"input\.target"):
-        stage(tmp_path / "run", lambda directory: None, inputs=[target])
+        stage(tmp_path / "run", lambda directory: None, inputs=["target"], target=str(target))

@@ -223,7 +223,7 @@ def test_captured_states_give_what_the_target_gives(config, tmp_path, monkeypatc
         config.corpus = replace(config.corpus, prompts=prompts)
         build(config, tmp_path, f"read{prompts}")
         assert 0 < held < 60, "some samples were cut, some were not"
-        assert {len(sample.ids) > 17 for sample in left} == {True}
+        assert {len(one) > 17 for one in left} == {True}
         left.clear()
         ran, read = (load_file(tmp_path / f"{name}{prompts}" / "successors.safetensors") for name in ("ran", "read"))
         assert all(torch.equal(ran[name], read[name]) for name in ran)

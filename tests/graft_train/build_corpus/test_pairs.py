@@ -52,7 +52,40 @@ def follows(sample, prompts):
 
 def test_of_a_conversation_only_what_becomes_an_answer_counts():
     chat = Sample("chat", "train", [1, 2, 3, 4, 5, 6, 7], [[2, 4], [6, 7]])
-    assert counted(chat).tolist() == [False, True, True, False, False, True, True]
+    (one,) = counted([chat], prompts=False)
+    assert one.counted_S.tolist() == [False, True, True, False, False, True, True]
+
+
+def conversation(*rows):
+    """One sample an answer, each with what came before it, as templates without generation spans give them."""
+    return [Sample(f"doc#{n}", "train", ids, [[start, len(ids)]]) for n, (ids, start) in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        # The whole first row stands before the second answer.
+        ([([1, 2, 3, 4], 2), ([1, 2, 3, 4, 5, 6], 5)], [[1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]),
+        # The template leaves the first answer's thought, 9, out of the second row.
+        ([([1, 2, 9, 3], 2), ([1, 2, 3, 5, 6], 4)], [[1, 1, 1, 1], [0, 1, 1, 1, 1]]),
+        # Another beginning.
+        ([([1, 2, 3], 2), ([4, 2, 3], 2)], [[1, 1, 1], [1, 1, 1]]),
+    ],
+)
+def test_what_a_conversations_samples_repeat_counts_once(rows, expected):
+    samples = conversation(*rows)
+    assert [one.counted_S.astype(int).tolist() for one in counted(samples, prompts=True)] == expected
+    others = [Sample(str(n), "train", one.ids, one.answers) for n, one in enumerate(samples)]
+    assert all(one.counted_S.all() for one in counted(others, prompts=True))
+
+
+def test_a_conversation_counts_the_same_in_one_sample_and_in_several():
+    several = counted(conversation(([1, 2, 3, 4], 2), ([1, 2, 3, 4, 5, 6], 5)), prompts=True)
+    one = counted([Sample("doc", "train", [1, 2, 3, 4, 5, 6], [[2, 4], [5, 6]])], prompts=True)
+    for pairs_of in (text_pairs, ngram_pairs):
+        assert Counter(pairs_of(join_samples(several)).tolist()) == Counter(pairs_of(join_samples(one)).tolist())
+    seen, expected = (sum_pairs(list(predicted_pairs(Oracle(), data, K, 40))) for data in (several, one))
+    assert all((ours == theirs).all() for ours, theirs in zip(seen, expected, strict=True))
 
 
 class Oracle(torch.nn.Module):
@@ -71,7 +104,7 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("prompts", [True, False])
 def test_text_pairs_equal_a_loop(prompts):
     data = samples()
-    found = Counter(text_pairs(join_samples(data, prompts)).tolist())
+    found = Counter(text_pairs(join_samples(counted(data, prompts))).tolist())
     assert found == Counter(
         before[-1] << SUCCESSOR_BITS | after for sample in data for before, after in follows(sample, prompts)
     )
@@ -87,7 +120,7 @@ def test_ngram_pairs_equal_a_loop(prompts, data):
             for order, key in zip(ORDERS, context_keys(window)[0].tolist(), strict=True):
                 if len(before) >= order:
                     expected[key + NGRAM << SUCCESSOR_BITS | after] += 1
-    assert Counter(ngram_pairs(join_samples(data, prompts)).tolist()) == expected
+    assert Counter(ngram_pairs(join_samples(counted(data, prompts))).tolist()) == expected
 
 
 @pytest.mark.parametrize("prompts", [True, False])
@@ -95,7 +128,7 @@ def test_predictions_equal_a_loop(prompts, monkeypatch):
     """Every counted position weighs ONE: the model's top k, and all others together."""
     monkeypatch.setattr(pairs, "CHUNK", 5)
     data, model = samples(), Oracle()
-    keys, weights = sum_pairs(list(predicted_pairs(model, data, K, 40, prompts)))
+    keys, weights = sum_pairs(list(predicted_pairs(model, counted(data, prompts), K, 40)))
     probs_VV = model.logits_VV.double().softmax(dim=-1)
     expected, seen = Counter(), Counter()
     for sample in data:
@@ -127,12 +160,12 @@ def test_a_saved_matrix_gives_back_its_rows():
 
 def test_batches_hold_every_sample_within_the_padded_budget():
     data = samples(20)
-    dealt = list(batches(data, 40))
-    assert sorted(sample.id for batch in dealt for sample in batch) == sorted(sample.id for sample in data)
+    dealt = list(batches(counted(data, prompts=False), 40))
+    assert sorted(one.sample.id for batch in dealt for one in batch) == sorted(sample.id for sample in data)
     for batch in dealt:
-        ids_BS, counted_BS = pad(batch, False, torch.device("cpu"))
+        ids_BS, counted_BS = pad(batch, torch.device("cpu"))
         assert len(batch) == 1 or ids_BS.numel() <= 40
-        for row, sample in enumerate(batch):
+        for row, sample in enumerate(one.sample for one in batch):
             assert ids_BS[row][ids_BS[row] >= 0].tolist() == sample.prompt_ids + sample.answer_ids
             assert ids_BS[row][counted_BS[row]].tolist() == [sample.prompt_ids[-1], *sample.answer_ids]
 
@@ -164,6 +197,10 @@ def test_bad_samples_are_named(tmp_path):
 
 
 def test_held_out_is_a_share_of_all():
-    chosen = sum(is_held_out(str(number), 0.1) for number in range(2000))
-    assert 150 < chosen < 250
-    assert not any(is_held_out(str(number), 0.0) for number in range(50))
+    def of(identity):
+        return Sample(identity, "train", [1, 2], [[1, 2]])
+
+    chosen = [number for number in range(2000) if is_held_out(of(str(number)), 0.1)]
+    assert 150 < len(chosen) < 250
+    assert not any(is_held_out(of(str(number)), 0.0) for number in range(50))
+    assert all(is_held_out(of(f"{number}{part}"), 0.1) for number in chosen for part in ("#1", "#3", "@0", "@512"))

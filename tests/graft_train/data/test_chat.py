@@ -112,10 +112,15 @@ def test_every_row_shows_its_own_thought_as_when_the_target_wrote_it():
     assert "x" not in shown(chat(LAST_THOUGHT).answered(doc)[1])
 
 
-def test_what_comes_before_the_first_question_is_no_answer():
-    rows = chat(PLAIN).answered(document("system: s", "assistant: hello", "user: a", "assistant: b"))
-    assert len(rows) == 1
-    assert len(list(chat(PLAIN).prompts(document("system: s", "assistant: hello", "user: a", "assistant: b")))) == 1
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_what_comes_before_the_first_question_is_no_answer(template):
+    greeted = document("system: s", "assistant: h", "user: a", "assistant: b")
+    (row,) = chat(template).answered(greeted)
+    assert shown(row).endswith("<assistant> h <end> gap <user> a <end> gap <assistant> [b <end>]")
+    assert len(list(chat(template).prompts(greeted))) == 1
+
+
+def test_of_prompts_without_an_answer_between_the_last_asks():
     doubled = document("user: a", "user: b", "assistant: c", "assistant: d")
     assert [words(ids) for ids in chat(PLAIN).prompts(doubled)] == ["<user> a <end> gap <user> b <end> gap <assistant>"]
 
@@ -135,6 +140,15 @@ def test_a_token_across_the_border_of_prompt_and_answer_is_an_error():
     glued = PLAIN.replace("<{{ m.role }}> ", "<{{ m.role }}>")  # "<assistant>b" is one token, and not the prompt's
     with pytest.raises(BadRecord, match="answers of doc cannot be told"):
         chat(glued).answered(document("a", "b"))
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_the_template_is_told_what_the_settings_say(template):
+    told = {"enable_thinking": False}
+    quiet = Chat(word_tokenizer(template + "{% if enable_thinking is false %}x {% endif %}"), {END}, told)
+    assert words(next(quiet.prompts(document("a")))).endswith("<user> a <end> gap <assistant> x")
+    with pytest.raises(GraftError, match=r"data\.chat_template_kwargs.* does not know enable_thinking"):
+        Chat(word_tokenizer(template), {END}, told)
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])

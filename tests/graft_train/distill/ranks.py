@@ -80,6 +80,6 @@ def torchrun(processes: int) -> tuple[str, ...]:
 
 
 def deepspeed(stage: int, processes: int) -> tuple[str, ...]:
-    config = str(ROOT / "conf" / "accelerate" / f"zero{stage}.yaml")
+    config = str(ROOT / "recipes" / "launch" / f"zero{stage}.yaml")
     launch = ("-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes))
     return (*launch, "--main_process_port", "0")

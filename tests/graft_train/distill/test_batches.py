@@ -3,7 +3,7 @@ import torch
 
 from graft_inference import GraftError
 from graft_train.data.samples import Sample, answered
-from graft_train.distill.batches import collate, pack, plan_batches, to_rows, with_room
+from graft_train.distill.batches import collate, hold_out, pack, plan_batches, to_rows, with_room
 
 from .pair import VOCAB, samples
 
@@ -17,6 +17,16 @@ def test_every_epoch_has_every_row_once_within_the_budget():
     assert sorted(row for batch in plan for row in batch) == sorted(list(range(12)) * 2)
     assert plan == plan_batches(LENGTHS, 30, epochs=2, seed=0)
     assert plan != plan_batches(LENGTHS, 30, epochs=2, seed=1)
+
+
+def test_a_document_is_held_out_or_trained_on_as_a_whole():
+    rows = [Sample(f"doc{n // 3}{'#@'[n % 2]}{n}", "train", [1, 2, 3], [[1, 3]]) for n in range(30)]
+    validation, training = hold_out(rows, 7, seed=0)
+    assert len(validation) == 6  # two documents, as a third would be too many
+    assert sorted(validation + training) == list(range(30))
+    assert not {rows[row].document for row in validation} & {rows[row].document for row in training}
+    assert validation != hold_out(rows, 7, seed=1)[0]
+    assert hold_out(rows, 0, seed=0)[0] == []
 
 
 def test_gaps_are_filled_by_later_rows_that_fit():

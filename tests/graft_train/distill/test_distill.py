@@ -11,9 +11,11 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftEngine, GraftError
+from graft_inference import bundle as bundle_module
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import Plan, Policy, Stage
 from graft_inference.retrieval import SuccessorMatrix
@@ -21,18 +23,21 @@ from graft_inference.target import Target
 from graft_train import distill as stage_module
 from graft_train.config import Config
 from graft_train.data import target as target_module
+from graft_train.data.chat import spans
 from graft_train.data.samples import answered, append_samples
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import TargetConfig, load_target
 from graft_train.distill import distill, loop
 from graft_train.distill import estimate as estimate_module
-from graft_train.distill.batches import to_rows
+from graft_train.distill.batches import collate, hold_out, to_rows
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.loop import start_training, train_step
-from graft_train.distill.loss import StepMetrics
+from graft_train.distill.loss import StepMetrics, reference_loss
+from graft_train.distill.measure import measure_tau
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.state_source import online_states
+from graft_train.distill.unroll import unroll
 
 from .pair import VOCAB, samples, tiny_head, tiny_target
 
@@ -175,6 +180,40 @@ def test_accumulated_batches_of_unequal_counts_equal_one_batch():
         torch.testing.assert_close(parts_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
+def test_a_steps_gradient_is_that_of_the_definition():
+    """Step k weighs 0.8^k over the drafts trained at step k in the whole optimizer step, and no other's count."""
+    gradients, sums = accumulate([[0, 1, 2], [3, 4]])
+    head, target, source, rows = parts()
+    batch = collate(rows, [0, 1, 2, 3, 4], torch.device("cpu"))
+    states, kept_V = source(batch), torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, head.target_ids, True)
+    answer_S = torch.cat([rows[row].answer_S for row in batch.rows])
+    answers = [range(*span) for span in spans(answer_S.int().tolist())]
+    # Draft k at t foresees token t + 2 + k, all of it in one answer; the target's choice is read one before.
+    ends = [
+        [t + 2 + k for answer in answers for t in answer for k in [step] if t + 2 + k in answer] for step in range(3)
+    ]
+    starts = [[answer[0] + 1 + step for answer in answers if answer[0] + 1 + step in answer] for step in range(3)]
+    counts = [sum(bool(kept_V[states.choice_S[s - 1]]) for s in ends[k] + starts[k]) for k in range(3)]
+    assert 0 < counts[2] < counts[1] < counts[0] < len(ends[0] + starts[0])
+    assert sums.trained_K.tolist() == counts
+    outputs = unroll(head, target.embed(batch.tokens_S), states.taps_SE, batch.layout, 3)
+    logits_SV = states.final_SH @ target.lm_head_VH.T
+    weights = [0.8**step / counts[step] for step in range(3)]
+    reference_loss(head, outputs, logits_SV, batch.layout, answer_S, weights).backward()
+    for name, parameter in head.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_step_is_taken_at_the_rate_it_is_given():
+    """AdamW's first step moves every weight that has a gradient by the rate."""
+    for rate in (0.0, 1e-3):
+        training = start_training(Accelerator(cpu=True), *parts(), HeadTrainConfig(**SETTINGS))
+        before = training.head.fc.weight.detach().clone()
+        train_step(training, {0: [0, 1, 2]}, rate)
+        moved = (training.head.fc.weight - before).abs()
+        assert moved.median().item() == pytest.approx(rate, rel=0.02)
+
+
 def test_gradients_of_a_whole_step_are_clipped_together():
     whole, clipped = accumulate([[0, 1], [2]])[0], accumulate([[0, 1], [2]], clip=1e-3)[0]
     norm = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
@@ -240,6 +279,10 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
         ({"max_length": 2}, "head.max_length=2"),
         ({"loss": "kl"}, "head.loss=kl must be one of forward_kl"),
         ({"states": "cache"}, "head.states=cache"),
+        ({"warmup_share": 1.5}, "head.warmup_share=1.5 is a share"),
+        ({"decay_share": -0.1}, "head.decay_share=-0.1 is a share"),
+        ({"tapped_layers": []}, r"head.tapped_layers=\[\]"),
+        ({"states_dtype": "bfloat16"}, "head.states_dtype=bfloat16 is for head.states=disk"),
         ({"step_weights": [1.0]}, r"head.step_weights=\[1.0\] must be head.unroll_steps=7 weights"),
         ({"feature_noise": -0.1}, "head.feature_noise=-0.1"),
         ({"validation_samples": -1}, "head.validation_samples=-1"),
@@ -268,6 +311,53 @@ def test_heads_that_cannot_be_trained_are_refused_and_nothing_is_left(tmp_path, 
     with pytest.raises(GraftError, match=message):
         distill(config)
     assert not (Path(config.run_dir) / "head").exists()
+
+
+def test_samples_longer_than_the_target_are_refused_before_it_is_loaded(tmp_path):
+    config = make_run(tmp_path)
+    tiny_target(max_position_embeddings=8).save_pretrained(config.target.name_or_path)
+    (Path(config.target.name_or_path) / "model.safetensors").unlink()
+    with pytest.raises(GraftError, match=r"longest sample has 12 tokens, and the target 8 .* set head.max_length=8"):
+        distill(config)
+
+
+def test_a_target_without_all_of_its_weights_is_refused(tmp_path):
+    config = make_run(tmp_path)
+    weights = Path(config.target.name_or_path) / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if name != "lm_head.weight"}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(GraftError, match=r"lacks the tensors \['lm_head.weight'\]"):
+        distill(config)
+
+
+def test_what_fails_after_a_step_finds_it_saved(tmp_path, monkeypatch):
+    """On the way, and after the last step: then it is only measured again."""
+    whole = distill(make_run(tmp_path / "whole", measure_every=3, measure_tokens=6))
+    config = make_run(tmp_path / "failing", measure_every=3, measure_tokens=6)
+    partial, steps = Path(config.run_dir) / "head.partial" / "checkpoints", len(load_curve(whole))
+    for calls, expected in ((0, 3), (steps // 3 - 1, steps)):
+        measured = []
+
+        def failing(*arguments, calls=calls, measured=measured):
+            if len(measured) == calls:
+                raise RuntimeError("measuring failed")
+            measured.append(1)
+            return measure_tau(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="measuring failed"):
+            patch.setattr(stage_module, "measure_tau", failing)
+            distill(config)
+        assert [path.name for path in partial.iterdir()] == [f"step-{expected:08d}"]
+    monkeypatch.setattr(loop, "train_step", None)
+    assert equal_files(distill(config) / "model.safetensors", whole / "model.safetensors")
+
+
+def load_curve(directory):
+    return [line for line in metrics(directory) if "loss" in line]
+
+
+def equal_files(first, second):
+    return first.read_bytes() == second.read_bytes()
 
 
 def test_data_of_another_target_is_refused(tmp_path):
@@ -380,6 +470,24 @@ def test_a_trained_head_can_be_gone_on_from(tmp_path):
     assert sum(metrics(Path(second.run_dir) / "head")[0]["loss"]) < 0.9 * sum(metrics(first)[0]["loss"])
 
 
+def test_an_official_head_on_the_hub_is_gone_on_from(tmp_path, monkeypatch):
+    """Its weights are a pickle of tensors, which the download must not leave out."""
+    first = distill(make_run(tmp_path, max_steps=2))
+    official = tmp_path / "snapshot"
+    official.mkdir()
+    shutil.copy(first / "config.json", official)
+    torch.save(load_file(first / "model.safetensors"), official / "pytorch_model.bin")
+
+    def download(name, **patterns):
+        wanted = {name: kept for name, kept in patterns.items() if name.endswith("_patterns")}
+        chosen = filter_repo_objects(["config.json", "pytorch_model.bin"], **wanted)
+        return str(shutil.copytree(official, tmp_path / "cached", ignore=lambda _, names: set(names) - set(chosen)))
+
+    monkeypatch.setattr(bundle_module, "snapshot_download", download)
+    again = distill(make_run(tmp_path / "again", init_from="someone/eagle3", max_steps=1))
+    assert torch.equal(load_head(again).target_ids, load_head(first).target_ids)
+
+
 def test_a_head_with_a_copy_of_the_targets_embeddings_is_gone_on_from_without_it(tmp_path):
     """Published heads of some dialects bring one, and need not say which layers they tap."""
     first = distill(make_run(tmp_path, max_steps=2))
@@ -421,7 +529,7 @@ def test_states_that_memory_does_not_hold_are_refused_beforehand(tmp_path, monke
 
 
 def test_a_head_that_was_finished_but_for_its_name_is_not_trained_again(tmp_path, monkeypatch):
-    config = make_run(tmp_path, max_steps=4)
+    config = make_run(tmp_path, max_steps=4, keep_checkpoints=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage_module.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         distill(config)
@@ -438,7 +546,7 @@ def test_a_head_of_another_target_is_not_gone_on_from(tmp_path):
     tiny_target(hidden_size=8).save_pretrained(config.target.name_or_path)
     with pytest.raises(GraftError, match=r"head.init_from=.*hidden_size=16, but the target 8"):
         distill(config)
-    with pytest.raises(GraftError, match=r"head.init_from=.*neither a directory nor a head"):
+    with pytest.raises(GraftError, match=r"head.init_from: nobody/nothing is neither a directory nor"):
         distill(make_run(tmp_path / "third", init_from="nobody/nothing"))
 
 
@@ -470,10 +578,11 @@ def test_the_acceptance_length_is_measured_in_the_engine_that_serves(tmp_path):
     """On the way and at the end; it is the engine's own tau for the saved head."""
     config = make_run(tmp_path, measure_every=3, measure_tokens=6, measure_prompts=2, epochs=4)
     directory = distill(config)
-    curve = metrics(directory)
-    assert [line["step"] for line in curve if "measured_tau" in line] == list(range(3, len(curve) + 1, 3))
+    steps = len(load_curve(directory))
+    measured = [line["step"] for line in metrics(directory) if "measured_tau" in line]
+    assert measured == list(range(3, steps + 1, 3))
     rows = to_rows(samples(30), 64, VOCAB)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
+    order, _ = hold_out(samples(30), 3, seed=0)
     chain = Plan((Stage(passes=3, drafted=3),), beam_width=1, budget=4)
     target = Target(tiny_target(), (0, 2, 3))
     engine = GraftEngine(target, Policy(chain, chain, chain), load_head(directory), SuccessorMatrix(torch.zeros(1, 1)))

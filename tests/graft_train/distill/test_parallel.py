@@ -12,7 +12,7 @@ from graft_train.distill import distill
 
 from .pair import samples
 from .ranks import deepspeed, run_ranks, torchrun, was_killed
-from .test_distill import make_run, metrics
+from .test_distill import load_curve, make_run, metrics
 
 # Some steps' gradients are longer than the clip and some are not: AdamW alone would forgive a wrong scale.
 CHANGES = {
@@ -44,7 +44,7 @@ def measured_tau(head: Path) -> float | None:
 
 
 def assert_same_training(head: Path, alone: Path, tolerance: float) -> None:
-    for one, two in zip(metrics(alone), metrics(head), strict=True):
+    for one, two in zip(load_curve(alone), load_curve(head), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
     assert measured_tau(head) == measured_tau(alone)
     expected = load_file(alone / "model.safetensors")
@@ -98,7 +98,7 @@ def test_one_process_goes_on_from_two(tmp_path, alone):
 def test_zero_trains_in_bf16(tmp_path, alone, stage):
     """There the parameters themselves are bf16, as they are nowhere else."""
     head = head_of(tmp_path, CHANGES | {"mixed_precision": "bf16"}, launcher=deepspeed(stage, 2))
-    for one, two in zip(metrics(alone), metrics(head), strict=True):
+    for one, two in zip(load_curve(alone), load_curve(head), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=0.05)
 
 

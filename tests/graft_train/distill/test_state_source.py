@@ -19,8 +19,10 @@ def target():
     return TappedTarget(tiny_target(), (0, 2, 3))
 
 
-def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target", top=None):
-    return disk_states(target(), rows, 40, directory / "states", fingerprint, dtype, Accelerator(cpu=True), top)
+def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target", top=None, batch_tokens=40):
+    return disk_states(
+        target(), rows, batch_tokens, directory / "states", fingerprint, dtype, Accelerator(cpu=True), top
+    )
 
 
 def batch():
@@ -85,6 +87,24 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert len(counted) < 2 * shards + 1
     monkeypatch.setattr(TappedTarget, "states", whole)
     assert_same(source(batch()), online_states(target())(batch()))
+
+
+def test_a_pass_that_goes_on_with_other_batches_cuts_its_shards_anew(tmp_path, monkeypatch):
+    """Out of memory, say, and lowered: the rows of the shards that are there would be others."""
+    monkeypatch.setattr(state_source, "SHARD_TOKENS", 20)
+    whole, counted = TappedTarget.states, []
+
+    def dying(self, *arguments):
+        counted.append(1)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TappedTarget, "states", dying)
+        on_disk(tmp_path, batch_tokens=40)
+    everything = collate(ROWS, list(range(len(ROWS))), torch.device("cpu"))
+    assert_same(on_disk(tmp_path, batch_tokens=25)(everything), online_states(target())(everything))
 
 
 @pytest.mark.parametrize(

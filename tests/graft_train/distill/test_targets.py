@@ -18,6 +18,7 @@ from transformers import (
 from graft_inference import GraftError
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import collate, to_rows
+from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.head import head_config, new_head
 from graft_train.distill.loss import distillation_loss, final_state_teacher, taught_positions
 from graft_train.distill.unroll import unroll
@@ -64,6 +65,26 @@ FAMILIES = {
 }
 
 
+# EAGLE-3's choice: its code taps what enters layers 2, n // 2 and n - 3.
+TAPPED = {
+    "llama3_1_8b": (1, 15, 28),
+    "llama3_1_70b": (1, 39, 76),
+    "qwen3_8b": (1, 17, 32),
+    "qwen3_32b": (1, 31, 60),
+    "qwen3_30b_a3b": (1, 23, 44),
+    "qwen3_235b_a22b": (1, 46, 90),
+    "mistral_7b": (1, 15, 28),
+    "gemma3_12b": (1, 23, 44),
+    "gpt_oss_20b": (1, 11, 20),
+}
+
+
+def rope_of(model):
+    """Of the layers that see everything, where they differ."""
+    rope = model.config.rope_parameters
+    return rope.get("full_attention", rope)
+
+
 def tiny(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
@@ -80,7 +101,8 @@ def test_every_setting_trains_a_head(name):
     model = tiny(FAMILIES[name]())
     settings = config.head
     shape = head_config(model, settings)
-    assert list(shape.tapped_layers) == settings.tapped_layers
+    assert shape.tapped_layers == TAPPED[name]
+    assert shape.rope_parameters == rope_of(model)
     rows = to_rows(samples(3), settings.max_length, VOCAB)
     batch = collate(rows, [0, 1, 2], torch.device("cpu"))
 
@@ -104,6 +126,20 @@ def test_every_setting_trains_a_head(name):
     loss.backward()
     assert loss > 0
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}])
+def test_a_target_that_turns_a_part_of_its_rows_has_a_head_that_turns_all(rope):
+    """By the plain frequencies, as those scaled for a part would not fit; what is written down says so."""
+    model = tiny(LlamaConfig(**SIZES, num_hidden_layers=6))
+    model.config.rope_parameters = rope | {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+    assert head_config(model, HeadTrainConfig()).rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
+
+
+def test_a_target_with_other_norms_has_a_head_with_its_own():
+    model = tiny(LlamaConfig(**SIZES, num_hidden_layers=6))
+    del model.config.rms_norm_eps
+    assert head_config(model, HeadTrainConfig()).rms_norm_eps == 1e-6
 
 
 def test_sliding_windows_of_a_mistral_hold_inside_each_document():

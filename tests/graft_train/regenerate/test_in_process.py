@@ -1,5 +1,8 @@
 """Answers are the target's own, and a kill loses or doubles none."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -58,6 +61,17 @@ def test_greedy_answers_are_generates(config):
         prompt = torch.tensor([sample.prompt_ids])
         plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
         assert sample.answer_ids == plain[0, prompt.shape[1] :].tolist()
+
+
+def test_a_targets_own_generation_settings_do_not_change_its_answers(config, tmp_path):
+    """They would make the distribution another than the one that the head learns."""
+    expected = answers_of(regenerate(config))
+    copy = tiny_config(tmp_path / "run", tmp_path)
+    copy.data, copy.target.name_or_path = config.data, str(shutil.copytree(f"{config.run_dir}/target", tmp_path / "t"))
+    settings = tmp_path / "t" / "generation_config.json"
+    own = {"min_p": 0.3, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(5, 100)), "repetition_penalty": 2.0}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
+    assert answers_of(regenerate(copy)) == expected
 
 
 def test_splits_share_no_document(config):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distils on several nodes: sbatch --nodes 4 conf/accelerate/slurm.sh experiment=qwen3_8b data.path=chats.jsonl
+# Distils on several nodes: sbatch --nodes 4 recipes/launch/slurm.sh experiment=qwen3_8b data.path=chats.jsonl
 # One launcher a node, one process a GPU. CONFIG chooses ddp (default), zero2 or zero3.
 #SBATCH --job-name=distill
 #SBATCH --ntasks-per-node=1
@@ -21,7 +21,7 @@ CONFIG=${CONFIG:-ddp}
 # Requeued a minute before the time limit, the same command goes on from the last checkpoint.
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 srun bash -c 'exec accelerate launch \
-  --config_file "conf/accelerate/$CONFIG.yaml" \
+  --config_file "recipes/launch/$CONFIG.yaml" \
   --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 --deepspeed_multinode_launcher standard \
   recipes/distill.py "$@"' distill "$@" &
