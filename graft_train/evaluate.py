@@ -3,19 +3,23 @@
 import gc
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.bundle import read_json
+from graft_inference.target import max_positions
+from graft_train.data.chat import Chat
+from graft_train.data.documents import DataConfig, document_settings, read_documents
+from graft_train.data.prompts import build_prompts
 from graft_train.data.samples import Sample, read_samples
-from graft_train.data.target import DTYPES, resolve_device, target_path
+from graft_train.data.target import DTYPES, load_tokenizer, resolve_device, target_path
 from graft_train.device import describe_device
 from graft_train.export import write_card
 from graft_train.report import draw, print_table, to_markdown
@@ -34,7 +38,11 @@ class EvaluateConfig:
     """What is measured.
 
     Attributes:
-        prompts: held-out prompts; all of them are checked for losslessness.
+        path: a data set that prompts are taken from, as data.path has it, in place of the run's own held-out ones;
+            what is found goes to {run_dir}/evaluation-NAME, and onto the bundle's card beside them.
+        hub_split: which split of it is read, where it is from the Hub.
+        hub_subset: which subset, where it has several.
+        prompts: as many as are measured; all of them are checked for losslessness.
         max_new_tokens: per prompt and method.
         temperature: of the timed runs; losslessness is checked greedily.
         repeats: timed runs of every prompt with every method; the median counts.
@@ -43,6 +51,9 @@ class EvaluateConfig:
             transformers' own.
     """
 
+    path: str | None = None
+    hub_split: str = "test"
+    hub_subset: str | None = None
     prompts: int = 80
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -58,6 +69,10 @@ class EvaluateConfig:
         if self.temperature < 0:
             raise GraftError(f"evaluation.temperature={self.temperature}: 0 is greedy, more samples")
 
+    @property
+    def directory(self) -> str:
+        return "evaluation" if self.path is None else f"evaluation-{Path(self.path).stem}"
+
 
 @dataclass
 class Run:
@@ -69,11 +84,20 @@ class Run:
 
 
 def evaluate(config: "Config") -> Path:
-    """Writes `evaluation/` (evaluation.json, report.md, report.png) and renews the bundle's model card."""
-    settings = {**asdict(config.evaluation), "seed": config.seed, "dtype": config.target.dtype}
+    """Writes `evaluation/` (evaluation.json, report.md, report.png) and renews the bundle's model card.
+
+    Raises:
+        GraftError: no prompts, or prompts that the target cannot take; no memory to check losslessness.
+    """
+    asked = config.evaluation
+    settings = {**asdict(asked), "seed": config.seed, "dtype": config.target.dtype}
     del settings["check_lossless"]  # or runs that were timed could not be kept where the check does not fit
-    inputs = ["target", "data", "bundle"]
-    directory = run_stage(config, "evaluate", "evaluation", settings, inputs, lambda out: _build(config, out))
+    inputs = ["target", "bundle"]
+    if asked.path is None:
+        inputs.append("data")
+    else:
+        settings["data"] = document_settings(_data(config)) | {"told": config.data.chat_template_kwargs}
+    directory = run_stage(config, "evaluate", asked.directory, settings, inputs, lambda out: _build(config, out))
     if is_main():
         evaluation = read_json(directory / "evaluation.json")
         print_table(evaluation)
@@ -84,7 +108,7 @@ def evaluate(config: "Config") -> Path:
 
 def _build(config: "Config", out: Path) -> None:
     settings, run_dir = config.evaluation, Path(config.run_dir)
-    samples = read_samples(run_dir / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
+    samples = _samples(config)
     path = out / TIMED
     if not path.exists():  # else an interrupted check left it
         timed = _timed(config, samples)
@@ -112,8 +136,28 @@ def _build(config: "Config", out: Path) -> None:
     write_json(out / "evaluation.json", evaluation)
     (out / "report.md").write_text(to_markdown(evaluation), encoding="utf-8")
     draw(evaluation, out / "report.png")
-    write_card(run_dir / "bundle", evaluation)
+    write_card(run_dir / "bundle", {settings.directory: evaluation})
     path.unlink()
+
+
+def _samples(config: "Config") -> list[Sample]:
+    """What the methods are to continue."""
+    settings = config.evaluation
+    if settings.path is None:
+        held_out = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "evaluation")
+        return held_out[: settings.prompts]
+    data, tokenizer = _data(config), load_tokenizer(config)
+    room = max_positions(AutoConfig.from_pretrained(target_path(config)).get_text_config()) - settings.max_new_tokens
+    chat, asked = Chat(tokenizer, set(), data.chat_template_kwargs), {"count": settings.prompts, "max_tokens": room}
+    prompts = build_prompts(read_documents(data), chat, data, **asked, seed=config.seed)
+    return [Sample(prompt.id, "evaluation", prompt.ids) for prompt in prompts]
+
+
+def _data(config: "Config") -> DataConfig:
+    """How the data set of `evaluation.path` is read."""
+    asked = config.evaluation
+    named = replace(config.data, path=asked.path, hub_split=asked.hub_split, hub_subset=asked.hub_subset)
+    return replace(named, sources=[], limit=None, streaming=False)
 
 
 def _timed(config: "Config", samples: list[Sample]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from .stage import RECORD, is_main, run_stage, say, write_json
 if TYPE_CHECKING:
     from .config import Config
 
-EVALUATION = "evaluation.json"
+EVALUATION = "evaluation"
+"""Of the run's own held-out prompts; those of another data set have its name behind it."""
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.31")
 """The runtime's; transformers checks them before it runs the bundle's code."""
 
@@ -111,22 +112,20 @@ def export(config: "Config") -> Path:
         lambda out: _build(config, out, run_dir / "bundle"),
     )
     if is_main():
-        evaluation = _evaluation_of(bundle, run_dir / "evaluation")
-        if evaluation:
-            write_card(bundle, evaluation)
+        write_card(bundle, _evaluations_of(bundle, run_dir))
         if settings.push_to_hub:
             push(bundle, str(settings.repo_id), settings.private)
     return bundle
 
 
-def write_card(bundle: Path, evaluation: dict[str, Any] | None = None) -> None:
-    """Writes the model card anew, with the bundle's newest evaluation.
+def write_card(bundle: Path, evaluations: dict[str, dict[str, Any]]) -> None:
+    """Writes the model card anew, with the bundle's newest evaluations.
 
     Args:
-        evaluation: what `evaluate` found, kept in the bundle; None leaves what is there.
+        evaluations: what `evaluate` found, by the directories' names; kept in the bundle beside others there.
     """
-    if evaluation is not None:
-        write_json(bundle / EVALUATION, evaluation)
+    for name, evaluation in evaluations.items():
+        write_json(bundle / f"{name}.json", evaluation)
     _write_text(bundle / "README.md", _card(bundle, str(bundle)))
 
 
@@ -218,7 +217,7 @@ def _card(bundle: Path, location: str) -> str:
     """The model card: what it is, how to use it from `location`, what the evaluation found."""
     graft = read_json(bundle / "graft.json")
     target = graft["target"]["name_or_path"]
-    evaluation = read_json(bundle / EVALUATION) if (bundle / EVALUATION).exists() else None
+    evaluations = [read_json(path) for path in sorted(bundle.glob(f"{EVALUATION}*.json"))]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -231,7 +230,7 @@ def _card(bundle: Path, location: str) -> str:
         target=target,
         location=location,
         measured_on=_device_line(graft["policy"]["measured_on"].get("device")),
-        evaluation=_evaluation_section(evaluation) if evaluation else "Not evaluated yet.",
+        evaluation="\n\n".join(map(_evaluation_section, evaluations)) or "Not evaluated yet.",
     )
 
 
@@ -247,7 +246,10 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
             low, high = found.get("speedup_interval", (found["speedup"],) * 2)
             speedup = f"{found['speedup']:.2f}x ({low:.2f}-{high:.2f})"
             lines.append(f"| {name} | {found['tokens_per_second']:.1f} | {speedup} | {found['tau']:.2f} | {same} |")
-    return "\n".join([_device_line(evaluation.get("device")), "", *lines])
+    settings = evaluation.get("settings", {})
+    data = settings.get("path") or "held-out prompts of the training data"
+    asked = f"{settings['prompts']} prompts, {data}. " if settings else ""
+    return "\n".join([asked + _device_line(evaluation.get("device")), "", *lines])
 
 
 def _device_line(device: dict[str, Any] | None) -> str:
@@ -276,13 +278,14 @@ def _hash_of(policy: Path) -> str:
     return hashlib.sha256(policy.read_bytes()).hexdigest()[:16] if policy.is_file() else ""
 
 
-def _evaluation_of(bundle: Path, directory: Path) -> dict[str, Any] | None:
-    """The finished evaluation of this very bundle, if there is one."""
-    if not (directory / RECORD).exists() or not (directory / EVALUATION).exists():
-        return None
-    evaluated = read_json(directory / RECORD)["inputs"].get("bundle")
-    same = evaluated == read_json(bundle / RECORD)["fingerprint"]
-    return read_json(directory / EVALUATION) if same else None
+def _evaluations_of(bundle: Path, run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The finished evaluations of this very bundle, by their directories' names."""
+    found, own = {}, read_json(bundle / RECORD)["fingerprint"]
+    for path in run_dir.glob(f"{EVALUATION}*/{EVALUATION}.json"):
+        record = path.with_name(RECORD)
+        if path.parent.suffix != ".partial" and record.exists() and read_json(record)["inputs"].get("bundle") == own:
+            found[path.parent.name] = read_json(path)
+    return found
 
 
 def _check_repo_id(repo_id: str | None) -> None:

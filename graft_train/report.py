@@ -81,6 +81,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     header = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
     body = [f"| {' | '.join(row)} |" for row in rows_of(evaluation)]
     low, high = settings["prompt_tokens"]
+    prompts = "held-out prompts" if settings["path"] is None else f"prompts of {settings['path']}"
     graphs = "CUDA graphs (where a round has one, verify includes other)" if settings["graphs"] else "no graphs"
     lossless = "greedy fp32 tokens equal transformers' own `generate` on every prompt"
     if None in evaluation["lossless"].values():
@@ -88,7 +89,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     facts = [
         f"- device: {_machine(evaluation)}",
         f"- {settings['dtype']}, batch 1, {settings['attention']}, {graphs}, no compilation",
-        f"- temperature {settings['temperature']}; {settings['prompts']} held-out prompts of {low}-{high} tokens, "
+        f"- temperature {settings['temperature']}; {settings['prompts']} {prompts} of {low}-{high} tokens, "
         f"{settings['max_new_tokens']} new tokens each",
         f"- methods interleaved, {settings['repeats']} repeats, median per prompt; intervals by bootstrap over prompts",
         "- tokens/s is decoding alone, prefill apart; speed-up is against autoregressive decoding in the same engine",

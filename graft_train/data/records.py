@@ -17,7 +17,9 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 # The order matters: sets with messages often hold them rendered as text, or their first turn as a prompt, too.
-FIELDS = ("messages", "conversations", "data", "text", "prompt")
+FIELDS = ("messages", "conversations", "data", "text", "turns", "prompt", "question")
+ASKING = ("turns", "prompt", "question")
+"""What the user asks, as sets of prompts have it."""
 # Roles whose turns the target does not answer.
 UNASKING = ("system", "developer", "assistant")
 Message = dict[str, Any]
@@ -70,7 +72,9 @@ def to_content(row: Any, place: str) -> Content:
 
 
 def _turns(field: str, value: Any, what: str) -> tuple[Message, ...]:
-    if field == "prompt":
+    if field in ASKING:
+        if isinstance(value, list):  # MT-Bench: the user's turns alone, of which the others follow on answers
+            value = value[0] if value else None
         if not isinstance(value, str) or not value.strip():
             raise BadRecord(f"{what} must be a string, and not blank")
         return ({"role": "user", "content": value},)

@@ -1,13 +1,14 @@
 """The comparison of the methods: fair arithmetic, and a losslessness check that can fail."""
 
 import json
+import shutil
 import weakref
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference import round as round_module
@@ -318,6 +319,32 @@ def test_a_prompt_too_long_is_named_before_anything_runs(tmp_path, monkeypatch):
     with pytest.raises(GraftError, match=r"250 tokens of prompt file1.py@0 exceeds the target's 256 positions"):
         evaluate(config_for(run_dir))
     assert not (run_dir / "evaluation").exists()
+
+
+def test_another_data_set_is_measured_beside_the_held_out_prompts(run_dir, tmp_path):
+    """Its own directory and its own table on the card; the run's data need not be there."""
+    run_evaluate(run_dir)
+    shutil.rmtree(run_dir / "data")
+    words = AutoTokenizer.from_pretrained(run_dir / "target").convert_ids_to_tokens(list(range(5, 9)))
+    rows = [{"text": " ".join(words * (3 + place))} for place in range(9)]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(run_dir, path=str(path), prompts=2, repeats=1)
+    config.data.prompt_tokens = 6
+    directory = evaluate(config)
+    assert directory == run_dir / "evaluation-other"
+    evaluation = json.loads((directory / "evaluation.json").read_text())
+    assert evaluation["settings"]["prompts"] == 2
+    assert evaluation["settings"]["prompt_tokens"] == [6, 6]
+    assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
+    assert f"2 prompts of {path}" in (directory / "report.md").read_text()
+    card = (run_dir / "bundle" / "README.md").read_text()
+    assert "3 prompts, held-out prompts of the training data. Measured" in card
+    assert f"2 prompts, {path}. Measured" in card
+    with path.open("a") as file:
+        file.write(json.dumps({"text": "more"}) + "\n")
+    with pytest.raises(GraftError, match=r"evaluation-other was made with other settings: data\.contents"):
+        evaluate(config)
 
 
 @pytest.mark.parametrize("settings", [{"prompts": 0}, {"repeats": 0}, {"max_new_tokens": 1}], ids=str)

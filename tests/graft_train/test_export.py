@@ -233,13 +233,13 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(run_dir):
     assert "name slide rule, threads 1" in card.text
     assert "Not evaluated yet" in card.text
 
-    write_card(bundle, EVALUATION)
+    write_card(bundle, {"evaluation": EVALUATION})
     text = ModelCard.load(bundle / "README.md").text
     assert "| graft | 123.4 | 1.50x (1.40-1.60) | 2.50 | yes |" in text
     assert "| retrieve | 123.4 | 1.50x (1.40-1.60) | 2.50 | **no** |" in text
     assert "name abacus, threads 2" in text
     assert json.loads((bundle / "evaluation.json").read_text()) == EVALUATION
-    write_card(bundle)
+    write_card(bundle, {})
     assert ModelCard.load(bundle / "README.md").text == text
 
 
@@ -248,7 +248,7 @@ def test_a_hub_target_is_named_as_the_base_model(run_dir):
     graft = json.loads((bundle / "graft.json").read_text())
     graft["target"]["name_or_path"] = "Qwen/Qwen3-8B"
     write_json(bundle / "graft.json", graft)
-    write_card(bundle)
+    write_card(bundle, {})
     assert ModelCard.load(bundle / "README.md").data.base_model == "Qwen/Qwen3-8B"
 
 

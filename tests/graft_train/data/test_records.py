@@ -28,6 +28,12 @@ def test_text_and_prompt_alone():
     assert to_content({"prompt": "a"}, "row").messages == (ASKED,)
 
 
+@pytest.mark.parametrize("record", [{"question": "a", "answer": "b"}, {"turns": ["a", "b"]}, {"prompt": ["a", "b"]}])
+def test_sets_of_prompts_ask_their_first_turn(record):
+    """GSM8K's, Spec-Bench's and MT-Bench's rows: a later turn would follow on an answer that is not there."""
+    assert to_content(record, "row").messages == (ASKED,)
+
+
 def test_what_templates_read_is_kept():
     called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     thought = {"role": "assistant", "content": "b", "reasoning_content": "because"}
@@ -61,6 +67,7 @@ def test_tools_as_schemas_or_as_a_string_of_them(tools):
         ({"messages": [{"role": "assistant", "content": "x"}]}, "row 1: .*no turn that the target could answer"),
         ({"data": ["a", 3]}, "row 1: the field data, turn 2 needs"),
         ({"prompt": ""}, "row 1: the field prompt"),
+        ({"turns": []}, "row 1: the field turns"),
         ({"messages": [ASKED], "tools": "{oops"}, "row 1: the field tools is not JSON"),
         ({"messages": [ASKED], "tools": ["f"]}, "row 1: the field tools must be a list of JSON schemas"),
     ],
