@@ -1,7 +1,7 @@
 """Acceptance length by loss and by optimizer: the tables for docs/training.md, from a finished run's data.
 
-    python benchmarks/losses.py run_dir=runs/quickstart
-    python benchmarks/losses.py run_dir=runs/qwen3_8b experiment=qwen3_8b head.max_steps=2000
+    python benchmarks/losses.py experiment=quickstart run_dir=runs/quickstart
+    python benchmarks/losses.py experiment=qwen3_8b run_dir=runs/qwen3_8b head.max_steps=2000
 
 Trains a head per row into {run_dir}/losses/NAME, from the target and the samples of the run; other arguments are
 the recipe's. "scratch" rows show which losses can train a new head at all; "continued" ones go on from the forward
@@ -45,7 +45,7 @@ def train(name: str, overrides: list[str], run_dir: Path, arguments: list[str]) 
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     if "run_dir" not in given:
-        sys.exit("which run? python benchmarks/losses.py run_dir=runs/quickstart")
+        sys.exit("which run? python benchmarks/losses.py experiment=quickstart run_dir=runs/quickstart")
     run_dir = Path(given["run_dir"])
     others = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
     results = {name: train(name, overrides, run_dir, others) for name, overrides in rows(run_dir).items()}

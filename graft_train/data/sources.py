@@ -165,8 +165,9 @@ def load_dataset(path: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(path, **options)
     except Exception as error:  # its errors share no base class
-        what = options.get("data_files", path)
+        if file := options.get("data_files"):
+            raise GraftError(f"`datasets` cannot read {file}: {error}") from error
         raise GraftError(
-            f"`datasets` cannot load {what}: {error}. Give a JSONL, JSON or Parquet file, a directory, a "
-            "`datasets` id, or stdlib as data.path, and an existing data.hub_split"
+            f"{path} is no path here, and `datasets` cannot load it: {error}. Give a JSONL, JSON or Parquet file, a "
+            "directory, a `datasets` id, or stdlib as data.path, and an existing data.hub_split"
         ) from error

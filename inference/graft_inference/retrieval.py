@@ -261,7 +261,7 @@ class SuccessorMatrix:
         best = torch.cat((mixed_MK, old_MK), dim=1).topk(self.k, dim=1)
         return torch.cat((ids_MK, old_ids_MK), dim=1).gather(1, best.indices), best.values
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes what was learned since loading, for `corpus.merge` of build_corpus: `ids`, `probs`, `counts`.
 
         `counts` are the observations since loading; a row without any adds nothing when merged.
@@ -272,7 +272,7 @@ class SuccessorMatrix:
         if self.probs_VK is None or self.learned_V is None:
             raise GraftError("this matrix keeps no probabilities, so there is nothing to merge: build the corpus again")
         tensors = {"ids": self.ids_VK, "probs": self.probs_VK, "counts": self.learned_V}
-        save_table(path, tensors, self.made_for)
+        save_table(Path(path), tensors, self.made_for)
 
 
 def save_table(path: Path, tensors: dict[str, Tensor], made_for: dict[str, Any] | None) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Distils on several nodes: sbatch --nodes 4 recipes/launch/slurm.sh experiment=qwen3_8b data.path=chats.jsonl
+# Distils on several nodes, once `regenerate` has run; accelerate must be on the PATH:
+#   sbatch --nodes 4 recipes/launch/slurm.sh experiment=qwen3_8b head.batches_per_step=32
 # One launcher a node, one process a GPU. CONFIG chooses ddp (default), zero2 or zero3.
 #SBATCH --job-name=distill
 #SBATCH --ntasks-per-node=1

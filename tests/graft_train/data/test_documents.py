@@ -60,7 +60,7 @@ def test_bad_files_are_named(tmp_path):
         ("latin.txt", "latin.txt is not UTF-8"),
         ("blank.txt", "holds no text"),
         ("none.jsonl", "does not exist"),
-        ("torn.parquet", r"cannot load .*torn\.parquet"),
+        ("torn.parquet", r"cannot read .*torn\.parquet"),
     ]:
         with pytest.raises(GraftError, match=complaint):
             read_documents(DataConfig(path=str(tmp_path / name)))
@@ -109,7 +109,7 @@ def test_a_set_that_datasets_loads_by_name(tmp_path, streaming, monkeypatch):
 
 
 def test_sets_that_nobody_has_are_named():
-    with pytest.raises(GraftError, match="cannot load nobody/nothing"):
+    with pytest.raises(GraftError, match="nobody/nothing is no path here, and `datasets` cannot load it"):
         read_documents(DataConfig(path="nobody/nothing"))
 
 
