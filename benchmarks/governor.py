@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    trained = GraftEngine.from_pretrained(arguments.run / "bundle", arguments.run / "target", dtype=arguments.dtype)
+    trained = GraftEngine.from_pretrained(arguments.run / "bundle", arguments.run / "target", "cpu", arguments.dtype)
     random = random_engine(trained, arguments.rows)
     samples = read_samples(arguments.run / "data" / "samples.jsonl", "evaluation")[: arguments.prompts]
     prompts = [torch.tensor(sample.prompt_ids) for sample in samples]

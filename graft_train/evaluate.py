@@ -1,8 +1,11 @@
 """`evaluate`: every method on the same held-out prompts, in one interleaved run, against one engine."""
 
 import gc
+import hashlib
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, document_settings, read_documents
 from graft_train.data.prompts import build_prompts
 from graft_train.data.samples import Sample, read_samples
+from graft_train.data.sources import is_local
 from graft_train.data.target import DTYPES, load_tokenizer, resolve_device, target_path
 from graft_train.device import describe_device
 from graft_train.export import write_card
@@ -71,7 +75,14 @@ class EvaluateConfig:
 
     @property
     def directory(self) -> str:
-        return "evaluation" if self.path is None else f"evaluation-{Path(self.path).stem}"
+        """Where the results go: data sets, their subsets and splits each have a directory of their own."""
+        if self.path is None:
+            return "evaluation"
+        if is_local(self.path):
+            path = Path(self.path).expanduser().resolve()
+            return f"evaluation-{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+        parts = (self.path.replace("/", "-"), self.hub_subset, self.hub_split if self.hub_split != "test" else None)
+        return "-".join(["evaluation", *filter(None, parts)])
 
 
 @dataclass
@@ -96,7 +107,9 @@ def evaluate(config: "Config") -> Path:
     if asked.path is None:
         inputs.append("data")
     else:
-        settings["data"] = document_settings(_data(config)) | {"told": config.data.chat_template_kwargs}
+        with _naming(asked):
+            settings["data"] = document_settings(_data(config))
+        settings |= {name: getattr(config.data, name) for name in ("prompt_tokens", "chat_template_kwargs")}
     directory = run_stage(config, "evaluate", asked.directory, settings, inputs, lambda out: _build(config, out))
     if is_main():
         evaluation = read_json(directory / "evaluation.json")
@@ -148,16 +161,35 @@ def _samples(config: "Config") -> list[Sample]:
         return held_out[: settings.prompts]
     data, tokenizer = _data(config), load_tokenizer(config)
     room = max_positions(AutoConfig.from_pretrained(target_path(config)).get_text_config()) - settings.max_new_tokens
-    chat, asked = Chat(tokenizer, set(), data.chat_template_kwargs), {"count": settings.prompts, "max_tokens": room}
-    prompts = build_prompts(read_documents(data), chat, data, **asked, seed=config.seed)
+    with _naming(settings):
+        chat, documents = Chat(tokenizer, set(), data.chat_template_kwargs), read_documents(data)
+        prompts = build_prompts(documents, chat, data, count=settings.prompts, max_tokens=room, seed=config.seed)
     return [Sample(prompt.id, "evaluation", prompt.ids) for prompt in prompts]
+
+
+@contextmanager
+def _naming(settings: EvaluateConfig) -> Iterator[None]:
+    """Errors of reading data name the settings of other stages: here they are these."""
+    try:
+        yield
+    except GraftError as error:
+        asked = {name: getattr(settings, name) for name in ("path", "hub_split", "hub_subset", "max_new_tokens")}
+        named = ", ".join(f"evaluation.{name}={value}" for name, value in asked.items())
+        raise GraftError(f"no prompts by {named}: {error}") from error
 
 
 def _data(config: "Config") -> DataConfig:
     """How the data set of `evaluation.path` is read."""
     asked = config.evaluation
-    named = replace(config.data, path=asked.path, hub_split=asked.hub_split, hub_subset=asked.hub_subset)
-    return replace(named, sources=[], limit=None, streaming=False)
+    return replace(
+        config.data,
+        path=asked.path,
+        hub_split=asked.hub_split,
+        hub_subset=asked.hub_subset,
+        sources=[],
+        limit=None,
+        streaming=False,
+    )
 
 
 def _timed(config: "Config", samples: list[Sample]) -> dict[str, Any]:
@@ -215,12 +247,18 @@ def settings_facts(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     lengths = [len(sample.prompt_ids) for sample in samples]
     return {
         **asdict(config.evaluation),
+        "path": _shown(config.evaluation.path),
         "prompts": len(samples),
         "prompt_tokens": [min(lengths), max(lengths)],
         "dtype": config.target.dtype,
         "batch": 1,
         "matrix": "built from the training split; every request starts from it anew and updates its own copy",
     }
+
+
+def _shown(path: str | None) -> str | None:
+    """A local file's name alone: what is pushed to the Hub leads nowhere on this machine."""
+    return Path(path).name if path and is_local(path) else path
 
 
 def _repetition(samples: list[Sample], runs: list[list[Run]], length: int = 8) -> float:

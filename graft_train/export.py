@@ -20,6 +20,7 @@ from graft_inference import METHODS, GraftError, Policy
 from graft_inference.bundle import describe_target, load_bundle, read_json
 
 from .data.target import load_tokenizer, target_path
+from .report import asked_of
 from .stage import RECORD, is_main, run_stage, say, write_json
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _card(bundle: Path, location: str) -> str:
     """The model card: what it is, how to use it from `location`, what the evaluation found."""
     graft = read_json(bundle / "graft.json")
     target = graft["target"]["name_or_path"]
-    evaluations = [read_json(path) for path in sorted(bundle.glob(f"{EVALUATION}*.json"))]
+    evaluations = [read_json(path) for path in sorted(bundle.glob(f"{EVALUATION}*.json"), key=lambda path: path.stem)]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -247,8 +248,7 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
             speedup = f"{found['speedup']:.2f}x ({low:.2f}-{high:.2f})"
             lines.append(f"| {name} | {found['tokens_per_second']:.1f} | {speedup} | {found['tau']:.2f} | {same} |")
     settings = evaluation.get("settings", {})
-    data = settings.get("path") or "held-out prompts of the training data"
-    asked = f"{settings['prompts']} prompts, {data}. " if settings else ""
+    asked = f"{settings['prompts']} {asked_of(settings)}, temperature {settings['temperature']}. " if settings else ""
     return "\n".join([asked + _device_line(evaluation.get("device")), "", *lines])
 
 

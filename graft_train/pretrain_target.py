@@ -114,7 +114,8 @@ def _build(config: "Config", out: Path) -> None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         write_json(out / "pretraining.json", {"held_out_loss": loss, "train_tokens": train.numel(), "sample": sample})
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+        for checkpoint in ("checkpoint", "checkpoint.old"):
+            shutil.rmtree(out / checkpoint, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 

@@ -27,6 +27,12 @@ COLUMNS = (
 PALETTE = ("#0f766e", "#c2410c", "#334155", "#cbd5e1", "#5eead4", "#fdba74")
 
 
+def asked_of(settings: dict[str, Any]) -> str:
+    """Which prompts an evaluation is of."""
+    path = settings.get("path")
+    return f"prompts of {path}" if path else "held-out prompts of the run's own data"
+
+
 def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per method, in COLUMNS; times in ms per round, accepted tokens per round by source."""
     rows: list[tuple[str, ...]] = []
@@ -55,7 +61,7 @@ def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
 def print_table(evaluation: dict[str, Any]) -> None:
     """The columns that fit a terminal."""
     table = Table(
-        title="held-out prompts; draft, verify, other in ms per round",
+        title=f"{asked_of(evaluation['settings'])}; draft, verify, other in ms per round",
         caption=_machine(evaluation),
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -81,7 +87,6 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     header = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
     body = [f"| {' | '.join(row)} |" for row in rows_of(evaluation)]
     low, high = settings["prompt_tokens"]
-    prompts = "held-out prompts" if settings["path"] is None else f"prompts of {settings['path']}"
     graphs = "CUDA graphs (where a round has one, verify includes other)" if settings["graphs"] else "no graphs"
     lossless = "greedy fp32 tokens equal transformers' own `generate` on every prompt"
     if None in evaluation["lossless"].values():
@@ -89,7 +94,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     facts = [
         f"- device: {_machine(evaluation)}",
         f"- {settings['dtype']}, batch 1, {settings['attention']}, {graphs}, no compilation",
-        f"- temperature {settings['temperature']}; {settings['prompts']} {prompts} of {low}-{high} tokens, "
+        f"- temperature {settings['temperature']}; {settings['prompts']} {asked_of(settings)}, of {low}-{high} tokens, "
         f"{settings['max_new_tokens']} new tokens each",
         f"- methods interleaved, {settings['repeats']} repeats, median per prompt; intervals by bootstrap over prompts",
         "- tokens/s is decoding alone, prefill apart; speed-up is against autoregressive decoding in the same engine",

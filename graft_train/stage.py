@@ -186,10 +186,11 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _fingerprint_of_model(directory: Path) -> str:
     """Hash of a checkpoint's small files and of samples of its weights; reading 100 GB to be sure is not worth it."""
     digest = hashlib.sha256()
+    weights = "*.safetensors" if any(directory.glob("*.safetensors")) else "*.bin"
     for path in sorted(directory.iterdir()):
         if path.suffix in SMALL_FILES:
             digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin"):
+        elif path.match(weights) and not path.match("consolidated*"):  # a second copy, which a cache may hold or not
             size = path.stat().st_size
             digest.update(f"{path.name}{size}".encode())
             with path.open("rb") as file:

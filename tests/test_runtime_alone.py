@@ -45,7 +45,7 @@ from graft_inference import GraftEngine
 
 assert graft_inference.__file__.startswith(site), graft_inference.__file__
 bundle, target, ids = sys.argv[3:]
-engine = GraftEngine.from_pretrained(bundle, target)
+engine = GraftEngine.from_pretrained(bundle, target, "cpu", "float32")
 outputs = {
     method: engine.generate(torch.tensor(json.loads(ids)), max_new_tokens=24, method=method).sequences.tolist()
     for method in graft_inference.METHODS

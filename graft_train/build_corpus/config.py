@@ -14,7 +14,7 @@ class CorpusConfig:
         successors: successors kept per token, k.
         text_only: count what follows each token in the data, instead of asking the target what should.
         prompts: whether the prompts' tokens count too, or the answers' alone.
-        held_out: share of the samples left out of the corpus and used to measure it.
+        held_out: share of the samples' documents left out of the corpus and used to measure it.
         ngrams: whether to build the source that matches longer contexts.
         ngram_successors: successors kept per context of two or three tokens.
         ngram_mb: what that source may take; the contexts seen least are left out.

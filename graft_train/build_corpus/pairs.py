@@ -104,20 +104,22 @@ def counted(samples: list[Sample], prompts: bool) -> list[Counted]:
             the token before an answer is the first whose successor counts.
     """
     found: list[Counted] = []
+    earlier: dict[str, Counted] = {}
     for sample in samples:
         if not prompts:
             answer_S = sample.answer_S.numpy()
             found.append(Counted(sample, np.append(answer_S[1:], answer_S[-1:])))
             continue
         one = Counted(sample, np.ones(len(sample.ids), dtype=bool))
-        before = found[-1] if found else None
-        if before and before.sample.document == sample.document:
-            repeated = _shared(before.sample.ids, sample.ids)
-            if repeated >= len(before.sample.prompt_ids):
-                one.counted_S[: repeated - 1] = False
-                if repeated == len(before):
-                    before.counted_S[-1] = False  # it counts here, where something follows
         found.append(one)
+        if not sample.is_turn:
+            continue
+        if before := earlier.get(sample.document):
+            repeated = _shared(before.sample.ids, sample.ids)
+            one.counted_S[: max(repeated - 1, 0)] = False
+            if repeated == len(before):
+                before.counted_S[-1] = False  # it counts here, where something follows
+        earlier[sample.document] = one
     return found
 
 

@@ -95,7 +95,7 @@ class Chat:
             mask[:greeted] = [0] * len(mask[:greeted])  # nobody asked for what comes before the first question
         answers = [self._ended(rendered["input_ids"], *span) for span in spans(mask)]
         end = answers[-1][1] if answers else 0
-        return Sample(document.id, "train", rendered["input_ids"][:end], answers)
+        return Sample(f"{document.id}#0", "train", rendered["input_ids"][:end], answers)
 
     def _ended(self, ids: Sequence[int], start: int, end: int) -> list[int]:
         """A marked answer up to the token that ends it, which a template may leave unmarked, or mark more behind."""

@@ -20,7 +20,7 @@ from graft_train.data.sources import Row, Source, files_of, is_local, rows_of
 SPLITS = ("train", "calibration", "evaluation")
 
 
-@dataclass
+@dataclass(slots=True)
 class DataConfig:
     """Where documents come from and how they are divided.
 
@@ -52,7 +52,7 @@ class DataConfig:
     evaluation_share: float = 0.05
     limit: int | None = None
     prompt_tokens: int = 256
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Any = None
     on_error: str = "raise"
     preview: bool = False
 
@@ -69,6 +69,10 @@ class DataConfig:
             raise GraftError("data.streaming=true reads only the first documents: say how many with data.limit")
         if self.prompt_tokens < 1:
             raise GraftError(f"data.prompt_tokens={self.prompt_tokens} must be at least 1")
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise GraftError(
+                f"data.chat_template_kwargs={self.chat_template_kwargs} must be names and values in braces"
+            )
         if self.on_error not in ("raise", "skip"):
             raise GraftError(f"data.on_error={self.on_error} is unknown; choose raise or skip")
 

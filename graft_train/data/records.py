@@ -17,8 +17,8 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 # The order matters: sets with messages often hold them rendered as text, or their first turn as a prompt, too.
-FIELDS = ("messages", "conversations", "data", "text", "turns", "prompt", "question")
-ASKING = ("turns", "prompt", "question")
+FIELDS = ("messages", "conversations", "data", "text", "prompt", "turns", "question")
+ASKING = ("prompt", "turns", "question")
 """What the user asks, as sets of prompts have it."""
 # Roles whose turns the target does not answer.
 UNASKING = ("system", "developer", "assistant")

@@ -43,6 +43,11 @@ class Sample:
         return re.sub(r"[@#]\d+$", "", self.id)
 
     @property
+    def is_turn(self) -> bool:
+        """Whether it is a conversation up to one of its answers, and repeats what led to the answers before."""
+        return re.search(r"#\d+$", self.id) is not None
+
+    @property
     def prompt_ids(self) -> list[int]:
         """What comes before the first answer."""
         return list(self.ids[: self.answers[0][0]] if self.answers else self.ids)

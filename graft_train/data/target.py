@@ -19,7 +19,7 @@ UNREAD = ["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
+@dataclass(slots=True)
 class TargetConfig:
     """Which model is accelerated.
 

@@ -99,17 +99,28 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
 
 
 def hold_out(samples: list[Sample], most: int, seed: int) -> tuple[list[int], list[int]]:
-    """At most so many rows for validation, and the others. Rows of one document stay together: they share text."""
+    """At most so many rows for validation, and those to train on: a document's rows share text and stay together.
+
+    Where every document has more rows, the smallest gives some for validation and none to train on; a single one both.
+    """
     documents: dict[str, list[int]] = {}
     for row, sample in enumerate(samples):
         documents.setdefault(sample.document, []).append(row)
     rows = list(documents.values())
     validation: list[int] = []
     training: list[int] = []
-    for place in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist():
+    generator = torch.Generator().manual_seed(seed)
+    for place in torch.randperm(len(rows), generator=generator).tolist():
         fits = len(validation) + len(rows[place]) <= most
         (validation if fits else training).extend(rows[place])
-    return validation, training
+    if not validation and most:
+        smallest = min(rows, key=len)
+        validation = smallest[:most]
+        left_out = set(validation if len(rows) == 1 else smallest)
+        training = [row for row in training if row not in left_out]
+    # The first of them are decoded: of many documents, not of one.
+    order = torch.randperm(len(validation), generator=generator).tolist()
+    return [validation[place] for place in order], training
 
 
 def plan_batches(lengths: list[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:

@@ -177,8 +177,8 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
         seconds = time.perf_counter() - started
         due = training.measure and settings.measure_every and (step + 1) % settings.measure_every == 0
         progress.log(step + 1, sums, rate, tokens, seconds)
-        # Before anything that may fail: the last one, too, as there is more to do before the head is written.
-        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
+        # Before what may fail: measuring, and what is done between the last step and the head's file.
+        if (step + 1) % settings.checkpoint_every == 0 or due or step + 1 == total:
             save_checkpoint(accelerator, training.head, out / "checkpoints", step + 1, settings.keep_checkpoints)
         if training.measure and due:
             progress.log_measured(step + 1, training.measure())

@@ -30,6 +30,9 @@ from .retrieval import SuccessorMatrix
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 """Sizes of the target that a bundle is made for."""
 
+READ = ["*.json", "*.safetensors", "pytorch_model.bin"]
+"""What is downloaded of a bundle or a head."""
+
 PAPER_SUCCESSORS = 8
 """Successors per token that the paper's templates use."""
 
@@ -250,7 +253,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(str(path), revision=revision))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=READ))
     except (HFValidationError, RepositoryNotFoundError, OSError) as error:
         raise GraftError(f"{path} is neither a directory nor a Hub repository that can be read: {error}") from error
 

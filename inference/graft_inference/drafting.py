@@ -120,6 +120,10 @@ class Drafter:
     Args:
         beam_width: children proposed per node, and nodes expanded per pass (EAGLE's top-k).
         capacity: rows of the cache: committed tokens plus beam_width rows per pass.
+
+    Attributes:
+        length: positions that were read.
+        unread: committed positions that wait for the next `begin`.
     """
 
     def __init__(self, head: DraftHead, target: Target, beam_width: int, capacity: int) -> None:
@@ -129,7 +133,7 @@ class Drafter:
         self.keys, self.values = allocate((2, 1, config.num_key_value_heads, capacity, config.head_dim), head.fc.weight)
         self._prepare(beam_width, capacity)
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.length = 0
+        self.length = self.unread = 0
         self._deferred: list[tuple[Tensor, Tensor]] = []
 
     def _prepare(self, beam_width: int, capacity: int) -> None:
@@ -141,14 +145,9 @@ class Drafter:
         self._own_kk = torch.eye(beam_width, dtype=torch.bool, device=weight.device)
         self.beam_width = beam_width
 
-    @property
-    def unread(self) -> int:
-        """Committed positions that wait for the next `begin`."""
-        return sum(len(tokens_A) for tokens_A, _ in self._deferred)
-
     def resume(self, length: int, beam_width: int, capacity: int) -> None:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
-        self.length = length
+        self.length, self.unread = length, 0
         self._deferred = []
         self._prepare(beam_width, max(capacity, self.keys.shape[2]))
         keys, values = self.keys, self.values
@@ -178,12 +177,18 @@ class Drafter:
         """One more pass: expands the best of the last one's children."""
         return deepen_all([self], [draft])[0]
 
+    def defer(self, tokens_A: Tensor, taps_AE: Tensor) -> None:
+        """Keeps newly committed positions for the next `begin`."""
+        self._deferred.append((tokens_A, taps_AE))
+        self.unread += len(tokens_A)
+
     def caught_up(self, tokens_A: Tensor, taps_AE: Tensor) -> tuple[Tensor, Tensor]:
         """What `read` has to read: these positions, and before them those that were deferred."""
         if self._deferred:
             self._deferred.append((tokens_A, taps_AE))
             tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
             self._deferred = []
+        self.unread = 0
         return tokens_A, taps_AE
 
     def line(self, tokens_A: Tensor) -> "HeadRows":
@@ -250,7 +255,7 @@ def read_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]
 def defer_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Keeps newly committed positions of several prompts for their next `begin`: a round that does not draft."""
     for drafter, one in zip(drafters, fresh, strict=True):
-        drafter._deferred.append(one)
+        drafter.defer(*one)
     full = [drafter for drafter in drafters if drafter.unread >= DEFERRED]
     if full:
         read_all(full, [drafter._deferred.pop() for drafter in full])

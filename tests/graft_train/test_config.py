@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,18 @@ def test_data_has_to_be_named():
         composed("regenerate").data.all_sources()
 
 
-def test_a_key_that_plus_adds_is_named_too():
+@pytest.mark.parametrize("group", [field.name for field in fields(Config) if is_dataclass(field.default_factory)])
+def test_a_key_that_plus_adds_is_named_too(group):
     with pytest.raises(GraftError, match="learning_rat"):
-        composed("distill", "+head.learning_rat=1")
+        composed("distill", f"+{group}.learning_rat=1")
+
+
+def test_what_the_chat_template_is_told_is_written_on_the_command_line():
+    told = composed("regenerate", "data.chat_template_kwargs={enable_thinking:false}").data.chat_template_kwargs
+    assert told == {"enable_thinking": False}
+    assert type(told) is dict
+    with pytest.raises(GraftError, match=r"data\.chat_template_kwargs=1 must be"):
+        composed("regenerate", "data.chat_template_kwargs=1")
 
 
 @pytest.mark.parametrize(

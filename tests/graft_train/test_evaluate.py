@@ -332,18 +332,29 @@ def test_another_data_set_is_measured_beside_the_held_out_prompts(run_dir, tmp_p
     config = config_for(run_dir, path=str(path), prompts=2, repeats=1)
     config.data.prompt_tokens = 6
     directory = evaluate(config)
-    assert directory == run_dir / "evaluation-other"
+    assert directory.name.startswith("evaluation-other-")
     evaluation = json.loads((directory / "evaluation.json").read_text())
     assert evaluation["settings"]["prompts"] == 2
     assert evaluation["settings"]["prompt_tokens"] == [6, 6]
     assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
-    assert f"2 prompts of {path}" in (directory / "report.md").read_text()
+    assert "2 prompts of other.jsonl, of 6-6 tokens" in (directory / "report.md").read_text()
     card = (run_dir / "bundle" / "README.md").read_text()
-    assert "3 prompts, held-out prompts of the training data. Measured" in card
-    assert f"2 prompts, {path}. Measured" in card
+    own, other = (
+        f"{asked}, temperature 0.0. Measured"
+        for asked in ("3 held-out prompts of the run's own data", "2 prompts of other.jsonl")
+    )
+    assert 0 < card.index(own) < card.index(other)
+    assert not [file for file in (run_dir / "bundle").glob("evaluation*") if str(tmp_path) in file.read_text()]
+    assert config_for(run_dir, path="org/set", hub_subset="main").evaluation.directory == "evaluation-org-set-main"
+    config.data.prompt_tokens = 5
+    with pytest.raises(GraftError, match="made with other settings: prompt_tokens: 6 -> 5"):
+        evaluate(config)
     with path.open("a") as file:
         file.write(json.dumps({"text": "more"}) + "\n")
-    with pytest.raises(GraftError, match=r"evaluation-other was made with other settings: data\.contents"):
+    with pytest.raises(GraftError, match=r"made with other settings: data\.contents"):
+        evaluate(config)
+    path.unlink()
+    with pytest.raises(GraftError, match=r"no prompts by evaluation\.path=.*other\.jsonl.* does not exist"):
         evaluate(config)
 
 

@@ -323,7 +323,7 @@ PULL = """
 import json, sys, torch
 from graft_inference import GraftEngine
 
-engine = GraftEngine.from_pretrained(sys.argv[1], sys.argv[2])
+engine = GraftEngine.from_pretrained(sys.argv[1], sys.argv[2], "cpu", "float32")
 print(json.dumps(engine.generate(torch.tensor(json.loads(sys.argv[3])), max_new_tokens=24).sequences.tolist()))
 """
 

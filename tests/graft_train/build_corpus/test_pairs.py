@@ -68,6 +68,8 @@ def conversation(*rows):
         ([([1, 2, 3, 4], 2), ([1, 2, 3, 4, 5, 6], 5)], [[1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]),
         # The template leaves the first answer's thought, 9, out of the second row.
         ([([1, 2, 9, 3], 2), ([1, 2, 3, 5, 6], 4)], [[1, 1, 1, 1], [0, 1, 1, 1, 1]]),
+        # It parts from the first row within that one's prompt, which ended in a thought left empty, 8 9.
+        ([([1, 2, 8, 9, 3], 4), ([1, 2, 3, 5, 6], 4)], [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]),
         # Another beginning.
         ([([1, 2, 3], 2), ([4, 2, 3], 2)], [[1, 1, 1], [1, 1, 1]]),
     ],
@@ -77,6 +79,19 @@ def test_what_a_conversations_samples_repeat_counts_once(rows, expected):
     assert [one.counted_S.astype(int).tolist() for one in counted(samples, prompts=True)] == expected
     others = [Sample(str(n), "train", one.ids, one.answers) for n, one in enumerate(samples)]
     assert all(one.counted_S.all() for one in counted(others, prompts=True))
+
+
+def test_conversations_of_several_sources_may_take_turns():
+    mine, other = (conversation(([1, 2, 3], 2), ([1, 2, 3, 4, 5], 4)) for _ in range(2))
+    other = [Sample(f"1:{one.id}", "train", one.ids, one.answers) for one in other]
+    dealt = counted([mine[0], other[0], mine[1], other[1]], prompts=True)
+    assert [one.counted_S.astype(int).tolist() for one in dealt] == [[1, 1, 0]] * 2 + [[0, 0, 1, 1, 1]] * 2
+
+
+def test_windows_of_one_text_share_no_place():
+    """Though they may begin alike, as with a licence."""
+    windows_ = [Sample(f"doc@{n}", "train", [1, 2, 3, n], [[3, 4]]) for n in (5, 6)]
+    assert all(one.counted_S.all() for one in counted(windows_, prompts=True))
 
 
 def test_a_conversation_counts_the_same_in_one_sample_and_in_several():

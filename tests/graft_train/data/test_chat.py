@@ -39,7 +39,7 @@ def shown(sample):
 
 def test_a_template_with_spans_gives_one_row_with_every_answer():
     (row,) = chat(MARKED).answered(document("a b", "c", "d", "e f"))
-    assert row.id == "doc"
+    assert row.id == "doc#0"
     assert shown(row) == ("<user> a b <end> gap <assistant> [c <end>] gap <user> d <end> gap <assistant> [e f <end>]")
 
 

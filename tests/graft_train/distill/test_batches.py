@@ -27,6 +27,17 @@ def test_a_document_is_held_out_or_trained_on_as_a_whole():
     assert not {rows[row].document for row in validation} & {rows[row].document for row in training}
     assert validation != hold_out(rows, 7, seed=1)[0]
     assert hold_out(rows, 0, seed=0)[0] == []
+    assert len({rows[row].document for row in hold_out(rows, 12, seed=0)[0][:4]}) > 1  # of several, in no order
+
+
+def test_of_documents_larger_than_the_validation_one_gives_a_part_and_is_not_trained_on():
+    rows = [Sample(f"doc{n % 2}@{n}", "train", [1, 2, 3], [[1, 3]]) for n in range(9)]
+    validation, training = hold_out(rows, 3, seed=0)
+    assert len(validation) == 3
+    assert {rows[row].document for row in validation} == {"doc1"}  # of four rows, the other has five
+    assert [rows[row].document for row in training] == ["doc0"] * 5
+    validation, training = hold_out(rows[::2], 3, seed=0)
+    assert (sorted(validation), training) == ([0, 1, 2], [3, 4])
 
 
 def test_gaps_are_filled_by_later_rows_that_fit():
