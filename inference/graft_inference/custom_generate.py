@@ -20,8 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from .bundle import Bundle, load_bundle, resolve
 from .engine import GraftEngine
 from .errors import GraftError
-from .governor import Governor
-from .policy import Plan
+from .governor import Governors
 
 # Written by export: the bundle's absolute path or Hub id, and the SHA-256 of its model.safetensors.
 BUNDLE = ""
@@ -41,7 +40,7 @@ _bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Any, Bundle
 """Of each model: where its bundle lies, the tokenizer that it was checked with, if any, and the bundle."""
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """A model's attention is ours while it serves a request, so that those of several threads take turns."""
-_governors: WeakKeyDictionary[nn.Module, dict[tuple[Plan, int], Governor]] = WeakKeyDictionary()
+_governors: WeakKeyDictionary[nn.Module, Governors] = WeakKeyDictionary()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .draft_head import DraftHead
 from .drafting import Drafter
 from .echo import Echo
 from .errors import GraftError
-from .governor import Governor, ladder
+from .governor import Governor, Governors, ladder
 from .grafting import Grafter, check_sources
 from .kv_cache import TreeCache
 from .ngrams import NgramSource, NgramTable, RequestNgrams
@@ -99,7 +99,7 @@ class GraftEngine:
         if captured or (captured is None and is_cuda):
             self.captured = CapturedRounds(target, head, CudaGraphs(target.device))
         self.governed = governed
-        self.governors: dict[tuple[Plan, int], Governor] = {}
+        self.governors: Governors = {}
         self._kept: KeptPrefix | None = None
         self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
@@ -244,6 +244,7 @@ class GraftEngine:
             if self.governed and request.plan is None and request.method == "graft":
                 for state in opened:
                     state.ladder = tuple(map(self._grafter, ladder(plan).values()))
+                    state.governors = self.governors.setdefault(plan, {})
         states = dict(enumerate(opened))
         emitted: dict[int, Emitted] = {index: ([token], ["prefill"]) for index, token in enumerate(first)}
         while states:
@@ -365,10 +366,10 @@ class GraftEngine:
         rungs = states[0].ladder
         if not rungs:
             return None
-        key = (rungs[0].plan, len(states).bit_length())
-        if key not in self.governors:
-            self.governors[key] = Governor(tuple(ladder(rungs[0].plan)), self.target.agree)
-        governor = self.governors[key]
+        governors, size = states[0].governors, len(states).bit_length()
+        if size not in governors:
+            governors[size] = Governor(tuple(ladder(rungs[0].plan)), self.target.agree)
+        governor = governors[size]
         place, reason = governor.choose(max(state.cache.length for state in states))
         for state in states:
             state.grafter = state.ladder[place]

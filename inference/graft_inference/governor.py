@@ -176,3 +176,7 @@ class Governor:
         elif rung.standing < -STAKE:
             wait = min(2 * rung.wait, LONGEST_WAIT)
             self.rungs[place] = Rung(wait=wait, until=self.emitted + rung.wait, seconds=rung.seconds)
+
+
+Governors = dict[Plan, dict[int, Governor]]
+"""By the plan that is governed, looked up once a request, and the bit length of how many prompts are decoded."""

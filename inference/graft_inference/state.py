@@ -1,11 +1,12 @@
 """What a request carries from round to round."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .drafting import Drafter
 from .echo import Echo
+from .governor import Governor
 from .grafting import Grafter
 from .kv_cache import TreeCache
 from .ngrams import NgramSource
@@ -23,6 +24,7 @@ class DecodeState:
     Attributes:
         plan, grafter: of this round.
         ladder: what the engine's governor chooses them from for each round; empty for the same ones throughout.
+        governors: of that ladder, by the bit length of how many prompts are decoded together.
         ngrams: looked up in the matrix's place where the plan says so; backs off to it.
         echo: this request's own text, where the plan searches it.
         learns: whether the matrix is updated.
@@ -58,6 +60,7 @@ class DecodeState:
     clock: PhaseClock
     noise: Noise | None = None
     retrieved: list[DraftTree] | None = None
+    governors: dict[int, Governor] = field(default_factory=dict)
 
     def read(self, tokens_A: Tensor) -> None:
         """Tells those who search the request's own text what comes next in it, the prompt first."""

@@ -270,7 +270,7 @@ def test_plans_may_change_from_round_to_round(policy, scope):
         def record(self, seconds, tokens):
             pass
 
-    engine.governors[engine.policy.graft, 1] = Restless(tuple(ladder(engine.policy.graft)))
+    engine.governors[engine.policy.graft] = {1: Restless(tuple(ladder(engine.policy.graft)))}
     accepted: Counter[str] = Counter()
     for seed in range(3):
         input_ids = prompt(3 + seed, seed, SMALL)
@@ -290,7 +290,7 @@ def test_requests_that_take_turns_share_a_governor(monkeypatch):
     engine.governors.clear()
     streams = [engine.stream(prompt(length), 60, 1.0, seed=0) for length in (9, 70)]
     assert list(zip(*streams, strict=True)) == list(zip(*expected, strict=True))
-    (governor,) = engine.governors.values()
+    (governor,) = engine.governors[engine.policy.graft].values()
     assert governor.emitted >= 118
 
 
