@@ -25,6 +25,19 @@ def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target", top=N
     )
 
 
+def dying(counted):
+    """The target's states, of which the third pass is killed."""
+    whole = TappedTarget.states
+
+    def states(self, *arguments):
+        counted.append(1)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    return states
+
+
 def batch():
     return collate(ROWS, [3, 8, 1], torch.device("cpu"))
 
@@ -71,14 +84,7 @@ def test_the_best_logits_take_the_place_of_the_final_states(tmp_path):
 def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(state_source, "SHARD_TOKENS", 50)
     whole, counted = TappedTarget.states, []
-
-    def dying(self, *arguments):
-        counted.append(1)
-        if len(counted) == 3:
-            raise KeyboardInterrupt
-        return whole(self, *arguments)
-
-    monkeypatch.setattr(TappedTarget, "states", dying)
+    monkeypatch.setattr(TappedTarget, "states", dying(counted))
     with pytest.raises(KeyboardInterrupt):
         on_disk(tmp_path)
     assert not (tmp_path / "states").exists()
@@ -92,16 +98,8 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_a_pass_that_goes_on_with_other_batches_cuts_its_shards_anew(tmp_path, monkeypatch):
     """Out of memory, say, and lowered: the rows of the shards that are there would be others."""
     monkeypatch.setattr(state_source, "SHARD_TOKENS", 20)
-    whole, counted = TappedTarget.states, []
-
-    def dying(self, *arguments):
-        counted.append(1)
-        if len(counted) == 3:
-            raise KeyboardInterrupt
-        return whole(self, *arguments)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TappedTarget, "states", dying)
+        patch.setattr(TappedTarget, "states", dying([]))
         on_disk(tmp_path, batch_tokens=40)
     everything = collate(ROWS, list(range(len(ROWS))), torch.device("cpu"))
     assert_same(on_disk(tmp_path, batch_tokens=25)(everything), online_states(target())(everything))
