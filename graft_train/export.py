@@ -255,7 +255,8 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
 def _device_line(device: dict[str, Any] | None) -> str:
     if not device:
         return "Not measured on a device."
-    return "Measured on " + ", ".join(f"{name} {value}" for name, value in device.items()) + "."
+    facts = (str(value) if name == "name" else f"{name} {value}" for name, value in device.items())
+    return f"Measured on {', '.join(facts)}."
 
 
 def _is_hub_id(target: str) -> bool:

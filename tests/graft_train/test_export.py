@@ -230,14 +230,14 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(run_dir):
         "tags": ["speculative-decoding", "eagle3", "graft"],
     }
     assert f'custom_generate="{bundle}"' in card.text
-    assert "name slide rule, threads 1" in card.text
+    assert "Measured on slide rule, threads 1" in card.text
     assert "Not evaluated yet" in card.text
 
     write_card(bundle, {"evaluation": EVALUATION})
     text = ModelCard.load(bundle / "README.md").text
     assert "| graft | 123.4 | 1.50x (1.40-1.60) | 2.50 | yes |" in text
     assert "| retrieve | 123.4 | 1.50x (1.40-1.60) | 2.50 | **no** |" in text
-    assert "name abacus, threads 2" in text
+    assert "Measured on abacus, threads 2" in text
     assert json.loads((bundle / "evaluation.json").read_text()) == EVALUATION
     write_card(bundle, {})
     assert ModelCard.load(bundle / "README.md").text == text
