@@ -6,7 +6,7 @@ python docs/settings.py
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,12 @@ def descriptions(config: Any) -> dict[str, str]:
     return found
 
 
-def settings(config: Any) -> Iterator[Field]:
-    return (one for one in fields(config) if not is_dataclass(one.default_factory))
-
-
 def _table(title: str, config: Any, prefix: str) -> Iterator[str]:
     meanings = descriptions(config)
     yield f"\n## {title}\n\n| setting | default | |\n|---|---|---|"
-    for one in settings(config):
+    for one in fields(config):
+        if is_dataclass(one.default_factory):
+            continue
         default = one.default if one.default is not MISSING else one.default_factory()  # type: ignore[misc]
         value = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
         meaning = re.sub(r"\bNone\b", "null", meanings[one.name]).replace("`", "").replace("|", "\\|")

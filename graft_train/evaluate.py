@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.bundle import read_json
 from graft_inference.target import max_positions
+from graft_train.bounds import check_least
 from graft_train.data.chat import Chat
-from graft_train.data.documents import DataConfig, document_settings, read_documents
-from graft_train.data.prompts import build_prompts
+from graft_train.data.documents import DataConfig, read_documents
+from graft_train.data.prompts import build_prompts, prompt_settings
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.sources import is_local
-from graft_train.data.target import DTYPES, load_tokenizer, resolve_device, target_path
+from graft_train.data.target import DTYPES, load_tokenizer, resolve_device, target_path, text_config
 from graft_train.device import describe_device
 from graft_train.export import write_card
 from graft_train.report import draw, print_table, to_markdown
@@ -66,10 +67,8 @@ class EvaluateConfig:
     check_lossless: bool = True
 
     def __post_init__(self) -> None:
-        least = {"prompts": 1, "max_new_tokens": 2, "repeats": 1}  # the prefill gives the first token
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise GraftError(f"evaluation.{name}={getattr(self, name)} must be at least {bound}")
+        # The prefill gives the first token.
+        check_least("evaluation", self, {"prompts": 1, "max_new_tokens": 2, "repeats": 1})
         if self.temperature < 0:
             raise GraftError(f"evaluation.temperature={self.temperature}: 0 is greedy, more samples")
 
@@ -108,8 +107,7 @@ def evaluate(config: "Config") -> Path:
         inputs.append("data")
     else:
         with _naming(asked):
-            settings["data"] = document_settings(_data(config))
-        settings |= {name: getattr(config.data, name) for name in ("prompt_tokens", "chat_template_kwargs")}
+            settings |= prompt_settings(_data(config))
     directory = run_stage(config, "evaluate", asked.directory, settings, inputs, lambda out: _build(config, out))
     if is_main():
         evaluation = read_json(directory / "evaluation.json")
@@ -160,7 +158,7 @@ def _samples(config: "Config") -> list[Sample]:
         held_out = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "evaluation")
         return held_out[: settings.prompts]
     data, tokenizer = _data(config), load_tokenizer(config)
-    room = max_positions(AutoConfig.from_pretrained(target_path(config)).get_text_config()) - settings.max_new_tokens
+    room = max_positions(text_config(config)) - settings.max_new_tokens
     with _naming(settings):
         chat, documents = Chat(tokenizer, set(), data.chat_template_kwargs), read_documents(data)
         prompts = build_prompts(documents, chat, data, count=settings.prompts, max_tokens=room, seed=config.seed)

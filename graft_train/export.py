@@ -12,14 +12,13 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import graft_inference
 from graft_inference import METHODS, GraftError, Policy
 from graft_inference.bundle import describe_target, load_bundle, read_json
 
-from .data.target import load_tokenizer, target_path
+from .data.target import load_tokenizer, target_path, text_config
 from .report import asked_of
 from .stage import RECORD, is_main, run_stage, say, write_json
 
@@ -168,7 +167,7 @@ def _build(config: "Config", out: Path, final: Path) -> None:
         _copy(run_dir / "corpus" / "ngrams.safetensors", out)
     tokenizer = load_tokenizer(config)
     path = target_path(config)
-    target_config = AutoConfig.from_pretrained(path).get_text_config()
+    target_config = text_config(config)
     name = config.target.name_or_path or str(path)
     graft = {
         "policy": policy,

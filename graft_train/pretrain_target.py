@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graft_inference import GraftError
+from graft_train.bounds import check_least
 from graft_train.data.documents import Document, document_settings, of_split, read_documents
 from graft_train.data.target import resolve_device
 from graft_train.stage import run_stage, write_json
@@ -62,9 +63,8 @@ class PretrainConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "layers", "heads", "length", "batch", "steps", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise GraftError(f"pretrain_target.{name}={getattr(self, name)} must be at least 1")
+        names = ("vocab_size", "hidden_size", "layers", "heads", "length", "batch", "steps", "checkpoint_every")
+        check_least("pretrain_target", self, dict.fromkeys(names, 1))
         if self.hidden_size % (2 * self.heads):
             raise GraftError(
                 f"pretrain_target.hidden_size={self.hidden_size} must be an even multiple of "

@@ -57,10 +57,7 @@ def run_stage(
     """
     final = Path(config.run_dir) / directory
     partial = final.with_name(f"{directory}.partial")
-    fingerprints = {role: fingerprint_of(final.with_name(role)) for role in inputs if role != "target"}
-    if "target" in inputs:  # last, as it may have to be downloaded
-        fingerprints["target"] = fingerprint_of(target_path(config))
-    record = _record(name, settings, fingerprints)
+    record = _record(name, settings, fingerprints_of(config, inputs))
     if _matches(final, record):
         say(f"{name}: reusing {final}")
         return final
@@ -114,6 +111,12 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def fingerprints_of(config: "Config", inputs: Sequence[str]) -> dict[str, str]:
+    """Of inputs by name, see `run_stage`. A missing stage is told before a target is downloaded."""
+    found = {name: fingerprint_of(Path(config.run_dir) / name) for name in inputs if name != "target"}
+    return found | ({"target": fingerprint_of(target_path(config))} if "target" in inputs else {})
 
 
 def fingerprint_of(directory: Path) -> str:

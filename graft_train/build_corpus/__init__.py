@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from graft_inference.bundle import describe_target, load_successors, read_json, read_safetensors
 from graft_inference.errors import GraftError
@@ -39,7 +38,14 @@ from graft_train.build_corpus.runs import (
     units_of,
 )
 from graft_train.build_corpus.tables import ngram_table, successor_matrix
-from graft_train.data.target import load_target, load_tokenizer, refuse_several_spread, resolve_device, target_path
+from graft_train.data.target import (
+    load_target,
+    load_tokenizer,
+    refuse_several_spread,
+    resolve_device,
+    target_path,
+    text_config,
+)
 from graft_train.stage import fingerprint_of, is_main, run_stage, say, write_json
 
 if TYPE_CHECKING:
@@ -71,9 +77,8 @@ def build_corpus(config: "Config") -> Path:
 
 def describe_corpus(config: "Config") -> dict[str, Any]:
     """What a corpus records of its target, and what is compared when one is loaded."""
-    path = target_path(config)
-    target_config = AutoConfig.from_pretrained(path).get_text_config()
-    described = describe_target("", target_config, load_tokenizer(config)) | {"fingerprint": fingerprint_of(path)}
+    described = describe_target("", text_config(config), load_tokenizer(config))
+    described |= {"fingerprint": fingerprint_of(target_path(config))}
     return {name: value for name, value in described.items() if name != "name_or_path"}
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graft_inference.errors import GraftError
+from graft_train.bounds import check_least
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,9 +36,8 @@ class CorpusConfig:
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("successors", "ngram_successors", "ngram_mb", "memory_mb", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise GraftError(f"corpus.{name}={getattr(self, name)} must be at least 1")
+        names = ("successors", "ngram_successors", "ngram_mb", "memory_mb", "batch_tokens")
+        check_least("corpus", self, dict.fromkeys(names, 1))
         if not 0 <= self.held_out < 1:
             raise GraftError(f"corpus.held_out={self.held_out} must lie in 0..1, 1 excluded")
 

@@ -21,9 +21,9 @@ from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.data.samples import read_samples
-from graft_train.data.target import load_target, target_path
+from graft_train.data.target import load_target
 from graft_train.device import describe_device
-from graft_train.stage import barrier, fingerprint_of, is_main, of_main, run_stage, say, write_json
+from graft_train.stage import barrier, fingerprints_of, is_main, of_main, run_stage, say, write_json
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -266,11 +266,8 @@ def _write(
 
 def _made_of(config: "Config") -> dict[str, Any]:
     """What the traces depend on: fingerprints and settings."""
-    stages = (name for name in INPUTS if name != "target")
-    made_of: dict[str, Any] = {name: fingerprint_of(Path(config.run_dir) / name) for name in stages}
-    made_of["target"] = fingerprint_of(target_path(config))
     settings = {f"policy.{name}": getattr(config.policy, name) for name in TRACED}
-    return made_of | settings | {"target.dtype": config.target.dtype}
+    return fingerprints_of(config, INPUTS) | settings | {"target.dtype": config.target.dtype}
 
 
 def _prompts(config: "Config") -> list[Tensor]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from graft_inference import GraftError
+from graft_train.bounds import check_least
 
 KINDS = ("learned", "paper", "prune_only", "retrieve_only")
 
@@ -65,8 +66,6 @@ class CalibrateConfig:
             "prompts": 1, "max_new_tokens": 2, "beam_width": 1, "max_passes": 1, "retrieval_depth": 1,
             "checkpoints": 0, "repeats": 1, "least_rounds": 0,
         }  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise GraftError(f"policy.{name}={getattr(self, name)} must be at least {bound}")
+        check_least("policy", self, least)
         if self.temperature < 0:
             raise GraftError(f"policy.temperature={self.temperature}: 0 is greedy, more samples")

@@ -4,14 +4,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from graft_inference.errors import GraftError
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.chat import Chat
-from graft_train.data.documents import DataConfig, Document, Documents
+from graft_train.data.documents import DataConfig, Document, Documents, document_settings
 from graft_train.data.samples import Sample
 from graft_train.stage import say
 
@@ -77,6 +77,15 @@ def build_prompts(
             "regenerate.max_prompt_tokens and the target's length allow; change these or the data"
         )
     return prompts
+
+
+def prompt_settings(data: DataConfig) -> dict[str, Any]:
+    """What determines the prompts beside the target, the documents included, for fingerprints."""
+    return {
+        "data": document_settings(data),
+        "prompt_tokens": data.prompt_tokens,
+        "chat_template_kwargs": data.chat_template_kwargs,
+    }
 
 
 def answered_samples(

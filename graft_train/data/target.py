@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from graft_inference.bundle import check_whole
 from graft_inference.device import without_plans
 from graft_inference.errors import GraftError
 from graft_train.data.sharded import load_zero3
@@ -68,6 +69,11 @@ def target_path(config: "Config") -> Path:
         ) from error
 
 
+def text_config(config: "Config") -> Any:
+    """The configuration of the target's language model, without its weights."""
+    return AutoConfig.from_pretrained(target_path(config)).get_text_config()
+
+
 def refuse_several_spread(config: "Config", processes: int) -> None:
     """Raises GraftError where each of several processes would spread a whole target over the same devices."""
     if config.target.device_map and processes > 1:
@@ -116,9 +122,7 @@ def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
                 model.to(device)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise GraftError(f"cannot load the target from {path}: {error}") from error
-    if found["missing_keys"]:
-        # transformers would go on with random weights in their place.
-        raise GraftError(f"{path} lacks the tensors {sorted(found['missing_keys'])}: copy or download it again")
+    check_whole(path, found)
     return model.eval().requires_grad_(False)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
-from transformers import AutoConfig
 
 from graft_inference.errors import GraftError
 from graft_inference.head_checkpoint import save_head
@@ -22,7 +21,7 @@ from graft_inference.target import max_positions
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.sharded import count_parameters, held_bytes, whole
 from graft_train.data.states import TappedTarget
-from graft_train.data.target import load_target, refuse_several_spread, resolve_device, target_path
+from graft_train.data.target import load_target, refuse_several_spread, resolve_device, target_path, text_config
 from graft_train.distill.batches import Row, hold_out, to_rows, with_room
 from graft_train.distill.checkpoint import vocabulary_hash
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
@@ -72,7 +71,7 @@ def _build(config: "Config", out: Path) -> None:
     started, settings = time.perf_counter(), config.head
     accelerator = make_accelerator(settings, resolve_device(config.target.device))
     refuse_several_spread(config, accelerator.num_processes)
-    target_config = AutoConfig.from_pretrained(target_path(config)).get_text_config()
+    target_config = text_config(config)
     samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
     samples = with_room(samples, settings.max_length)
     rows = to_rows(samples, settings.max_length, target_config.vocab_size)

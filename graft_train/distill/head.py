@@ -68,7 +68,7 @@ def published_head(place: str, model: PreTrainedModel) -> DraftHead:
         GraftError: no head there, or one of another target.
     """
     try:
-        path = resolve(Path(place).expanduser() if Path(place).expanduser().is_dir() else place)
+        path = resolve(Path(place).expanduser())
     except GraftError as error:
         raise GraftError(f"head.init_from: {error}") from error
     target = model.config.get_text_config()

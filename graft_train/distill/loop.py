@@ -175,13 +175,14 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
         batches = {number: plan[number] for number in range(step * per_step, (step + 1) * per_step)}
         sums, tokens = train_step(training, batches, rate)
         seconds = time.perf_counter() - started
-        due = training.measure and settings.measure_every and (step + 1) % settings.measure_every == 0
+        due = settings.measure_every and (step + 1) % settings.measure_every == 0
+        measure = training.measure if due else None
         progress.log(step + 1, sums, rate, tokens, seconds)
         # Before what may fail: measuring, and what is done between the last step and the head's file.
-        if (step + 1) % settings.checkpoint_every == 0 or due or step + 1 == total:
+        if (step + 1) % settings.checkpoint_every == 0 or measure or step + 1 == total:
             save_checkpoint(accelerator, training.head, out / "checkpoints", step + 1, settings.keep_checkpoints)
-        if training.measure and due:
-            progress.log_measured(step + 1, training.measure())
+        if measure:
+            progress.log_measured(step + 1, measure())
 
 
 def train_step(training: Training, batches: dict[int, list[int]], rate: float) -> tuple[StepSums, int]:

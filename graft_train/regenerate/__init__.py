@@ -12,11 +12,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from graft_inference import GraftError
 from graft_inference.target import max_positions
 from graft_train.data.chat import Chat
-from graft_train.data.documents import document_settings, of_split, read_documents
+from graft_train.data.documents import of_split, read_documents
 from graft_train.data.preview import show
-from graft_train.data.prompts import Prompt, answered_samples, build_prompts
+from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings
 from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
-from graft_train.data.target import load_tokenizer, target_path
+from graft_train.data.target import load_tokenizer, target_path, text_config
 from graft_train.regenerate.config import RegenerateConfig
 from graft_train.regenerate.in_process import answer_in_process
 from graft_train.stage import run_stage, say
@@ -46,9 +46,7 @@ def regenerate(config: "Config") -> Path:
         )
     settings = {
         **config.regenerate.decisive(),
-        "data": document_settings(config.data),
-        "prompt_tokens": config.data.prompt_tokens,
-        "chat_template_kwargs": config.data.chat_template_kwargs,
+        **prompt_settings(config.data),
         "seed": config.seed,
     }
     return run_stage(config, "regenerate", "data", settings, ["target"], lambda out: _build(config, out))
@@ -84,7 +82,7 @@ class _Work:
         path = target_path(config)
         tokenizer = load_tokenizer(config)
         self.chat = Chat(tokenizer, end_ids(path, tokenizer), config.data.chat_template_kwargs)
-        self.max_positions = max_positions(AutoConfig.from_pretrained(path).get_text_config())
+        self.max_positions = max_positions(text_config(config))
         if urls := config.regenerate.servers():
             from graft_train.regenerate.servers import context_limit
 

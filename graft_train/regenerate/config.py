@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graft_inference.errors import GraftError
+from graft_train.bounds import check_least
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,11 +40,8 @@ class RegenerateConfig:
     def __post_init__(self) -> None:
         if self.answers not in ("target", "data"):
             raise GraftError(f"regenerate.answers={self.answers} is unknown; choose target or data")
-        for name in ("samples", "held_out", "max_prompt_tokens", "max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise GraftError(f"regenerate.{name}={getattr(self, name)} must be at least 1")
-        if self.retries < 0:
-            raise GraftError(f"regenerate.retries={self.retries} must not be negative")
+        names = ("samples", "held_out", "max_prompt_tokens", "max_new_tokens", "batch")
+        check_least("regenerate", self, dict.fromkeys(names, 1) | {"retries": 0})
         if not self.temperatures or min(self.temperatures) < 0:
             raise GraftError(f"regenerate.temperatures={self.temperatures} must be a list of numbers, none negative")
         if not all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in self.servers()):

@@ -228,9 +228,7 @@ def load_target_model(
         model, found = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GraftError(f"no target can be loaded from {path}: {error}") from error
-    if found["missing_keys"]:
-        # transformers would go on with random weights in their place.
-        raise GraftError(f"{path} lacks the tensors {sorted(found['missing_keys'])}: copy or download it again")
+    check_whole(path, found)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError):
@@ -238,6 +236,16 @@ def load_target_model(
     if device_map is None and tp_plan is None:
         model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def check_whole(path: str | Path, found: dict[str, Any]) -> None:
+    """Raises GraftError where a checkpoint lacks tensors: transformers goes on with random weights in their place.
+
+    Args:
+        found: the loading information that `from_pretrained` gives beside the model.
+    """
+    if found["missing_keys"]:
+        raise GraftError(f"{path} lacks the tensors {sorted(found['missing_keys'])}: copy or download it again")
 
 
 def check_launch(tp_plan: str | None, device_map: object) -> None:

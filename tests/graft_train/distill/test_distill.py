@@ -189,12 +189,9 @@ def test_a_steps_gradient_is_that_of_the_definition():
     answer_S = torch.cat([rows[row].answer_S for row in batch.rows])
     answers = [range(*span) for span in spans(answer_S.int().tolist())]
     # Draft k at t foresees token t + 2 + k, all of it in one answer; the target's choice is read one before.
-    ends = [
-        [t + 2 + k for answer in answers for t in answer for k in [step] if t + 2 + k in answer] for step in range(3)
-    ]
-    starts = [[answer[0] + 1 + step for answer in answers if answer[0] + 1 + step in answer] for step in range(3)]
-    counts = [sum(bool(kept_V[states.choice_S[s - 1]]) for s in ends[k] + starts[k]) for k in range(3)]
-    assert 0 < counts[2] < counts[1] < counts[0] < len(ends[0] + starts[0])
+    foreseen = [[s for answer in answers for s in answer if s > answer[0] + step] for step in range(3)]
+    counts = [sum(bool(kept_V[states.choice_S[s - 1]]) for s in places) for places in foreseen]
+    assert 0 < counts[2] < counts[1] < counts[0] < len(foreseen[0])
     assert sums.trained_K.tolist() == counts
     outputs = unroll(head, target.embed(batch.tokens_S), states.taps_SE, batch.layout, 3)
     logits_SV = states.final_SH @ target.lm_head_VH.T
