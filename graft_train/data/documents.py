@@ -99,6 +99,7 @@ class Document:
 
     Attributes:
         source: which of the configured sources it comes from.
+        place: where it was read, as errors name it: file and line, or data set and row.
     """
 
     id: str
@@ -106,6 +107,7 @@ class Document:
     source: int = 0
     text: str | None = None
     conversation: Conversation | None = None
+    place: str = ""
 
 
 class Place(NamedTuple):
@@ -114,6 +116,7 @@ class Place(NamedTuple):
     id: str
     split: str
     source: int
+    place: str
     read: Callable[[], Any]
 
 
@@ -136,14 +139,14 @@ class Documents(Sequence[Document]):
     def __getitem__(self, index: int | slice) -> "Document | Documents":
         if isinstance(index, slice):
             return Documents(self.places[index])
-        identity, split, source, read = self.places[index]
+        identity, split, source, place, read = self.places[index]
         # A long text gives many prompts, one after the other.
         if self._last is None or self._last.id != identity:
-            content = to_content(read(), f"document {identity}")
+            content = to_content(read(), place)
             if isinstance(content, str):
-                self._last = Document(identity, split, source, text=content)
+                self._last = Document(identity, split, source, text=content, place=place)
             else:
-                self._last = Document(identity, split, source, conversation=content)
+                self._last = Document(identity, split, source, conversation=content, place=place)
         return self._last
 
 
@@ -251,12 +254,12 @@ def _place(config: DataConfig, source: int, row: Row, taken: set[str]) -> Place 
     if not isinstance(given, str | int):
         # The content's hash keeps a record that is repeated in the data, whatever its source, within one split.
         identity = "sha256:" + _hash(content)
-        return None if identity in taken else Place(identity, split_of(identity, config), source, row.later)
+        return None if identity in taken else Place(identity, split_of(identity, config), source, row.place, row.later)
     # Sources number their records alike.
     identity = str(given) if source == 0 else f"{source}:{given}"
     if identity in taken:
         raise BadRecord(f"{row.place} repeats the id {str(given)!r} of an earlier one; ids must be unique")
-    return Place(identity, split_of(str(given), config), source, row.later)
+    return Place(identity, split_of(str(given), config), source, row.place, row.later)
 
 
 def _hash(content: Content) -> str:

@@ -28,6 +28,7 @@ def test_reads_every_kind_of_record_of_a_file(tmp_path):
     assert text.text == "x = 1"
     assert messages.conversation.messages == conversations.conversation.messages == tuple(CHAT)
     assert conversations.id == "s"
+    assert conversations.place == f"{tmp_path / 'a.jsonl'}, line 3"
 
 
 @pytest.mark.parametrize(
