@@ -101,7 +101,12 @@ def stand_in() -> bool:
     )
     state, utils = ModuleType("accelerate.state"), ModuleType("accelerate.utils")
     state.__dict__.update(AcceleratorState=AcceleratorState, PartialState=PartialState)
-    utils.__dict__.update(set_seed=set_seed, DistributedType=DistributedType, InitProcessGroupKwargs=SimpleNamespace)
+    utils.__dict__.update(
+        set_seed=set_seed,
+        DistributedType=DistributedType,
+        GradientAccumulationPlugin=SimpleNamespace,
+        InitProcessGroupKwargs=SimpleNamespace,
+    )
     for module in (package, state, utils):
         module.__spec__ = ModuleSpec(module.__name__, None)
         sys.modules[module.__name__] = module

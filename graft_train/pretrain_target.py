@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graft_inference import GraftError
+from graft_train.accelerator import new_accelerator
 from graft_train.bounds import check_least
 from graft_train.data.documents import Document, document_settings, of_split, read_documents
 from graft_train.data.target import resolve_device
@@ -89,7 +90,7 @@ def _build(config: "Config", out: Path) -> None:
     set_seed(config.seed)
     # The schedules count optimizer steps, however many processes take one together.
     cpu = resolve_device(config.target.device).type == "cpu"
-    accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False)
+    accelerator = new_accelerator(cpu=cpu, step_scheduler_with_optimizer=False)
     if settings.batch % accelerator.num_processes:
         raise GraftError(
             f"pretrain_target.batch={settings.batch} sequences cannot be shared by {accelerator.num_processes} "

@@ -1,6 +1,5 @@
 """One process or several, with or without DeepSpeed: what accelerate leaves to us."""
 
-import os
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from graft_inference import GraftError
+from graft_train.accelerator import is_set, new_accelerator
 from graft_train.distill.config import HeadTrainConfig
 
 
@@ -21,12 +21,12 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
     """
     # An earlier stage of this process may have run in another precision, which accelerate keeps for good.
     AcceleratorState._reset_state()
-    cpu, deepspeed = device.type == "cpu", os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    cpu, deepspeed = device.type == "cpu", is_set("ACCELERATE_USE_DEEPSPEED")
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if cpu and deepspeed:
         # Left alone, DeepSpeed would look for an accelerator's backend and every rank would be rank 0 of 1.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    accelerator = Accelerator(
+    accelerator = new_accelerator(
         # With cpu=True the DeepSpeed plugin would be ignored without a word.
         cpu=cpu and not deepspeed,
         mixed_precision=settings.mixed_precision,

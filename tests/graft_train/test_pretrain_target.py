@@ -100,7 +100,7 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 def test_a_batch_that_processes_cannot_share_is_named(tmp_path, monkeypatch):
     write_sources(tmp_path / "sources")
-    monkeypatch.setattr(module, "Accelerator", lambda **_: mock.Mock(num_processes=3))
+    monkeypatch.setattr(module, "new_accelerator", lambda **_: mock.Mock(num_processes=3))
     with pytest.raises(GraftError, match=r"pretrain_target\.batch=4 sequences cannot be shared by 3 processes"):
         pretrain_target(tiny_config(tmp_path / "run", tmp_path / "sources"))
 
