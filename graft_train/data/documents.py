@@ -1,7 +1,7 @@
 """Documents: the text and conversations that prompts and training text are cut from.
 
-A document belongs as a whole to one split, chosen by a hash of its id, so nothing held out is ever seen
-in training, whatever the order, the limit or the machine.
+A document belongs as a whole to one split, chosen by a hash of its id (without one, of what it asks), so nothing held
+out is ever seen in training, whatever the order, the limit or the machine.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from graft_inference.errors import GraftError
 from graft_train.data.bad_records import BadRecord, BadRecords
-from graft_train.data.records import Content, Conversation, to_content
-from graft_train.data.sources import Row, Source, files_of, is_local, rows_of
+from graft_train.data.file_rows import Row
+from graft_train.data.records import UNASKING, Content, Conversation, to_content
+from graft_train.data.sources import Source, files_of, is_local, rows_of
 
 SPLITS = ("train", "calibration", "evaluation")
 
@@ -25,8 +26,8 @@ class DataConfig:
     """Where documents come from and how they are divided.
 
     Attributes:
-        path: a JSONL, JSON or Parquet file of records, a directory of text files and such, the id of a data set
-            that `datasets` can load, or "stdlib" (the Python standard library's sources).
+        path: a JSONL, JSON, Parquet or Arrow file of records, a text file, a directory of either kind, the id of a
+            data set that `datasets` can load, or "stdlib" (the Python standard library's sources).
         sources: several paths with weights, read in place of `path`.
         hub_split: which split of a data set from the Hub is read.
         hub_subset: which subset (`datasets` calls it name), where it has several.
@@ -155,10 +156,10 @@ def read_documents(config: DataConfig) -> Documents:
 
     Raises:
         GraftError: unknown path, no document in it, or, unless data.on_error=skip, text that is not UTF-8
-            or a record without the expected fields; names the file and the line.
+            or a record that cannot be read; names the file and the line.
     """
     places: list[Place] = []
-    taken: set[str] = set()
+    taken: dict[str, str] = {}
     for number, source in enumerate(config.all_sources()):
         found = _places(config, number, source, taken)
         if not found:
@@ -174,13 +175,13 @@ def of_split(documents: Documents, split: str, config: DataConfig) -> Documents:
     """The documents of one split.
 
     Raises:
-        GraftError: there is none, which a larger share or more documents would mend.
+        GraftError: there is none, which a larger share or more documents would mend, or ids of their own.
     """
     chosen = [place for place in documents.places if place.split == split]
     if not chosen:
         raise GraftError(
-            f"no document of {config} falls into the {split} split; give more documents, "
-            "or raise data.calibration_share or data.evaluation_share"
+            f"no document of {config} falls into the {split} split, where those with one id stay together; give more "
+            "documents, or raise data.calibration_share or data.evaluation_share"
         )
     return Documents(chosen)
 
@@ -219,11 +220,11 @@ def document_settings(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def _places(config: DataConfig, number: int, source: Source, taken: set[str]) -> list[Place]:
+def _places(config: DataConfig, number: int, source: Source, taken: dict[str, str]) -> list[Place]:
     """Every document of one source that is whole.
 
     Args:
-        taken: ids that earlier sources gave away; those of this one are added.
+        taken: the hash of what is behind each id of earlier sources; this one's are added.
     """
     bad, seen, places = config.new_bad_records(), 0, []
     streamed = config.limit if config.streaming else None
@@ -236,7 +237,6 @@ def _places(config: DataConfig, number: int, source: Source, taken: set[str]) ->
             bad.add(error)
             continue
         if place is not None:
-            taken.add(place.id)
             places.append(place)
         if len(places) == config.limit:
             break
@@ -244,24 +244,41 @@ def _places(config: DataConfig, number: int, source: Source, taken: set[str]) ->
     return places
 
 
-def _place(config: DataConfig, source: int, row: Row, taken: set[str]) -> Place | None:
-    """None for an empty text file, and for a record that another one repeats."""
+def _place(config: DataConfig, source: int, row: Row, taken: dict[str, str]) -> Place | None:
+    """None for an empty text file, and for a record that repeats another one."""
     record = row.now()
     if row.file and not record["text"].strip():
         return None
     content = to_content(record, row.place)
-    given = record.get("id")
-    if not isinstance(given, str | int):
-        # The content's hash keeps a record that is repeated in the data, whatever its source, within one split.
-        identity = "sha256:" + _hash(content)
-        return None if identity in taken else Place(identity, split_of(identity, config), source, row.place, row.later)
-    # Sources number their records alike.
-    identity = str(given) if source == 0 else f"{source}:{given}"
+    hashed, given = _hash(content), _given_id(record)
+    if given is None:
+        identity, key = f"sha256:{hashed}", f"sha256:{_hash(_asked(content))}"
+    else:
+        # Sources number their records alike.
+        identity, key = given if source == 0 else f"{source}:{given}", given
+        if taken.get(identity, hashed) != hashed:
+            # So do files, and some sets give one id to all that belongs together.
+            identity = f"{identity}:{hashed}"
     if identity in taken:
-        raise BadRecord(f"{row.place} repeats the id {str(given)!r} of an earlier one; ids must be unique")
-    return Place(identity, split_of(str(given), config), source, row.place, row.later)
+        return None
+    taken[identity] = hashed
+    return Place(identity, split_of(key, config), source, row.place, row.later)
+
+
+def _given_id(record: dict[str, Any]) -> str | None:
+    given = record.get("id")
+    return str(given) if isinstance(given, str | int) and str(given).strip() else None
+
+
+def _asked(content: Content) -> Content:
+    """What tells documents without ids apart where they are divided: the answers to one question stay together."""
+    if isinstance(content, str):
+        return content
+    last = max(turn for turn, message in enumerate(content.messages) if message["role"] not in UNASKING)
+    return Conversation(content.messages[: last + 1])
 
 
 def _hash(content: Content) -> str:
+    """It does not depend on the order of keys, which a file's format may change."""
     plain: Any = content if isinstance(content, str) else asdict(content)
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

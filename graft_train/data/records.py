@@ -1,34 +1,34 @@
 """Records: the rows of a data set, in the shapes people publish, made into text or a conversation."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from graft_train.data.bad_records import BadRecord
+from graft_train.data.strict_json import parse
+from graft_train.data.turns import MEDIA, Message, function_of, to_message
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 # The order matters: sets with messages often hold them rendered as text, or their first turn as a prompt, too.
 FIELDS = ("messages", "conversations", "data", "text", "prompt", "turns", "question")
 ASKING = ("prompt", "turns", "question")
 """What the user asks, as sets of prompts have it."""
+ANSWERING = ("completion", "response", "answer")
+"""What the assistant answers to one of `ASKING`."""
+SYSTEM = ("system", "system_prompt", "system_message")
+"""The system's turn, where it stands beside the others."""
+UNREAD = {
+    "chat_template_kwargs": "data.chat_template_kwargs sets the template's variables for all records",
+    "documents": "write them into the turns",
+} | dict.fromkeys(MEDIA, "only text is")
+UNREAD_BESIDE_A_QUESTION = UNREAD | dict.fromkeys(("context", "input", "choices", "options"), "write it into the turn")
+"""What would change a prompt, and what to do about it."""
 # Roles whose turns the target does not answer.
 UNASKING = ("system", "developer", "assistant")
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Conversation:
     """OpenAI messages ({"role", "content"}, and whatever else the chat template reads, such as
-    reasoning_content or tool_calls), and the tools as JSON schemas.
+    reasoning_content or tool_calls), and the tools as JSON schemas. Arguments of calls are objects.
     """
 
     messages: tuple[Message, ...]
@@ -42,82 +42,110 @@ def to_content(row: Any, place: str) -> Content:
     """What a record holds; the first of `FIELDS` that it has decides.
 
     Args:
-        row: a JSON object; fields that are null count as absent, as Parquet fills them.
+        row: a JSON object; what is null counts as absent at every depth, since Parquet fills it in.
         place: names the record in errors.
 
     Raises:
-        BadRecord: no known field, an empty one, or a conversation that is none or asks for no answer.
+        BadRecord: no known field, an empty one, one that would change the prompt and is not read, or a
+            conversation that is none or asks for no answer.
     """
     known = ", ".join(FIELDS)
     if row is None:
         raise BadRecord(f"{place} is empty")
     if not isinstance(row, dict):
         raise BadRecord(f"{place} is not a JSON object with one of the fields {known}")
-    field = next((name for name in FIELDS if row.get(name) is not None), None)
+    row = _without_nulls(row)
+    field = next((name for name in FIELDS if name in row), None)
     if field is None:
         raise BadRecord(f"{place} has none of the fields {known}; it has {sorted(row)}")
-    value = row[field]
-    if field == "text":
-        if not isinstance(value, str):
-            raise BadRecord(f"{place}: the field text must be a string")
-        if not value.strip():
-            raise BadRecord(f"{place} is empty: its text is blank")
-        return value
-    messages = _turns(field, value, f"{place}: the field {field}")
+    return _text(row["text"], place) if field == "text" else _conversation(row, field, place)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Of objects; Arrow never adds to a list."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecord(f"{place}: the field text must be a string")
+    if not value.strip():
+        raise BadRecord(f"{place} is empty: its text is blank")
+    return value
+
+
+def _conversation(row: dict[str, Any], field: str, place: str) -> Conversation:
+    for name, remedy in (UNREAD_BESIDE_A_QUESTION if field in ASKING else UNREAD).items():
+        if row.get(name):
+            raise BadRecord(f"{place}: the field {name} would change the prompt, and is not read; {remedy}")
+    messages = _turns(field, row[field], f"{place}: the field {field}")
     if not messages:
         raise BadRecord(f"{place} is empty: its conversation has no turn")
     if all(message["role"] in UNASKING for message in messages):
         raise BadRecord(f"{place}: the conversation has no turn that the target could answer")
-    return Conversation(messages, _tools(row.get("tools"), place))
+    if field in ASKING:
+        messages += _answer(row, row[field], place)
+    return Conversation(_system(row, messages, place) + messages, _tools(row, place))
 
 
 def _turns(field: str, value: Any, what: str) -> tuple[Message, ...]:
-    if field in ASKING:
+    if field in ASKING and not _are_turns(value):
         if isinstance(value, list):  # MT-Bench: the user's turns alone, of which the others follow on answers
             value = value[0] if value else None
         if not isinstance(value, str) or not value.strip():
-            raise BadRecord(f"{what} must be a string, and not blank")
+            raise BadRecord(f"{what} must be a string, and not blank, or a list of turns")
         return ({"role": "user", "content": value},)
     if not isinstance(value, list):
         raise BadRecord(f"{what} must be a list of turns")
     if field == "data":  # UltraChat's first edition: strings, the user's first
         value = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(value)]
-    return tuple(_message(turn, f"{what}, turn {number}") for number, turn in enumerate(value, start=1))
+    return tuple(to_message(turn, f"{what}, turn {number}") for number, turn in enumerate(value, start=1))
 
 
-def _message(turn: Any, what: str) -> Message:
-    """One of OpenAI's turns or of ShareGPT's."""
-    if not isinstance(turn, dict):
-        raise BadRecord(f"{what} must be an object")
-    turn = {key: value for key, value in turn.items() if value is not None}
-    if "from" in turn:
-        speaker = turn.pop("from")
-        if speaker not in SHAREGPT_ROLES:
-            raise BadRecord(f"{what}: unknown speaker {speaker!r}; known are {sorted(SHAREGPT_ROLES)}")
-        turn = {"role": SHAREGPT_ROLES[speaker], "content": turn.pop("value", None), **turn}
-    # Only a turn that calls tools may say nothing.
-    content = _plain(turn.get("content", "" if turn.get("tool_calls") else None))
-    if not isinstance(turn.get("role"), str) or content is None:
-        raise BadRecord(f"{what} needs the strings role and content, or from and value")
-    return turn | {"content": content}
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
 
 
-def _plain(content: Any) -> str | None:
-    """A string as it is, OpenAI's list of text parts joined; None for anything else."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(part.get("text") or "" for part in content)
-    return content if isinstance(content, str) else None
+def _answer(row: dict[str, Any], asked: Any, place: str) -> tuple[Message, ...]:
+    """The assistant's turns behind the question; () where there are none, or labels such as numbers."""
+    if isinstance(asked, list) and not _are_turns(asked) and len(asked) > 1:
+        return ()  # it would follow on turns that are left out
+    for field in ANSWERING:
+        value = row.get(field)
+        if isinstance(value, str) and value.strip():
+            return ({"role": "assistant", "content": value},)
+        if _are_turns(value):
+            return _turns(field, value, f"{place}: the field {field}")
+    return ()
 
 
-def _tools(value: Any, place: str) -> tuple[dict[str, Any], ...] | None:
-    """Schemas, or as many Parquet sets keep them, a JSON string of schemas."""
-    if value is None or value == "":
+def _system(row: dict[str, Any], messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
+    """The system's turn that stands beside the others; () where there is none, or it is the first of them, too."""
+    said = {name: row[name] for name in SYSTEM if row.get(name)}
+    if not said:
+        return ()
+    if len(said) > 1 or not all(isinstance(text, str) for text in said.values()):
+        raise BadRecord(f"{place}: of the fields {', '.join(SYSTEM)} only one may be there, and as a string")
+    turn = {"role": "system", "content": next(iter(said.values()))}
+    if messages[0] == turn or not turn["content"].strip():
+        return ()
+    if messages[0]["role"] in ("system", "developer"):
+        raise BadRecord(f"{place}: the field {next(iter(said))} and the first turn say different things; remove one")
+    return (turn,)
+
+
+def _tools(row: dict[str, Any], place: str) -> tuple[dict[str, Any], ...] | None:
+    """Schemas, or as many Parquet sets keep them, a JSON string of schemas; functions is what they were called once."""
+    given = [name for name in ("tools", "functions") if row.get(name)]
+    if not given:
         return None
+    if len(given) > 1:
+        raise BadRecord(f"{place} has both the fields tools and functions; remove one")
+    what, value = f"{place}: the field {given[0]}", row[given[0]]
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRecord(f"{place}: the field tools is not JSON: {error}") from error
+        value = parse(value, what) if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRecord(f"{place}: the field tools must be a list of JSON schemas")
-    return tuple(value) or None
+        raise BadRecord(f"{what} must be a list of JSON schemas")
+    return tuple(function_of(tool) for tool in value) or None

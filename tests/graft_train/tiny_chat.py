@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIAL = ["<unk>", "<end>", "<system>", "<user>", "<assistant>", "<tool>", "<think>", "</think>", "gap"]
 VOCABULARY = SPECIAL + list("abcdefghijklmnopqrstuvwxyz")
 
-TOOLS = "{% if tools %}<system> {% for tool in tools %}{{ tool.name }} {% endfor %}<end> gap {% endif %}"
+TOOLS = "{% if tools %}<system> {% for tool in tools %}{{ tool.function.name }} {% endfor %}<end> gap {% endif %}"
 SAID = "{% if m.reasoning_content %}<think> {{ m.reasoning_content }} </think> {% endif %}{{ m.content }} <end>"
 ASKING = "{% if add_generation_prompt %}<assistant> {% endif %}"
 # "gap" is what a template puts behind a turn's end, such as a newline: the target never writes it.

@@ -11,6 +11,16 @@ from graft_train.data.sources import Source
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
+def tool(name, argument):
+    properties = {argument: {"type": "string"}}
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+def call(name, **arguments):
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
 def jsonl(path, *rows, **settings):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return DataConfig(path=str(path), **settings)
@@ -35,10 +45,17 @@ def test_reads_every_kind_of_record_of_a_file(tmp_path):
     ("rows", "complaint"),
     [
         ([{"text": "a"}, {"body": "b"}], r"line 2 has none of the fields"),
-        ([{"text": "a"}, "{oops"], "line 2 is not a JSON object"),
+        ([{"text": "a"}, "{oops"], "line 2 is not JSON"),
         ([{"text": "a"}, ""], "line 2 is empty"),
         ([{"text": "a"}, {"text": "  "}], "line 2 is empty"),
-        ([{"id": 1, "text": "a"}, {"id": 1, "text": "b"}], "line 2 repeats the id '1'"),
+        ([{"text": "a"}, '{"text": "b", "score": NaN}'], "line 2 is not JSON: NaN is no number"),
+        ([{"text": "a"}, '{"text": "b", "score": -1e999}'], "line 2 is not JSON: -1e999 is no number"),
+        ([{"text": "a"}, '{"text": "half \\ud83d"}'], r"line 2 holds half a surrogate pair, '\\ud83d'"),
+        ([{"text": "a"}, '{"text": "b", "id": "\\uDC00"}'], r"line 2 holds half a surrogate pair, '\\udc00'"),
+        ([{"text": "a"}, '{"text": "b", "more": [{"\\ud83d": 1}]}'], "line 2 holds half a surrogate pair"),
+        ([{"text": "a"}, '{"text": "b", "more": ' + "[" * 101 + "]" * 101 + "}"], "line 2 nests lists and objects"),
+        ([{"text": "a"}, '{"text": "b", "more": ' + "[" * 10**5 + "]" * 10**5 + "}"], "line 2 is not JSON"),
+        ([{"text": "a"}, '{"text": "b", "more": ' + "1" * 5000 + "}"], "line 2 is not JSON"),
     ],
 )
 def test_bad_records_are_named_or_left_out_and_counted(tmp_path, rows, complaint, capsys):
@@ -69,6 +86,42 @@ def test_bad_files_are_named(tmp_path):
 
 def test_repeated_records_are_one_document(tmp_path):
     assert len(read_documents(jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"}, {"text": "a"}))) == 2
+    named = {"id": 1, "text": "a"}, {"id": "1", "text": "a"}, {"id": 2, "text": "a"}
+    assert [document.id for document in read_documents(jsonl(tmp_path / "a.jsonl", *named))] == ["1", "2"]
+
+
+def test_different_records_with_one_id_are_kept_apart_and_in_one_split(tmp_path):
+    """Shards are often numbered from 0 each, and some sets give one id to all answers to a question."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in "ab":
+        jsonl(shards / f"{shard}.jsonl", *({"id": n, "text": f"{shard} {n}"} for n in range(20)))
+    config = DataConfig(path=str(shards), evaluation_share=0.3, calibration_share=0.3)
+    documents = list(read_documents(config))
+    assert [document.text for document in documents] == [f"{shard} {n}" for shard in "ab" for n in range(20)]
+    assert len({document.id for document in documents}) == 40
+    assert [document.id for document in documents] == [document.id for document in read_documents(config)]
+    for first, second in zip(documents[:20], documents[20:], strict=True):
+        assert second.id.startswith(f"{first.id}:")
+        assert first.split == second.split
+    assert len({document.split for document in documents}) == 3
+
+
+def test_ids_that_are_blank_or_no_names_are_none(tmp_path):
+    rows = [{"id": identity, "text": text} for identity, text in [("", "a"), (" ", "b"), (1.5, "c"), ([1], "d")]]
+    assert all(document.id.startswith("sha256:") for document in read_documents(jsonl(tmp_path / "a.jsonl", *rows)))
+
+
+def test_several_answers_to_one_question_are_in_one_split(tmp_path):
+    """Without ids: the target would answer it in training, and be measured on it."""
+    rows = [{"prompt": f"why {n}", "completion": answer} for answer in ("x", "y", "z") for n in range(20)]
+    rows += [{"messages": [{"role": "user", "content": f"why {n}"}]} for n in range(20)]
+    config = jsonl(tmp_path / "a.jsonl", *rows, evaluation_share=0.3, calibration_share=0.3)
+    documents = list(read_documents(config))
+    assert len({document.id for document in documents}) == 80
+    splits = [document.split for document in documents]
+    assert splits[:20] == splits[20:40] == splits[40:60] == splits[60:]
+    assert len(set(splits)) == 3
 
 
 def test_a_directory_is_read_without_hidden_and_empty_files(tmp_path):
@@ -82,8 +135,10 @@ def test_a_directory_is_read_without_hidden_and_empty_files(tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_parquet_and_json_hold_what_jsonl_holds(tmp_path, kind):
     rows = [
-        {"messages": [*CHAT, {"role": "user", "content": "why", "name": "ann"}], "tools": '[{"name": "f"}]'},
-        {"messages": CHAT[:1], "tools": None},
+        {"messages": [*CHAT, {"role": "user", "content": "why", "name": "ann"}], "tools": [tool("f", "city")]},
+        {"messages": [CHAT[0], call("f", city="Paris", near={"km": 2})], "tools": [tool("f", "city"), tool("g", "x")]},
+        {"messages": [CHAT[0], call("g", x="1"), CHAT[1]], "tools": None},
+        {"messages": [CHAT[0], call("h")]},
     ]
     lines = read_documents(jsonl(tmp_path / "a.jsonl", *rows))
     if kind == "parquet":
@@ -92,7 +147,8 @@ def test_parquet_and_json_hold_what_jsonl_holds(tmp_path, kind):
         (tmp_path / "a.json").write_text(json.dumps(rows))
     table = read_documents(DataConfig(path=str(tmp_path / f"a.{kind}")))
     assert [document.conversation for document in table] == [document.conversation for document in lines]
-    assert table[0].conversation.tools == ({"name": "f"},)
+    assert table[0].conversation.tools == (tool("f", "city"),)
+    assert table[2].conversation.messages[1] == call("g", x="1")
     assert [document.id for document in table] == [document.id for document in lines]
 
 

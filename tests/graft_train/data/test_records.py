@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from graft_train.data.bad_records import BadRecord
@@ -5,6 +7,8 @@ from graft_train.data.records import to_content
 
 ASKED = {"role": "user", "content": "a"}
 ANSWERED = (ASKED, {"role": "assistant", "content": "b"})
+BRIEF = {"role": "system", "content": "Be brief."}
+SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,11 @@ ANSWERED = (ASKED, {"role": "assistant", "content": "b"})
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"conversations": list(ANSWERED)},
         {"id": "0", "data": ["a", "b"]},
+        {"question": "a", "answer": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": " ", "response": "b"},
+        {"prompt": [ASKED], "completion": [ANSWERED[1]]},
+        {"turns": [{"from": "human", "value": "a"}], "response": "b"},
     ],
 )
 def test_every_shape_of_a_conversation_gives_the_same_messages(record):
@@ -28,10 +37,45 @@ def test_text_and_prompt_alone():
     assert to_content({"prompt": "a"}, "row").messages == (ASKED,)
 
 
-@pytest.mark.parametrize("record", [{"question": "a", "answer": "b"}, {"turns": ["a", "b"]}, {"prompt": ["a", "b"]}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "a", "answer": 2},
+        {"turns": ["a", "b"]},
+        {"turns": ["a", "b"], "answer": "c"},
+        {"prompt": ["a", "b"], "input": ""},
+        {"prompt": [ASKED], "chosen": "b"},
+    ],
+)
 def test_sets_of_prompts_ask_their_first_turn(record):
-    """GSM8K's, Spec-Bench's and MT-Bench's rows: a later turn would follow on an answer that is not there."""
+    """Spec-Bench's and MT-Bench's rows: a later turn would follow on an answer that is not there."""
     assert to_content(record, "row").messages == (ASKED,)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Be brief.", "messages": list(ANSWERED)},
+        {"system": "Be brief.", "messages": [BRIEF, *ANSWERED]},
+        {"system_prompt": "Be brief.", "question": "a", "response": "b"},
+        {"system": "", "system_message": "Be brief.", "conversations": [*ANSWERED]},
+        {"system": " ", "prompt": [BRIEF, ASKED], "completion": "b"},
+    ],
+)
+def test_what_the_system_says_beside_the_turns_comes_first(record):
+    """LLaMA-Factory's and OpenOrca's rows."""
+    assert to_content(record, "row").messages == (BRIEF, *ANSWERED)
+
+
+def test_nulls_are_absent_at_every_depth_of_objects_and_kept_in_lists():
+    """Arrow gives every object the keys of all others."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": {"b": None, "c": [None, 1]}}}}
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"a": {"enum": ["x", None], "b": None}}}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    content = to_content({"messages": [ASKED | {"name": None}, turn], "tools": [schema]}, "row")
+    assert content.messages[0] == ASKED
+    assert content.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": {"c": [None, 1]}}
+    assert content.tools[0]["function"]["parameters"] == {"a": {"enum": ["x", None]}}
 
 
 def test_what_templates_read_is_kept():
@@ -45,9 +89,18 @@ def test_what_templates_read_is_kept():
     assert to_content(shared, "row").messages[1]["reasoning_content"] == "x"
 
 
-@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
-def test_tools_as_schemas_or_as_a_string_of_them(tools):
-    assert to_content({"messages": list(ANSWERED), "tools": tools}, "row").tools == ({"name": "f"},)
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"tools": [SCHEMA]},
+        {"tools": json.dumps([SCHEMA]), "functions": []},
+        {"tools": [{"name": "f", "parameters": {}}]},
+        {"tools": "", "functions": [{"name": "f", "parameters": {}}]},
+        {"tools": [{"type": "function", "name": "f", "parameters": {}}]},
+    ],
+)
+def test_tools_in_every_shape_are_schemas_as_templates_take_them(record):
+    assert to_content({"messages": list(ANSWERED)} | record, "row").tools == (SCHEMA,)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +121,19 @@ def test_tools_as_schemas_or_as_a_string_of_them(tools):
         ({"data": ["a", 3]}, "row 1: the field data, turn 2 needs"),
         ({"prompt": ""}, "row 1: the field prompt"),
         ({"turns": []}, "row 1: the field turns"),
+        ({"turns": [ASKED, "b"]}, "row 1: the field turns, turn 2 must be an object"),
+        ({"prompt": [ASKED], "completion": [{"role": "assistant"}]}, "row 1: the field completion, turn 1 needs"),
         ({"messages": [ASKED], "tools": "{oops"}, "row 1: the field tools is not JSON"),
         ({"messages": [ASKED], "tools": ["f"]}, "row 1: the field tools must be a list of JSON schemas"),
+        ({"messages": [ASKED], "tools": '["\\ud83d"]'}, "row 1: the field tools holds half a surrogate pair"),
+        ({"messages": [ASKED], "tools": [SCHEMA], "functions": [SCHEMA]}, "row 1 has both the fields tools and functi"),
+        ({"messages": [BRIEF, ASKED], "system": "Be long."}, "row 1: the field system and the first turn say differ"),
+        ({"messages": [ASKED], "system": ["Be brief."]}, "row 1: of the fields system, .* as a string"),
+        ({"messages": [ASKED], "system": "a", "system_prompt": "b"}, "row 1: of the fields system, .* only one"),
+        ({"messages": [ASKED], "chat_template_kwargs": {"x": 1}}, r"row 1: the field chat_template.* data\.chat_templ"),
+        ({"messages": [ASKED], "documents": [{"text": "t"}]}, "row 1: the field documents .*write them into the turns"),
+        ({"conversations": [ASKED], "images": ["x.png"]}, "row 1: the field images .*only text is"),
+        ({"question": "a", "choices": ["b", "c"]}, "row 1: the field choices .*write it into the turn"),
     ],
 )
 def test_bad_records_are_named(record, complaint):
