@@ -39,8 +39,8 @@ def measure_tau(
     chain = Plan((Stage(passes=steps, drafted=steps),), beam_width=1, budget=steps + 1)
     with whole(head.parameters()):
         # Not a copy of the module, which DeepSpeed has put its hooks on.
-        served = DraftHead(head.config)
-        served.load_checkpoint({name: tensor.detach().cpu() for name, tensor in head.state_dict().items()})
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in head.state_dict().items()}
+    served = DraftHead.of_tensors(head.config, tensors)
     served = served.to(device=target.model.device, dtype=target.model.dtype).eval()
     engine_target = Target(target.model, head.config.tapped_layers)
     nothing = SuccessorMatrix(torch.full((1, 1), -1, device=target.model.device))

@@ -9,6 +9,7 @@ ngrams.safetensors               longer contexts, if a plan of the policy uses t
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .draft_head import DraftHead
+from .draft_head import DraftHead, DraftHeadConfig
 from .errors import GraftError
-from .head_checkpoint import load_head
+from .files import parse_json, read_json, read_safetensors
+from .grafting import check_sources
+from .head_checkpoint import load_head, load_head_config
 from .ngrams import SLOTS, NgramTable
-from .policy import Policy, paper_policy
+from .policy import METHODS, Policy, paper_policy
 from .retrieval import SuccessorMatrix
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -35,6 +37,8 @@ READ = ["*.json", "*.safetensors", "pytorch_model.bin"]
 
 PAPER_SUCCESSORS = 8
 """Successors per token that the paper's templates use."""
+PAPER_BEAM = 10
+"""Children per node that EAGLE's trees have."""
 
 
 @dataclass
@@ -62,19 +66,30 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
         GraftError: names the file, or the property of the target that differs.
     """
     directory = resolve(path)
-    head = load_head(directory, target_config.num_hidden_layers)
+    layers = target_config.num_hidden_layers
+    shape = load_head_config(directory, layers)
     if not (directory / "graft.json").exists() and not (directory / "successors.safetensors").exists():
-        check_sizes({}, head, target_config, "pass the target that it was trained for")
-        empty = SuccessorMatrix.empty(head.config.vocab_size, PAPER_SUCCESSORS, torch.device("cpu"))
-        return Bundle(head, paper_policy(), empty)
+        check_sizes({}, shape, target_config, "pass the target that it was trained for")
+        head = load_head(directory, layers)
+        return Bundle(head, *_unmeasured(shape))
     policy, made_for = load_graft(directory / "graft.json")
-    check_target(head, made_for, target_config, tokenizer)
+    check_target(shape, made_for, target_config, tokenizer)
+    head = load_head(directory, layers)
     here = describe_target(made_for["name_or_path"], target_config, tokenizer)
-    successors = load_successors(directory / "successors.safetensors", head.config.vocab_size, here)
+    successors = load_successors(directory / "successors.safetensors", shape.vocab_size, here)
     ngrams = None
     if policy.needs_ngrams:
-        ngrams = load_ngrams(directory / "ngrams.safetensors", head.config.vocab_size, here)
+        ngrams = load_ngrams(directory / "ngrams.safetensors", shape.vocab_size, here)
+    for method in METHODS:
+        check_sources(policy.plan(method), shape.draft_vocab_size, successors, ngrams)
     return Bundle(head, policy, successors, ngrams)
+
+
+def _unmeasured(shape: DraftHeadConfig) -> tuple[Policy, SuccessorMatrix]:
+    """The paper's policy and an empty matrix, as large as small vocabularies let them be."""
+    k = min(PAPER_SUCCESSORS, shape.vocab_size)
+    policy = paper_policy(beam_width=min(PAPER_BEAM, shape.draft_vocab_size), max_rank=k - 1)
+    return policy, SuccessorMatrix.empty(shape.vocab_size, k, torch.device("cpu"))
 
 
 def load_graft(path: Path) -> tuple[Policy, dict[str, Any]]:
@@ -88,10 +103,20 @@ def load_graft(path: Path) -> tuple[Policy, dict[str, Any]]:
         raise GraftError(
             f"{path}: target must hold exactly {sorted(known)}, not {sorted(made_for)}; export the bundle again"
         )
+    _check_made_for(made_for, path)
     try:
         return Policy.from_dict(policy), made_for
     except GraftError as error:
         raise GraftError(f"{path}: {error}; export the bundle again") from error
+
+
+def _check_made_for(made_for: dict[str, Any], path: Path) -> None:
+    """Raises GraftError unless these are values of `describe_target`: an empty fingerprint would fit any tokenizer."""
+    tokenizer = made_for["tokenizer"]
+    if tokenizer is not None and not (isinstance(tokenizer, str) and re.fullmatch("[0-9a-f]{64}", tokenizer)):
+        raise GraftError(f"{path}: target.tokenizer must be a SHA-256 or null, not {tokenizer!r}; export it again")
+    if not isinstance(made_for["name_or_path"], str) or any(type(made_for[name]) is not int for name in SIZES):
+        raise GraftError(f"{path}: target must have a name and sizes that are whole numbers; export it again")
 
 
 def describe_target(name_or_path: str, target_config: Any, tokenizer: Any | None) -> dict[str, Any]:
@@ -100,17 +125,18 @@ def describe_target(name_or_path: str, target_config: Any, tokenizer: Any | None
     return {"name_or_path": name_or_path, "tokenizer": tokenizer and tokenizer_hash(tokenizer), **sizes}
 
 
-def check_target(head: DraftHead, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
+def check_target(head: DraftHeadConfig, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
     """Raises GraftError unless the target has the sizes, and the tokenizer, the head was trained with."""
     remedy = f"pass the target it was made for ({made_for['name_or_path']})"
     check_sizes({name: made_for[name] for name in SIZES}, head, target_config, remedy)
-    if made_for["tokenizer"] and tokenizer is not None and tokenizer_hash(tokenizer) != made_for["tokenizer"]:
+    fingerprint = made_for["tokenizer"]
+    if fingerprint is not None and tokenizer is not None and tokenizer_hash(tokenizer) != fingerprint:
         raise GraftError(f"the target's tokenizer is not the one this bundle was trained with: {remedy}")
 
 
-def check_sizes(made_for: dict[str, int], head: DraftHead, target_config: Any, remedy: str) -> None:
+def check_sizes(made_for: dict[str, int], head: DraftHeadConfig, target_config: Any, remedy: str) -> None:
     """Raises GraftError unless the target has the head's sizes and those it was made for."""
-    of_head = {"vocab_size": head.config.vocab_size, "hidden_size": head.config.hidden_size}
+    of_head = {"vocab_size": head.vocab_size, "hidden_size": head.hidden_size}
     for name, expected in (*of_head.items(), *made_for.items()):
         actual = getattr(target_config, name)
         if actual != expected:
@@ -144,6 +170,10 @@ def load_successors(path: Path, vocab_size: int, made_for: dict[str, Any] | None
         raise GraftError(f"{path}: counts must be int64 [{vocab_size}], not {counts.dtype} {list(counts.shape)}")
     if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab_size):
         raise GraftError(f"{path}: ids must lie in -1..{vocab_size - 1}; the file is corrupt")
+    if probs.numel() and not bool(((probs >= 0) & (probs <= 1)).all()):
+        raise GraftError(f"{path}: probs must lie in 0..1; the file is corrupt")
+    if counts.numel() and int(counts.min()) < 0:
+        raise GraftError(f"{path}: counts must not be negative; the file is corrupt")
     ordered = ids.sort(dim=1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
         raise GraftError(f"{path}: ids names a successor of one token twice; the file is corrupt")
@@ -164,6 +194,8 @@ def load_ngrams(path: Path, vocab_size: int, made_for: dict[str, Any] | None = N
     successors = tensors["successors"]
     if int(successors.min()) < -1 or int(successors.max()) >= vocab_size:
         raise GraftError(f"{path}: successors must lie in -1..{vocab_size - 1}; the file is corrupt")
+    if min(int(tensors["counts"].min()), int(tensors["totals"].min())) < 0 or int(tensors["tags"].min()) < -1:
+        raise GraftError(f"{path}: counts, totals and tags must not be negative, but for empty tags; it is corrupt")
     try:
         return NgramTable(tensors["tags"], successors, tensors["counts"], tensors["totals"], built_for)
     except GraftError as error:
@@ -181,7 +213,12 @@ def read_table(
     tensors = read_safetensors(path)
     with safe_open(path, "pt") as file:
         recorded = (file.metadata() or {}).get("made_for")
-    built_for = json.loads(recorded) if recorded else None
+    try:
+        built_for = parse_json(recorded) if recorded else None
+    except ValueError as error:
+        raise GraftError(f"{path}: what it was made for is not JSON ({error}); build the corpus again") from error
+    if not isinstance(built_for, dict | None):
+        raise GraftError(f"{path}: what it was made for must be a JSON object; build the corpus again")
     for name, actual in (made_for or {}).items():
         expected = (built_for or {}).get(name)
         if expected is not None and actual is not None and actual != expected:
@@ -264,26 +301,3 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=READ))
     except (HFValidationError, RepositoryNotFoundError, OSError) as error:
         raise GraftError(f"{path} is neither a directory nor a Hub repository that can be read: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a GraftError that names the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise GraftError(f"{path} is missing: the directory is incomplete; export or download it again") from error
-    except (OSError, ValueError) as error:
-        raise GraftError(f"{path} is not valid JSON ({error}); export or download it again") from error
-    if not isinstance(values, dict):
-        raise GraftError(f"{path} must hold a JSON object")
-    return values
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file, or a GraftError that names the file."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise GraftError(f"{path} is missing: the directory is incomplete; export or download it again") from error
-    except (OSError, SafetensorError) as error:
-        raise GraftError(f"{path} is truncated or corrupt ({error}); export or download it again") from error

@@ -4,6 +4,7 @@ The same module is trained and served. How a query sees earlier keys differs bet
 over whole sequences, a tree over a cache), so the caller passes attention as a function.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
@@ -20,6 +21,20 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query_BQSD, key_BKSD, value_BKSD) of this pass -> attended values BQSD; owns cache and mask."""
 
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "draft_vocab_size",
+    "max_position_embeddings",
+)
+LARGEST = 2**31 - 1
+WEIGHT_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
 @dataclass(frozen=True)
 class DraftHeadConfig:
     """Shape of a draft head. The head is as wide as its target, whose embeddings it shares.
@@ -29,6 +44,9 @@ class DraftHeadConfig:
         vocab_size: the target's vocabulary, V.
         draft_vocab_size: tokens the head can propose, Vd <= V.
         norm_before_residual: whether the residual is the normed feature (False in EAGLE and SGLang).
+
+    Raises:
+        GraftError: a value of another type or out of its range, or a RoPE that transformers cannot build.
     """
 
     hidden_size: int
@@ -45,10 +63,46 @@ class DraftHeadConfig:
     norm_before_residual: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.draft_vocab_size <= self.vocab_size:
+        for name in SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value <= LARGEST:
+                raise GraftError(f"{name}={value!r} must be a whole number from 1 to {LARGEST}")
+        if self.draft_vocab_size > self.vocab_size:
             raise GraftError(f"draft_vocab_size={self.draft_vocab_size} must lie in 1..vocab_size={self.vocab_size}")
-        if list(self.tapped_layers) != sorted(set(self.tapped_layers)) or not self.tapped_layers:
-            raise GraftError(f"tapped_layers={self.tapped_layers} must be distinct and ascending")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise GraftError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise GraftError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        if type(self.rms_norm_eps) not in (int, float) or not 0 < self.rms_norm_eps < 1:
+            raise GraftError(f"rms_norm_eps={self.rms_norm_eps!r} must lie between 0 and 1")
+        if type(self.norm_before_residual) is not bool:
+            raise GraftError(f"norm_before_residual={self.norm_before_residual!r} must be true or false")
+        tapped = self.tapped_layers
+        if not tapped or not all(type(layer) is int and 0 <= layer <= LARGEST for layer in tapped):
+            raise GraftError(f"tapped_layers={tapped} must be layers of the target, counted from 0")
+        if list(tapped) != sorted(set(tapped)):
+            raise GraftError(f"tapped_layers={tapped} must be distinct and ascending")
+        self.rotary()
+
+    def rotary(self) -> LlamaRotaryEmbedding:
+        """The head's RoPE, on the CPU.
+
+        Raises:
+            GraftError: parameters that transformers does not know or that give frequencies which are none.
+        """
+        try:
+            with torch.device("cpu"):
+                rotary = LlamaRotaryEmbedding(self.llama_config())
+            frequencies = torch.cat([buffer.flatten() for _, buffer in rotary.named_buffers()])
+            sound = bool(frequencies.isfinite().all()) and math.isfinite(rotary.attention_scaling)
+        except Exception as error:  # whatever a kind of RoPE does with parameters that it cannot use
+            raise GraftError(f"rope_parameters={self.rope_parameters} cannot be used: {error!r}") from error
+        if not sound:
+            raise GraftError(f"rope_parameters={self.rope_parameters} give frequencies that are not finite")
+        return rotary
 
     def llama_config(self) -> LlamaConfig:
         """The flat Llama configuration that the SGLang dialect stores, and that RoPE is built from."""
@@ -148,7 +202,7 @@ class DraftHead(nn.Module):
         self.midlayer = DraftLayer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.rotary_emb = LlamaRotaryEmbedding(config.llama_config())
+        self.rotary_emb = config.rotary()
         kept_V = torch.arange(config.vocab_size) < config.draft_vocab_size
         if config.draft_vocab_size < config.vocab_size:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -184,27 +238,36 @@ class DraftHead(nn.Module):
         if config.draft_vocab_size < config.vocab_size:
             # EAGLE stores the *offset* from draft id to target id, not the target id.
             self.d2t = self.target_ids - torch.arange(len(token_ids_D), device=self.target_ids.device)
-            self.t2d = torch.zeros_like(self.t2d).index_fill_(0, self.target_ids, True)
+            kept_V = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.target_ids.device)
+            self.t2d = kept_V.index_fill_(0, self.target_ids, True)
 
-    def load_checkpoint(self, tensors: dict[str, Tensor]) -> None:
-        """Loads a checkpoint strictly: every tensor known, none missing, vocabulary maps consistent.
+    @classmethod
+    def of_tensors(cls, config: DraftHeadConfig, tensors: dict[str, Tensor]) -> Self:
+        """The head of a checkpoint, in its dtype, on the CPU: every tensor known, none missing, all finite.
+
+        It keeps the tensors themselves, and makes nothing of a size that they do not have.
+
+        Args:
+            tensors: those of `state_dict()`; t2d, which follows from d2t, and embeddings may be missing.
 
         Raises:
-            GraftError: names the missing, unknown or misshapen tensors.
+            GraftError: names the tensors that are missing, unknown, misshapen or not finite, or of another dtype.
         """
-        own = self.state_dict()
-        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-        if missing or unknown or misshapen:
-            raise GraftError(
-                "this is not a checkpoint of the head its config describes: "
-                f"missing {missing}, unknown {unknown}, of another shape {sorted(misshapen)}"
-            )
-        self.load_state_dict(tensors, strict=True)
-        if self.config.draft_vocab_size < self.config.vocab_size:
-            self.set_draft_vocabulary(torch.arange(self.config.draft_vocab_size) + tensors["d2t"].cpu())
-            if not torch.equal(self.t2d.cpu(), tensors["t2d"].cpu()):
+        maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
+        if config.draft_vocab_size == config.vocab_size:
+            maps = {name: tensor for name, tensor in maps.items() if not bool((tensor == (name == "t2d")).all())}
+        weights = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+        with torch.device("meta"):
+            head = cls(config, own_embeddings=EMBEDDINGS in tensors)
+        _check_shapes(head, weights | maps)
+        _check_numbers(weights)
+        head.load_state_dict(weights, strict=False, assign=True)  # the maps are not there yet
+        head.target_ids = torch.arange(config.draft_vocab_size)
+        if maps:
+            head.set_draft_vocabulary(head.target_ids + maps["d2t"].long())
+            if "t2d" in maps and not torch.equal(head.t2d, maps["t2d"].bool()):
                 raise GraftError("d2t and t2d name different draft vocabularies; the checkpoint is corrupt")
+        return head.to(weights["lm_head.weight"].dtype)
 
     def fuse(self, taps_BSE: Tensor) -> Tensor:
         """Target's tapped states, concatenated, [B, S, taps*H] -> feature [B, S, H]."""
@@ -218,6 +281,30 @@ class DraftHead(nn.Module):
     def logits(self, hidden_BSH: Tensor) -> Tensor:
         """Logits over the draft vocabulary. [..., H] -> [..., Vd]"""
         return self.lm_head(self.norm(hidden_BSH))
+
+
+def _check_shapes(head: DraftHead, tensors: dict[str, Tensor]) -> None:
+    """Raises GraftError unless the tensors are those of a head's checkpoint, which may leave out t2d."""
+    own = head.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys() - {"t2d"}), sorted(tensors.keys() - own.keys())
+    misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or unknown or misshapen:
+        raise GraftError(
+            "this is not a checkpoint of the head its config describes: "
+            f"missing {missing}, unknown {unknown}, of another shape {sorted(misshapen)}"
+        )
+    for name, kinds in {"d2t": {torch.int64, torch.int32}, "t2d": {torch.bool, torch.uint8}}.items():
+        if name in tensors and tensors[name].dtype not in kinds:
+            raise GraftError(f"{name} must be of {' or '.join(map(str, kinds))}, not {tensors[name].dtype}")
+
+
+def _check_numbers(weights: dict[str, Tensor]) -> None:
+    """Raises GraftError for a weight that is no number the head could compute with."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise GraftError(f"{name} is of {tensor.dtype}; a head's weights are float32, bfloat16 or float16")
+        if not bool(tensor.isfinite().all()):
+            raise GraftError(f"{name} holds NaN or infinity")
 
 
 def default_tapped_layers(num_layers: int) -> tuple[int, int, int]:

@@ -313,7 +313,8 @@ def propose(
         told = [part if noise is None else noise.foreseen(part, head.target_ids, depth) for part, noise in parts]
         logits_BD = _joined(told)
     logp_Bk, draft_ids_Bk = logits_BD.log_softmax(dim=-1).topk(beam_width, dim=-1)
-    return logp_Bk, head.target_ids[draft_ids_Bk]
+    # A head that overflows says NaN: its proposals come last, and drafting stops.
+    return logp_Bk.nan_to_num_(nan=-torch.inf, neginf=-torch.inf), head.target_ids[draft_ids_Bk]
 
 
 def _propose(

@@ -232,7 +232,7 @@ class GraftEngine:
     ) -> Iterator[tuple[int, int]]:
         """Yields tokens as they are accepted, with the index of their prompt."""
         plan = request.plan or self.policy.plan(request.method)
-        check_sources(plan, self.successors, self.ngrams)
+        check_sources(plan, self.head.config.draft_vocab_size, self.successors, self.ngrams)
         if request.temperature and request.seed is None and self.target.is_parallel:
             raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
         rows = request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)

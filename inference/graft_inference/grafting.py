@@ -16,8 +16,15 @@ LEAST = 1e-4
 """Probabilities this close to 0 and 1 count as that close."""
 
 
-def check_sources(plan: Plan, successors: SuccessorMatrix, ngrams: NgramTable | None) -> None:
-    """Raises GraftError where a plan looks up what the sources do not have."""
+def check_sources(
+    plan: Plan, draft_vocab_size: int, successors: SuccessorMatrix, ngrams: NgramTable | None = None
+) -> None:
+    """Raises GraftError where a plan asks for what the head and the other sources do not have."""
+    if plan.drafts and plan.beam_width > draft_vocab_size:
+        raise GraftError(
+            f"the plan takes the {plan.beam_width} likeliest tokens of a head that knows {draft_vocab_size}: "
+            "calibrate again with this head"
+        )
     if plan.looks_up and plan.max_rank >= successors.k:
         raise GraftError(
             f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps {successors.k} "
@@ -152,13 +159,18 @@ def beneath(
 
 
 def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:
-    """log P(accepted | parent accepted) of each row, see `Scale`; 0 for the root. EMPTY rows may be NaN."""
+    """log P(accepted | parent accepted) of each row, see `Scale`; 0 for the root."""
     step_N = calibrated(table_N2, tree.logp_N - tree.logp_N.index_select(0, tree.parents_N))
     step_N[0] = 0.0
     return step_N
 
 
 def calibrated(table_N2: Tensor, step_logp_N: Tensor) -> Tensor:
-    """log P(accepted | parent accepted) from log-probabilities of steps; table: slope and offset of each."""
+    """log P(accepted | parent accepted) from log-probabilities of steps, -inf where one is no number.
+
+    Args:
+        table_N2: slope and offset of each.
+    """
     logit_N = torch.logit(step_logp_N.exp(), eps=LEAST)
-    return F.logsigmoid(torch.addcmul(table_N2[..., 1], table_N2[..., 0], logit_N))
+    scores_N = F.logsigmoid(torch.addcmul(table_N2[..., 1], table_N2[..., 0], logit_N))
+    return scores_N.nan_to_num_(nan=-torch.inf)

@@ -7,18 +7,17 @@ layer at the top level (vLLM). We write both.
 """
 
 import json
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .draft_head import EMBEDDINGS, DraftHead, DraftHeadConfig, default_tapped_layers
+from .draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
 from .errors import GraftError
+from .files import read_json, read_safetensors, replace_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -27,6 +26,51 @@ AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 SPECULATORS = "speculators_model_type"
 REMEDY = "copy the head again, or train it again with recipes/distill.py"
 
+READ = frozenset({
+    "architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window",
+    "target_hidden_size", "draft_vocab_size", "norm_before_residual", "eagle_config", "speculators_model_type",
+    "transformer_layer_config", AUX_IDS,
+})  # fmt: skip
+"""Keys that what is computed is read from."""
+COMPUTED = {
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+    "additional_fc": False,
+    "logit_scale": 1,
+    "partial_rotary_factor": 1,
+    "is_encoder_decoder": False,
+}
+"""Keys that change what is computed, each with the value that this module computes; null and absent mean it too."""
+HARMLESS = frozenset({
+    "_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "embed_requires_grad", "eos_token_id", "experts_per_token", "id2label", "initializer_range", "label2id",
+    "max_window_layers", "num_local_experts", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "return_dict", "reuse_target_lm_head", "speculators_config",
+    "speculators_version", "target_model_type", "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+"""Keys of published heads that do not change a pass of this layer, whose tensors are all known."""
+EAGLE_CONFIG = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+}
+"""The same within eagle_config, as NVIDIA's heads have it."""
+ROPE = frozenset({
+    "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+    "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate",
+})  # fmt: skip
+ROPE_OF_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
+"""Positions of images; those of text are the same with and without them."""
+
 
 def save_head(head: DraftHead, directory: Path) -> None:
     """Writes the head into `directory`, each file aside and then renamed; other files there stay."""
@@ -34,8 +78,8 @@ def save_head(head: DraftHead, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     config = head_config_to_dict(head.config, head.lm_head.weight.dtype)
-    _replace(directory / WEIGHTS_FILE, lambda aside: save_file(tensors, str(aside), metadata={"format": "pt"}))
-    _replace(
+    replace_file(directory / WEIGHTS_FILE, lambda aside: save_file(tensors, str(aside), metadata={"format": "pt"}))
+    replace_file(
         directory / CONFIG_FILE,
         lambda aside: aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
     )
@@ -51,15 +95,26 @@ def load_head(directory: Path, target_layers: int | None = None) -> DraftHead:
         GraftError: a file is missing, truncated or corrupt, or the two files do not describe one head.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG_FILE, target_layers)
-    weights = directory / WEIGHTS_FILE
-    tensors = _our_names(_read_tensors(weights), config)
-    head = DraftHead(config, own_embeddings=EMBEDDINGS in tensors)
+    config = load_head_config(directory, target_layers)
+    path, tensors = _read_tensors(directory)
     try:
-        head.load_checkpoint(tensors)
+        return DraftHead.of_tensors(config, _our_names(tensors))
     except GraftError as error:
-        raise GraftError(f"{weights}: {error}; {REMEDY}") from error
-    return head.to(tensors["lm_head.weight"].dtype)
+        raise GraftError(f"{path}: {error}; {REMEDY}") from error
+
+
+def load_head_config(directory: Path, target_layers: int | None = None) -> DraftHeadConfig:
+    """The shape of the head in a directory; arguments and errors as `load_head`."""
+    path = directory / CONFIG_FILE
+    values = read_json(path, REMEDY)
+    try:
+        return head_config_from_dict(values, target_layers)
+    except KeyError as error:
+        raise GraftError(f"{path} lacks the key {error}; {REMEDY}") from error
+    except GraftError as error:
+        raise GraftError(f"{path}: {error}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise GraftError(f"{path} does not describe a draft head ({error}); {REMEDY}") from error
 
 
 def head_config_to_dict(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -104,88 +159,129 @@ def head_config_from_dict(values: dict[str, Any], target_layers: int | None = No
         GraftError: a key is missing, contradicts another, or describes a head that this module is not.
     """
     nested = SPECULATORS in values
-    if nested and (values[SPECULATORS] != "eagle3" or values.get("norm_before_fc")):
-        raise GraftError("of the speculators heads only eagle3 without norm_before_fc can be loaded")
+    if nested and values[SPECULATORS] != "eagle3":
+        raise GraftError(f"of the speculators heads only eagle3 can be loaded, not {values[SPECULATORS]!r}")
     layer = values["transformer_layer_config"] if nested else values
+    for part in [values, layer] if nested else [values]:
+        _check_keys(part, READ, COMPUTED, HARMLESS)
+    _check_keys(values.get("eagle_config") or {}, {AUX_IDS}, EAGLE_CONFIG)
+    _check_layer(layer, nested)
     hidden_size, heads = layer["hidden_size"], layer["num_attention_heads"]
-    if layer.get("num_hidden_layers", 1) != 1 or (values.get("target_hidden_size") or hidden_size) != hidden_size:
-        raise GraftError("only heads of one layer that are as wide as their target can be loaded")
-    if layer.get("attention_bias") or layer.get("mlp_bias") or layer.get("hidden_act", "silu") != "silu":
-        raise GraftError("only heads without biases and with silu activation can be loaded")
-    rope = layer.get("rope_parameters") or {
-        **(layer.get("rope_scaling") or {"rope_type": "default"}),
-        "rope_theta": layer.get("rope_theta", 10000.0),
-    }
+    if _given(values, "target_hidden_size", hidden_size) != hidden_size:
+        raise GraftError("only heads that are as wide as their target can be loaded")
     return DraftHeadConfig(
         hidden_size=hidden_size,
         intermediate_size=layer["intermediate_size"],
         num_attention_heads=heads,
-        num_key_value_heads=layer.get("num_key_value_heads", heads),
-        head_dim=layer.get("head_dim") or hidden_size // heads,
+        num_key_value_heads=_given(layer, "num_key_value_heads", heads),
+        head_dim=_given(layer, "head_dim", hidden_size // heads),
         vocab_size=layer["vocab_size"],
-        draft_vocab_size=values.get("draft_vocab_size") or layer["vocab_size"],
+        draft_vocab_size=_given(values, "draft_vocab_size", layer["vocab_size"]),
         tapped_layers=_tapped_layers(values, target_layers),
         max_position_embeddings=layer["max_position_embeddings"],
         rms_norm_eps=layer["rms_norm_eps"],
-        rope_parameters=dict(rope),
+        rope_parameters=_rope(layer),
         # Without the key a flat configuration means False (SGLang), a nested one True (vLLM).
-        norm_before_residual=values.get("norm_before_residual", nested),
+        norm_before_residual=_given(values, "norm_before_residual", nested),
     )
+
+
+def _given(values: dict[str, Any], name: str, default: Any) -> Any:
+    """null means what an absent key does."""
+    value = values.get(name)
+    return default if value is None else value
+
+
+def _check_keys(
+    values: dict[str, Any], read: Collection[str], computed: dict[str, Any], harmless: Collection[str] = ()
+) -> None:
+    """Raises GraftError for a key that changes what is computed, or that may: it is not known here."""
+    for name, value in values.items():
+        if name in computed and value is not None and value != computed[name]:
+            raise GraftError(f"{name}={value!r} makes another network: only {computed[name]!r} can be computed here")
+        if name not in computed and name not in read and name not in harmless and value is not None:
+            raise GraftError(
+                f"{name}={value!r} is not known here and may make another network: take the key out if it does not "
+                "change what the head computes"
+            )
+
+
+def _check_layer(layer: dict[str, Any], nested: bool) -> None:
+    """Raises GraftError for another layer than Llama's with full attention."""
+    kind = layer.get("model_type")
+    # The architecture of a flat configuration names the layer; its model_type is often the target's.
+    is_llama = not nested and any("Llama" in str(name) for name in layer.get("architectures") or [])
+    if kind not in (None, "llama") and not is_llama:
+        raise GraftError(f"model_type={kind!r} makes another layer: only llama can be computed here")
+    kinds, window = layer.get("layer_types"), layer.get("sliding_window")
+    if kinds not in (None, ["full_attention"]):
+        raise GraftError(f"layer_types={kinds} makes another network: only full_attention can be computed here")
+    if window is not None and kinds is None and layer.get("use_sliding_window") is not False:
+        raise GraftError(f"sliding_window={window} makes another network: only full_attention can be computed here")
+
+
+def _rope(layer: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's parameters, of the transformers 5 kind.
+
+    Raises:
+        GraftError: the two kinds of keys contradict each other, or one is not known.
+    """
+    new, old = layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {}
+    if new and all(isinstance(value, dict) for value in new.values()):
+        if "full_attention" not in new:
+            raise GraftError(f"rope_parameters={new} has none for full_attention")
+        new = new["full_attention"]
+    given = [_rope_of(part) for part in (new, old) if part]
+    theta = layer.get("rope_theta")
+    if theta is not None:
+        given.append({"rope_theta": theta})
+    rope: dict[str, Any] = {}
+    for part in given:
+        for name, value in part.items():
+            if rope.setdefault(name, value) != value:
+                raise GraftError(f"rope_parameters, rope_scaling and rope_theta say different things of {name}")
+    return {"rope_type": "default", "rope_theta": 10000.0} | rope
+
+
+def _rope_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that change the frequencies of text."""
+    kind = values.get("rope_type", values.get("type"))
+    _check_keys(values, ROPE | ROPE_OF_IMAGES | {"rope_type", "type"}, {"partial_rotary_factor": 1})
+    if not isinstance(kind, str | None):
+        raise GraftError(f"rope_type={kind!r} must be a name")
+    rope = {name: value for name, value in values.items() if name in ROPE and value is not None}
+    return ({} if kind is None else {"rope_type": kind}) | rope
 
 
 def _tapped_layers(values: dict[str, Any], target_layers: int | None) -> tuple[int, ...]:
     """The layers whose outputs feed the head, from whichever convention the configuration follows."""
     outputs, inputs = (values.get("eagle_config") or {}).get(AUX_IDS), values.get(AUX_IDS)
-    if outputs is not None:
-        tapped = tuple(int(layer) for layer in outputs)
-    elif inputs is not None:
-        tapped = tuple(int(layer) - 1 for layer in inputs)
-    elif target_layers is not None:
+    given = outputs if outputs is not None else inputs
+    if given is None:
+        if target_layers is None:
+            raise GraftError(f"{AUX_IDS} is missing: which target layers feed the head is unknown")
         return default_tapped_layers(target_layers)
-    else:
-        raise GraftError(f"{AUX_IDS} is missing: which target layers feed the head is unknown")
-    if inputs is not None and list(inputs) != [layer + 1 for layer in tapped]:
+    if not isinstance(given, list) or not all(type(layer) is int for layer in given):
+        raise GraftError(f"{AUX_IDS}={given} must be a list of layers")
+    tapped = tuple(layer - (outputs is None) for layer in given)
+    if inputs is not None and inputs != [layer + 1 for layer in tapped]:
         raise GraftError(f"the top-level {AUX_IDS}={inputs} must be eagle_config's {list(tapped)} plus one")
     if min(tapped, default=0) < 0:
         raise GraftError(f"the head taps the target's embeddings ({AUX_IDS}), which is not supported")
     return tapped
 
 
-def _our_names(tensors: dict[str, torch.Tensor], config: DraftHeadConfig) -> dict[str, torch.Tensor]:
-    """The tensors under the names of `DraftHead`, without vocabulary maps that map nothing."""
-    named = {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
-    if config.draft_vocab_size == config.vocab_size:
-        for name, identity in (("d2t", 0), ("t2d", 1)):
-            if name in named and bool((named[name] == identity).all()):
-                del named[name]
-    return named
+def _our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names of `DraftHead`."""
+    return {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
 
 
-def _read_config(path: Path, target_layers: int | None) -> DraftHeadConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return head_config_from_dict(values, target_layers)
-    except FileNotFoundError as error:
-        raise GraftError(f"{path} is missing; {REMEDY}") from error
-    except KeyError as error:
-        raise GraftError(f"{path} lacks the key {error}; {REMEDY}") from error
-    except GraftError as error:
-        raise GraftError(f"{path}: {error}; {REMEDY}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise GraftError(f"{path} does not describe a draft head ({error}); {REMEDY}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        pickled = path.with_name(PICKLED_FILE)
-        if pickled.is_file():
-            return _read_pickled(pickled)
-        raise GraftError(f"{path} is missing; {REMEDY}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise GraftError(f"{path} is truncated or corrupt ({error}); {REMEDY}") from error
+def _read_tensors(directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Where the tensors lie, and the tensors."""
+    path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_FILE
+    if not path.is_file() and pickled.is_file():
+        return pickled, _read_pickled(pickled)
+    return path, read_safetensors(path, REMEDY)
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
@@ -197,11 +293,3 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
         raise GraftError(f"{path} must hold tensors by name; {REMEDY}")
     return values
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)

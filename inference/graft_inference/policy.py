@@ -1,14 +1,31 @@
 """When to stop drafting, and which nodes of each source make the tree: `graft.json`."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import pairwise
-from typing import Any, Self
+from itertools import pairwise, repeat
+from typing import Any, Self, get_args, get_origin
 
 from .echo import LONGEST
 from .errors import GraftError
 
 METHODS = ("graft", "eagle3", "prune", "retrieve", "autoregressive")
 RankPaths = tuple[tuple[int, ...], ...]
+MAX_ROWS = 1024
+"""Of a verification, and paths of a template: memory grows with their square. Devices pay for 8 to 64."""
+MAX_CANDIDATES = 1 << 16
+"""Nodes that the head may propose in a round."""
+LARGEST_FLOAT = 1e30
+"""Thresholds and offsets beyond it are damage; sums of them stay finite in float32."""
+
+
+def check_template(template: RankPaths, what: str) -> None:
+    """Raises GraftError unless the rank paths are closed under parents, each there once, and not too many."""
+    seen: set[tuple[int, ...]] = {()}
+    for path in template:
+        if not path or path[:-1] not in seen or path in seen or path[-1] < 0:
+            raise GraftError(f"{what} needs ranks from 0, and the parent of {list(path)} before it, each path once")
+        seen.add(path)
+    if len(template) >= MAX_ROWS:
+        raise GraftError(f"{what} has {len(template)} paths, over the limit of {MAX_ROWS - 1}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,8 @@ class Scale:
     beneath: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        check_template(self.template, "a scale's template")
         if any(slope <= 0 for slope, _ in (*self.drafted, *self.retrieved)):
             raise GraftError("a scale's slopes must be positive: calibrate again")
         if any(path[-1] >= len(self.ranks) for path in self.template):
@@ -54,7 +73,9 @@ class Scale:
             )
         if self.echo and (len(self.echo) != LONGEST or len({*map(len, self.echo)}) != 1):
             raise GraftError(f"the scale of the request's own text needs {LONGEST} rows of one length: calibrate again")
-        if any(below > above for row in self.echo for above, below in pairwise((0.0, *row))):
+        if self.echo_depth >= MAX_ROWS:
+            raise GraftError(f"the scale of the request's own text is {self.echo_depth} tokens deep: calibrate again")
+        if any(not below <= above for row in self.echo for above, below in pairwise((0.0, *row))):
             raise GraftError("the scale of the request's own text must fall with depth, from 0: calibrate again")
 
     @property
@@ -105,12 +126,11 @@ class Stage:
     width: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("passes", "drafted", "retrieved", "width"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise GraftError(f"a stage's {name} must be a count, not {value!r}")
-        if not isinstance(self.threshold, int | float):
-            raise GraftError(f"a stage's threshold must be a number, not {self.threshold!r}")
+            if getattr(self, name) < 0:
+                raise GraftError(f"a stage's {name} must be a count, not {getattr(self, name)}")
+        check_template(self.template, f"the template of stage {self.name}")
         if self.width and (self.drafted or self.retrieved or self.template):
             raise GraftError("a stage has either a width or rows for each source, not both")
 
@@ -149,11 +169,19 @@ class Plan:
     shares_noise: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self)
         passes = [stage.passes for stage in self.stages]
         if not passes or passes != sorted(set(passes)):
             raise GraftError(f"a plan's stages need rising passes, not {passes}")
         if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.retrieves_alone):
             raise GraftError("only a plan that scores retrieved nodes can begin with a stage of 0 passes")
+        if self.beam_width < 1 or self.candidates(passes[-1]) > MAX_CANDIDATES or passes[-1] > MAX_ROWS:
+            raise GraftError(
+                f"{passes[-1]} passes with beam_width={self.beam_width} propose no nodes, or over {MAX_CANDIDATES}: "
+                "lower either"
+            )
+        if not 0 < self.budget <= MAX_ROWS:
+            raise GraftError(f"a budget of {self.budget} rows must lie in 1..{MAX_ROWS}")
         for stage in self.stages:
             candidates = self.candidates(stage.passes)
             if stage.drafted > candidates:
@@ -291,14 +319,14 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         try:
             stages = tuple(_exactly(Stage, stage) for stage in values["stages"])
-            scale = values["scale"] and _exactly(Scale, values["scale"])
+            scale = None if values["scale"] is None else _exactly(Scale, values["scale"])
             return _exactly(cls, {**values, "stages": stages, "scale": scale})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise GraftError(f"not a plan of a graft.json ({error}): calibrate again") from error
 
 
 def _exactly(cls: type, values: dict[str, Any]) -> Any:
-    """A dataclass from JSON that has every field of it and no other; lists become tuples, nested ones too."""
+    """A dataclass from JSON that has every field of it and no other; lists become tuples."""
 
     def frozen(value: Any) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
@@ -306,6 +334,33 @@ def _exactly(cls: type, values: dict[str, Any]) -> Any:
     if missing := [one.name for one in fields(cls) if one.name not in values]:
         raise TypeError(f"a {cls.__name__.lower()} lacks {', '.join(missing)}")
     return cls(**{name: frozen(value) for name, value in values.items()})
+
+
+def _check_types(part: Any) -> None:
+    """Raises GraftError for the first field of a dataclass that is not of its type."""
+    for one in fields(part):
+        value = getattr(part, one.name)
+        if not is_a(value, one.type):
+            raise GraftError(f"{one.name}={value!r} of a {type(part).__name__.lower()} must be {_words(one.type)}")
+
+
+def _words(kind: Any) -> str:
+    return {int: "a whole number", float: "a finite number", bool: "true or false"}.get(kind, f"of the type {kind}")
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as dataclasses are annotated; a float is any finite number."""
+    options = get_args(kind)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple) or (options[-1] is not Ellipsis and len(value) != len(options)):
+            return False
+        kinds = repeat(options[0]) if options[-1] is Ellipsis else options
+        return all(map(is_a, value, kinds))
+    if options:
+        return any(is_a(value, option) for option in options)
+    if kind is float:
+        return isinstance(value, int | float) and type(value) is not bool and abs(value) <= LARGEST_FLOAT
+    return type(value) is kind if kind in (int, bool) else isinstance(value, kind)
 
 
 AUTOREGRESSIVE = Plan((Stage(passes=0),), beam_width=1, budget=1)
@@ -352,7 +407,10 @@ class Policy:
         if set(values) != known:
             raise GraftError(f"graft.json must hold exactly {sorted(known)}, not {sorted(values)}")
         plans = {name: Plan.from_dict(values[name]) for name in ("graft", "eagle3", "retrieve")}
-        return cls(**plans, measured_on=values["measured_on"])
+        measured_on = values["measured_on"]
+        if not isinstance(measured_on, dict) or not isinstance(measured_on.get("device"), dict | None):
+            raise GraftError(f"measured_on={measured_on!r} must be an object, and its device one or null")
+        return cls(**plans, measured_on=measured_on)
 
 
 def paper_policy(beam_width: int = 10, rows: int = 64, max_passes: int = 9, max_rank: int = 7) -> Policy:

@@ -243,7 +243,8 @@ class SuccessorMatrix:
             seen_MK = (top.values.float() - logits_MV.float().logsumexp(dim=-1, keepdim=True)).exp()[last_M]
             if self.decay:
                 ids_MK, seen_MK = self._decayed(tokens_M, ids_MK, seen_MK)
-            self.probs_VK[tokens_M] = seen_MK.to(self.probs_VK.dtype)
+            # A target that overflows leaves no trace of it in later requests.
+            self.probs_VK[tokens_M] = seen_MK.nan_to_num_(nan=0.0).to(self.probs_VK.dtype)
             self.learned_V.index_add_(0, tokens_M, torch.ones_like(tokens_M))
         self.ids_VK[tokens_M] = ids_MK
 

@@ -43,21 +43,34 @@ class DraftTree:
         return len(self.tokens_N)
 
     def best(self, rows: int) -> "DraftTree":
-        """The root and the `rows` best-scored nodes.
+        """The root and the `rows` best-scored nodes, see `chosen`."""
+        return self.chosen(self.logp_N, 1 + rows)
 
-        A child never scores above its parent and stands after it, so a stable sort keeps the selection
-        closed under parents and in topological order.
+    def chosen(self, score_N: Tensor, rows: int) -> "DraftTree":
+        """The root and the best-scored nodes, by falling score; as many rows as asked for, where there are so many.
+
+        A child that never scores above its parent stands behind it, as the sort is stable. The result is a tree
+        whatever the scores are: the root is row 0, and a node that no number scores or whose parent is left out is
+        EMPTY. torch would sort NaN first, and the rounding of a sum may lift a child above its parent.
+
+        Args:
+            score_N: the result's `logp_N`.
         """
-        chosen_K = torch.sort(self.logp_N, descending=True, stable=True).indices[: rows + 1]
-        slot_N = torch.zeros_like(self.parents_N)
-        slot_N[chosen_K] = torch.arange(len(chosen_K), device=chosen_K.device)
+        order_N = score_N.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        order_N[0] = torch.inf
+        row_K = order_N.sort(descending=True, stable=True).indices[:rows]
+        slot_N = torch.full_like(self.parents_N, rows)  # where the parent is left out
+        slot_N[row_K] = torch.arange(len(row_K), device=row_K.device)
+        parents_K, score_K = slot_N[self.parents_N[row_K]], score_N[row_K]
+        lost_K = (parents_K == rows) | ~(score_K > -torch.inf)
+        lost_K[0] = False
         return DraftTree(
-            self.tokens_N[chosen_K],
-            slot_N[self.parents_N[chosen_K]],
-            self.depths_N[chosen_K],
-            self.logp_N[chosen_K],
-            self.sources_N[chosen_K],
-            self.paths_N[chosen_K],
+            self.tokens_N[row_K],
+            parents_K.masked_fill_(lost_K, 0),
+            self.depths_N[row_K],
+            score_K,
+            self.sources_N[row_K].masked_fill_(lost_K, Source.EMPTY),
+            self.paths_N[row_K],
         )
 
     def leaves(self, count: int) -> Tensor:
@@ -162,7 +175,7 @@ def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTre
     """The root and the best-scored nodes of several trees of one root, by falling score.
 
     A path that several trees hold is one node: it takes its best score, and the source of the first tree
-    that has it. Since no child outscores its parent, the result is closed under parents.
+    that has it.
 
     Args:
         trees: each starts with the root.
@@ -182,19 +195,8 @@ def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTre
     # A repeated row receives no score: it stays at -inf.
     score_C = torch.full((size,), -torch.inf, device=tokens_C.device)
     score_C.scatter_reduce_(0, first_C, torch.cat(scores), "amax")
-    ordered = score_C.sort(descending=True, stable=True)
-    score_N, chosen_N = ordered.values[:rows], ordered.indices[:rows]
-    slot_C = torch.zeros_like(row_C)
-    slot_C[chosen_N] = row_C[:rows]
-    parents_N = first_C.index_select(0, parents_C.index_select(0, chosen_N))
-    return DraftTree(
-        tokens_C.index_select(0, chosen_N),
-        slot_C.index_select(0, parents_N),
-        depths_C.index_select(0, chosen_N),
-        score_N,
-        sources_C.index_select(0, chosen_N).masked_fill_(score_N == -torch.inf, Source.EMPTY),
-        paths_C.index_select(0, chosen_N),
-    )
+    together = DraftTree(tokens_C, first_C.index_select(0, parents_C), depths_C, score_C, sources_C, paths_C)
+    return together.chosen(score_C, rows)
 
 
 def _columns(tree: DraftTree) -> tuple[Tensor, ...]:

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft_inference import METHODS, GraftEngine, GraftError, packed_linear, paper_policy
-from graft_inference.bundle import load_bundle, load_target_model, tokenizer_hash
+from graft_inference.bundle import load_bundle, load_ngrams, load_target_model, tokenizer_hash
 from graft_inference.drafting import Drafter
+from graft_inference.head_checkpoint import save_head
 
 from .test_engine import prompt
-from .tiny import tiny_engine, tiny_head, tiny_model, tiny_policy
-from .tiny_bundle import tiny_successors, tiny_tokenizer, write_bundle, write_target
+from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny_bundle import tiny_ngrams, tiny_successors, tiny_tokenizer, write_bundle, write_target
 
 FILES = ["config.json", "model.safetensors", "graft.json", "successors.safetensors"]
 
@@ -154,6 +155,30 @@ def test_a_directory_in_the_place_of_a_file_is_named(bundle, target, name):
         (lambda g: g["policy"]["graft"]["stages"][0].pop("template"), "not a plan.*template"),
         (lambda g: g["policy"]["graft"].update(stages=7), "not a plan"),
         (lambda g: g["policy"]["graft"].update(budget=4), "over the budget of 4"),
+        (lambda g: g["policy"]["graft"].update(budget=1 << 20), "must lie in 1..1024"),
+        (lambda g: g["policy"]["graft"].update(budget=12.0), "budget=12.0 .* must be a whole number"),
+        (lambda g: g["policy"]["graft"].update(beam_width=100_000), "or over 65536"),
+        (lambda g: g["policy"]["graft"].update(beam_width=0), "propose no nodes"),
+        (lambda g: g["policy"]["graft"].update(beam_width=True), "beam_width=True .* must be a whole number"),
+        (lambda g: g["policy"]["graft"].update(learns_accepted={}), "learns_accepted={} .* must be true or false"),
+        (lambda g: g["policy"]["graft"].update(shares_noise=None), "shares_noise=None .* must be true or false"),
+        (lambda g: g["policy"]["graft"].update(ngrams="yes"), "ngrams='yes' .* must be true or false"),
+        (lambda g: g["policy"]["graft"].update(scale=[]), "not a plan"),
+        (lambda g: g["policy"]["graft"]["stages"][0].update(threshold="0.3"), "threshold='0.3' .* a finite number"),
+        (lambda g: g["policy"]["graft"]["stages"][0].update(threshold=True), "threshold=True .* a finite number"),
+        (lambda g: g["policy"]["graft"]["stages"][-1].update(passes=10**9), "lower either"),
+        (lambda g: g["policy"]["graft"]["stages"][0].update(template=[]), "a template of 0 paths"),
+        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([]), "needs ranks from 0"),
+        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([7, 7]), r"the parent of \[7, 7\] before it"),
+        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([0]), "each path once"),
+        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([-1]), "needs ranks from 0"),
+        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append(["0"]), "template=.* must be"),
+        (lambda g: g["policy"].update(measured_on=[1]), "measured_on=.* must be an object"),
+        (lambda g: g["policy"].update(measured_on={"device": "mine"}), "measured_on=.* must be an object"),
+        (lambda g: g["target"].update(tokenizer=""), "tokenizer must be a SHA-256 or null"),
+        (lambda g: g["target"].update(tokenizer=False), "tokenizer must be a SHA-256 or null"),
+        (lambda g: g["target"].update(name_or_path=None), "must have a name and sizes"),
+        (lambda g: g["target"].update(vocab_size=61.0), "must have a name and sizes"),
     ],
 )
 def test_a_graft_json_that_means_something_else_is_refused(bundle, target, edit, message):
@@ -173,12 +198,72 @@ def test_a_graft_json_that_means_something_else_is_refused(bundle, target, edit,
         (lambda t: t["ids"][0].fill_(61), r"lie in -1..60"),
         (lambda t: t["ids"][0].fill_(-2), r"lie in -1..60"),
         (lambda t: t["ids"][0, 2:].fill_(7), r"names a successor of one token twice"),
+        (lambda t: t["probs"][3].fill_(torch.nan), r"probs must lie in 0..1"),
+        (lambda t: t["probs"][3].fill_(torch.inf), r"probs must lie in 0..1"),
+        (lambda t: t["probs"][3].fill_(-0.1), r"probs must lie in 0..1"),
+        (lambda t: t["counts"][3].fill_(-1), r"counts must not be negative"),
     ],
 )
 def test_a_matrix_of_another_vocabulary_is_refused(bundle, target, edit, message):
     edit_tensors(bundle / "successors.safetensors", edit)
     with pytest.raises(GraftError, match=f"successors.safetensors.*{message}"):
         load(bundle, target)
+
+
+@pytest.mark.parametrize("scale", ["drafted", "retrieved", "ranks", "echo"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1e999", '"0"', "null", "true", "1e300"])
+def test_a_scale_of_what_is_no_number_is_refused(bundle, target, scale, value):
+    graft = json.loads((bundle / "graft.json").read_text())
+    graft["policy"] = learned_policy().to_dict()
+    row = graft["policy"]["graft"]["scale"][scale] = list(graft["policy"]["graft"]["scale"][scale])
+    row[0] = "HERE" if scale == "ranks" else ["HERE", *row[0][1:]]
+    (bundle / "graft.json").write_text(json.dumps(graft).replace('"HERE"', value))
+    with pytest.raises(GraftError, match=r"graft\.json.*(export|calibrate)"):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize("made_for", ["{", "[]", "3", '{"a": NaN}', '"x"'])
+def test_a_matrix_whose_metadata_is_no_object_is_refused(bundle, target, made_for):
+    save_file(tiny_successors(), bundle / "successors.safetensors", {"made_for": made_for})
+    with pytest.raises(GraftError, match=r"successors\.safetensors: what it was made for.*build the corpus again"):
+        load(bundle, target)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t["counts"][0, 0].fill_(-1), "must not be negative"),
+        (lambda t: t["totals"][0].fill_(-1), "must not be negative"),
+        (lambda t: t["tags"][0].fill_(-2), "must not be negative"),
+        (lambda t: t["successors"][0].fill_(61), "lie in -1..60"),
+    ],
+)
+def test_a_table_of_impossible_counts_is_refused(tmp_path, edit, message):
+    tensors = tiny_ngrams()
+    edit(tensors)
+    save_file(tensors, tmp_path / "ngrams.safetensors")
+    with pytest.raises(GraftError, match=rf"ngrams\.safetensors: .*{message}"):
+        load_ngrams(tmp_path / "ngrams.safetensors", 61)
+
+
+def test_a_plan_that_asks_for_more_than_the_bundle_has_is_refused_at_load(bundle, target):
+    """Not at the first request."""
+    save_file(tiny_successors(k=2), bundle / "successors.safetensors")
+    with pytest.raises(GraftError, match="successor rank 3, but the matrix keeps 2"):
+        load(bundle, target)
+
+
+def test_a_plan_that_is_wider_than_the_heads_vocabulary_is_refused(bundle, target):
+    save_head(tiny_head(tiny_model("llama"), draft_vocab_size=2), bundle)
+    with pytest.raises(GraftError, match="takes the 3 likeliest tokens of a head that knows 2"):
+        load(bundle, target)
+    for name in ("graft.json", "successors.safetensors"):
+        (bundle / name).unlink()
+    bare = load(bundle, target)  # the paper's settings, as wide as this head allows
+    expected = bare.generate(prompt(20), 24, method="autoregressive").sequences.tolist()
+    assert bare.generate(prompt(20), 24).sequences.tolist() == expected
+    with pytest.raises(GraftError, match="takes the 10 likeliest tokens of a head that knows 2"):
+        bare.generate(prompt(20), 24, plan=paper_policy().graft)
 
 
 def test_a_bundle_that_is_nowhere_is_named(target, tmp_path):

@@ -158,11 +158,11 @@ def test_tensors_that_are_not_this_head_are_refused(saved, edit, message):
     ("edit", "message"),
     [
         (lambda c: c.pop("hidden_size"), "lacks the key 'hidden_size'"),
-        (lambda c: c.update(num_hidden_layers=2), "one layer"),
+        (lambda c: c.update(num_hidden_layers=2), "num_hidden_layers=2 makes another network"),
         (lambda c: c.update(target_hidden_size=32), "as wide as their target"),
         (lambda c: [c.pop(name) for name in ("eagle_config", AUX_IDS)], f"{AUX_IDS} is missing"),
         (lambda c: c.update({"eagle_config": {}, AUX_IDS: [0, 5, 8]}), "taps the target's embeddings"),
-        (lambda c: c.update(attention_bias=True), "without biases"),
+        (lambda c: c.update(attention_bias=True), "attention_bias=True makes another network"),
         (lambda c: c.update(speculators_model_type="dflash"), "only eagle3"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 5, 8]), "plus one"),
         (lambda c: c.update(draft_vocab_size=11), "draft_vocab_size=11"),
@@ -171,6 +171,133 @@ def test_tensors_that_are_not_this_head_are_refused(saved, edit, message):
 def test_configs_that_are_not_this_head_are_refused(saved, edit, message):
     edit_config(saved, edit)
     with pytest.raises(GraftError, match=f"config.json.*{message}"):
+        load_head(saved)
+
+
+SIZE_NAMES = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"]
+
+
+@pytest.mark.parametrize("name", [*SIZE_NAMES, "max_position_embeddings", "draft_vocab_size", "head_dim"])
+@pytest.mark.parametrize("value", [0, -4, 2.0, "16", [16], {}, True, 10**30, 1_000_000_000])
+def test_sizes_are_whole_numbers_that_the_tensors_have(saved, name, value):
+    """Nothing is made of a size before the tensors have confirmed it: 10^9 rows of embeddings took 8.6 GB."""
+    if name == "max_position_embeddings" and value == 1_000_000_000:
+        pytest.skip("no tensor has it, and nothing is made of it")
+    edit_config(saved, lambda c: c.update({name: value}))
+    with pytest.raises(GraftError, match=r"config\.json|safetensors: .*shape"):
+        load_head(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 3}, "must be a multiple"),
+        ({"head_dim": 31}, "must be even"),
+        ({"rms_norm_eps": 2}, "between 0 and 1"),
+        ({"rms_norm_eps": "1e-5"}, "between 0 and 1"),
+        ({"norm_before_residual": 1}, "true or false"),
+        ({"rope_theta": 0.0, "rope_scaling": None, "rope_parameters": None}, "finite|cannot be used"),
+        ({"rope_theta": 600.0}, "different things of rope_theta"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "different things of factor"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0}, "rope_scaling": None}, "cannot be used"),
+        ({"rope_parameters": {"rope_type": "unheard of", "rope_theta": 500.0}, "rope_scaling": None}, "cannot be used"),
+        ({"rope_parameters": {"rope_type": 3, "rope_theta": 500.0}}, "must be a name"),
+        ({"rope_parameters": {"rope_theta": 500.0, "wavelength": 3}}, "wavelength=3 is not known"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 500.0}}}, "none for full_attention"),
+        ({"eagle_config": {AUX_IDS: "158"}}, "must be a list of layers"),
+        ({"eagle_config": {AUX_IDS: [1.0, 5, 8]}}, "must be a list of layers"),
+        ({"eagle_config": {AUX_IDS: [1, 5, 8], "use_mtp_layernorm": True}}, "use_mtp_layernorm=True makes another"),
+        ({"eagle_config": {AUX_IDS: [1, 5, 8], "use_last_layernorm": False}}, "use_last_layernorm=False makes another"),
+        ({"eagle_config": [1, 5, 8]}, "does not describe a draft head"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True makes another"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' makes another"),
+        ({"sliding_window": 8}, "sliding_window=8 makes another"),
+        (
+            {"layer_types": ["sliding_attention"], "sliding_window": 8},
+            r"layer_types=\['sliding_attention'\] makes another",
+        ),
+        ({"use_qk_norm": True}, "use_qk_norm=True is not known here"),
+        ({"architectures": ["Eagle3Gemma"], "model_type": "gemma3"}, "model_type='gemma3' makes another layer"),
+    ],
+)
+def test_what_changes_the_pass_is_refused_by_name(saved, changes, message):
+    edit_config(saved, lambda c: c.update(changes))
+    with pytest.raises(GraftError, match=f"config.json.*({message})"):
+        load_head(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 36},
+        {"layer_types": ["full_attention"], "sliding_window": 512},
+        {"model_type": "gpt_oss", "num_local_experts": 16, "experts_per_token": 4},
+        {"target_model_type": "gemma3_text", "additional_fc": False, "reuse_target_lm_head": True},
+        {
+            "norm_output": False,
+            "fc_norm": False,
+            "norm_before_fc": None,
+            "logit_scale": 1.0,
+            "partial_rotary_factor": 1,
+        },
+        {"eagle_config": {AUX_IDS: [1, 5, 8], "use_input_layernorm_in_first_layer": True, "use_last_layernorm": True}},
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "mrope_section": [24, 20, 20]},
+            "rope_scaling": None,
+        },
+    ],
+)
+def test_what_published_heads_say_beside_the_pass_is_taken(saved, changes):
+    """Keys of SpecForge's, NVIDIA's and speculators' configurations, and transformers' several ways to write RoPE."""
+    edit_config(saved, lambda c: c.update(changes))
+    assert load_head(saved).config == make_head().config
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_are_numbers(saved, value):
+    edit_tensors(saved, lambda t: t["midlayer.mlp.up_proj.weight"][3, 3].fill_(value))
+    with pytest.raises(GraftError, match=r"model\.safetensors: midlayer\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load_head(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bool, torch.float8_e4m3fn])
+def test_weights_are_of_a_dtype_that_a_head_has(saved, dtype):
+    edit_tensors(saved, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(dtype)}))
+    with pytest.raises(GraftError, match=f"lm_head.weight is of {dtype}"):
+        load_head(saved)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: t.pop("t2d"),
+        lambda t: t.update(d2t=t["d2t"].int()),
+        lambda t: t.update(t2d=t["t2d"].to(torch.uint8)),
+    ],
+)
+def test_vocabulary_maps_as_others_write_them(saved, edit):
+    edit_tensors(saved, edit)
+    head = load_head(saved)
+    assert (head.target_ids.dtype, head.target_ids.tolist()) == (torch.int64, [0, 3, 4, 9])
+    assert (head.d2t.tolist(), head.t2d.nonzero().flatten().tolist()) == ([0, 2, 2, 6], [0, 3, 4, 9])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("d2t"), r"missing \['d2t'\]"),
+        (lambda t: t.update(d2t=t["d2t"].float()), "d2t must be of torch.int"),
+        (lambda t: t.update(t2d=t["t2d"].float()), "t2d must be of torch.bool"),
+        (lambda t: t.update(d2t=t["d2t"].int().fill_(2**31 - 1)), "ascending ids below 10"),
+        (lambda t: t.update(d2t=torch.full((4,), 2**63 - 1)), "ascending ids below 10"),
+    ],
+)
+def test_vocabulary_maps_that_are_none_are_refused(saved, edit, message):
+    edit_tensors(saved, edit)
+    with pytest.raises(GraftError, match=f"model.safetensors: .*{message}"):
         load_head(saved)
 
 

@@ -1,0 +1,106 @@
+"""Whatever heads, matrices and policies score, the output is the target's: the worst that may happen is slow."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from graft_inference import METHODS
+from graft_inference.captured import CapturedRounds
+from graft_inference.tree import Source, compete
+
+from .recorded import RecordedGraphs
+from .test_engine import prompt
+from .test_tree import filled_rows, random_tree, token_path
+from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy, told_policy
+
+DAMAGE = {
+    "overflows": lambda head: head.midlayer.mlp.down_proj.weight.data[0].fill_(3e38),
+    "is infinite": lambda head: head.fc.weight.data.fill_(torch.inf),
+    "is not a number": lambda head: head.norm.weight.data.fill_(torch.nan),
+    "says one token's score is not a number": lambda head: head.lm_head.weight.data[5].fill_(torch.nan),
+    "finds one token infinitely likely": lambda head: head.lm_head.weight.data[5].fill_(3e38),
+}
+POLICIES = {"quotas": tiny_policy, "learned": learned_policy, "shared noise": told_policy}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What the target alone says, by temperature."""
+    engine = tiny_engine(tiny_model("llama"))
+    return {
+        temperature: engine.generate(prompt(9), 24, temperature, "autoregressive", seed=7).sequences.tolist()
+        for temperature in (0.0, 1.0)
+    }
+
+
+def texts(engine, temperature):
+    return {m: engine.generate(prompt(9), 24, temperature, m, seed=7).sequences.tolist() for m in METHODS}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_head_may_say_anything(plain, damage, policy, temperature):
+    model = tiny_model("llama")
+    head = tiny_head(model)
+    DAMAGE[damage](head)
+    engine = tiny_engine(model, POLICIES[policy](), head)
+    assert texts(engine, temperature) == dict.fromkeys(METHODS, plain[temperature])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, -3.0, 60000.0])
+def test_a_matrix_may_say_anything(plain, value, policy, temperature):
+    engine = tiny_engine(tiny_model("llama"), POLICIES[policy]())
+    engine.successors.probs_VK[::2] = value
+    assert texts(engine, temperature) == dict.fromkeys(METHODS, plain[temperature])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_captured_rounds_stand_it_too(plain, policy, damage):
+    model = tiny_model("llama")
+    head = tiny_head(model)
+    DAMAGE[damage](head)
+    engine = tiny_engine(model, POLICIES[policy](), head)
+    engine.captured = CapturedRounds(engine.target, head, RecordedGraphs())
+    out = engine.generate(prompt(9), 24)
+    assert out.sequences.tolist() == plain[0.0]
+    assert out.stats.captured == out.stats.rounds
+
+
+def test_a_target_that_overflows_leaves_nothing_in_the_matrix():
+    engine = tiny_engine(tiny_model("llama"))
+    engine.successors.update(torch.tensor([3]), torch.full((1, 61), torch.nan))
+    assert engine.successors.probs_VK[3].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("selection", ["best", "compete"])
+def test_what_is_chosen_is_a_tree_whatever_the_scores_are(seed, selection):
+    """The root first, and every node that may be accepted below its own parent."""
+    tree = random_tree(seed, nodes=20)
+    generator = torch.Generator().manual_seed(seed)
+    wild = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.0, -0.0, -1e-30])
+    at = torch.rand(len(tree), generator=generator) < 0.5
+    score_N = torch.where(at, wild[torch.randint(6, (len(tree),), generator=generator)], tree.logp_N)
+    scored = replace(tree, logp_N=score_N)
+    chosen = {"best": lambda: scored.best(7), "compete": lambda: compete([tree], [score_N], 8)}[selection]()
+    assert (len(chosen), int(chosen.sources_N[0]), int(chosen.depths_N[0])) == (8, Source.ROOT, 0)
+    before = {token_path(tree, row): int(tree.depths_N[row]) for row in filled_rows(tree)}
+    empty_N = chosen.sources_N == Source.EMPTY
+    may_be_accepted_N = ~(chosen.ancestors(20) & empty_N).any(dim=1)
+    for row in may_be_accepted_N.nonzero().flatten().tolist()[1:]:
+        assert before[token_path(chosen, row)] == int(chosen.depths_N[row])
+
+
+def test_a_child_that_rounding_lifts_above_its_parent_does_not_hang_elsewhere():
+    """Two rows: the child scores best, its parent is left out. Below the root it would be another token's path."""
+    tree = random_tree(0, nodes=20)
+    child = int((tree.depths_N == 2).nonzero()[0])
+    score_N = torch.full((len(tree),), -5.0).index_fill(0, torch.tensor([child]), -1.0)
+    chosen = compete([tree], [score_N], 2)
+    assert chosen.tokens_N.tolist() == [int(tree.tokens_N[0]), int(tree.tokens_N[child])]
+    assert chosen.sources_N.tolist() == [Source.ROOT, Source.EMPTY]
