@@ -328,9 +328,8 @@ def test_statistics_of_a_batch_are_the_sum_and_its_time_that_of_the_longest():
     each, stats = out.each, out.stats
     assert (stats.prompts, stats.emitted) == (4, 80)
     assert stats.tau == 76 / sum(one.rounds for one in each)
-    longest = max(each, key=lambda one: one.rounds)
-    assert stats.decode_seconds == pytest.approx(longest.decode_seconds, rel=1e-3)
-    assert stats.seconds["prefill"] == max(one.seconds["prefill"] for one in each)
+    # Prompts that are decoded together are under way at the same time: their seconds do not add up.
+    assert stats.seconds == {phase: max(one.seconds[phase] for one in each) for phase in stats.seconds}
     assert stats.tokens_per_second == 76 / stats.decode_seconds
 
 
