@@ -280,5 +280,5 @@ def _asked(content: Content) -> Content:
 
 def _hash(content: Content) -> str:
     """It does not depend on the order of keys, which a file's format may change."""
-    plain: Any = content if isinstance(content, str) else asdict(content)
+    plain = content if isinstance(content, str) else vars(content)
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

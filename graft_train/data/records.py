@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft_train.data.bad_records import BadRecord
-from graft_train.data.strict_json import parse
+from graft_train.data.strict_json import parse, plain
 from graft_train.data.turns import MEDIA, Message, function_of, to_message
 
 # The order matters: sets with messages often hold them rendered as text, or their first turn as a prompt, too.
@@ -148,4 +148,4 @@ def _tools(row: dict[str, Any], place: str) -> tuple[dict[str, Any], ...] | None
         value = parse(value, what) if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRecord(f"{what} must be a list of JSON schemas")
-    return tuple(function_of(tool) for tool in value) or None
+    return tuple(function_of(plain(tool, what)) for tool in value) or None

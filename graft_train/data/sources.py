@@ -117,12 +117,10 @@ def _kinds(path: str, paths: list[Path]) -> dict[Path, str]:
     records = [file for file, kind in kinds.items() if kind not in ("text", *UNREAD)]
     if not records:
         return kinds
-    for file in texts:
-        if not CARD.match(file.name):
-            raise GraftError(
-                f"{path} holds records ({records[0]}) and text ({file}); read either alone: name the file, or choose "
-                f"with data.glob, for example data.glob='**/*{records[0].suffix}'"
-            )
+    for text in texts:
+        if not CARD.match(text.name):
+            globs = " or ".join(f"data.glob='**/*{file.suffix}'" for file in (records[0], text))
+            raise GraftError(f"{path} holds records ({records[0]}) and text ({text}); choose one, for example {globs}")
     return {file: kind for file, kind in kinds.items() if file not in texts}
 
 

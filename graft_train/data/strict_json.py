@@ -17,7 +17,8 @@ def parse(text: str | bytes, what: str) -> Any:
         what: names the text in errors.
 
     Raises:
-        BadRecord: no JSON, not UTF-8, a number that is none (NaN, Infinity, 1e999), or what `checked` refuses.
+        BadRecord: no JSON, not UTF-8, a number that is none (NaN, Infinity, 1e999), two values under one key, or
+            what `checked` refuses.
     """
     try:
         value = DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
@@ -26,6 +27,19 @@ def parse(text: str | bytes, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{what} is not JSON: {error}") from error
     return checked(value, what)
+
+
+def plain(value: Any, what: str) -> Any:
+    """The same value.
+
+    Raises:
+        BadRecord: it holds what JSON has no form for, such as the dates of a table.
+    """
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise BadRecord(f"{what} is not JSON: {error}") from error
+    return value
 
 
 def checked(value: Any, what: str) -> Any:
@@ -71,4 +85,12 @@ def _number(digits: str) -> float:
     return number
 
 
-DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_number)
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(items)
+    if len(made) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return made
+
+
+DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_number, object_pairs_hook=_object)

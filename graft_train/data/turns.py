@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from graft_train.data.bad_records import BadRecord
-from graft_train.data.strict_json import parse
+from graft_train.data.strict_json import parse, plain
 
 ROLES = {
     "user": ("user", "human", "prompter"),
@@ -124,7 +124,7 @@ def _call(call: Any, what: str) -> dict[str, Any]:
         arguments = parse(arguments, f"{what}: its arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise BadRecord(f"{what}: its arguments must be an object, or a JSON string of one")
-    return call | {"function": function | {"arguments": arguments}}
+    return plain(call | {"function": function | {"arguments": arguments}}, what)
 
 
 def _plain(content: Any) -> str | None:

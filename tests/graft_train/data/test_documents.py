@@ -50,6 +50,7 @@ def test_reads_every_kind_of_record_of_a_file(tmp_path):
         ([{"text": "a"}, {"text": "  "}], "line 2 is empty"),
         ([{"text": "a"}, '{"text": "b", "score": NaN}'], "line 2 is not JSON: NaN is no number"),
         ([{"text": "a"}, '{"text": "b", "score": -1e999}'], "line 2 is not JSON: -1e999 is no number"),
+        ([{"text": "a"}, '{"text": "b", "text": "d"}'], "line 2 is not JSON: the key 'text' is there twice"),
         ([{"text": "a"}, '{"text": "half \\ud83d"}'], r"line 2 holds half a surrogate pair, '\\ud83d'"),
         ([{"text": "a"}, '{"text": "b", "id": "\\uDC00"}'], r"line 2 holds half a surrogate pair, '\\udc00'"),
         ([{"text": "a"}, '{"text": "b", "more": [{"\\ud83d": 1}]}'], "line 2 holds half a surrogate pair"),
@@ -163,6 +164,21 @@ def test_a_set_that_datasets_loads_by_name(tmp_path, streaming, monkeypatch):
     config = DataConfig(path="org/chats", hub_split="test", limit=3, streaming=streaming)
     found = [document.conversation.messages[0]["content"] for document in read_documents(config)]
     assert found == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_of_json_on_the_hub_is_read_as_the_file_itself(tmp_path, streaming, monkeypatch):
+    """Earlier versions of `datasets` fail at values of two types, and make dates of strings."""
+    rows = [{"id": number, "messages": [CHAT[0], call("f", at=value)]} for number, value in enumerate([1, "noon"])]
+    rows += [{"id": "x", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}]
+    dates = [{"messages": [CHAT[0], call("f", at=value)]} for value in ("2024-01-01", "2024-01-01T00:00:00Z")]
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: load(str(tmp_path / path), **options))
+    for name, records in {"types": rows, "dates": dates}.items():
+        (tmp_path / "org" / name).mkdir(parents=True)
+        own = read_documents(jsonl(tmp_path / "org" / name / "train.jsonl", *records))
+        hub = read_documents(DataConfig(path=f"org/{name}", limit=9, streaming=streaming))
+        assert [document.conversation for document in hub] == [document.conversation for document in own]
 
 
 def test_sets_that_nobody_has_are_named():

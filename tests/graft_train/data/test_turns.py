@@ -1,3 +1,5 @@
+from datetime import date
+
 import pytest
 
 from graft_train.data.bad_records import BadRecord
@@ -113,6 +115,10 @@ def test_a_thought_has_the_name_that_the_template_reads(template, name):
         (CALLED | {"tool_calls": [{"name": "f", "arguments": '"{}"'}]}, "tool call 1: its arguments must be an object"),
         (CALLED | {"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, "NaN is no number of JSON"),
         (CALLED | {"tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]}, "half a surrogate pair"),
+        (
+            CALLED | {"tool_calls": [{"name": "f", "arguments": {"a": date(2024, 1, 1)}}]},
+            "tool call 1 is not JSON: .*date",
+        ),
         ({"from": "function_call", "value": "f(1)"}, "turn 3: its call of tools is not JSON"),
         ({"from": "function_call", "value": "3"}, "turn 3: its calls of tools must be a list"),
         ({"from": "function_call"}, "turn 3 needs the strings"),
