@@ -1,55 +1,73 @@
 """Chat: conversations as token ids, and which of these are answers, both by the tokenizer's own template."""
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from graft_inference.errors import GraftError
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.documents import Document
 from graft_train.data.records import UNASKING, Conversation, Message
 from graft_train.data.samples import Sample
+from graft_train.data.turns import as_template_reads
+
+# Unicode keeps these characters for a program's own use: no text has them.
+ANSWER, ANSWERED, ASKING, TOLD, SAID = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4"
+"""Before and behind a generation span; before what a turn asks, before what another turn tells, and behind both."""
+MARKS = re.compile(f"([{ANSWER}-{SAID}])")
+GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
+END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
 
 class Chat:
-    """Renders conversations.
+    """Renders conversations, and text.
 
     Args:
         end_ids: tokens after which the target stops; what a template puts behind one is not the target's.
         told: variables of the template, such as enable_thinking.
+        vocab_size: rows of the target's embedding matrix; None where no target will read the tokens.
 
     Raises:
         GraftError: the template does not mention one of them, and would ignore it without a word.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], told: dict[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: set[int],
+        told: dict[str, Any] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.end_ids = end_ids
         self.told = told or {}
+        self.vocab_size = vocab_size
         for name in self.told:
             if name not in str(tokenizer.chat_template):
                 raise GraftError(
                     f"data.chat_template_kwargs: the target's chat template does not know {name}; leave it out"
                 )
-        self._marks: bool | None = None
 
     def prompts(self, document: Document) -> Iterator[list[int]]:
         """The turns up to the last that asks for an answer, and that answer's beginning; then up to the one
         before, and so on, shorter each time.
 
         Raises:
-            GraftError: no chat template; a BadRecord: one that refuses this conversation.
+            GraftError: no chat template; a BadRecord: one that refuses this conversation, or tokens that the target
+                lacks.
         """
         messages = _conversation(document).messages
         first, roles = _first_asked(messages), [message["role"] for message in messages]
         for asked in range(len(messages) - 1, first - 1, -1):
             if roles[asked] != "assistant" and roles[asked + 1 : asked + 2] in ([], ["assistant"]):
-                yield self._render(document, messages[: asked + 1], add_generation_prompt=True)["input_ids"]
+                prompt = self._ids(document, messages[: asked + 1], add_generation_prompt=True)
+                self.check_known(prompt, f"the prompt of {named(document)}")
+                yield prompt
 
     def answered(self, document: Document) -> list[Sample]:
         """The conversation with its own answers marked: one row, where the template marks them (generation
@@ -57,50 +75,91 @@ class Chat:
 
         Raises:
             GraftError: no chat template; a BadRecord, which names the document: the template refuses it, its
-                answers cannot be told from its prompts, or it has none.
+                answers cannot be told from its prompts, it has none, or tokens that the target lacks.
         """
-        rows = [self._by_spans(document)] if self.marks_answers(document) else self._by_prefixes(document)
+        spanned = self._by_spans(document) if self.marks_answers(document) else None
+        rows = self._by_prefixes(document) if spanned is None else [spanned]
         for row in rows:
             if not row.answers:
-                raise BadRecord(f"the chat template finds no answer in {row.id}: nothing to train on (a zero mask)")
+                raise BadRecord(
+                    f"the chat template finds no answer in {named(document)}: nothing to train on (a zero mask)"
+                )
+            self.check_known(row.ids, f"the conversation {named(document)}")
         return rows
 
-    def marks_answers(self, document: Document) -> bool:
-        """Whether the template has generation spans, tried on the shortest conversation there is."""
-        if self._marks is None:
-            _template(self.tokenizer, document)
-            tiny: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            verbosity = logging.get_verbosity()
-            logging.set_verbosity_error()  # it warns where there are none, which is no fault
-            try:
-                marked = _render(self.tokenizer, tiny, None, **self.told, return_assistant_tokens_mask=True)
-                self._marks = any(marked["assistant_masks"])
-            except Exception:  # slow tokenizers cannot say which token a character is in
-                self._marks = False
-            finally:
-                logging.set_verbosity(verbosity)
-        return self._marks
+    def opened(self, document: Document, text: str, length: int) -> list[int]:
+        """The first tokens of a text that the target is to go on with: behind what the tokenizer puts before every
+        text, once, and without what it would put behind one.
 
-    def _by_spans(self, document: Document) -> Sample:
+        Raises:
+            BadRecord: the tokenizer cannot read it, or gives tokens that the target lacks.
+        """
+        with _refusing("tokenizer", document):
+            encoded: Any = self.tokenizer(text, return_special_tokens_mask=True)
+        ids, added = list(encoded.input_ids), encoded.special_tokens_mask
+        while ids and added[len(ids) - 1]:
+            ids.pop()
+        if added[:2] == [1, 0] and ids[:2] == [self.tokenizer.bos_token_id] * 2:  # the text has its own
+            ids = ids[1:]
+        ids = ids[:length]
+        self.check_known(ids, f"the text {named(document)}")
+        return ids
+
+    def check_known(self, ids: Sequence[int], what: str) -> None:
+        """Raises BadRecord for a token that the target's embedding matrix has no row for."""
+        if self.vocab_size is None or not ids or max(ids) < self.vocab_size:
+            return
+        token = next(token for token in ids if token >= self.vocab_size)
+        text = self.tokenizer.convert_ids_to_tokens(token)
+        raise BadRecord(
+            f"{what} has the token {text!r} ({token}), but the target's embedding matrix has {self.vocab_size} rows; "
+            "the tokenizer must be the one that the target was trained with, or the data do without such text"
+        )
+
+    def marks_answers(self, document: Document) -> bool:
+        """Whether the template has generation spans, and the tokenizer knows which characters a token stands for."""
+        return self.tokenizer.is_fast and GENERATION.search(self._template(document)) is not None
+
+    def _by_spans(self, document: Document) -> Sample | None:
+        """None where the marks cannot be followed: marked as little as it can be, the conversation reads otherwise."""
+        rendered = self._marked(document)
+        if rendered is None:
+            return None
+        encoded = self._encode(document, rendered.text, return_offsets_mapping=True)
+        ids, offsets = list(encoded.input_ids), encoded.offset_mapping
+        mask = _in_answers(document, rendered, offsets)
+        for end in (end for _, end in spans(mask)):
+            if end < len(ids) and ids[end] in self.end_ids:
+                mask[end] = True  # a template may leave the token that ends an answer unmarked
+        answers = [self._ended(ids, *span) for span in spans(mask)]
+        return Sample(f"{document.id}#0", "train", ids[: answers[-1][1] if answers else 0], answers)
+
+    def _marked(self, document: Document) -> "_Rendered | None":
+        """The conversation as text, its answers, and what other turns say."""
         messages = _conversation(document).messages
-        rendered = self._render(document, messages, return_assistant_tokens_mask=True)
-        mask = rendered["assistant_masks"]
-        for token in range(1, len(mask)):
-            # Of a character that takes several tokens, the last of an answer, transformers marks the first alone.
-            if mask[token - 1] and rendered.token_to_chars(token) == rendered.token_to_chars(token - 1):
-                mask[token] = 1
-        first = _first_asked(messages)
-        if any(message["role"] == "assistant" for message in messages[:first]):
-            greeted = len(self._render(document, messages[:first])["input_ids"])
-            mask[:greeted] = [0] * len(mask[:greeted])  # nobody asked for what comes before the first question
-        answers = [self._ended(rendered["input_ids"], *span) for span in spans(mask)]
-        end = answers[-1][1] if answers else 0
-        return Sample(f"{document.id}#0", "train", rendered["input_ids"][:end], answers)
+        text = self._text(document, messages)
+        marking = _marking(self._template(document))
+        try:
+            marked = self._render(document, list(map(_enclosed, messages)), chat_template=marking)
+        except Exception:  # a template that looks at its turns' beginnings may refuse the marks
+            return None
+        rendered = _read_marks(marked)
+        if rendered.text != text or rendered.asked is None or ANSWER not in marked:
+            return None
+        for start, end in rendered.answers:
+            for said_start, said_end in rendered.said:
+                if start < said_end and said_start < end:
+                    raise BadRecord(
+                        f"the chat template's generation spans mark what another turn of {named(document)} says, "
+                        f"{text[max(start, said_start) : min(end, said_end)][:40]!r}: mend the template, or use "
+                        "regenerate.answers=target"
+                    )
+        # Nobody asked for what comes before the first question.
+        answers = [(start, end) for start, end in rendered.answers if start >= rendered.asked]
+        return _Rendered(text, answers, rendered.said, rendered.asked)
 
     def _ended(self, ids: Sequence[int], start: int, end: int) -> list[int]:
-        """A marked answer up to the token that ends it, which a template may leave unmarked, or mark more behind."""
-        if end < len(ids) and ids[end] in self.end_ids:
-            end += 1
+        """An answer up to the token that ends it: a template may mark more behind."""
         ends = [place for place in range(start, end) if ids[place] in self.end_ids]
         return [start, ends[-1] + 1 if ends else end]
 
@@ -109,29 +168,137 @@ class Chat:
         first = _first_asked(messages)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn > first]
         if not turns:
-            raise BadRecord(f"the conversation {document.id} has no answer: nothing to train on (a zero mask)")
+            raise BadRecord(f"the conversation {named(document)} has no answer: nothing to train on (a zero mask)")
         return [self._by_prefix(document, messages, turn) for turn in turns]
 
     def _by_prefix(self, document: Document, messages: Sequence[Message], turn: int) -> Sample:
-        prompt = self._render(document, messages[:turn], add_generation_prompt=True)["input_ids"]
-        ids = self._render(document, messages[: turn + 1])["input_ids"]
+        prompt = self._ids(document, messages[:turn], add_generation_prompt=True)
+        ids = self._ids(document, messages[: turn + 1])
         if ids[: len(prompt)] != prompt:
             parted = next((n for n, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), len(ids))
             seen, found = (str(self.tokenizer.decode(row[max(0, parted - 5) : parted + 5])) for row in (prompt, ids))
             raise BadRecord(
-                f"the answers of {document.id} cannot be told from its prompts: the prompt for turn {turn + 1} and the "
-                f"conversation up to that turn part at token {parted}, {seen!r} against {found!r}; use a chat template "
-                "with generation spans, or regenerate.answers=target"
+                f"the answers of {named(document)} cannot be told from its prompts: the prompt for turn {turn + 1} and "
+                f"the conversation up to that turn part at token {parted}, {seen!r} against {found!r}; use a chat "
+                "template with generation spans, or regenerate.answers=target"
             )
         start, end = self._ended(ids, len(prompt), len(ids))
         return Sample(f"{document.id}#{turn}", "train", ids[:end], [[start, end]] if end > start else [])
 
-    def _render(self, document: Document, messages: Sequence[Message], **options: Any) -> Any:
-        _template(self.tokenizer, document)
+    def _ids(self, document: Document, messages: Sequence[Message], **options: Any) -> list[int]:
+        return list(self._encode(document, self._text(document, messages, **options)).input_ids)
+
+    def _encode(self, document: Document, text: str, **options: Any) -> Any:
+        with _refusing("tokenizer", document):
+            return self.tokenizer(text, add_special_tokens=False, **options)  # the template has its own
+
+    def _text(self, document: Document, messages: Sequence[Message], **options: Any) -> str:
+        self._template(document)
+        with _refusing("chat template", document):
+            return self._render(document, messages, **options)
+
+    def _render(self, document: Document, messages: Sequence[Message], **options: Any) -> str:
+        tools: Any = _conversation(document).tools
+        schemas, template = list(tools) if tools else None, self._template(document)
+        read = [as_template_reads(message, template) for message in messages]
+        rendered: Any = self.tokenizer.apply_chat_template(read, tools=schemas, tokenize=False, **self.told, **options)
+        return rendered
+
+    def _template(self, document: Document) -> str:
+        tools: Any = _conversation(document).tools
+        if self.tokenizer.chat_template is None:
+            raise GraftError(
+                f"document {named(document)} is a conversation, but the target's tokenizer has no chat template; "
+                "use an instruction-tuned target, or records with the field text"
+            )
         try:
-            return _render(self.tokenizer, messages, _conversation(document).tools, **self.told, **options)
-        except Exception as error:  # whatever a template raises
-            raise BadRecord(f"the chat template refuses conversation {document.id}: {error}") from error
+            return self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        except ValueError as error:  # it has several, by name
+            raise GraftError(f"the target's tokenizer has no chat template for {named(document)}: {error}") from error
+
+
+@dataclass
+class _Rendered:
+    """A conversation as text, in [start, end) of its characters.
+
+    Attributes:
+        answers: the template's generation spans.
+        said: what turns say that are not the assistant's.
+        asked: where the first question begins; None where the template swallows it.
+    """
+
+    text: str
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    said: list[tuple[int, int]] = field(default_factory=list)
+    asked: int | None = None
+
+
+def _marking(template: str) -> str:
+    """The template, which now writes a mark at both ends of a generation span too.
+
+    The marks are in the text itself: transformers counts the characters before a span, and counts wrong where a
+    template collects its text in a macro or a variable first.
+    """
+    begun = GENERATION.sub(rf"{{%\1 generation %}}{{% print '{ANSWER}' \2%}}", template)
+    return END_GENERATION.sub(rf"{{%\1 print '{ANSWERED}' %}}{{% endgeneration \2%}}", begun)
+
+
+def _enclosed(message: Message) -> Message:
+    """A turn with marks around what it says, inside the blanks that a template may strip; an answer as it is."""
+    if message["role"] == "assistant":
+        return message
+    mark = TOLD if message["role"] in UNASKING else ASKING
+    enclosed = re.sub(r"(?s)\S(.*\S)?|\Z", rf"{mark}\g<0>{SAID}", message["content"], count=1)
+    return message | {"content": enclosed}
+
+
+def _read_marks(marked: str) -> _Rendered:
+    begun, text, length, rendered = {ANSWER: 0, SAID: 0}, [], 0, _Rendered("")
+    for part in MARKS.split(marked):
+        if part == ANSWERED:
+            rendered.answers.append((begun[ANSWER], length))
+        elif part == SAID:
+            rendered.said.append((begun[SAID], length))
+        elif part == ANSWER:
+            begun[ANSWER] = length
+        elif part in (ASKING, TOLD):
+            begun[SAID] = length
+        else:
+            text.append(part)
+            length += len(part)
+        if part == ASKING and rendered.asked is None:
+            rendered.asked = length
+    rendered.text = "".join(text)
+    return rendered
+
+
+def _in_answers(document: Document, rendered: _Rendered, offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens stand for a part of an answer.
+
+    Every token of a character that takes several is at the same place; a blank alone may be at the place behind it.
+
+    Args:
+        offsets: [start, end) of every token in the text.
+
+    Raises:
+        BadRecord: one stands for something else as well, or none for an answer.
+    """
+    text, inside = rendered.text, bytearray(len(rendered.text))
+    for start, end in rendered.answers:
+        inside[start:end] = b"\1" * (end - start)
+        if text[start:end].strip() and not any(start < last and first < end for first, last in offsets):
+            raise BadRecord(
+                f"no token of {named(document)} stands for its answer {text[start:end][:40]!r}; leave it out"
+            )
+    mask = [1 in inside[min(first, max(last - 1, 0)) : last] for first, last in offsets]
+    for (first, last), marked in zip(offsets, mask, strict=True):
+        if marked and any(not inside[place] and not text[place].isspace() for place in range(first, last)):
+            raise BadRecord(
+                f"the answers of {named(document)} cannot be told from its prompts: one token stands for "
+                f"{text[first:last]!r}, which is only in part an answer; use another chat template, or "
+                "regenerate.answers=target"
+            )
+    return mask
 
 
 def spans(mask: Sequence[int]) -> list[list[int]]:
@@ -145,6 +312,21 @@ def spans(mask: Sequence[int]) -> list[list[int]]:
     return found
 
 
+def named(document: Document) -> str:
+    """A document's id and where it was read, for errors."""
+    return f"{document.id} ({document.place})" if document.place else document.id
+
+
+@contextmanager
+def _refusing(what: str, document: Document) -> Iterator[None]:
+    """Whatever a template or a tokenizer raises, as a bad record."""
+    try:
+        yield
+    except Exception as error:
+        kind = "text" if document.conversation is None else "conversation"
+        raise BadRecord(f"the {what} refuses {kind} {named(document)}: {error}") from error
+
+
 def _first_asked(messages: Sequence[Message]) -> int:
     return next(turn for turn, message in enumerate(messages) if message["role"] not in UNASKING)
 
@@ -152,22 +334,7 @@ def _first_asked(messages: Sequence[Message]) -> int:
 def _conversation(document: Document) -> Conversation:
     if document.conversation is None:
         raise BadRecord(
-            f"document {document.id} is plain text, which holds no answers; use records with conversations, "
+            f"document {named(document)} is plain text, which holds no answers; use records with conversations, "
             "or regenerate.answers=target"
         )
     return document.conversation
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, document: Document) -> None:
-    if tokenizer.chat_template is None:
-        raise GraftError(
-            f"document {document.id} is a conversation, but the target's tokenizer has no chat template; "
-            "use an instruction-tuned target, or records with the field text"
-        )
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[dict] | None, **options: Any
-) -> Any:
-    schemas: Any = list(tools) if tools else None
-    return tokenizer.apply_chat_template(list(messages), tools=schemas, return_dict=True, **options)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
 from graft_inference.errors import GraftError
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.chat import Chat
@@ -22,8 +20,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
+    """Attributes:
+    place: where its document was read, for errors.
+    """
+
     id: str
     ids: list[int]
+    place: str = ""
 
 
 def build_prompts(
@@ -57,9 +60,10 @@ def build_prompts(
             ids = fitting(document)
             usable = bool(ids)
         else:
-            ids = _window_ids(document.text, start, chat.tokenizer, data.prompt_tokens)
+            window = document.text[start : start + data.prompt_tokens * CHARACTERS_PER_TOKEN]
+            ids = chat.opened(document, window, data.prompt_tokens)
             usable = data.prompt_tokens // 2 < len(ids) <= max_tokens
-        return [Prompt(f"{document.id}@{start}", ids)] if usable else []
+        return [Prompt(f"{document.id}@{start}", ids, document.place)] if usable else []
 
     starts = [(index, start) for index in range(len(documents)) for start in _starts(documents[index], data)]
     bad = data.new_bad_records()
@@ -77,6 +81,24 @@ def build_prompts(
             "regenerate.max_prompt_tokens and the target's length allow; change these or the data"
         )
     return prompts
+
+
+def room_for_prompts(positions: int, max_new_tokens: int, setting: str) -> int:
+    """Tokens that a prompt may have where so many new ones are to fit behind it.
+
+    Args:
+        positions: most tokens of prompt and answer together.
+        setting: says how many new tokens there are, for the error.
+
+    Raises:
+        GraftError: none.
+    """
+    if max_new_tokens >= positions:
+        raise GraftError(
+            f"{setting}={max_new_tokens} leaves no room for a prompt: prompt and answer together have at most "
+            f"{positions} tokens, which the target's length or its server allows; lower it"
+        )
+    return positions - max_new_tokens
 
 
 def prompt_settings(data: DataConfig) -> dict[str, Any]:
@@ -167,8 +189,3 @@ def _starts(document: Document, data: DataConfig) -> Iterator[int]:
         yield start
         newline = document.text.find("\n", start + stride - 1)
         start = newline + 1 if newline >= 0 else len(document.text)
-
-
-def _window_ids(text: str, start: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> list[int]:
-    window = text[start : start + prompt_tokens * CHARACTERS_PER_TOKEN]
-    return tokenizer(window).input_ids[:prompt_tokens]

@@ -14,7 +14,7 @@ from graft_inference.target import max_positions
 from graft_train.data.chat import Chat
 from graft_train.data.documents import of_split, read_documents
 from graft_train.data.preview import show
-from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings
+from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings, room_for_prompts
 from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
 from graft_train.data.target import load_tokenizer, target_path, text_config
 from graft_train.regenerate.config import RegenerateConfig
@@ -69,7 +69,7 @@ def _build(config: "Config", out: Path) -> None:
 
         ask_servers(work.prompts("train", settings.samples), path, settings, config.seed, work.chat)
     else:
-        answer_in_process(work.prompts("train", settings.samples), path, config)
+        answer_in_process(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
     with path.open("ab") as file:
         append_samples(file, held_out)
 
@@ -79,21 +79,22 @@ class _Work:
 
     def __init__(self, config: "Config") -> None:
         self.config = config
-        path = target_path(config)
+        path, settings, target_config = target_path(config), config.regenerate, text_config(config)
         tokenizer = load_tokenizer(config)
-        self.chat = Chat(tokenizer, end_ids(path, tokenizer), config.data.chat_template_kwargs)
-        self.max_positions = max_positions(text_config(config))
-        if urls := config.regenerate.servers():
+        ends = end_ids(path, tokenizer)
+        self.chat = Chat(tokenizer, ends, config.data.chat_template_kwargs, target_config.vocab_size)
+        self.max_positions = max_positions(target_config)
+        if urls := settings.servers():
             from graft_train.regenerate.servers import context_limit
 
             self.max_positions = min(self.max_positions, context_limit(urls) or self.max_positions)
+        room = room_for_prompts(self.max_positions, settings.max_new_tokens, "regenerate.max_new_tokens")
+        self.room = min(room, settings.max_prompt_tokens)
         self.documents = read_documents(config.data)
 
     def prompts(self, split: str, count: int) -> list[Prompt]:
         """Prompts of a split; an answer must fit behind each."""
-        settings = self.config.regenerate
-        room = min(self.max_positions - settings.max_new_tokens, settings.max_prompt_tokens)
-        return self._make(build_prompts, split, count, room)
+        return self._make(build_prompts, split, count, self.room)
 
     def answered(self, count: int) -> Iterator[Sample]:
         return self._make(answered_samples, "train", count, self.max_positions)

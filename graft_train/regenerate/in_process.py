@@ -1,5 +1,6 @@
 """In process: transformers answers batches of prompts of like length."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,18 +11,25 @@ from transformers import GenerationConfig
 
 from graft_train.data.prompts import Prompt
 from graft_train.data.samples import Sample, answered, append_samples, parse_sample
-from graft_train.data.target import load_target, load_tokenizer
+from graft_train.data.target import load_target
 
 if TYPE_CHECKING:
     from graft_train.config import Config
 
 
-def answer_in_process(prompts: list[Prompt], path: Path, config: "Config") -> None:
-    """Appends the target's answers to `path`, whole batches at a time, from the first that is not there."""
+PAD = 0
+"""Fills up shorter prompts, unseen. Every target has it, while a tokenizer's own may lack an embedding."""
+
+
+def answer_in_process(prompts: list[Prompt], path: Path, config: "Config", end_ids: set[int]) -> None:
+    """Appends the target's answers to `path`, whole batches at a time, from the first that is not there.
+
+    Args:
+        end_ids: an answer ends with the first of them.
+    """
     model: Any = load_target(config)
-    tokenizer = load_tokenizer(config)
     # A target's own generation settings would change its distribution, which the head is to learn.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(end_ids), pad_token_id=PAD)
     batches = list(_batches(prompts, config.regenerate.batch))
     done = drop_torn_batch(path, [len(batch) for batch in batches])
     finished = sum(map(len, batches[:done]))
@@ -30,7 +38,7 @@ def answer_in_process(prompts: list[Prompt], path: Path, config: "Config") -> No
         tqdm(total=len(prompts), initial=finished, desc="regenerate", unit="answer") as bar,
     ):
         for number, batch in enumerate(batches[done:], start=done):
-            append_samples(file, answer(model, tokenizer, batch, number, config))
+            append_samples(file, answer(model, batch, number, config))
             bar.update(len(batch))
 
 
@@ -56,31 +64,27 @@ def drop_torn_batch(path: Path, sizes: list[int]) -> int:
     while done < len(sizes) and kept + sizes[done] <= trained:
         kept += sizes[done]
         done += 1
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_bytes(b"".join(lines[:kept]))
-    aside.replace(path)
+    os.truncate(path, sum(map(len, lines[:kept])))
     return done
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, batch: list[Prompt], number: int, config: "Config") -> list[Sample]:
+def answer(model: Any, batch: list[Prompt], number: int, config: "Config") -> list[Sample]:
     """The target's answers to one batch. Its seed follows from its number: a resumed run is the same."""
     settings = config.regenerate
     temperature = settings.temperatures[number % len(settings.temperatures)]
     seed = config.seed + number
     torch.manual_seed(seed)
-    pad = tokenizer.pad_token_id
     length = max(len(prompt.ids) for prompt in batch)
-    ids = torch.tensor([[pad] * (length - len(prompt.ids)) + prompt.ids for prompt in batch], device=model.device)
+    ids = torch.tensor([[PAD] * (length - len(prompt.ids)) + prompt.ids for prompt in batch], device=model.device)
     mask = torch.tensor(
         [[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch], device=model.device
     )
     sampling: dict[str, Any] = {"do_sample": bool(temperature)}
     if temperature:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **sampling)
-    eos = model.generation_config.eos_token_id
-    ends = {eos} if isinstance(eos, int) else set(eos or [])
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, **sampling)
+    ends = set(model.generation_config.eos_token_id)
     drawn = {"temperature": temperature, "seed": seed, "max_new_tokens": settings.max_new_tokens}
     return [
         answered(prompt.id, prompt.ids, until_end(row, ends), drawn)

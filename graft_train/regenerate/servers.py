@@ -7,8 +7,8 @@ tokenised again may give other tokens than the target drew.
 import asyncio
 import os
 import random
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ import httpx2
 from tqdm import tqdm
 
 from graft_inference.errors import GraftError
+from graft_train.data.bad_records import BadRecord
 from graft_train.data.chat import Chat
 from graft_train.data.prompts import Prompt
 from graft_train.data.samples import answered, parse_sample, to_line
@@ -35,11 +36,21 @@ EXTENSIONS = {
 """The plain distribution, and the tokens drawn from it: a server may default to the model's generation settings."""
 PASSING = {408, 425, 429}
 """Refusals worth another attempt, as are all of 500 and above."""
+OF_PROMPT = {400, 413, 422}
+"""Refusals that may be one prompt's alone."""
+IN_A_ROW = 8
+"""Prompts that a server may refuse one after another, or a hundredth of all, until it counts as refusing all."""
+SHOWN = 3
+"""Refused prompts that are named."""
 TIMEOUT = httpx2.Timeout(3600.0, connect=10.0)
 
 
 class Unreachable(Exception):
     """A server that has failed every attempt of a request."""
+
+
+class Refused(GraftError):
+    """A prompt that a server does not answer, or not so that it can be used."""
 
 
 def context_limit(urls: list[str]) -> int | None:
@@ -65,8 +76,11 @@ def _headers() -> dict[str, str]:
 def ask_servers(prompts: list[Prompt], path: Path, settings: RegenerateConfig, seed: int, chat: Chat) -> None:
     """Appends an answer to every prompt that has none in `path` yet, in the order in which they come.
 
+    A prompt that is refused twice is left out, and reported in the end.
+
     Raises:
-        GraftError: a server refuses a request, or none is left that answers. What was answered is kept.
+        GraftError: a server refuses one prompt after another, or whatever is asked, or none is left that answers.
+            What was answered is kept.
     """
     done = keep_whole_answers(path)
     pending = deque((number, prompt) for number, prompt in enumerate(prompts) if prompt.id not in done)
@@ -74,7 +88,7 @@ def ask_servers(prompts: list[Prompt], path: Path, settings: RegenerateConfig, s
         path.open("ab") as file,
         tqdm(total=len(prompts), initial=len(prompts) - len(pending), desc="regenerate", unit="answer") as bar,
     ):
-        asyncio.run(_Questions(pending, file, bar, settings, seed, chat).ask_all())
+        asyncio.run(_Questions(pending, file, bar, settings, seed, chat, len(prompts)).ask_all())
 
 
 def keep_whole_answers(path: Path) -> set[str]:
@@ -85,19 +99,26 @@ def keep_whole_answers(path: Path) -> set[str]:
     """
     if not path.exists():
         return set()
-    kept, aside = set(), path.with_name(f".{path.name}.tmp")
-    with path.open("rb") as lines, aside.open("wb") as file:
+    kept, size = set(), 0
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.endswith(b"\n") and (sample := parse_sample(line, f"{path}, line {number}")).split == "train":
-                kept.add(sample.id)
-                file.write(line)
-    aside.replace(path)
+            if not line.endswith(b"\n") or (sample := parse_sample(line, f"{path}, line {number}")).split != "train":
+                break
+            kept.add(sample.id)
+            size += len(line)
+    os.truncate(path, size)
     return kept
 
 
 @dataclass
 class _Questions:
-    """What is still to be asked, and where the answers go."""
+    """What is still to be asked, and where the answers go.
+
+    Attributes:
+        total: prompts, those answered in earlier runs included.
+        refused: why a prompt has no answer, by its id.
+        in_a_row: prompts that each server has refused since its last answer.
+    """
 
     pending: deque[tuple[int, Prompt]]
     file: BinaryIO
@@ -105,7 +126,10 @@ class _Questions:
     settings: RegenerateConfig
     seed: int
     chat: Chat
+    total: int
     retokenised: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    in_a_row: Counter[str] = field(default_factory=Counter)
 
     async def ask_all(self) -> None:
         limits = httpx2.Limits(max_connections=None)
@@ -118,6 +142,7 @@ class _Questions:
                         f"no server answers ({'; '.join(troubles)}); {before} prompts are left. Start one, set "
                         "regenerate.base_url to it, and run again: what was answered is kept"
                     )
+        self._report_refused()
         if self.retokenised:
             say(
                 f"regenerate: {self.retokenised} answers came back as text and were tokenised again, which may not "
@@ -165,21 +190,51 @@ class _Questions:
             try:
                 body = {"model": model, "prompt": prompt.ids, **drawn}
                 response = await self._request(client, "POST", f"{url}/completions", body)
+                ids = self._answer(url, prompt, response)
             except Unreachable as error:
                 self.pending.append((number, prompt))
                 troubles[url] = str(error)
                 return
-            sample = answered(prompt.id, prompt.ids, self._answer(url, prompt, response), drawn)
+            except (Refused, BadRecord) as error:
+                self._refuse(url, number, prompt, error)
+                continue
+            self.in_a_row[url] = 0
+            self.refused.pop(prompt.id, None)
+            sample = answered(prompt.id, prompt.ids, ids, drawn)
             # Flushed, a line outlives this process; should the machine fail, what is lost is asked again.
             self.file.write(to_line(sample))
             self.file.flush()
             self.bar.update(1)
 
-    def _answer(self, url: str, prompt: Prompt, response: Any) -> list[int]:
-        """The tokens of the answer, the one that ended it included.
+    def _refuse(self, url: str, number: int, prompt: Prompt, error: GraftError) -> None:
+        """Leaves the prompt for the end, where it is asked once more, or else out.
 
         Raises:
-            GraftError: the response is no answer to this prompt.
+            GraftError: this was one refusal after another.
+        """
+        reason = f"prompt {prompt.id}{f' ({prompt.place})' if prompt.place else ''}: {error}"
+        if prompt.id not in self.refused:
+            self.in_a_row[url] += 1
+            if self.in_a_row[url] >= max(IN_A_ROW, self.total // 100):
+                raise GraftError(f"{reason}. So it went with {self.in_a_row[url]} prompts in a row") from error
+            self.pending.append((number, prompt))
+        self.refused[prompt.id] = reason
+
+    def _report_refused(self) -> None:
+        """Says which prompts have no answer. Raises GraftError where none has one."""
+        refusals = list(self.refused.values())
+        if refusals and len(refusals) == self.total:
+            raise GraftError(f"none of {self.total} prompts was answered; {refusals[0]}")
+        if refusals:
+            rest = len(refusals) - SHOWN
+            lines = [*refusals[:SHOWN], *([f"... {rest} more"] if rest > 0 else [])]
+            say("\n  ".join([f"regenerate: {len(refusals)} of {self.total} prompts have no answer:", *lines]))
+
+    def _answer(self, url: str, prompt: Prompt, response: Any) -> list[int]:
+        """The tokens of the answer, the one that ended it included, once.
+
+        Raises:
+            Refused: the response is no answer to this prompt.
         """
         try:
             choice = response["choices"][0]
@@ -188,31 +243,36 @@ class _Questions:
                 ids = self._tokenise(url, choice["text"])
                 self.retokenised += 1
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise GraftError(f"{url} sent no completion for {prompt.id}: {str(response)[:300]}") from error
+            raise Refused(f"{url} sent no completion: {str(response)[:300]}") from error
         if choice.get("prompt_token_ids") not in (None, prompt.ids):
-            raise GraftError(f"{url} changed the tokens of prompt {prompt.id}; it must take them as they are")
-        ids = until_end(ids, self.chat.end_ids)
-        if finish == "stop" and (not ids or ids[-1] not in self.chat.end_ids):
-            stop = choice.get("matched_stop", choice.get("stop_reason"))  # SGLang's and vLLM's names for it
+            raise Refused(f"{url} changed the tokens of the prompt; it must take them as they are")
+        stop = choice.get("matched_stop", choice.get("stop_reason"))  # SGLang's and vLLM's names for it
+        ends = self.chat.end_ids | ({stop} if isinstance(stop, int) else set())
+        ids = until_end(ids, ends)
+        if finish == "stop" and (not ids or ids[-1] not in ends):
             ids = [*ids, stop if isinstance(stop, int) else self.chat.tokenizer.eos_token_id]
+        self.chat.check_known(ids, f"the answer of {url}")
         if not ids or finish not in ("stop", "length"):
-            raise GraftError(
-                f"{url} did not finish the answer to {prompt.id}: finish_reason {finish}, {len(ids)} tokens"
-            )
+            raise Refused(f"{url} did not finish the answer: finish_reason {finish}, {len(ids)} tokens")
         return ids
 
     def _tokenise(self, url: str, text: str) -> list[int]:
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that the limit cut in two
-        ids = self.chat.tokenizer(text, add_special_tokens=False).input_ids
+        try:
+            ids = self.chat.tokenizer(text, add_special_tokens=False).input_ids
+        except Exception as error:  # whatever a tokenizer raises
+            raise Refused(f"{url} sends text that the target's tokenizer refuses: {error}") from error
         if self.chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
-            raise GraftError(
+            raise Refused(
                 f"{url} sends text, which the target's tokenizer cannot give back: {text[:80]!r}; use a server that "
                 "knows return_token_ids, and the same target on both sides"
             )
         return ids
 
     async def _request(self, client: httpx2.AsyncClient, method: str, url: str, body: Any = None) -> Any:
-        """Raises Unreachable after the last attempt, GraftError for a refusal that would repeat itself."""
+        """Raises Unreachable after the last attempt, GraftError for a refusal that would repeat itself, Refused for one
+        that may be this request's alone.
+        """
         trouble = ""
         for attempt in range(self.settings.retries + 1):
             if attempt:
@@ -227,7 +287,8 @@ class _Questions:
                 continue
             trouble = f"{response.status_code} {response.text[:300]}"
             if response.status_code not in PASSING and response.status_code < 500:
-                raise GraftError(
+                kind = Refused if response.status_code in OF_PROMPT else GraftError
+                raise kind(
                     f"{url} refuses: {trouble}. See regenerate.base_url (it ends in /v1 as a rule) and "
                     "regenerate.server_extensions (false sends OpenAI's fields alone)"
                 )

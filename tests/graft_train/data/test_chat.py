@@ -1,7 +1,9 @@
 """Which tokens are answers, on conversations whose tokens are written out."""
 
+import unicodedata
+
 import pytest
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from graft_inference.errors import GraftError
@@ -54,17 +56,226 @@ def test_a_marked_answer_ends_with_its_end_wherever_the_marks_are():
         )
 
 
-def test_an_answer_has_all_tokens_of_its_last_character():
+BYTES = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}?{% else %}MARKED<end>{% endif %}{% endfor %}"
+SPAN = "{% generation %}{{ m.content }}{% endgeneration %}"
+BYTES_MARKED = BYTES.replace("MARKED", SPAN)
+LOOSE = unicodedata.normalize("NFD", "é")
+
+
+def byte_tokenizer(template=BYTES_MARKED, normalizer=None, post_processor=None):
+    """A tokenizer whose tokens are bytes, but for <end>."""
     bytes_ = ByteLevelBPETokenizer()
     bytes_.train_from_iterator(["nothing"], vocab_size=257, special_tokens=["<end>"], show_progress=False)
+    if normalizer:
+        bytes_._tokenizer.normalizer = normalizer
+    if post_processor:
+        bytes_._tokenizer.post_processor = post_processor
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_._tokenizer, eos_token="<end>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}?"
-        "{% else %}{% generation %}{{ m.content }}{% endgeneration %}<end>{% endif %}{% endfor %}"
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained(tokenizer, *turns, **changes):
+    """What is trained on, as text."""
+    rows = Chat(tokenizer, {tokenizer.eos_token_id}).answered(document(*turns, **changes))
+    return [tokenizer.decode(row.ids[start:end]) for row in rows for start, end in row.answers]
+
+
+def test_an_answer_has_all_tokens_of_its_last_character():
+    tokenizer = byte_tokenizer()
+    (row,) = Chat(tokenizer, {tokenizer.eos_token_id}).answered(document("é", "n🙂", "n", "ü"))
+    assert [tokenizer.decode(row.ids[start:end]) for start, end in row.answers] == ["n🙂<end>", "ü<end>"]
+    assert row.answers == [[3, 9], [11, 14]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (f"caf{LOOSE}", f"th{LOOSE}"),
+        (f"{LOOSE}t{LOOSE}", LOOSE),
+        ("각".join(unicodedata.normalize("NFD", "각각")), "ok"),
+    ],
+)
+def test_a_character_that_a_normalizer_merges_costs_no_answer_and_trains_no_question(first, second):
+    expected = [unicodedata.normalize("NFC", answer) + "<end>" for answer in (first, second, "z")]
+    turns = (LOOSE, first, f"q{LOOSE}", second, "q", "z")
+    assert trained(byte_tokenizer(normalizer=normalizers.NFC()), *turns) == expected
+
+
+@pytest.mark.parametrize("post_processor", [processors.ByteLevel(trim_offsets=trim) for trim in (True, False)])
+def test_blanks_at_an_answers_ends_are_its_own_however_the_tokenizer_places_them(post_processor):
+    tokenizer = byte_tokenizer(post_processor=post_processor)
+    assert trained(tokenizer, "a ", " b ", " c", "  d\n\n") == [" b <end>", "  d\n\n<end>"]
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        "<assistant>{% generation %} {{ m.content }} <end>{% endgeneration %} gap ",
+        "<assistant> {% generation %}{{ m.content }} {% endgeneration %}<end> gap ",
+        "<assistant>{%- generation -%} {{ m.content }} {%- endgeneration -%} <end> gap ",
+    ],
+)
+def test_blanks_that_no_token_stands_for_do_not_move_an_answer(marked):
+    start, end = MARKED.index("<assistant> {% generation"), MARKED.index("{% else %}<{{ m.role")
+    template = MARKED[:start] + marked + MARKED[end:]
+    if "{%-" in marked:
+        template = template.replace("<assistant>{%-", "<assistant> {{ '' }}{%-").replace("-%} {{ m.c", "-%}{{ m.c")
+        template = template.replace("{%- endgeneration -%} <end>", "{%- endgeneration -%}{{ ' <end>' }}")
+    (row,) = chat(template).answered(document("a b", "c", "d", "e f"))
+    assert shown(row) == ("<user> a b <end> gap <assistant> [c <end>] gap <user> d <end> gap <assistant> [e f <end>]")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("{% macro say(m) %}{{ m.role }}:", "{% endmacro %}{{ say(m) }}"),
+        ("{% set body %}{{ m.role }}:", "{% endset %}{{ body }}"),
+        ("{% filter replace('x', 'yy') %}{{ m.role }}:", "{% endfilter %}"),
+    ],
+)
+def test_spans_are_found_where_a_template_collects_its_text_first(before, after):
+    """transformers counts the characters before a span without those that were collected."""
+    tokenizer = byte_tokenizer(BYTES.replace("MARKED", f"{before}{SPAN}{after}"))
+    assert trained(tokenizer, "ax", "bx", "c", "d") == [answer + "<end>" for answer in (
+        ("byy" if "filter" in before else "bx"), "d")]  # fmt: skip
+
+
+def test_several_spans_of_one_answer_are_one():
+    thought = "{% generation %}{{ m.reasoning_content }}{% endgeneration %}"
+    tokenizer = byte_tokenizer(BYTES.replace("MARKED", f"{thought}{SPAN}"))
+    assert trained(tokenizer, "a", "b", reasoning_content="why") == ["whyb<end>"]
+
+
+def test_an_end_within_an_answer_is_a_part_of_it():
+    """The target would have stopped there; what the data say is trained on, and nothing behind."""
+    assert trained(byte_tokenizer(), "a", "b<end>c", "d", "e") == ["b<end>c<end>", "e<end>"]
+
+
+@pytest.mark.parametrize("role", ["user", "tool", "system"])
+def test_a_template_that_marks_another_turn_is_refused(role):
+    everything = BYTES[: BYTES.index("{% if")] + f"{SPAN}<end>{{% endfor %}}"
+    only_some = everything.replace(
+        SPAN, f"{{% if m.role in ['assistant', '{role}'] %}}{SPAN}{{% else %}}{SPAN[16:-19]}{{% endif %}}"
     )
-    (row,) = Chat(tokenizer, {END}).answered(document("é", "n🙂", "n", "ü"))
-    assert [tokenizer.decode(row.ids[start:end]) for start, end in row.answers] == ["n🙂", "ü"]
-    assert row.answers == [[3, 8], [11, 13]]
+    turns = ("system: s", "user: a", "assistant: b", "tool: t", "assistant: c")
+    for template in (everything, only_some):
+        with pytest.raises(BadRecord, match=r"generation spans mark what another turn of doc says, '[sat]'"):
+            trained(byte_tokenizer(template), *turns)
+    unmarked = everything.replace(
+        SPAN, f"{{% if m.role == 'assistant' %}}{SPAN}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    )
+    assert trained(byte_tokenizer(unmarked), *turns) == ["b<end>", "c<end>"]
+
+
+def test_a_template_that_looks_at_how_a_turn_begins_is_read_without_its_marks():
+    """Qwen3's tells tools' results among the user's turns by it."""
+    results = MARKED.replace(
+        "{% for m in", "{% for m in messages if m.content.startswith('x') %}gap {% endfor %}{% for m in"
+    )
+    tokenizer = word_tokenizer(results)
+    rows = Chat(tokenizer, {END}).answered(document("x a", "c", "d", "e f"))
+    assert [row.id for row in rows] == ["doc#1", "doc#3"]
+    assert [shown(row).rpartition("[")[2] for row in rows] == ["c <end>]", "e f <end>]"]
+    (row,) = Chat(tokenizer, {END}).answered(document("a", "c", "d", "e f"))
+    assert row.id == "doc#0"
+
+
+def test_a_token_that_is_only_in_part_an_answer_is_an_error():
+    for glued in (
+        MARKED.replace("<assistant> {% gen", "<assistant>{% gen"),
+        MARKED.replace(" <end>{% endgeneration %} gap", "{% endgeneration %}gap <end>"),
+    ):
+        with pytest.raises(
+            BadRecord, match=r"answers of doc cannot be told .* one token stands for '.*(<assistant>|gap)"
+        ):
+            chat(glued).answered(document("a", "b"))
+
+
+def test_an_answer_that_no_token_stands_for_is_an_error():
+    tokenizer = byte_tokenizer(normalizer=normalizers.Replace("\u00ad", ""))
+    with pytest.raises(BadRecord, match=r"no token of doc stands for its answer '\\xad'"):
+        trained(tokenizer, "a", "\u00ad", "b", "c")
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_a_tokenizer_that_was_saved_to_cut_and_pad_does_neither(template):
+    expected = Chat(word_tokenizer(template), {END}).answered(document("a b", "c", "d", "e f"))
+    tokenizer = word_tokenizer(template)
+    tokenizer.backend_tokenizer.enable_truncation(3, direction="left")
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.truncation_side, tokenizer.model_max_length = "left", 3
+    assert Chat(tokenizer, {END}).answered(document("a b", "c", "d", "e f")) == expected
+
+
+def framing_tokenizer(template):
+    """It puts <user> before every text and <end> behind it."""
+    tokenizer = word_tokenizer(template)
+    special = [("<user>", 3), ("<end>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<user> $A <end>", special_tokens=special
+    )
+    tokenizer.bos_token = "<user>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_a_template_decides_the_special_tokens_alone(template):
+    doc = document("a b", "c", "d", "e f")
+    framing, plain = (Chat(make(template), {END}) for make in (framing_tokenizer, word_tokenizer))
+    assert framing.answered(doc) == plain.answered(doc)
+    assert list(framing.prompts(doc)) == list(plain.prompts(doc))
+
+
+def test_a_text_that_goes_on_begins_as_the_tokenizer_has_it_and_does_not_end():
+    framing, text = Chat(framing_tokenizer(None), {END}), Document("doc", "train", text="a")
+    assert words(framing.opened(text, "a b c", 9)) == "<user> a b c"
+    assert words(framing.opened(text, "a b c", 2)) == "<user> a"
+    assert words(framing.opened(text, "<user> a", 9)) == "<user> a"  # it has the first token itself
+    assert words(framing.opened(text, "<user> <user> a <end>", 9)) == "<user> <user> a <end>"
+    assert framing.opened(text, " ", 9) == []
+    assert words(Chat(word_tokenizer(None), {END}).opened(text, "a b", 9)) == "a b"
+
+
+def test_tokens_that_the_target_lacks_are_named_with_their_text():
+    tokenizer = word_tokenizer(PLAIN)
+    tokenizer.add_tokens("<call>")
+    narrow, wide = (Chat(tokenizer, {END}, vocab_size=size) for size in (35, 36))
+    doc = Document("doc", "train", conversation=document("a", "<call>").conversation, place="a.jsonl, line 3")
+    with pytest.raises(BadRecord, match=r"doc \(a.jsonl, line 3\) has the token '<call>' \(35\), .* has 35 rows"):
+        narrow.answered(doc)
+    assert shown(next(iter(wide.answered(document("a", "b"))))).endswith("[b <end>]")
+    assert list(narrow.prompts(doc)) == list(wide.prompts(doc))  # the answer alone has it
+    assert narrow.opened(doc, "a b <call>", 2) == wide.opened(doc, "a b", 2)
+    with pytest.raises(BadRecord, match="<call>"):
+        narrow.opened(doc, "a b <call>", 3)
+
+
+class Refusing(PreTrainedTokenizerFast):
+    def __call__(self, text, *args, **kwargs):
+        if "z" in text:
+            raise OverflowError("too much")
+        return super().__call__(text, *args, **kwargs)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_whatever_a_tokenizer_raises_names_the_record(template):
+    tokenizer = Refusing(tokenizer_object=word_tokenizer(None).backend_tokenizer, eos_token="<end>")
+    tokenizer.chat_template = template
+    refusing = Chat(tokenizer, {END})
+    for ask in (refusing.answered, lambda doc: next(refusing.prompts(doc))):
+        with pytest.raises(BadRecord, match="the tokenizer refuses conversation doc: too much"):
+            ask(document("z", "b"))
+    with pytest.raises(BadRecord, match="the tokenizer refuses text doc: too much"):
+        refusing.opened(Document("doc", "train", text="z"), "z", 9)
+
+
+def test_of_several_templates_the_right_one_is_taken_or_none():
+    tokenizer = word_tokenizer({"default": MARKED, "tool_use": PLAIN})
+    assert Chat(tokenizer, {END}).marks_answers(document("a", "b"))
+    assert not Chat(tokenizer, {END}).marks_answers(document("a", "b", tools=[{"name": "t"}]))
+    with pytest.raises(GraftError, match="no chat template for doc"):
+        Chat(word_tokenizer({"rag": PLAIN}), {END}).answered(document("a", "b"))
 
 
 def test_a_template_without_spans_gives_one_row_an_answer():

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from tokenizers import processors
 
 from graft_inference.errors import GraftError
 from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, read_documents
-from graft_train.data.prompts import answered_samples, build_prompts, in_proportion
+from graft_train.data.prompts import answered_samples, build_prompts, in_proportion, room_for_prompts
 from graft_train.data.sources import Source
 from tests.graft_train.tiny_chat import MARKED, PLAIN, word_tokenizer, words
 
@@ -66,6 +67,52 @@ def test_windows_of_text_start_at_lines_and_do_not_overlap(tmp_path):
     prompts = made(build_prompts, config)
     assert len(prompts) > 3
     assert {words(prompt.ids) for prompt in prompts} == {" ".join("abcdefgh")}
+
+
+def test_a_window_of_text_never_ends_as_a_text_does(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join("abcdef"))
+    tokenizer = word_tokenizer(None)
+    special = [("<user>", 3), ("<end>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<user> $A <end>", special_tokens=special
+    )
+    config = DataConfig(path=str(tmp_path), glob="*.txt", prompt_tokens=9)
+    (prompt,) = build_prompts(read_documents(config), Chat(tokenizer, {1}), config, count=9, max_tokens=9, seed=0)
+    assert words(prompt.ids) == "<user> a b c d e f"
+
+
+@pytest.mark.parametrize("kind", ["text", "conversation"])
+def test_a_record_with_a_token_that_the_target_lacks_is_named_and_costs_no_other(tmp_path, kind, capsys):
+    texts = ["a b c d", "e f <call> g", "h i j k"]
+    rows = [{"text": text} if kind == "text" else {"data": [text]} for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = word_tokenizer(PLAIN)
+    tokenizer.add_tokens("<call>")
+    config = DataConfig(path=str(tmp_path / "a.jsonl"), prompt_tokens=4)
+
+    def asked():
+        chat = Chat(tokenizer, {1}, vocab_size=35)
+        return build_prompts(read_documents(config), chat, config, count=9, max_tokens=20, seed=0)
+
+    with pytest.raises(GraftError, match=r"a.jsonl, line 2\) has the token '<call>' \(35\).*on_error=skip"):
+        asked()
+    config.on_error = "skip"
+    assert len(asked()) == 2
+    said = capsys.readouterr().out
+    assert "left out 1 of 3 documents" in said
+    assert "line 2) has the token '<call>'" in said
+
+
+def test_a_prompt_knows_where_its_document_was_read(tmp_path):
+    prompts = made(build_prompts, chats(tmp_path / "a.jsonl", ["a"], ["b"]))
+    assert sorted(prompt.place for prompt in prompts) == [f"{tmp_path / 'a.jsonl'}, line {n}" for n in (1, 2)]
+
+
+def test_answers_as_long_as_the_target_leave_no_room_for_a_prompt():
+    assert room_for_prompts(512, 511, "a.b") == 1
+    for new in (512, 1024):
+        with pytest.raises(GraftError, match=rf"a\.b={new} leaves no room for a prompt.* 512 tokens"):
+            room_for_prompts(512, new, "a.b")
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])

@@ -1,8 +1,11 @@
 """The stage from conversations on the disk to samples: the data's own answers, servers, and the preview."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from graft_inference.errors import GraftError
 from graft_train.config import Config
@@ -12,18 +15,24 @@ from graft_train.data.target import TargetConfig
 from graft_train.distill.batches import to_rows
 from graft_train.regenerate import RegenerateConfig, regenerate
 from tests.graft_train.regenerate.server import Server, answer_to, serving
-from tests.graft_train.tiny_chat import MARKED, PLAIN, VOCABULARY, save_target, words
+from tests.graft_train.tiny_chat import MARKED, PLAIN, VOCABULARY, save_target, word_tokenizer, words
 
 LETTERS = VOCABULARY[9:]
 
 
+SHAPE = ("hidden_size", "head_dim", "eos_token_id")
+
+
 def chat_config(root, template, **changes):
     """Forty conversations of two answers each, and a random target with this template."""
+    shape = {name: changes.pop(name) for name in SHAPE if name in changes}
     rows = ([LETTERS[n % 26], LETTERS[n // 26], "x y", f"{LETTERS[n % 13]} {LETTERS[n % 26]}"] for n in range(40))
     (root / "chats.jsonl").write_text("".join(json.dumps({"data": row}) + "\n" for row in rows))
     return Config(
         run_dir=str(root / "run"),
-        target=TargetConfig(name_or_path=str(save_target(root / "target", template)), dtype="float32", device="cpu"),
+        target=TargetConfig(
+            name_or_path=str(save_target(root / "target", template, **shape)), dtype="float32", device="cpu"
+        ),
         data=DataConfig(path=str(root / "chats.jsonl"), calibration_share=0.2, evaluation_share=0.2),
         regenerate=RegenerateConfig(**{"samples": 10, "held_out": 2, "max_new_tokens": 6, "batch": 4} | changes),
     )
@@ -115,3 +124,95 @@ def test_text_has_no_answers(tmp_path):
     config.data.prompt_tokens = 2
     with pytest.raises(GraftError, match="is plain text"):
         regenerate(config)
+
+
+def make_chain(directory, follows):
+    """Changes a target into one that writes after each word the one that it says, and z after all others."""
+    model = LlamaForCausalLM.from_pretrained(directory)
+    size = len(VOCABULARY)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight[:, :size] = torch.eye(size)
+        for token, word in enumerate(VOCABULARY):
+            model.lm_head.weight[VOCABULARY.index(follows.get(word, "z")), token] = 1.0
+    return model
+
+
+def answers_of(samples):
+    return {words(sample.answer_ids) for sample in samples}
+
+
+@pytest.mark.parametrize(
+    ("own", "answer"),
+    [(None, "a b <end>"), ("c", "a b <end>"), ("b", "a b"), (["c", "<end>"], "a b <end>"), (["c", "a"], "a")],
+)
+def test_an_answer_ends_at_the_tokenizers_end_and_at_the_targets(tmp_path, own, answer):
+    """The files of a chat model that was tuned from a base disagree about them; servers and the data do the same."""
+    config = chat_config(tmp_path, PLAIN, hidden_size=len(VOCABULARY) + 1, head_dim=16)
+    model = make_chain(tmp_path / "target", {"<assistant>": "a", "a": "b", "b": "<end>", "<end>": "c"})
+    ids = [VOCABULARY.index(word) for word in own] if isinstance(own, list) else own and VOCABULARY.index(own)
+    model.generation_config = GenerationConfig(eos_token_id=ids)
+    model.save_pretrained(tmp_path / "target")
+    assert answers_of(read_samples(regenerate(config) / "samples.jsonl", "train")) == {answer}
+
+
+def test_without_generation_settings_the_configurations_end_counts_too(tmp_path):
+    config = chat_config(tmp_path, PLAIN, hidden_size=len(VOCABULARY) + 1, head_dim=16, eos_token_id=10)
+    make_chain(tmp_path / "target", {"<assistant>": "a", "a": "b"}).save_pretrained(tmp_path / "target")
+    (tmp_path / "target" / "generation_config.json").unlink()
+    assert answers_of(read_samples(regenerate(config) / "samples.jsonl", "train")) == {"a b"}
+
+
+def with_more_tokens(target, *tokens, pad=None):
+    """A tokenizer that knows words which the target beside it has no embedding for."""
+    tokenizer = word_tokenizer(PLAIN)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.pad_token = pad or tokenizer.pad_token
+    tokenizer.save_pretrained(target)
+
+
+def test_padding_needs_no_embedding(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    configs = []
+    for root in (one, two):
+        root.mkdir()
+        configs.append(chat_config(root, PLAIN, temperatures=[0.0]))
+        with (root / "chats.jsonl").open("a") as file:
+            file.writelines(json.dumps({"data": ["a " * length]}) + "\n" for length in range(1, 30))
+    shutil.copy(one / "target" / "model.safetensors", two / "target")
+    with_more_tokens(two / "target", "[PAD]", pad="[PAD]")
+    expected, found = (regenerate(config) / "samples.jsonl" for config in configs)
+    assert len({len(sample.ids) for sample in read_samples(found, "train")}) > 1  # some were padded
+    assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("answers", ["target", "data"])
+def test_a_token_without_embedding_is_a_bad_record(tmp_path, answers, capsys):
+    config = chat_config(tmp_path, PLAIN, answers=answers, samples=100)
+    with_more_tokens(tmp_path / "target", "<call>")
+    rows = (tmp_path / "chats.jsonl").read_text().splitlines()
+    (tmp_path / "chats.jsonl").write_text("\n".join([*rows[:30], '{"data": ["a", "b", "<call>", "d"]}', *rows[30:]]))
+    with pytest.raises(GraftError, match=r"chats.jsonl, line 31\) has the token '<call>' \(35\).* has 35 rows"):
+        regenerate(config)
+    config.data.on_error, config.run_dir = "skip", str(tmp_path / "skipping")
+    path = regenerate(config) / "samples.jsonl"
+    assert "line 31" in capsys.readouterr().out
+    found = [sample for split in ("train", "calibration", "evaluation") for sample in read_samples(path, split)]
+    assert max(token for sample in found for token in sample.ids) < len(VOCABULARY)
+
+
+@pytest.mark.parametrize("answers", ["target", "data"])
+def test_without_room_for_a_prompt_the_setting_is_named_before_data_is_read(tmp_path, answers):
+    config = chat_config(tmp_path, PLAIN, answers=answers, max_new_tokens=64)
+    (tmp_path / "chats.jsonl").write_text("no record")
+    with pytest.raises(GraftError, match=r"regenerate\.max_new_tokens=64 leaves no room .* at most 64 tokens"):
+        regenerate(config)
+
+
+def test_without_room_at_a_server_the_setting_is_named_before_it_is_asked(tmp_path):
+    with serving(Server(model={"max_model_len": 6})) as server:
+        config = served(tmp_path / "one", server)
+        with pytest.raises(GraftError, match=r"regenerate\.max_new_tokens=6 leaves no room .* at most 6 tokens"):
+            regenerate(config)
+    assert not server.requests

@@ -15,7 +15,7 @@ from graft_train.data.samples import read_samples
 from graft_train.regenerate import RegenerateConfig
 from graft_train.regenerate.servers import ask_servers
 from tests.graft_train.regenerate.server import END, Server, answer_to, serving
-from tests.graft_train.tiny_chat import word_tokenizer, words
+from tests.graft_train.tiny_chat import VOCABULARY, word_tokenizer, words
 
 PROMPTS = [Prompt(f"p{n}", [3, 9 + n % 20, 1, 4 + n // 20]) for n in range(24)]
 LIMIT = 4
@@ -33,7 +33,9 @@ def settings(*servers, **changes):
 
 
 def ask(path, *servers, prompts=PROMPTS, **changes):
-    ask_servers(prompts, path, settings(*servers, **changes), 100, Chat(word_tokenizer(None), {END}))
+    ask_servers(
+        prompts, path, settings(*servers, **changes), 100, Chat(word_tokenizer(None), {END}, None, len(VOCABULARY))
+    )
 
 
 def assert_complete(path, prompts=PROMPTS):
@@ -107,7 +109,7 @@ def test_refusals_that_would_repeat_themselves_end_it_at_once(tmp_path):
         pytest.raises(GraftError, match=r"refuses: 400 .*unknown field top_k.*regenerate\.server_extensions"),
     ):
         ask(tmp_path / "s", server)
-    assert len(server.requests) <= 4  # what was in flight
+    assert len(server.requests) <= module.IN_A_ROW + 3  # and what was in flight
     server.url = server.url.removesuffix("/v1")
     with serving(Server()) as live, pytest.raises(GraftError, match=r"/models refuses: 404.*ends in /v1"):
         live.url = live.url.removesuffix("/v1")
@@ -168,7 +170,7 @@ def test_an_end_that_is_not_among_the_tokens_is_added(tmp_path):
     ("completion", "complaint"),
     [
         (lambda prompt, ids: {"text": "no such word"}, "cannot give back: 'no such word'"),
-        (lambda prompt, ids: {"token_ids": ids, "prompt_token_ids": [0, *prompt]}, "changed the tokens of prompt p"),
+        (lambda prompt, ids: {"token_ids": ids, "prompt_token_ids": [0, *prompt]}, "prompt p.*changed the tokens"),
         (lambda prompt, ids: {"token_ids": ids, "finish_reason": "abort"}, "did not finish .* abort"),
         (lambda prompt, ids: {"token_ids": [], "finish_reason": "length"}, "did not finish .* 0 tokens"),
         (lambda prompt, ids: {"text": None, "finish_reason": None}, "sent no completion"),
@@ -178,6 +180,111 @@ def test_what_is_no_answer_is_named(tmp_path, completion, complaint):
     with serving(Server(completion=completion)) as server, pytest.raises(GraftError, match=complaint):
         ask(tmp_path / "s", server)
     assert (tmp_path / "s").read_bytes() == b""
+
+
+def refusing(wrong, choice):
+    """Gives this choice to these prompts, and answers to all others."""
+
+    def completion(prompt, ids):
+        return choice if prompt in [one.ids for one in wrong] else {"token_ids": ids}
+
+    return Server(completion=completion)
+
+
+@pytest.mark.parametrize(
+    ("choice", "complaint"),
+    [
+        ({"token_ids": [9], "finish_reason": "abort"}, "finish_reason abort"),
+        ({"token_ids": [9], "finish_reason": "content_filter"}, "finish_reason content_filter"),
+        ({"token_ids": [99, END]}, "None (99), but the target's embedding matrix has 35 rows"),
+        ({"text": "half \ud83d of it"}, "tokenizer refuses"),
+        ({"text": None, "token_ids": None}, "sent no completion"),
+    ],
+)
+def test_a_prompt_without_a_usable_answer_is_named_and_costs_no_other(tmp_path, choice, complaint, capsys):
+    wrong = [Prompt("bad", [3, 9, 9, 4], "chats.jsonl, line 7"), Prompt("worse", [3, 9, 9, 5], "chats.jsonl, line 8")]
+    with serving(refusing(wrong, choice)) as server:
+        ask(tmp_path / "s", server, prompts=[wrong[0], *PROMPTS, wrong[1]])
+    assert_complete(tmp_path / "s")
+    said = capsys.readouterr().out
+    assert "2 of 26 prompts have no answer" in said
+    assert "prompt bad (chats.jsonl, line 7): " in said
+    assert complaint in said
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_a_server_refuses_is_asked_once_more_and_left_out(tmp_path, status, capsys):
+    server = Server()
+    server.refuse = lambda number: (status, "a filter") if server.requests[number]["prompt"] == PROMPTS[5].ids else None
+    with serving(server):
+        ask(tmp_path / "s", server)
+    assert_complete(tmp_path / "s", PROMPTS[:5] + PROMPTS[6:])
+    said = capsys.readouterr().out
+    assert "1 of 24 prompts have no answer" in said
+    assert f"prompt p5: {server.url}/completions refuses: {status}" in said
+    assert "a filter" in said
+    assert [request["prompt"] for request in server.requests].count(PROMPTS[5].ids) == 2
+
+
+def test_a_refusal_that_passes_costs_nothing(tmp_path, capsys):
+    with serving(Server(refuse=lambda number: (400, "not yet") if number in (0, 3) else None)) as server:
+        ask(tmp_path / "s", server)
+    assert_complete(tmp_path / "s")
+    assert "no answer" not in capsys.readouterr().out
+
+
+def test_a_server_that_begins_to_refuse_everything_ends_the_run_and_loses_nothing(tmp_path):
+    path = tmp_path / "s"
+    with (
+        serving(Server(refuse=lambda number: (400, "another model") if number >= 10 else None)) as server,
+        pytest.raises(GraftError, match=r"prompt p.* refuses: 400 .*another model.* with 8 prompts in a row"),
+    ):
+        ask(path, server)
+    assert len(read_samples(path, "train")) == 10
+    with serving(Server()) as server:
+        ask(path, server)
+    assert_complete(path)
+
+
+def test_few_prompts_all_refused_are_no_finished_run(tmp_path):
+    with (
+        serving(Server(refuse=lambda number: (400, "unknown field"))) as server,
+        pytest.raises(GraftError, match=r"none of 3 prompts was answered; prompt p.* 400 .*unknown field"),
+    ):
+        ask(tmp_path / "s", server, prompts=PROMPTS[:3])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_of_whoever_asks_ends_it_at_once(tmp_path, status):
+    with (
+        serving(Server(refuse=lambda number: (status, "who are you"))) as server,
+        pytest.raises(GraftError, match=f"refuses: {status}"),
+    ):
+        ask(tmp_path / "s", server)
+    assert len(server.requests) <= 4  # what was in flight
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        lambda ids: {"token_ids": [*ids, END]},
+        lambda ids: {"token_ids": [*ids, END, END, 9]},
+        lambda ids: {"token_ids": ids, "stop_reason": None},
+        lambda ids: {"token_ids": ids, "matched_stop": END},
+        lambda ids: {"token_ids": [*ids, 8], "stop_reason": 8},  # one that the target's files do not tell
+        lambda ids: {"token_ids": ids, "stop_reason": 8},
+    ],
+)
+def test_a_finished_answer_has_its_end_exactly_once(tmp_path, completion):
+    def finished(prompt, ids):
+        return completion([token for token in ids if token != END]) | {"finish_reason": "stop"}
+
+    with serving(Server(completion=finished)) as server:
+        ask(tmp_path / "s", server)
+    for sample in read_samples(tmp_path / "s", "train"):
+        written = [token for token in answer_to(sample.prompt_ids, LIMIT) if token != END]
+        assert sample.answer_ids[:-1] == written
+        assert sample.answer_ids[-1] in (END, 8)
 
 
 @pytest.mark.parametrize(
