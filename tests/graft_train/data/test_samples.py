@@ -3,7 +3,7 @@ import json
 import pytest
 
 from graft_inference.errors import GraftError
-from graft_train.data.samples import Sample, answered, append_samples, read_samples, to_line
+from graft_train.data.samples import Sample, answered, append_samples, check_room, read_samples, to_line
 
 TRAIN = answered("a", [1, 2], [3], {"temperature": 0.8, "seed": 7})
 HELD_OUT = Sample("b", "evaluation", [4])
@@ -79,3 +79,10 @@ def test_torn_missing_and_empty_files(tmp_path):
     path.write_bytes(to_line(TRAIN)[:-5])
     with pytest.raises(GraftError, match="line 1 is not a JSON object"):
         read_samples(path, "train")
+
+
+def test_new_tokens_must_fit_behind_the_longest_prompt():
+    samples = [Sample("short", "evaluation", [1]), Sample("long", "evaluation", [1, 2, 3, 4])]
+    check_room(samples, 6, 10, "a.b")
+    with pytest.raises(GraftError, match=r"a\.b=7 after the 4 tokens of prompt long exceeds the target's 10 positions"):
+        check_room(samples, 7, 10, "a.b")
