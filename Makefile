@@ -19,6 +19,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry graft_train recipes
+	$(BIN)/deptry inference/graft_inference --config inference/pyproject.toml
+	$(BIN)/vulture
 
 # The speed table on the bundle of a finished run.
 bench: setup

@@ -1,6 +1,6 @@
 """The one configuration every recipe composes, so that a misspelt key fails at once in all of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from graft_inference.errors import GraftError
@@ -42,6 +42,17 @@ class Config:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise GraftError(f"threads={self.threads} must be at least 1, or null for torch's own choice")
+
+
+def setting_names() -> list[str]:
+    """Every setting, as the command line has it."""
+    names = []
+    for group in fields(Config):
+        if is_dataclass(group.default_factory):
+            names += [f"{group.name}.{one.name}" for one in fields(group.default_factory)]
+        else:
+            names.append(group.name)
+    return names
 
 
 def register() -> None:

@@ -1,16 +1,41 @@
-"""What every recipe does before its stage: the schema for Hydra, threads, and errors people can read."""
+"""What every recipe does: composes the configuration, runs its stages, and tells a user's mistake in one line."""
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
+import hydra
 import torch
 from omegaconf import DictConfig
 
 from graft_inference import GraftError
+from graft_train.cli import STAGES, WHOLE_ROAD
 from graft_train.config import Config, register, to_config
 
-register()
+_HERE = Path(__file__).parent
+CONF = next(conf for conf in (_HERE / "conf", _HERE.parent / "conf") if conf.is_dir())
+"""Settings by recipe and experiment: in a wheel within the package, in a clone beside it."""
+
+
+def run(name: str, overrides: list[str] | None = None) -> None:
+    """One stage, or all of them.
+
+    Args:
+        name: of a recipe.
+        overrides: settings as Hydra reads them; None takes those of the command line.
+    """
+    if overrides is not None:
+        sys.argv[1:] = overrides
+    names = STAGES if name == WHOLE_ROAD else [name]
+    register()
+    hydra.main(version_base=None, config_path=str(CONF), config_name=name)(
+        lambda composed: run_stages(composed, *map(_stage, names))
+    )()
+
+
+def _stage(name: str) -> Callable[[Config], Path]:
+    return getattr(import_module(f"graft_train.{name}"), name)
 
 
 def prepare(composed: DictConfig) -> Config:
@@ -21,7 +46,7 @@ def prepare(composed: DictConfig) -> Config:
     return config
 
 
-def run_recipe(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
+def run_stages(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
     """Runs stages one after the other. A user's mistake is told in one line; a bug keeps its traceback."""
     try:
         config = prepare(composed)

@@ -1,16 +1,6 @@
 """Chooses the pruning policy for this device."""
 
-import hydra
-from omegaconf import DictConfig
-
-from graft_train.calibrate import calibrate
-from graft_train.recipe import run_recipe
-
-
-@hydra.main(version_base=None, config_path="../conf", config_name="calibrate")
-def main(composed: DictConfig) -> None:
-    run_recipe(composed, calibrate)
-
+from graft_train.recipe import run
 
 if __name__ == "__main__":
-    main()
+    run("calibrate")

@@ -32,7 +32,7 @@ from .tiny_bundle import tiny_ngrams, tiny_tokenizer, write_bundle
 SECONDS = 60
 SLACK_BYTES = 32 << 20
 """What an allocator takes in one piece, and another mutation's rubbish."""
-NUMBERS = [0, -1, 1, 2, 7, 1000, 2**31, 2**63, 10**30, 0.0, -0.0, 0.5, -3.5, 1e-30, 1e30, 1e308]
+NUMBERS = [0, -1, 1, 2, 7, 1000, 100_000, 10**9, 2**31, 2**63, 10**30, 0.0, -0.0, 0.5, -3.5, 1e-30, 1e30, 1e308]
 VALUES = [*NUMBERS, None, True, False, "", "x", "1", [], {}, [0], [[]], {"a": 1}]
 RAW = ["NaN", "Infinity", "-Infinity", "1e999", "[" * 3000 + "]" * 3000, "'", "9" * 5000]
 """What is no JSON, and Python may take."""
