@@ -108,6 +108,13 @@ def test_different_records_with_one_id_are_kept_apart_and_in_one_split(tmp_path)
     assert len({document.split for document in documents}) == 3
 
 
+def test_a_name_does_not_depend_on_the_order_of_fields(tmp_path):
+    """A table has one order for all its rows."""
+    turned = [dict(reversed(turn.items())) for turn in CHAT]
+    one, other = (read_documents(jsonl(tmp_path / "a.jsonl", {"messages": turns}))[0] for turns in (CHAT, turned))
+    assert one.id == other.id
+
+
 def test_ids_that_are_blank_or_no_names_are_none(tmp_path):
     rows = [{"id": identity, "text": text} for identity, text in [("", "a"), (" ", "b"), (1.5, "c"), ([1], "d")]]
     assert all(document.id.startswith("sha256:") for document in read_documents(jsonl(tmp_path / "a.jsonl", *rows)))

@@ -20,6 +20,10 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in CHATS)
 OTHER = '{"text": "other"}\n'
 
 
+def packed(content):
+    return gzip.compress(content, mtime=0)  # the time would be in the names of tests
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -48,7 +52,7 @@ def test_json_is_read_whatever_its_name(tmp_path, name, kind):
         "pretty array": " \n" + json.dumps(CHATS, indent=2, ensure_ascii=False),
         "marked": "\ufeff" + LINES.replace("\n", "\r\n"),
     }[kind].encode()
-    documents = read(write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content))
+    documents = read(write(tmp_path / name, packed(content) if name.endswith(".gz") else content))
     assert asked(documents) == [f"why {number} é" for number in range(4)]
     assert asked(documents[::-1]) == asked(documents)[::-1]
     assert documents[2].place == f"{tmp_path / name}, {'row' if 'array' in kind else 'line'} 3"
@@ -93,9 +97,11 @@ def test_a_bad_element_of_an_array_costs_only_itself(tmp_path):
         ("a.json", json.dumps(chat(0), indent=2)[:-1], r"a\.json is not JSON"),
         ("a.json", '"x"\n', r"a\.json, line 1 is not a JSON object"),
         ("a.jsonl", LINES.encode("utf-16"), "line 1 is not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], r"a\.jsonl\.gz cannot be read"),
-        ("a.py.gz", gzip.compress(b"x = 1"), r"a\.py\.gz is compressed.*unpack it"),
+        ("a.jsonl.gz", packed(LINES.encode())[:-12], r"a\.jsonl\.gz cannot be read"),
+        ("a.py.gz", packed(b"x = 1"), r"a\.py\.gz is compressed.*unpack it"),
         ("a.csv", "prompt,answer\na,b\n", r"a\.csv is a CSV table.*convert it to JSONL"),
+        ("a.csv.gz", packed(b"prompt,answer\na,b\n"), r"a\.csv\.gz is a CSV table"),
+        ("a.jsonl.gz", packed(b"{oops\n" + OTHER.encode()), r"a\.jsonl\.gz, line 1 is not JSON"),
         ("a.TSV", "prompt\tanswer\na\tb\n", r"a\.TSV is a CSV table"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x00", r"a\.jsonl\.zst is binary"),
         ("a.txt", "prose".encode("utf-16-le"), r"a\.txt is binary"),
@@ -140,6 +146,14 @@ def test_tables_are_read_whatever_their_name(tmp_path):
     assert [document.text for document in read(tmp_path / "b.arrow")] == ["a", "b"]
 
 
+def test_json_in_a_table_is_checked_as_well(tmp_path):
+    nested = datasets.Features({"text": datasets.Value("string"), "more": datasets.Json()})
+    rows = {"text": ["a", "b"], "more": [[], json.loads("[" * 101 + "]" * 101)]}
+    datasets.Dataset.from_dict(rows, features=nested).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(GraftError, match=r"a\.parquet, row 2 nests lists and objects"):
+        read(tmp_path / "a.parquet")
+
+
 def test_a_table_that_breaks_on_the_way_is_named(tmp_path):
     broken = pyarrow.StringArray.from_buffers(
         1, pyarrow.array([0, 1], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff")
@@ -165,7 +179,7 @@ def test_a_directory_of_records_has_cards_beside_them(tmp_path):
     write(tmp_path / "set/_SUCCESS", "")
     write(tmp_path / "set/data/a.json", json.dumps(CHATS[:2]))
     write(tmp_path / "set/data/b.json", json.dumps(CHATS[2:]))
-    write(tmp_path / "set/data/c.jsonl.gz", gzip.compress(OTHER.encode()))
+    write(tmp_path / "set/data/c.jsonl.gz", packed(OTHER.encode()))
     documents = read(tmp_path / "set")
     assert asked(documents[:4]) == [f"why {number} é" for number in range(4)]
     assert [document.text for document in documents[4:]] == ["other"]
