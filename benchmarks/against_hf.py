@@ -68,7 +68,9 @@ def main(given: list[str] | None = None) -> None:
     engine = GraftEngine.from_pretrained(
         arguments.run / "bundle", arguments.run / "target", arguments.device, arguments.dtype
     )
-    contestants = transformers_ways(arguments.run / "target", arguments)
+    ends = sorted(engine.eos_token_ids)
+    engine.target.model.generation_config = GenerationConfig()
+    contestants = transformers_ways(arguments.run / "target", arguments, ends)
     contestants |= {method: Contestant(our_way(engine, method)) for method in OURS}
     race(contestants, prompts, arguments.max_new_tokens, arguments.repeats)
     device = describe_device(engine.target.device)
@@ -80,13 +82,12 @@ def main(given: list[str] | None = None) -> None:
     Console(width=140).print(to_table(contestants, title))
 
 
-def transformers_ways(path: Path, arguments: argparse.Namespace) -> dict[str, Contestant]:
+def transformers_ways(path: Path, arguments: argparse.Namespace, ends: list[int]) -> dict[str, Contestant]:
     """Ways of an untouched model, each with a copy of its own: compilation leaves traces."""
 
     def load() -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, arguments.dtype))
-        eos = model.generation_config.eos_token_id
-        model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+        model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=0)
         return model.to(arguments.device).eval()
 
     compiling = CompileConfig()

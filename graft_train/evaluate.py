@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
-from graft_inference.bundle import read_json
+from graft_inference.bundle import load_target_model, read_json
+from graft_inference.request import end_ids
 from graft_inference.target import max_positions
 from graft_train.bounds import check_least
 from graft_train.data.chat import Chat
@@ -24,7 +25,7 @@ from graft_train.data.documents import DataConfig, read_documents
 from graft_train.data.prompts import build_prompts, prompt_settings
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.sources import is_local
-from graft_train.data.target import DTYPES, load_tokenizer, resolve_device, target_path, text_config
+from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config
 from graft_train.device import describe_device
 from graft_train.export import write_card
 from graft_train.report import draw, print_table, to_markdown
@@ -219,7 +220,7 @@ def _run_of(values: dict[str, Any]) -> Run:
 def _engine(config: "Config", dtype: str, governed: bool) -> GraftEngine:
     device = str(resolve_device(config.target.device))
     bundle = Path(config.run_dir) / "bundle"
-    return GraftEngine.from_pretrained(
+    engine = GraftEngine.from_pretrained(
         bundle,
         target_path(config),
         device,
@@ -228,6 +229,9 @@ def _engine(config: "Config", dtype: str, governed: bool) -> GraftEngine:
         tp_plan=config.target.tp_plan,
         governed=governed,
     )
+    # A checkpoint's penalties are not its law; where a sequence ends, the engine knows by now.
+    engine.target.model.generation_config = GenerationConfig()
+    return engine
 
 
 def _check_lengths(engine: GraftEngine, samples: list[Sample], max_new_tokens: int) -> None:
@@ -407,16 +411,16 @@ def _compared(config: "Config", samples: list[Sample]) -> dict[str, Any]:
 
 def _references(config: "Config", samples: list[Sample]) -> list[torch.Tensor]:
     """Greedy fp32 continuations by transformers alone, with their prompts."""
-    spread, tp_plan = config.target.device_map, config.target.tp_plan
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        target_path(config), dtype=DTYPES["float32"], device_map=spread, tp_plan=tp_plan
+    model, tokenizer = load_target_model(
+        target_path(config),
+        str(resolve_device(config.target.device)),
+        "float32",
+        config.target.device_map,
+        config.target.tp_plan,
     )
-    if spread is None and tp_plan is None:
-        model.to(resolve_device(config.target.device))
-    model.eval()
     # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
-    eos = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+    ends = sorted(end_ids(model, tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=0)
     found = []
     for sample in tqdm(samples, "evaluate: references", unit="prompt", disable=not is_main()):
         prompt = torch.tensor([sample.prompt_ids], device=model.device)

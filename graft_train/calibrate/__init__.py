@@ -21,7 +21,7 @@ from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.data.samples import read_samples
-from graft_train.data.target import load_target
+from graft_train.data.target import load_target, load_tokenizer
 from graft_train.device import describe_device
 from graft_train.stage import barrier, fingerprints_of, is_main, of_main, run_stage, say, write_json
 
@@ -301,7 +301,8 @@ def _engine(config: "Config") -> GraftEngine:
     ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams else None
     check_launch(config.target.tp_plan, config.target.device_map)
     target = load_target(config, "tp" if config.target.tp_plan else None)
-    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), target)
+    bundle = Bundle(head, paper_policy(), successors, ngrams)
+    return GraftEngine.from_bundle(bundle, target, tokenizer=load_tokenizer(config))
 
 
 def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], shares_noise: bool = False) -> Traces:

@@ -24,7 +24,6 @@ from graft_inference.echo import Echo
 from graft_inference.grafting import beneath
 from graft_inference.ngrams import LONGEST, NgramSource
 from graft_inference.policy import RankPaths, depth_template
-from graft_inference.request import Request
 from graft_inference.retrieval import SuccessorMatrix, Template
 from graft_inference.sampling import Noise, Sampler
 from graft_inference.target import TargetOutput
@@ -156,7 +155,7 @@ def record_traces(
     texts = []
     for index, prompt in enumerate(bar):
         whole = engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
-        sampler = Request(temperature=temperature, seed=index).sampler(0, 0, set(), engine.target.device)
+        sampler = Sampler.of(temperature, index)
         texts.append(Text(whole.to(engine.target.device), len(prompt), sampler if shares_noise else None))
     template = likely_paths(engine, texts, retrieval_depth, paths)
     longer = likely_paths(engine, texts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from graft_inference.bundle import check_whole
 from graft_inference.device import without_plans
@@ -123,6 +130,8 @@ def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
     except Exception as error:  # transformers and safetensors raise many kinds
         raise GraftError(f"cannot load the target from {path}: {error}") from error
     check_whole(path, found)
+    # A target's own generation settings, such as penalties, would change the distribution that a head is to learn.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.eval().requires_grad_(False)
 
 

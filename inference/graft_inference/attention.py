@@ -13,6 +13,10 @@ from .errors import GraftError
 ATTENTION = "graft_tree"
 
 
+class UntoldError(GraftError):
+    """Our attention was called without what a `Target` tells it."""
+
+
 class Visibility:
     """What each of the N rows of one pass may attend to: committed rows, and some of its own pass.
 
@@ -92,10 +96,10 @@ def tree_attention(
         s_aux: attention sinks, one logit per query head that takes part in the softmax and has no value.
 
     Raises:
-        GraftError: the model was called by something else than its `Target`.
+        UntoldError: the model was called by something else than its `Target`, or does not hand on what that tells it.
     """
     if visible is None:
-        raise GraftError("this model serves a GraftEngine: call engine.target.release() to use it otherwise")
+        raise UntoldError("this model serves a GraftEngine: call engine.target.release() to use it otherwise")
     settings = (scaling, sliding_window, softcap, s_aux)
     if isinstance(visible, Visibility):
         return _attend(query, key, value, visible, *settings).transpose(1, 2), None  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """`graft-generate BUNDLE --target T PROMPT`: text as it is accepted, then what the speculation did."""
 
 import argparse
+import json
 import sys
 from typing import Any
 
@@ -30,12 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> GenerationStats:
     """Loads, generates and prints the continuation to stdout while it comes."""
+    if not options.chat and (options.system is not None or options.template_variable):
+        raise GraftError("--system and --template-variable are told to the chat template: add --chat")
     model, tokenizer = load_target_model(options.target, options.device, options.dtype)
     if tokenizer is None:
         raise GraftError(f"{options.target} has no tokenizer: put its files beside the model")
     bundle = load_bundle(options.bundle, model.config.get_text_config(), tokenizer)
     engine = GraftEngine.from_bundle(bundle, model, tokenizer=tokenizer)
-    input_ids = encode(tokenizer, sys.stdin.read() if options.prompt == "-" else options.prompt, options.chat)
+    input_ids = encode(tokenizer, _read(options.prompt), options.chat, options.system, _variables(options))
     stats = GenerationStats()
     tokens = engine.stream(
         input_ids,
@@ -57,15 +60,63 @@ def run(options: argparse.Namespace) -> GenerationStats:
     return stats
 
 
-def encode(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
-    """Prompt ids [S], wrapped in the tokenizer's chat template if wanted."""
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt").input_ids[0].long()
+def encode(
+    tokenizer: Any, prompt: str, chat: bool, system: str | None = None, variables: dict[str, Any] | None = None
+) -> Tensor:
+    """Prompt ids [S].
+
+    Args:
+        chat: wrap it in the tokenizer's chat template.
+        system: what stands before it there.
+        variables: what the template is told beside, such as enable_thinking.
+
+    Raises:
+        GraftError: no template, one that does not mention a variable and would ignore it, or a text that it or the
+            tokenizer refuses.
+    """
+    try:
+        if not chat:
+            return tokenizer(prompt, return_tensors="pt").input_ids[0].long()
+        text = _wrapped(tokenizer, prompt, system, variables or {})
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].long()
+    except GraftError:
+        raise
+    except Exception as error:  # templates and tokenizers raise many kinds
+        raise GraftError(f"the target's tokenizer refuses the prompt: {error}") from error
+
+
+def _wrapped(tokenizer: Any, prompt: str, system: str | None, variables: dict[str, Any]) -> str:
     if not tokenizer.chat_template:
         raise GraftError("the target's tokenizer has no chat template: leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].long()
+    for name in variables:
+        if name not in str(tokenizer.chat_template):
+            raise GraftError(f"--template-variable: the target's chat template does not know {name}; leave it out")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
+
+
+def _variables(options: argparse.Namespace) -> dict[str, Any]:
+    """By name, their values read as JSON."""
+    variables = {}
+    for given in options.template_variable:
+        name, _, value = given.partition("=")
+        try:
+            variables[name] = json.loads(value)
+        except ValueError as error:
+            raise GraftError(
+                f"--template-variable {given}: write NAME=VALUE, the value in JSON: false, 3 or '\"high\"' ({error})"
+            ) from error
+    return variables
+
+
+def _read(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise GraftError(f"stdin is no {error.encoding} text: {error}") from error
 
 
 def summary(stats: GenerationStats) -> str:
@@ -97,6 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="default: bfloat16 on cuda, float32 on a CPU")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system prompt")
+    parser.add_argument(
+        "--template-variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --chat: what the template is told, in JSON, such as enable_thinking=false; may be given repeatedly",
+    )
     return parser
 
 

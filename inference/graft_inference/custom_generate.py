@@ -7,34 +7,28 @@ only, hence the two constants: they lead back to the bundle.
 
 import hashlib
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMode
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from .bundle import Bundle, load_bundle, resolve
 from .engine import GraftEngine
 from .errors import GraftError
 from .governor import Governors
+from .preparation import Prepared, prepare
 
 # Written by export: the bundle's absolute path or Hub id, and the SHA-256 of its model.safetensors.
 BUNDLE = ""
 WEIGHTS_SHA256 = ""
 
 # Beside what a GenerationConfig holds. Other arguments of `generate` change what the model computes.
-ACCEPTED = {
-    "inputs",
-    "input_ids",
-    "attention_mask",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-}
+ACCEPTED = {"input_ids", "attention_mask", "logits_processor", "stopping_criteria"}
 
 _bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Any, Bundle]] = WeakKeyDictionary()
 """Of each model: where its bundle lies, the tokenizer that it was checked with, if any, and the bundle."""
@@ -45,13 +39,14 @@ _governors: WeakKeyDictionary[nn.Module, Governors] = WeakKeyDictionary()
 
 @torch.no_grad()
 def generate(
-    *args: Any,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
     model: Any,
     draft: str | Path | None = None,
     method: str = "graft",
     streamer: BaseStreamer | None = None,
     tokenizer: Any | None = None,
-    revision: str | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Continues a prompt, or a batch of them, exactly as `model.generate` would, only faster.
@@ -65,9 +60,8 @@ def generate(
         draft: where the bundle is now, if it was moved after its export.
         method: one of `policy.METHODS`.
         streamer: gets the prompt, then every token as it is accepted; not of a batch.
-        tokenizer: if given, checked to be the one the bundle was made for. `stop_strings` need it.
-        revision: of the bundle, where it is on the Hub.
-        kwargs: as for `model.generate`.
+        tokenizer: if given, checked to be the one the bundle was made for. Stop strings need it, wherever they stand.
+        kwargs: as for `model.generate`; and `revision`, of the bundle, where it is on the Hub.
 
     Returns:
         Prompts and new tokens, [B, prompt + new] int64, padded on the right after the end of a sequence.
@@ -76,75 +70,57 @@ def generate(
         GraftError: a setting that would change the output and is not supported, or a bundle that does not
             belong to this code or this model. The model is left as it was.
     """
+    revision = kwargs.pop("revision", None)
+    prepared = _prepared(model, inputs, generation_config, tokenizer, kwargs)
+    config = prepared.config
+    request: dict[str, Any] = {
+        "attention_mask": prepared.attention_mask,
+        "prepared": True,
+        # Without an end of sequence a plain `generate` fills stopped sequences with what comes next.
+        "pad_token_id": config.pad_token_id or 0,
+        # The temperature itself is one of the processors.
+        "temperature": float(config.do_sample),
+        "method": method,
+        "seed": int(torch.randint(2**62, ())) if config.do_sample else None,
+        "logits_processor": prepared.processors,
+        "stopping_criteria": prepared.criteria,
+        "tokenizer": tokenizer,
+        "streamer": streamer,
+    }
+    with _locks.setdefault(model, threading.RLock()):
+        check = model not in _bundles
+        bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
+        # Graphs would have to be captured for every request, as the model is given back after each.
+        engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check, captured=False)
+        engine.governors = _governors.setdefault(model, {})
+        try:
+            return engine.generate(prepared.input_ids, **request).sequences
+        finally:
+            engine.target.release()
+
+
+def _prepared(
+    model: Any, inputs: Any, generation_config: GenerationConfig | None, tokenizer: Any | None, kwargs: dict[str, Any]
+) -> Prepared:
+    """The request as a plain `generate` prepares it. Raises GraftError for what would change the output."""
     known = ACCEPTED | GenerationConfig().to_dict().keys()
     unsupported = sorted(name for name, value in kwargs.items() if value is not None and name not in known)
     if unsupported:
         raise GraftError(f"custom_generate does not support {', '.join(unsupported)}: leave them out")
-    # transformers loses the tokenizer they need on the way to a custom decoding function.
-    stop_strings = kwargs.pop("stop_strings", None)
-
-    def decode(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **prepared: Any,
-    ) -> Tensor:
-        attention_mask = prepared.get("attention_mask")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        _check_supported(generation_config, input_ids, attention_mask)
-        request = {
-            "attention_mask": attention_mask,
-            "padding_counts": True,
-            # Without an end of sequence a plain `generate` fills stopped sequences with what comes next.
-            "pad_token_id": generation_config.pad_token_id or 0,
-            # The temperature itself is one of the processors.
-            "temperature": float(generation_config.do_sample),
-            "method": method,
-            "seed": int(torch.randint(2**62, ())) if generation_config.do_sample else None,
-            "max_length": generation_config.max_length,
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "stop_strings": stop_strings,
-            "tokenizer": tokenizer,
-            "streamer": streamer,
-        }
-        with _locks.setdefault(model, threading.RLock()):
-            check = model not in _bundles
-            bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
-            # Graphs would have to be captured for every request, as the model is given back after each.
-            engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check, captured=False)
-            # The request's own stopping criteria include its end-of-sequence tokens.
-            engine.eos_token_ids = frozenset()
-            engine.governors = _governors.setdefault(model, {})
-            try:
-                return engine.generate(input_ids, **request).sequences
-            finally:
-                engine.target.release()
-
-    kwargs["custom_generate"] = decode
-    sequences: Any = GenerationMixin.generate(model, *args, **kwargs)
-    return sequences
-
-
-def _check_supported(config: GenerationConfig, input_ids: Tensor, attention_mask: Tensor) -> None:
-    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise GraftError(
-            f"{config.get_generation_mode().value} is not supported with Graft: decode greedily or sample, "
-            "with num_beams=1 and no assistant"
-        )
-    if not bool(attention_mask[:, -1].all()):
+    criteria = kwargs.pop("stopping_criteria", None) or ()
+    if isinstance(inputs, Mapping):
+        raise GraftError("a plain generate takes what a tokenizer returns by name: pass **inputs")
+    prepared = prepare(model, {"inputs": inputs, **kwargs}, generation_config, tokenizer, criteria)
+    if not bool(prepared.attention_mask[:, -1].all()):
         raise GraftError(
             "attention_mask (or a pad token at the end of a prompt) hides a prompt's last token, from which it is "
             "continued: pad on the left (padding_side='left'), or pass attention_mask=torch.ones_like(input_ids)"
         )
+    config = prepared.config
     of_prompt = config.encoder_repetition_penalty not in (None, 1.0) or config.encoder_no_repeat_ngram_size
-    if len(input_ids) > 1 and of_prompt:
+    if len(prepared.input_ids) > 1 and of_prompt:
         raise GraftError("encoder_repetition_penalty and encoder_no_repeat_ngram_size: pass prompts one by one")
-    if config.return_dict_in_generate:
-        raise GraftError("return_dict_in_generate=True is not supported: leave it out to get the sequences")
+    return prepared
 
 
 def _load(model: Any, location: str, revision: str | None, tokenizer: Any | None) -> Bundle:

@@ -27,7 +27,7 @@ from .policy import Plan, Policy
 from .prefill import prefill
 from .prefix import KeptPrefix
 from .prompts import Prompts
-from .request import Request, Row
+from .request import Request, Row, end_ids
 from .retrieval import SuccessorMatrix
 from .round import run_round
 from .self_check import self_check
@@ -48,7 +48,7 @@ class GraftEngine:
         target: the model, with taps where `head` wants them.
         policy: a plan per method.
         successors: the matrix that requests start from.
-        eos_token_ids: generation ends after one of these.
+        eos_token_ids: generation ends after one of these, and no other.
         tokenizer: the target's, to find stop strings with.
         retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the
             "engine"; "frozen" teaches it nothing. The longer contexts of a request's own text are known to
@@ -142,40 +142,54 @@ class GraftEngine:
                 stacklevel=2,
             )
         loaded = load_bundle(bundle, model.config.get_text_config(), tokenizer)
-        return cls.from_bundle(loaded, model, packed, check, tokenizer=tokenizer, **settings)
+        return cls.from_bundle(loaded, model, packed, check, tokenizer, **settings)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, model: Any, packed: bool = True, check: bool = True, **settings: Any) -> Self:
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        model: Any,
+        packed: bool = True,
+        check: bool = True,
+        tokenizer: Any | None = None,
+        **settings: Any,
+    ) -> Self:
         """An engine on a model already in memory. Packing changes the model's linear layers for good.
 
         Args:
-            settings: those of the constructor, from `tokenizer` on.
+            tokenizer: the target's. Its end of sequence ends a generation beside those of the model's
+                generation_config: that of a chat model may lack the token that ends a turn.
+            settings: those of the constructor, from `retrieval_scope` on.
+
+        Raises:
+            GraftError: a family that cannot be served, or a bad setting. The model is left as it was.
         """
         target = Target(model, bundle.head.config.tapped_layers)
-        if check:
-            self_check(target)
-        head = bundle.head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
-        if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight, target.embedding_weight):
-            head.embed_tokens = None  # a copy of the target's
-        if packed and not target.is_split:
-            pack_linears(model)
-            pack_linears(head)
-        eos = model.generation_config.eos_token_id
-        eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        warn_if_elsewhere(bundle.policy, target.device)
-        ngrams = bundle.ngrams and bundle.ngrams.to(target.device)
-        matrix = bundle.successors.to(target.device)
-        return cls(target, bundle.policy, head, matrix, eos_ids, ngrams=ngrams, **settings)
+        with target.released_on_failure():
+            if check:
+                self_check(target)
+            head = bundle.head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
+            if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight, target.embedding_weight):
+                head.embed_tokens = None  # a copy of the target's
+            warn_if_elsewhere(bundle.policy, target.device)
+            ngrams = bundle.ngrams and bundle.ngrams.to(target.device)
+            matrix = bundle.successors.to(target.device)
+            ends = sorted(end_ids(model, tokenizer))
+            engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, ngrams=ngrams, **settings)
+            if packed and not target.is_split:
+                pack_linears(model)
+                pack_linears(head)
+            return engine
 
     def generate(
         self,
-        input_ids: Tensor | Sequence[Tensor],
+        input_ids: Any,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         method: str = "graft",
         seed: int | None = None,
         plan: Plan | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         **options: Any,
     ) -> Generation:
         """Continues one prompt, or a batch of prompts at the same time.
@@ -184,14 +198,18 @@ class GraftEngine:
         Kept prefixes are neither used nor replaced by a batch.
 
         Args:
-            input_ids: [prompt] or [1, prompt] int64; a batch as [B, prompt] or as a list of [prompt].
+            input_ids: [prompt] or [1, prompt] integers; a batch as [B, prompt] or as a list of [prompt]. Tensors,
+                arrays or lists, on any device; or what a tokenizer or its chat template returns, with its mask.
             attention_mask: [B, prompt], 0 for padding, which stands on the left or the right of a prompt.
             max_new_tokens, temperature, method, seed, plan, options: the attributes of `Request`.
 
         Raises:
-            GraftError: an empty or overlong prompt, a bad argument, or no memory for the caches.
+            GraftError: an empty or overlong prompt, a token that the target has no embedding for, a bad or unknown
+                argument, or no memory for the caches.
         """
-        request = Request(max_new_tokens, temperature, method, seed, plan, **options)
+        request = Request.of(
+            max_new_tokens=max_new_tokens, temperature=temperature, method=method, seed=seed, plan=plan, **options
+        )
         prompts = request.prompts(input_ids, attention_mask, self.target.model, self.eos_token_ids, self.tokenizer)
         each = [GenerationStats() for _ in prompts.prompts]
         logprobs: list[list[Tensor]] | None = [[] for _ in each] if request.return_logprobs else None
@@ -207,17 +225,20 @@ class GraftEngine:
 
     def stream(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         method: str = "graft",
         seed: int | None = None,
         stats: GenerationStats | None = None,
+        attention_mask: Any = None,
         **options: Any,
     ) -> Iterator[int]:
         """Yields token ids of one prompt as they are accepted. Arguments as `generate`; `stats` is filled meanwhile."""
-        request = Request(max_new_tokens, temperature, method, seed, **options)
-        prompts = request.prompts(input_ids, None, self.target.model, self.eos_token_ids, self.tokenizer)
+        request = Request.of(
+            max_new_tokens=max_new_tokens, temperature=temperature, method=method, seed=seed, **options
+        )
+        prompts = request.prompts(input_ids, attention_mask, self.target.model, self.eos_token_ids, self.tokenizer)
         if len(prompts) > 1:
             raise GraftError(f"a batch of {len(prompts)} prompts cannot be streamed: stream them one by one")
         for _, token in self._decode(prompts, request, [stats if stats is not None else GenerationStats()]):

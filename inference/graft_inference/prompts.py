@@ -1,8 +1,8 @@
 """What a caller passes as prompts, and the sequences that come back."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,45 +30,55 @@ class Prompts:
     @classmethod
     def of(
         cls,
-        input_ids: Tensor | Sequence[Tensor],
-        attention_mask: Tensor | None = None,
+        input_ids: Any,
+        attention_mask: Any = None,
         pad_token_id: int | None = None,
         eos_token_ids: Set[int] = frozenset(),
     ) -> Self:
         """Takes the padding off.
 
         Args:
-            input_ids: [S], [B, S], or B prompts of [S_i].
-            attention_mask: [B, S], 1 for tokens and 0 for padding, which stands on the left or the right.
+            input_ids: [S], [B, S], or a list of B prompts of [S_i], as tensors, arrays or lists of integers; or what a
+                tokenizer returns, with its mask.
+            attention_mask: as input_ids, 1 for tokens and 0 for padding, which stands on the left or the right.
             pad_token_id: None: not known.
             eos_token_ids: a pad token that is one of these may be a prompt's own.
 
         Raises:
-            GraftError: no prompt, an empty one, a mask with holes, padding without a mask, or a list to be padded
-                without a pad token.
+            GraftError: no prompt, an empty one, one that is no token ids, a mask with holes, padding without a mask,
+                or a list to be padded without a pad token.
         """
-        if isinstance(input_ids, Tensor):
-            padded_BS = input_ids[None] if input_ids.dim() == 1 else input_ids
-            if padded_BS.dim() != 2 or padded_BS.numel() == 0:
-                raise GraftError(
-                    f"input_ids of shape {list(input_ids.shape)}: pass one non-empty prompt, [length] or [1, length], "
-                    "or a batch, [prompts, length]"
-                )
-            if attention_mask is not None:
-                prompts = _unpadded(padded_BS, attention_mask)
-            else:
-                prompts = list(padded_BS)
-                if len(prompts) > 1 and pad_token_id is not None and pad_token_id not in eos_token_ids:
-                    _refuse_padding(padded_BS, pad_token_id)
-        else:
-            if attention_mask is not None:
-                raise GraftError("a list of prompts has no padding: pass it without attention_mask")
-            prompts = [_line(torch.as_tensor(ids), index) for index, ids in enumerate(input_ids)]
-            if not prompts:
-                raise GraftError("an empty list of prompts: pass one non-empty prompt at least")
-            padded_BS = pad_sequence(prompts, batch_first=True, padding_value=pad_token_id or 0, padding_side="left")
-            if pad_token_id is None and len({len(line) for line in prompts}) > 1:
-                raise GraftError(NO_PAD_TOKEN)
+        if isinstance(input_ids, Mapping):
+            input_ids, attention_mask = _of_tokenizer(input_ids, attention_mask)
+        if isinstance(input_ids, list | tuple) and not _is_line(input_ids):
+            return cls._listed(input_ids, attention_mask, pad_token_id)
+        ids = _integers(input_ids)
+        padded_BS = ids[None] if ids.dim() == 1 else ids
+        if padded_BS.dim() != 2 or padded_BS.numel() == 0:
+            raise GraftError(
+                f"input_ids of shape {list(ids.shape)}: pass one non-empty prompt, [length] or [1, length], "
+                "or a batch, [prompts, length]"
+            )
+        if attention_mask is not None:
+            return cls(_unpadded(padded_BS, attention_mask), padded_BS, pad_token_id)
+        if len(padded_BS) > 1 and pad_token_id is not None and pad_token_id not in eos_token_ids:
+            _refuse_padding(padded_BS, pad_token_id)
+        return cls(list(padded_BS), padded_BS, pad_token_id)
+
+    @classmethod
+    def _listed(cls, listed: Sequence[Any], masks: Any, pad_token_id: int | None) -> Self:
+        prompts = [_line(_integers(ids), index) for index, ids in enumerate(listed)]
+        if not prompts:
+            raise GraftError("an empty list of prompts: pass one non-empty prompt at least")
+        if masks is not None:
+            if [len(mask) for mask in masks] != [len(line) for line in prompts]:
+                raise GraftError("attention_mask does not fit the list of prompts: pass it without attention_mask")
+            prompts = [
+                _unpadded(line[None], mask, n)[0] for n, (line, mask) in enumerate(zip(prompts, masks, strict=True))
+            ]
+        if pad_token_id is None and len({len(line) for line in prompts}) > 1:
+            raise GraftError(NO_PAD_TOKEN)
+        padded_BS = pad_sequence(prompts, batch_first=True, padding_value=pad_token_id or 0, padding_side="left")
         return cls(prompts, padded_BS, pad_token_id)
 
     def __len__(self) -> int:
@@ -79,6 +89,51 @@ class Prompts:
         lines = [torch.tensor(tokens, dtype=torch.long, device=self.padded_BS.device) for tokens in new]
         padded = pad_sequence(lines, batch_first=True, padding_value=self.pad_token_id or 0)
         return torch.cat((self.padded_BS, padded), dim=1)
+
+
+def check_vocabulary(ids_S: Tensor, vocab_size: int, tokenizer: Any | None, index: int) -> None:
+    """Raises GraftError, which names the first token of prompt `index` that the target has no embedding for."""
+    wrong = ids_S[(ids_S < 0) | (ids_S >= vocab_size)][:1].tolist()
+    if wrong:
+        name = f" ({tokenizer.convert_ids_to_tokens(wrong[0])!r})" if tokenizer is not None and wrong[0] >= 0 else ""
+        raise GraftError(
+            f"prompt {index} has the token {wrong[0]}{name} outside the vocabulary of {vocab_size}: the target has no "
+            "embedding for it; leave it out, or use the tokenizer that belongs to the target"
+        )
+
+
+def _of_tokenizer(encoded: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
+    """Ids and mask of what a tokenizer returns. Raises GraftError for anything beside them that a target would see."""
+    others = sorted(encoded.keys() - {"input_ids", "attention_mask", "token_type_ids"})
+    if others or "input_ids" not in encoded:
+        raise GraftError(
+            f"a prompt with {', '.join(others) or 'no input_ids'}: pass input_ids and attention_mask alone"
+        )
+    if attention_mask is not None and "attention_mask" in encoded:
+        raise GraftError("two attention masks: pass the one beside the input_ids, or the other")
+    return encoded["input_ids"], encoded.get("attention_mask", attention_mask)
+
+
+def _is_line(values: Sequence[Any]) -> bool:
+    """Whether these are token ids, and not prompts."""
+    return len(values) > 0 and hasattr(values[0], "__index__") and not hasattr(values[0], "__len__")
+
+
+def _integers(values: Any) -> Tensor:
+    """Token ids as int64."""
+    ids = _tensor(values, "a prompt")
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise GraftError(f"a prompt is token ids, not {ids.dtype}: pass integers, such as tokenizer(text).input_ids")
+    return ids.long()
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GraftError(
+            f"{name} of type {type(values).__name__} holds no integers ({error}): pass tokenizer(text)"
+        ) from error
 
 
 def _line(ids: Tensor, index: int) -> Tensor:
@@ -97,19 +152,22 @@ def _refuse_padding(padded_BS: Tensor, pad_token_id: int) -> None:
             )
 
 
-def _unpadded(padded_BS: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    if attention_mask.shape != padded_BS.shape:
+def _unpadded(padded_BS: Tensor, attention_mask: Any, first_index: int = 0) -> list[Tensor]:
+    mask_BS = _tensor(attention_mask, "attention_mask")
+    mask_BS = mask_BS[None] if mask_BS.dim() == 1 else mask_BS
+    if mask_BS.shape != padded_BS.shape:
         raise GraftError(
-            f"attention_mask of shape {list(attention_mask.shape)} for input_ids of {list(padded_BS.shape)}: "
+            f"attention_mask of shape {list(mask_BS.shape)} for input_ids of {list(padded_BS.shape)}: "
             "it says of every token whether it is one"
         )
-    mask_BS = attention_mask.to(padded_BS.device).bool()
+    mask_BS = mask_BS.to(padded_BS.device).bool()
     firsts, counts = mask_BS.int().argmax(dim=1).tolist(), mask_BS.sum(dim=1).tolist()
     prompts = []
-    for index, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+    for row, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+        index = first_index + row
         if count == 0:
             raise GraftError(f"attention_mask hides all of prompt {index}: leave empty prompts out")
-        if not bool(mask_BS[index, first : first + count].all()):
+        if not bool(mask_BS[row, first : first + count].all()):
             raise GraftError(f"attention_mask has holes in prompt {index}: only padding at an end can be hidden")
-        prompts.append(padded_BS[index, first : first + count])
+        prompts.append(padded_BS[row, first : first + count])
     return prompts

@@ -2,29 +2,19 @@
 
 from collections.abc import Iterable, Sequence, Set
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import GraftError
 from .policy import Plan
-from .prompts import NO_PAD_TOKEN, Prompts
+from .preparation import FROM_MODEL, prepare
+from .prompts import NO_PAD_TOKEN, Prompts, check_vocabulary
 from .sampling import CONTEXT_FREE, Sampler
 from .target import Target
 
@@ -35,30 +25,34 @@ DEFAULT_NEW_TOKENS = 128
 class Request:
     """One generation's settings; they mean what they mean in transformers' `generate`.
 
+    What is None comes from the model's generation_config, and so does every setting that has no name here, such as
+    no_repeat_ngram_size. Whether to sample, and how hot, and where a sequence ends, is the engine's to say. A
+    setting that Graft cannot follow is refused by name.
+
     A batch gives each prompt what it would get alone: lengths are counted without padding, logits processors (of
     which each prompt has a copy of its own) and stopping criteria are asked prompt by prompt, [1, length].
 
     Attributes:
-        max_new_tokens: 128 unless `max_length` is given.
-        temperature: 0 is greedy.
+        max_new_tokens: 128 unless `max_length` is given, or the model's generation_config has either.
+        temperature: 0 is greedy, whatever the model's generation_config says.
         method: one of `policy.METHODS`.
         seed: of the sampling; the same seed gives the same text, whatever the method. None: another each time.
             Prompt i of a batch, counted from 0, has the seed `seed + i`.
         plan: used instead of the method's own.
         max_length: tokens of prompt and continuation, instead of max_new_tokens.
         min_new_tokens: no end-of-sequence token before that many.
-        top_k, top_p, min_p: keep the likeliest tokens when sampling; None for all.
-        repetition_penalty: divides the scores of tokens that are there already.
+        top_k, top_p, min_p: keep the likeliest tokens when sampling; all, unless the generation_config has them.
+        repetition_penalty: divides the scores of tokens that are there already; 1 for none.
         logits_processor: more of them, each called with every prefix of the output, as `generate` does.
-        stop_strings: generation ends with the token that completes one of them. Needs a tokenizer.
+        stop_strings: generation ends with the token that completes one of them; () for none. Needs a tokenizer.
         tokenizer: for stop_strings; the engine's own if it was loaded with one.
         stopping_criteria: asked after every token.
         streamer: gets the prompt, then every token as it is accepted.
         return_logprobs: whether `Generation.logprobs` is wanted.
         pad_token_id: fills up the shorter sequences of a batch; else the tokenizer's, the model's, or the end of
             sequence.
-        padding_counts: lengths include the padding of a prompt, and processors and criteria see it, as in
-            transformers' `generate`.
+        prepared: transformers has prepared it for prompts with their padding: nothing is added to its processors and
+            criteria, which see the padding, and lengths include it.
     """
 
     max_new_tokens: int | None = None
@@ -67,7 +61,7 @@ class Request:
     seed: int | None = None
     plan: Plan | None = None
     max_length: int | None = None
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -79,12 +73,36 @@ class Request:
     streamer: BaseStreamer | None = None
     return_logprobs: bool = False
     pad_token_id: int | None = None
-    padding_counts: bool = False
+    prepared: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_length", "min_new_tokens", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, SupportsIndex | None):
+                raise GraftError(f"{name}={value!r}: pass a whole number")
+        if not isinstance(self.temperature, float | SupportsIndex) or not self.temperature >= 0:
+            raise GraftError(f"temperature={self.temperature!r}: 0 is greedy, more samples")
+        if self.max_new_tokens is not None and self.max_length is not None:
+            raise GraftError("max_new_tokens and max_length are two ways to say one thing: pass one of them")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise GraftError(f"max_new_tokens={self.max_new_tokens}: ask for at least 1")
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """Raises GraftError for a setting that there is not, or one out of its range."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(settings.keys() - set(known))
+        if unknown:
+            raise GraftError(
+                f"{', '.join(unknown)}: no such setting; there are {', '.join(known)}. Others can stand in the model's "
+                "generation_config"
+            )
+        return cls(**settings)
 
     def prompts(
         self,
-        input_ids: Tensor | Sequence[Tensor],
-        attention_mask: Tensor | None,
+        input_ids: Any,
+        attention_mask: Any,
         model: Any,
         eos_token_ids: Set[int],
         tokenizer: Any | None,
@@ -99,7 +117,9 @@ class Request:
         prompts = Prompts.of(input_ids, attention_mask, pad, eos_token_ids)
         if len(prompts) > 1 and self.streamer is not None:
             raise GraftError("a streamer follows one prompt: leave it out of a batch, or pass prompts one by one")
-        if len(prompts) > 1 and pad is None and (self.stop_strings or self.stopping_criteria):
+        of_model = model.generation_config
+        stops = self.stop_strings or self.stopping_criteria or of_model.stop_strings or of_model.max_time
+        if len(prompts) > 1 and pad is None and stops:
             raise GraftError(NO_PAD_TOKEN)
         return prompts
 
@@ -109,16 +129,15 @@ class Request:
         Raises:
             GraftError: a token id outside the vocabulary, too many tokens, or a setting that does not work.
         """
-        rows = []
+        rows, known_by = [], self.tokenizer or tokenizer
         for index, (prompt_S, padded_S) in enumerate(zip(prompts.prompts, prompts.padded_BS, strict=True)):
-            if int(prompt_S.min()) < 0 or int(prompt_S.max()) >= target.config.vocab_size:
-                raise GraftError(f"the prompt has token ids outside the vocabulary of {target.config.vocab_size}")
             own = self._of_prompt(index) if len(prompts) > 1 else self
-            seen_S = padded_S if self.padding_counts else prompt_S
-            new_tokens = own.new_tokens(len(seen_S), target.max_positions)
-            sampler = own.sampler(len(seen_S), new_tokens, eos_token_ids, target.device)
-            stopper = own.stopper(seen_S, new_tokens, eos_token_ids, tokenizer)
-            rows.append(Row(prompt_S.to(target.device), seen_S.to(target.device), new_tokens, sampler, stopper))
+            seen_S = padded_S if self.prepared else prompt_S
+            check_vocabulary(seen_S, target.config.vocab_size, known_by, index)
+            seen_S = seen_S.to(target.device)
+            if not self.prepared:
+                own = own._of_model(seen_S, target.model, eos_token_ids, known_by)
+            rows.append(own._row(prompt_S.to(target.device), seen_S, target.max_positions))
         return rows
 
     def _of_prompt(self, index: int) -> Self:
@@ -131,69 +150,66 @@ class Request:
             ) from error
         return replace(self, seed=None if self.seed is None else self.seed + index, logits_processor=processors)
 
-    def new_tokens(self, prompt_length: int, limit: int) -> int:
-        """Most tokens to emit.
-
-        Raises:
-            GraftError: none, or more positions than the target has.
-        """
-        if self.max_new_tokens is not None and self.max_length is not None:
-            raise GraftError("max_new_tokens and max_length are two ways to say one thing: pass one of them")
-        count = DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-        if self.max_length is not None:
-            count = self.max_length - prompt_length
-            if count < 1:
-                raise GraftError(f"max_length={self.max_length} leaves no room after {prompt_length} prompt tokens")
-        if count < 1:
-            raise GraftError(f"max_new_tokens={count}: ask for at least 1")
-        if prompt_length + count > limit:
+    def _of_model(self, prompt_S: Tensor, model: Any, eos_token_ids: Set[int], tokenizer: Any | None) -> Self:
+        """Prepared by transformers: what this request leaves open comes from the model's generation_config."""
+        asked: dict[str, Any] = {
+            "inputs": prompt_S[None],
+            "attention_mask": torch.ones_like(prompt_S)[None],
+            "do_sample": bool(self.temperature),
+            "eos_token_id": sorted(eos_token_ids) or None,
+            "return_dict_in_generate": False,  # what comes back is the engine's own
+            "logits_processor": self.logits_processor,
+            **self._length(len(prompt_S), model.generation_config),
+        }
+        named = ["min_new_tokens", "repetition_penalty", "stop_strings"]
+        if self.temperature:
+            asked["temperature"] = float(self.temperature)
+            asked["top_k"] = model.generation_config.top_k or 0  # or transformers would keep 50
+            named += ["top_k", "top_p", "min_p"]
+        asked |= {name: value for name in named if (value := getattr(self, name)) is not None}
+        found = prepare(model, asked, tokenizer=tokenizer, stopping_criteria=self.stopping_criteria)
+        if len(found.input_ids) > 1:
             raise GraftError(
-                f"a prompt of {prompt_length} tokens and max_new_tokens={count} exceed the target's "
+                f"num_return_sequences={len(found.input_ids)} is not supported by an engine: pass the prompt so many "
+                f"times. {FROM_MODEL}"
+            )
+        return replace(self, logits_processor=found.processors, stopping_criteria=found.criteria, prepared=True)
+
+    def _length(self, prompt_length: int, of_model: Any) -> dict[str, int | None]:
+        """As settings of transformers. Raises GraftError where there is no room for a token."""
+        if self.max_length is not None and self.max_length <= prompt_length:
+            raise GraftError(f"max_length={self.max_length} leaves no room after {prompt_length} prompt tokens")
+        if self.max_length is not None:
+            return {"max_length": self.max_length, "max_new_tokens": None}
+        if self.max_new_tokens is None and (of_model.max_new_tokens or of_model.max_length):
+            return {}
+        # A length and not a count, or transformers warns where the generation_config has a length.
+        return {"max_length": prompt_length + (self.max_new_tokens or DEFAULT_NEW_TOKENS), "max_new_tokens": None}
+
+    def _row(self, prompt_S: Tensor, seen_S: Tensor, limit: int) -> "Row":
+        """Of a prepared request. Raises GraftError for more positions than the target has."""
+        criteria = list(self.stopping_criteria)
+        lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
+        ends = {end for one in criteria if type(one) is EosTokenCriteria for end in one.eos_token_id.tolist()}
+        # What says no more than a length or a token needs no tensor to be asked.
+        others = StoppingCriteriaList(one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria))
+        count = max(1, min(lengths) - len(seen_S))  # criteria are asked behind the first token
+        if len(seen_S) + count > limit:
+            raise GraftError(
+                f"a prompt of {len(seen_S)} tokens and max_new_tokens={count} exceed the target's "
                 f"limit of {limit} positions: shorten the prompt or ask for fewer tokens"
             )
-        return count
-
-    def sampler(self, prompt_length: int, new_tokens: int, eos_token_ids: Set[int], device: torch.device) -> Sampler:
-        """Raises GraftError for a setting out of its range."""
-        if self.temperature < 0:
-            raise GraftError(f"temperature={self.temperature}: 0 is greedy, more samples")
-        processors = LogitsProcessorList()
-        try:
-            if self.repetition_penalty is not None and self.repetition_penalty != 1:
-                processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-            if self.min_new_tokens and eos_token_ids:
-                ends = sorted(eos_token_ids)
-                processors.append(
-                    MinNewTokensLengthLogitsProcessor(prompt_length, self.min_new_tokens, ends, str(device))
-                )
-            processors.extend(self.logits_processor)
-            if self.temperature:
-                if self.temperature != 1:
-                    processors.append(TemperatureLogitsWarper(float(self.temperature)))
-                if self.top_k:
-                    processors.append(TopKLogitsWarper(self.top_k))
-                if self.top_p is not None and self.top_p < 1:
-                    processors.append(TopPLogitsWarper(self.top_p))
-                if self.min_p is not None:
-                    processors.append(MinPLogitsWarper(self.min_p))
-        except (ValueError, TypeError) as error:
-            raise GraftError(f"bad sampling setting: {error}") from error
         seed = torch.Generator().seed() if self.seed is None else int(self.seed)
-        end_ids = set(eos_token_ids).union(
-            *(one.eos_token_id.tolist() for one in self.stopping_criteria if isinstance(one, EosTokenCriteria))
-        )
-        return Sampler(processors, self.temperature == 0, seed, end_ids, prompt_length + new_tokens)
+        processors = LogitsProcessorList(self.logits_processor)
+        sampler = Sampler(processors, self.temperature == 0, seed, ends, len(seen_S) + count)
+        return Row(prompt_S, seen_S, count, sampler, Stopper(seen_S, count, ends, others))
 
-    def stopper(self, prompt_S: Tensor, new_tokens: int, eos_token_ids: Set[int], tokenizer: Any | None) -> "Stopper":
-        """Raises GraftError if a stop string has no tokenizer to be found with."""
-        criteria = StoppingCriteriaList(self.stopping_criteria)
-        if self.stop_strings:
-            tokenizer = self.tokenizer or tokenizer
-            if tokenizer is None:
-                raise GraftError("stop_strings need a tokenizer: pass tokenizer=")
-            strings = [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings)
-            criteria.append(StopStringCriteria(tokenizer, strings))
-        return Stopper(prompt_S, new_tokens, eos_token_ids, criteria)
+
+def end_ids(model: Any, tokenizer: Any | None) -> set[int]:
+    """The tokens that end a sequence: those of the model's generation_config, and the tokenizer's, if there is one."""
+    of_model, of_tokenizer = model.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)
+    ends = [*of_model, of_tokenizer] if isinstance(of_model, list | tuple) else [of_model, of_tokenizer]
+    return {end for end in ends if end is not None}
 
 
 @dataclass

@@ -12,7 +12,7 @@ Suresh, arXiv 2408.07978): a draw from a flat distribution is foreseen as well a
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -138,6 +138,12 @@ class Sampler:
         self.temperature = temperatures[-1] if temperatures else 1.0
         self.warpers = LogitsProcessorList(warpers) if len(warpers) > len(temperatures) else None
         self._made_from, self._made_PV = 0, torch.empty(0, 0)
+
+    @classmethod
+    def of(cls, temperature: float, seed: int) -> Self:
+        """Of a request that says nothing else."""
+        warpers = [TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
+        return cls(LogitsProcessorList(warpers), temperature == 0, seed)
 
     def noise(self, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Noise | None:
         """Noise of so many places; None where nothing is drawn by chance.

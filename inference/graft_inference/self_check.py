@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .attention import Visibility
+from .attention import UntoldError, Visibility
 from .errors import GraftError
 from .target import Target
 from .tree import DraftTree, Source
@@ -19,8 +19,20 @@ def self_check(target: Target) -> None:
     """Compares a small tree pass, its prompt read in two pieces, with linear passes of the untouched model.
 
     Raises:
-        GraftError: they differ by more than rounding, or a layer that has a sliding window does not apply it.
+        GraftError: they differ by more than rounding, a layer that has a sliding window does not apply it, or a pass
+            fails. The model is released.
     """
+    with target.released_on_failure():
+        try:
+            _compare(target)
+        except UntoldError as error:
+            name = type(target.model).__name__
+            raise GraftError(
+                f"{name} cannot be served: it does not hand on to its attention which tokens of a tree a row sees"
+            ) from error
+
+
+def _compare(target: Target) -> None:
     name = type(target.model).__name__
     rows = len(PARENTS)
     tokens = (torch.arange(PROMPT + rows, device=target.device) * 7919 + 13) % target.config.vocab_size
@@ -38,14 +50,12 @@ def self_check(target: Target) -> None:
     error = float((logits_NV[branches_BD] - expected_BDV).norm() / scale)
     tolerance = 1e-3 if target.model.dtype == torch.float32 else 0.1
     if not error <= tolerance:
-        target.release()
         raise GraftError(
             f"{name} gives other logits under tree attention than alone (relative error {error:.2g}): this family "
             "cannot be served without changing its output. check=False skips this test"
         )
     window = getattr(target.config, "sliding_window", None)
     if window and window not in visible.windows and _applies_window(target, lines_BS, expected_BDV):
-        target.release()
         raise GraftError(f"{name} has sliding layers, but hides their window of {window} from its attention function")
 
 

@@ -66,11 +66,12 @@ class Target:
             self._reference = "eager"
         else:
             self._reference = self._implementation
-        model.set_attn_implementation(ATTENTION)
         self._taps: dict[int, Tensor] = {}
         self._tapped_layers = tapped_layers
-        self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in tapped_layers]
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in tapped_layers]
+        with self.released_on_failure():
+            model.set_attn_implementation(ATTENTION)
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -83,6 +84,26 @@ class Target:
         for hook in self._hooks:
             hook.remove()
         self.model.set_attn_implementation(self._implementation)
+
+    @contextmanager
+    def released_on_failure(self) -> Iterator[None]:
+        """Gives the model back if what is built on it fails.
+
+        Raises:
+            GraftError: anything that is not one, with the family's name.
+        """
+        try:
+            yield
+        except GraftError:
+            self.release()
+            raise
+        except Exception as error:
+            self.release()
+            name = type(self.model).__name__
+            raise GraftError(f"{name} cannot be served: {type(error).__name__}: {error}") from error
+        except BaseException:  # an interrupt
+            self.release()
+            raise
 
     @contextmanager
     def own_attention(self) -> Iterator[PreTrainedModel]:

@@ -10,7 +10,7 @@ from graft_inference.cli import main
 from .tiny import tiny_model
 from .tiny_bundle import tiny_tokenizer, write_bundle, write_target
 
-PROMPT = "return self\n"
+PROMPT = "lorem ipsum\n"
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,104 @@ def test_chat_wraps_the_prompt_in_the_template(tmp_path, capsys):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     tokenizer.save_pretrained(target)
     pair = str(write_bundle(tmp_path / "bundle", target)), str(target)
-    assert main(command(pair, "--chat", "--max-new-tokens", "12", prompt="hello")) == 0
-    assert capsys.readouterr().out == expected_text("<user>hello<assistant>", 12) + "\n"
+    assert main(command(pair, "--chat", "--max-new-tokens", "12", prompt="why not")) == 0
+    assert capsys.readouterr().out == expected_text("<user>why not<assistant>", 12) + "\n"
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'odd' %}{{ raise_exception('no odd ones') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    "{% if enable_thinking is defined and enable_thinking is false %}nothink{% endif %}"
+    "{% if effort is defined %}{{ effort }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chat")
+    target = write_target(root / "target")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(target)
+    return str(write_bundle(root / "bundle", target)), str(target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["--template-variable", "enable_thinking=false"], "<user>why not<assistant>nothink"),
+        (["--template-variable", "enable_thinking=true"], "<user>why not<assistant>"),
+        (
+            ["--template-variable", 'effort="high"', "--template-variable", "enable_thinking=false"],
+            "<user>why not<assistant>nothinkhigh",
+        ),
+        (["--system", "be terse"], "<system>be terse<user>why not<assistant>"),
+        (["--system", ""], "<system><user>why not<assistant>"),
+    ],
+)
+def test_the_template_is_told_what_training_told_it(chat_pair, capsys, arguments, prompt):
+    assert main(command(chat_pair, "--chat", "--max-new-tokens", "12", *arguments, prompt="why not")) == 0
+    assert capsys.readouterr().out == expected_text(prompt, 12) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt", "message"),
+    [
+        (["--chat", "--template-variable", "thinking_budget=3"], "hi", "chat template does not know thinking_budget"),
+        (["--chat", "--template-variable", "effort=high"], "hi", "write NAME=VALUE, the value in JSON"),
+        (["--chat", "--template-variable", "effort"], "hi", "write NAME=VALUE"),
+        (["--chat", "--template-variable", "messages=[]"], "hi", "tokenizer refuses the prompt"),
+        (["--chat", "--system", "odd"], "hi", "refuses the prompt: no odd ones"),
+        (["--system", "be terse"], "hi", "add --chat"),
+        (["--template-variable", "effort=3"], "hi", "add --chat"),
+        (["--chat"], "half a \udcff", "tokenizer refuses the prompt"),
+        ([], "half a \udcff", "tokenizer refuses the prompt"),
+        (["--stop", ""], "hi", "stop_strings has ''"),
+        (["--seed", "1", "--temperature", "nan"], "hi", "temperature=nan"),
+    ],
+)
+def test_what_the_template_or_the_tokenizer_refuses_is_one_line(chat_pair, capsys, arguments, prompt, message):
+    assert main(command(chat_pair, *arguments, prompt=prompt)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[-1].startswith("graft-generate: ")
+    assert message in printed.err.splitlines()[-1]
+
+
+def test_stdin_that_is_no_text_is_one_line(pair, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"half \xff"), encoding="utf-8"))
+    assert main(command(pair, prompt="-")) == 2
+    assert "graft-generate: stdin is no utf-8 text" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_text_ends_where_the_tokenizer_says_a_turn_does(pair, tmp_path, capsys):
+    """The target's generation_config names no end."""
+    target = write_target(tmp_path / "target")
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "9"
+    tokenizer.save_pretrained(target)
+    assert main(command((pair[0], str(target)), "--max-new-tokens", "40", prompt="def run(x):\n")) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected_text("def run(x):\n", 10) + "\n"
+    assert "11 tokens, " in printed.err
+
+
+def test_a_stop_string_that_no_token_spells_never_comes(pair, capsys):
+    assert main(command(pair, "--max-new-tokens", "12", "--stop", "\u273f", "--stop", "END\u273f")) == 0
+    assert capsys.readouterr().out == expected_text(PROMPT, 12) + "\n"
+
+
+def test_a_token_that_the_target_has_no_embedding_for_is_named(pair, tmp_path, capsys):
+    """The tokenizer got a token that the model was never resized for."""
+    target = write_target(tmp_path / "target")
+    longer = tiny_tokenizer()
+    longer.add_tokens(["<tool>"])
+    longer.save_pretrained(target)
+    head = write_bundle(tmp_path / "bundle", target)
+    for name in ("graft.json", "successors.safetensors"):
+        (head / name).unlink()
+    assert main(command((str(head), str(target)), prompt="call <tool> now")) == 2
+    assert "prompt 0 has the token 61 ('<tool>') outside the vocabulary of 61" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

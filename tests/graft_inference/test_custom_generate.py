@@ -16,7 +16,7 @@ from graft_inference import METHODS, GraftError, custom_generate
 from graft_inference.custom_generate import generate
 
 from .test_engine import prompt
-from .tiny import VOCAB
+from .tiny import VOCAB, tiny_model
 from .tiny_bundle import tiny_tokenizer, write_bundle, write_target
 
 PAD = next(token for token in range(VOCAB) if token not in prompt(9))
@@ -231,6 +231,147 @@ def test_the_model_comes_back_as_it_was(model, bundle, monkeypatch):
 def test_what_would_change_the_output_is_refused(model, bundle, settings, message):
     with pytest.raises(GraftError, match=message):
         generate(**({"inputs": prompt(9), "model": model, "draft": bundle, "max_new_tokens": 8} | settings))
+
+
+FOLLOWED: dict[str, Any] = {
+    "max_length": 16,
+    "max_new_tokens": 7,
+    "min_length": 20,
+    "min_new_tokens": 12,
+    "max_time": 0.0,
+    "stop_strings": ["a", "e", "y"],
+    "repetition_penalty": 1.7,
+    "encoder_repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "bad_words_ids": [[token] for token in range(0, VOCAB, 2)],
+    "renormalize_logits": True,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 7,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (2, 3.0),
+    "suppress_tokens": list(range(0, VOCAB, 2)),
+    "begin_suppress_tokens": list(range(0, VOCAB, 2)),
+    "sequence_bias": [[[3], 30.0]],
+    "watermarking_config": {"bias": 30.0},
+    "eos_token_id": list(range(0, VOCAB, 3)),
+}
+"""Settings that plain greedy decoding follows."""
+IDLE: dict[str, Any] = {
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {"axis_key": 0},
+    "max_cache_len": 50,
+    "prefill_chunk_size": 4,
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "early_stopping": True,
+    "length_penalty": 2.0,
+    "diversity_penalty": 1.0,
+    "num_beam_groups": 1,
+    "low_memory": False,
+    "temperature": 0.3,
+    "top_k": 3,
+    "top_p": 0.3,
+    "min_p": 0.9,
+    "top_h": 0.3,
+    "typical_p": 0.3,
+    "epsilon_cutoff": 0.3,
+    "eta_cutoff": 0.3,
+    "output_scores": True,
+    "output_logits": True,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "pad_token_id": PAD,
+    "bos_token_id": 4,
+    "decoder_start_token_id": 4,
+    "guidance_scale": 1.0,
+    "num_assistant_tokens": 3,
+    "num_assistant_tokens_schedule": "heuristic",
+    "assistant_confidence_threshold": 0.1,
+    "assistant_lookbehind": 3,
+    "target_lookbehind": 3,
+    "assistant_ensemble_weight": 0.5,
+    "max_matching_ngram_size": 3,
+    "speculation_type": None,
+    "compile_config": None,
+    "disable_compile": True,
+    "continuous_batching_config": None,
+    "transformers_version": "5",
+}
+"""Settings that change no token of it: of sampling, beams, assistants, caches, and what else comes back."""
+UNSEEN = {"renormalize_logits", "remove_invalid_values", "forced_bos_token_id"}
+"""Of these, what shows in no prompt of the tests."""
+REFUSED: dict[str, Any] = {
+    "guidance_scale": 1.5,
+    "token_healing": True,
+    "is_assistant": True,
+    "return_dict_in_generate": True,
+    "cache_implementation": "quantized",
+    "num_beams": 2,
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "prompt_lookup_num_tokens": 3,
+    "assistant_early_exit": 2,
+    "use_mtp": True,
+    "constraints": [object()],
+    "force_words_ids": [[1]],
+}
+ENDED = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")
+
+
+def as_set(model, where, name, value):
+    """Arguments of generate that set it there: in the call, in a configuration passed, or in the model's."""
+    settings = {name: value}
+    if name in ENDED:
+        settings["eos_token_id"] = FOLLOWED["eos_token_id"]
+    if where == "passed":
+        return {"generation_config": GenerationConfig(**settings)}
+    if where == "model":
+        model.generation_config.update(**settings)
+        return {}
+    return settings
+
+
+def compared(model, bundle, name, arguments):
+    """What plain `generate` makes of it, and what ours does."""
+    lengths = {} if name in ("max_length", "max_new_tokens") else {"max_new_tokens": 25}
+    settings = {"tokenizer": tiny_tokenizer(), **lengths, **arguments}
+    expected = model.generate(prompt(9), **settings)
+    return expected.tolist(), generate(prompt(9), model=model, draft=bundle, **settings).tolist()
+
+
+@pytest.mark.parametrize("where", ["call", "passed", "model"])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_every_setting_of_a_generation_config_is_followed_wherever_it_stands(bundle, name, where):
+    model = tiny_model("llama")
+    untouched = model.generate(prompt(9), max_new_tokens=25).tolist()
+    expected, ours = compared(model, bundle, name, as_set(model, where, name, FOLLOWED[name]))
+    assert ours == expected
+    assert (expected != untouched) == (name not in UNSEEN)
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_settings_that_change_no_token_are_taken(bundle, name):
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")  # or output_attentions is none of it
+    expected, ours = compared(model, bundle, name, {name: IDLE[name]})
+    assert ours == expected == model.generate(prompt(9), max_new_tokens=25).tolist()
+
+
+@pytest.mark.parametrize("where", ["call", "passed", "model"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_cannot_be_followed_are_refused_by_name(bundle, name, where):
+    model = tiny_model("llama")
+    arguments = as_set(model, where, name, REFUSED[name])
+    with pytest.raises(GraftError, match=f"{name}=.*not supported with Graft|not supported with Graft .*{name}="):
+        generate(prompt(9), model=model, draft=bundle, **arguments)
+
+
+def test_no_setting_of_a_generation_config_is_forgotten():
+    tested = FOLLOWED.keys() | IDLE.keys() | REFUSED.keys()
+    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} - tested == set()
 
 
 def test_code_and_weights_belong_together(model, bundle, monkeypatch):

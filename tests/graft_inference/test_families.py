@@ -20,7 +20,9 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from graft_inference import METHODS, GraftError
+from graft_inference import METHODS, GraftEngine, GraftError
+from graft_inference.bundle import Bundle
+from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.self_check import self_check
 from graft_inference.target import Target
 
@@ -113,14 +115,65 @@ class HidesWindow(MistralForCausalLM):
         return super().forward(*args, visible=visible, **kwargs)
 
 
+def check_refused(model, message, error=GraftError, **settings):
+    """No engine comes of it, and the model is what it was: its own attention, no hooks, the same logits."""
+    head = tiny_head(model)
+    bundle = Bundle(head, tiny_policy(), SuccessorMatrix.empty(VOCAB, 4, torch.device("cpu")), None)
+
+    def state():
+        hooks = sum(len(module._forward_hooks) for module in model.modules())
+        return model.config._attn_implementation, hooks, LlamaForCausalLM.forward(model, prompt(9)).logits.tolist()
+
+    before = state()
+    with pytest.raises(error, match=message):
+        GraftEngine.from_bundle(bundle, model, packed=False, **settings)
+    assert state() == before
+
+
 def test_a_model_that_the_tree_does_not_fit_is_refused_by_the_self_check():
     for model in (ForgetsPositions(LlamaConfig(**SIZES)), HidesWindow(family_model("mistral-window").config)):
         for parameter in model.parameters():
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)
-        target = Target(model.eval())
-        with pytest.raises(GraftError, match=f"{type(model).__name__} gives other logits .*check=False"):
-            self_check(target)
-        assert model.config._attn_implementation == "sdpa"
+        check_refused(model.eval(), f"{type(model).__name__} gives other logits .*check=False")
+
+
+class Fails(LlamaForCausalLM):
+    """Cannot take our caches, as RecurrentGemma; or is interrupted."""
+
+    error: type[BaseException] = TypeError
+
+    def forward(self, *args, visible=None, **kwargs):
+        if visible is not None:
+            raise self.error("unexpected")
+        return super().forward(*args, **kwargs)
+
+
+class HandsNothingOn(LlamaForCausalLM):
+    """Its layers do not tell their attention what the model is called with, as Nemotron's."""
+
+    def forward(self, *args, visible=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class CannotSwitch(LlamaForCausalLM):
+    """Has an attention of its own in some layers."""
+
+    def set_attn_implementation(self, implementation):
+        super().set_attn_implementation(implementation)
+        if implementation == "graft_tree":
+            raise ValueError("no such attention")
+
+
+def test_whatever_fails_before_the_engine_is_there_names_the_family_and_leaves_the_model_as_it_was(monkeypatch):
+    check_refused(Fails(LlamaConfig(**SIZES)).eval(), "Fails cannot be served: TypeError: unexpected")
+    check_refused(HandsNothingOn(LlamaConfig(**SIZES)).eval(), "HandsNothingOn cannot be served: it does not hand on")
+    check_refused(CannotSwitch(LlamaConfig(**SIZES)).eval(), "CannotSwitch cannot be served: ValueError: no such")
+    check_refused(tiny_model("llama"), "prefill_chunk=0", prefill_chunk=0)
+    check_refused(tiny_model("llama"), "captured=True needs a CUDA device", captured=True, check=False)
+    monkeypatch.setattr(SuccessorMatrix, "to", lambda *_: torch.empty(0).view(2, 2))
+    check_refused(tiny_model("llama"), "LlamaForCausalLM cannot be served: RuntimeError: shape", check=False)
+    monkeypatch.setattr(Fails, "error", KeyboardInterrupt)
+    check_refused(Fails(LlamaConfig(**SIZES)).eval(), "unexpected", KeyboardInterrupt)
 
 
 def test_a_window_too_long_for_the_check_to_feel_must_still_be_applied():

@@ -2,21 +2,31 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import BatchEncoding, StoppingCriteria, TextIteratorStreamer
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
+from graft_inference.bundle import Bundle
+from graft_inference.request import end_ids
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.round import draft
 
-from .test_custom_generate import Recorder
+from .test_custom_generate import FOLLOWED, PAD, REFUSED, UNSEEN, Recorder, as_set
 from .test_engine import GREEDY, SMALL, greedy_reference, prompt, small_engine
-from .tiny import prefilled, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny import VOCAB, prefilled, tiny_engine, tiny_head, tiny_model, tiny_policy
 from .tiny_bundle import tiny_tokenizer
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
 BOTH = pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+
+
+def longer_tokenizer():
+    """With a token that no model was resized for."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    return tokenizer
 
 
 def new_tokens(engine, input_ids, **options):
@@ -40,6 +50,148 @@ def test_stop_strings_end_where_generate_ends():
             expected.tolist()
         )
         engine.target.release()
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_every_setting_of_the_models_generation_config_is_followed(name):
+    model = tiny_model("llama")
+    as_set(model, "model", name, FOLLOWED[name])
+    lengths = {} if name in ("max_length", "max_new_tokens") else {"max_new_tokens": 25}
+    expected = model.generate(prompt(9), tokenizer=tiny_tokenizer(), **lengths).tolist()
+    assert (expected != greedy_reference(tiny_model("llama"), prompt(9), 25).tolist()) == (name not in UNSEEN)
+    engine = tiny_engine(model)
+    engine.tokenizer, engine.eos_token_ids = tiny_tokenizer(), frozenset(end_ids(model, None))
+    for method in ("graft", "autoregressive"):
+        assert engine.generate(prompt(9), method=method, **lengths).sequences.tolist() == expected
+    batch = engine.generate([prompt(9)[0], prompt(9)[0]], pad_token_id=0, **lengths)
+    assert batch.sequences.tolist() == expected * 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"epsilon_cutoff": 0.99}],
+)
+def test_a_sample_goes_through_the_filters_of_the_models_generation_config(settings):
+    model = tiny_model("llama")
+    expected = model.generate(prompt(9), max_new_tokens=25).tolist()
+    model.generation_config.update(**settings, do_sample=True, temperature=9.0)
+    engine = tiny_engine(model)
+    assert engine.generate(prompt(9), 25).sequences.tolist() == expected, "it samples only if it is asked to"
+    assert engine.generate(prompt(9), 25, temperature=5.0, seed=1).sequences.tolist() == expected
+
+
+def test_what_a_request_says_counts_before_the_models_generation_config():
+    model = tiny_model("llama")
+    expected = model.generate(prompt(9), max_new_tokens=25).tolist()
+    free = tiny_engine(model).generate(prompt(9), 25, temperature=5.0, seed=1).sequences.tolist()
+    settings = {"repetition_penalty": 1.7, "max_length": 11, "stop_strings": ["a", "e"], "top_k": 1, "top_p": 1e-6}
+    model.generation_config.update(**settings)
+    engine = tiny_engine(model)
+    off = {"repetition_penalty": 1.0, "stop_strings": ()}
+    assert engine.generate(prompt(9), 25, **off).sequences.tolist() == expected
+    assert engine.generate(prompt(9), max_length=34, **off).sequences.tolist() == expected
+    found = engine.generate(prompt(9), 25, temperature=5.0, seed=1, top_k=0, top_p=1.0, **off)
+    assert found.sequences.tolist() == free != expected
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"return_dict_in_generate"}))
+def test_settings_of_the_models_generation_config_that_cannot_be_followed_are_refused_by_name(monkeypatch, name):
+    model = tiny_model("llama")
+    as_set(model, "model", name, REFUSED[name])
+    engine = tiny_engine(model)
+    monkeypatch.setattr(engine.target, "forward", lambda *_: pytest.fail("the target ran"))
+    message = (
+        f"(?s)({name}=.*not supported with Graft|not supported with Graft .*{name}=).*the model's generation_config"
+    )
+    with pytest.raises(GraftError, match=message):
+        engine.generate(prompt(9), 5)
+
+
+def test_what_comes_back_from_an_engine_is_its_own():
+    model = tiny_model("llama")
+    model.generation_config.update(return_dict_in_generate=True, output_scores=True)
+    assert tiny_engine(model).generate(prompt(9), 5).stats.emitted == 5
+    model.generation_config.update(num_return_sequences=3, do_sample=True)
+    with pytest.raises(GraftError, match="num_return_sequences=3 is not supported by an engine: pass the prompt"):
+        tiny_engine(model).generate(prompt(9), 5, temperature=1.0)
+
+
+@pytest.mark.parametrize("chat", [None, 5, [5, 6]])
+def test_an_engine_ends_where_the_model_or_the_tokenizer_says(chat):
+    """A chat model that was made from a base often says only where a text ends, its tokenizer where a turn does."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    bundle = Bundle(tiny_head(model), tiny_policy(), SuccessorMatrix.empty(VOCAB, 4, torch.device("cpu")))
+    free = model.generate(prompt(9), max_new_tokens=40)[0].tolist()
+    end = next(token for token in free[15:] if token not in (5, 6, *free[9:15]))
+    model.generation_config.eos_token_id = chat
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    ends = [end, *([chat] if isinstance(chat, int) else chat or [])]
+    expected = model.generate(prompt(9), max_new_tokens=40, eos_token_id=ends, pad_token_id=PAD).tolist()
+    of_model = model.generate(prompt(9), max_new_tokens=40, pad_token_id=PAD).tolist()
+    engine = GraftEngine.from_bundle(bundle, model, packed=False, tokenizer=tokenizer)
+    assert engine.generate(prompt(9), 40).sequences.tolist() == expected != of_model
+    engine.target.release()
+    untold = GraftEngine.from_bundle(bundle, model, packed=False)
+    assert untold.generate(prompt(9), 40).sequences.tolist() == of_model
+
+
+@pytest.mark.parametrize("stop", ["\u273f", ["END\u273f"], "\ud800", "never said at all", ["\u273f", "\ud800"]])
+def test_a_stop_string_that_cannot_come_changes_nothing(stop):
+    engine = tiny_engine(tiny_model("llama"))
+    expected = engine.generate(prompt(9), 12).sequences.tolist()
+    assert engine.generate(prompt(9), 12, stop_strings=stop, tokenizer=tiny_tokenizer()).sequences.tolist() == expected
+
+
+ONE = [3, 1, 4, 1, 5]
+TWO = [[3, 1, 4, 1, 5], [2, 7]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ONE,
+        tuple(ONE),
+        [ONE],
+        np.array(ONE),
+        np.array([ONE], dtype=np.uint16),
+        torch.tensor(ONE, dtype=torch.int32),
+        torch.tensor([ONE], dtype=torch.uint8),
+        list(np.array(ONE)),
+        BatchEncoding({"input_ids": ONE, "attention_mask": [1] * 5}),
+        BatchEncoding({"input_ids": [ONE], "attention_mask": [[1] * 5], "token_type_ids": [[0] * 5]}),
+        BatchEncoding({"input_ids": [ONE], "attention_mask": [[1] * 5]}, tensor_type="pt"),
+        {"input_ids": torch.tensor([[0, 0, *ONE]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])},
+    ],
+)
+def test_a_prompt_may_come_as_tokenizers_and_arrays_give_it(given):
+    engine = tiny_engine(tiny_model("llama"))
+    expected = engine.generate(torch.tensor(ONE), 8).sequences[0, 5:].tolist()
+    out = engine.generate(given, 8)
+    assert out.sequences.dtype == torch.long
+    assert out.sequences[0, -8:].tolist() == expected
+    assert list(engine.stream(given, 8)) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        TWO,
+        [torch.tensor(TWO[0], dtype=torch.int32), np.array(TWO[1])],
+        BatchEncoding({"input_ids": TWO, "attention_mask": [[1] * 5, [1] * 2]}),
+        BatchEncoding({"input_ids": [ONE, [0, 0, 0, 2, 7]], "attention_mask": [[1] * 5, [0, 0, 0, 1, 1]]}),
+        {"input_ids": np.array([ONE, [2, 7, 0, 0, 0]]), "attention_mask": np.array([[1] * 5, [1, 1, 0, 0, 0]])},
+    ],
+)
+def test_a_batch_may_come_as_tokenizers_and_arrays_give_it(given):
+    engine = tiny_engine(tiny_model("llama"))
+    expected = [engine.generate(torch.tensor(ids), 8).sequences[0, -8:].tolist() for ids in TWO]
+    assert engine.generate(given, 8, pad_token_id=0).sequences[:, 5:].tolist() == expected
+
+
+def test_a_mask_beside_the_ids_may_be_streamed():
+    engine = tiny_engine(tiny_model("llama"))
+    encoded = {"input_ids": torch.tensor([[0, *ONE]]), "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}
+    assert list(engine.stream(**encoded, max_new_tokens=8)) == list(engine.stream(ONE, 8))
 
 
 def test_max_length_counts_the_prompt():
@@ -259,13 +411,38 @@ def test_the_lock_is_not_held_between_two_tokens():
         ({"max_length": 3}, "max_length=3 leaves no room after 3 prompt tokens"),
         ({"max_length": 300}, "limit of 256 positions"),
         ({"stop_strings": "a"}, "stop_strings need a tokenizer"),
+        ({"stop_strings": ["a", ""], "tokenizer": tiny_tokenizer()}, "stop_strings has ''"),
+        ({"stop_strings": [b"a"], "tokenizer": tiny_tokenizer()}, "stop_strings has b'a'"),
+        ({"stop_strings": "a", "tokenizer": "no tokenizer"}, "generate refuses this request"),
+        ({"logits_processor": 3}, "generate refuses this request"),
+        ({"stopping_criteria": 3}, "generate refuses this request"),
+        ({"repetition_penalty": "high"}, "generate refuses this request"),
+        ({"temperature": 1.0, "top_k": 2.5}, "generate refuses this request: .*top_k"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"max_new_tokens": "8"}, "max_new_tokens='8': pass a whole number"),
+        ({"seed": "x"}, "seed='x': pass a whole number"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: no such setting; .* the model's generation_config"),
+        ({"generation_config": None}, "generation_config: no such setting"),
+        ({"input_ids": "why is the sky"}, r"a prompt of type str holds no integers .*pass tokenizer\(text\)"),
+        ({"input_ids": ["why", "is"]}, "a prompt of type str holds no integers"),
+        ({"input_ids": None}, "a prompt of type NoneType"),
+        ({"input_ids": [1.5, 2.0]}, "a prompt of type float|a prompt is token ids"),
+        ({"input_ids": torch.tensor([1.0, 2.0])}, "a prompt is token ids, not torch.float32"),
+        ({"input_ids": torch.tensor([True, False])}, "a prompt is token ids, not torch.bool"),
+        ({"input_ids": []}, "an empty list of prompts"),
+        ({"input_ids": {"attention_mask": [1]}}, "a prompt with no input_ids"),
+        ({"input_ids": {"input_ids": [1], "pixel_values": [0.5]}}, "a prompt with pixel_values"),
+        ({"input_ids": {"input_ids": [1], "attention_mask": [1]}, "attention_mask": [1]}, "two attention masks"),
+        ({"attention_mask": "111"}, "attention_mask of type str"),
+        ({"tokenizer": longer_tokenizer(), "input_ids": [1, VOCAB]}, "token 61 .'<tool>'. outside the vocabulary of 8"),
     ],
 )
 def test_bad_requests_are_refused_before_any_pass(monkeypatch, options, message):
     engine = small_engine()
     monkeypatch.setattr(engine.target, "forward", lambda *_: pytest.fail("the target ran"))
     with pytest.raises(GraftError, match=message):
-        engine.generate(torch.tensor([1, 2, 3]), **options)
+        engine.generate(**({"input_ids": torch.tensor([1, 2, 3])} | options))
 
 
 @pytest.mark.parametrize(

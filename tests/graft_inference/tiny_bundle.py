@@ -28,7 +28,7 @@ def tiny_tokenizer(extra: str = "") -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=extra or "9")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=extra or "0")
 
 
 def tiny_successors(vocab_size: int = VOCAB, k: int = 4) -> dict[str, torch.Tensor]:
