@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 from tokenizers import ByteLevelBPETokenizer, normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from graft_inference.errors import GraftError
 from graft_train.data.bad_records import BadRecord
@@ -152,6 +152,13 @@ def test_an_end_within_an_answer_is_a_part_of_it():
     assert trained(byte_tokenizer(), "a", "b<end>c", "d", "e") == ["b<end>c<end>", "e<end>"]
 
 
+@pytest.mark.parametrize("span", [SPAN, SPAN[16:-19]])
+@pytest.mark.parametrize("behind", ["<end>", "\n<end>", " \n <end><end>\n"])
+def test_a_second_end_that_a_template_puts_behind_the_first_is_not_the_answers(span, behind):
+    template = BYTES.replace("MARKED", span) + f"{{% if not add_generation_prompt %}}{behind}{{% endif %}}"
+    assert trained(byte_tokenizer(template), "a", "b", "c", "d") == ["b<end>", "d<end>"]
+
+
 @pytest.mark.parametrize("role", ["user", "tool", "system"])
 def test_a_template_that_marks_another_turn_is_refused(role):
     everything = BYTES[: BYTES.index("{% if")] + f"{SPAN}<end>{{% endfor %}}"
@@ -235,6 +242,14 @@ def test_a_text_that_goes_on_begins_as_the_tokenizer_has_it_and_does_not_end():
     assert words(framing.opened(text, "<user> <user> a <end>", 9)) == "<user> <user> a <end>"
     assert framing.opened(text, " ", 9) == []
     assert words(Chat(word_tokenizer(None), {END}).opened(text, "a b", 9)) == "a b"
+
+
+def test_a_slow_tokenizer_is_asked_by_prefixes_and_reads_text_alike():
+    tokenizer = ByT5Tokenizer()  # it ends every text with </s>
+    assert tokenizer.decode(Chat(tokenizer, {1}).opened(Document("doc", "train", text="ab"), "ab", 9)) == "ab"
+    tokenizer.chat_template = BYTES_MARKED.replace("<end>", "</s>")
+    assert not Chat(tokenizer, {1}).marks_answers(document("a", "b"))
+    assert trained(tokenizer, "a", "b", "c", "d") == ["b</s>", "d</s>"]
 
 
 def test_tokens_that_the_target_lacks_are_named_with_their_text():
