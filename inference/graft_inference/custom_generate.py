@@ -7,7 +7,6 @@ only, hence the two constants: they lead back to the bundle.
 
 import hashlib
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -108,8 +107,12 @@ def _prepared(
     if unsupported:
         raise GraftError(f"custom_generate does not support {', '.join(unsupported)}: leave them out")
     criteria = kwargs.pop("stopping_criteria", None) or ()
-    if isinstance(inputs, Mapping):
-        raise GraftError("a plain generate takes what a tokenizer returns by name: pass **inputs")
+    given = kwargs.get("input_ids") if inputs is None else inputs
+    if given is not None and not (isinstance(given, Tensor) and given.dim() == 2 and given.numel()):
+        raise GraftError(
+            "a plain generate takes a tensor of token ids that is not empty, [prompts, length]; and what a tokenizer "
+            "returns by name: pass **inputs"
+        )
     prepared = prepare(model, {"inputs": inputs, **kwargs}, generation_config, tokenizer, criteria)
     if not bool(prepared.attention_mask[:, -1].all()):
         raise GraftError(

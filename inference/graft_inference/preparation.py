@@ -102,7 +102,8 @@ def prepare(
     except GraftError:
         raise
     except Exception as error:  # processors, criteria and checks of transformers raise many kinds
-        raise GraftError(f"transformers' generate refuses this request: {error}. {FROM_MODEL}") from error
+        reason = str(error).rstrip(".")
+        raise GraftError(f"transformers' generate refuses this request: {reason}. {FROM_MODEL}") from error
     _check_mode(found[0].config)
     return found[0]
 

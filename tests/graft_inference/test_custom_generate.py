@@ -9,7 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, set_seed
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+    set_seed,
+)
+from transformers.generation import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from graft_inference import METHODS, GraftError, custom_generate
@@ -372,6 +382,63 @@ def test_settings_that_cannot_be_followed_are_refused_by_name(bundle, name, wher
 def test_no_setting_of_a_generation_config_is_forgotten():
     tested = FOLLOWED.keys() | IDLE.keys() | REFUSED.keys()
     assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} - tested == set()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda: {"logits_processor": [RepetitionPenaltyLogitsProcessor(3.0)], "repetition_penalty": 1.1},
+        lambda: {"stopping_criteria": [MaxLengthCriteria(12)]},
+        lambda: {"stopping_criteria": [MaxLengthCriteria(40)]},
+        lambda: {"stopping_criteria": [MaxLengthCriteria(3)]},
+        lambda: {"stopping_criteria": [EosTokenCriteria([2, 4, 44])], "eos_token_id": 1, "pad_token_id": PAD},
+        lambda: {
+            "stopping_criteria": [StopStringCriteria(tiny_tokenizer(), ["zzz"])],
+            "stop_strings": ["a", "e", "y"],
+            "tokenizer": tiny_tokenizer(),
+        },
+        lambda: {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3, 4], ngram_len=3)},
+    ],
+)
+def test_a_callers_own_processor_or_criterion_stands_for_that_of_its_setting(model, bundle, settings):
+    expected = model.generate(prompt(9), max_new_tokens=20, **settings())
+    ours = generate(prompt(9), model=model, draft=bundle, max_new_tokens=20, **settings())
+    assert ours.tolist() == expected.tolist()
+
+
+def test_a_watermark_is_on_each_prompt_of_a_batch(model, bundle):
+    settings = {"max_new_tokens": 12, "watermarking_config": {"bias": 30.0}, "pad_token_id": PAD}
+    expected = model.generate(**BATCH, **settings)
+    assert generate(**BATCH, model=model, draft=bundle, **settings).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (prompt(9)[0], r"pass \*\*inputs"),
+        (prompt(9).tolist(), "a tensor of token ids"),
+        (torch.empty((1, 0), dtype=torch.long), "that is not empty"),
+        ({"input_ids": prompt(9)}, r"pass \*\*inputs"),
+        (torch.tensor([[1, VOCAB]]), "prompt 0 has the token 61 outside the vocabulary of 61"),
+    ],
+)
+def test_prompts_that_a_plain_generate_stumbles_over_are_refused_by_name(model, bundle, inputs, message):
+    with pytest.raises(GraftError, match=message):
+        generate(inputs, model=model, draft=bundle, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("settings", [{"suppress_tokens": "x"}, {"bad_words_ids": []}, {"max_new_tokens": -2}])
+def test_what_transformers_refuses_is_our_error(model, bundle, settings):
+    with pytest.raises(GraftError, match=r"transformers' generate refuses this request: .*generation_config"):
+        generate(prompt(9), model=model, draft=bundle, **settings)
+
+
+def test_a_callers_own_processor_fails_as_it_does(model, bundle):
+    def fails(input_ids, scores):
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        generate(prompt(9), model=model, draft=bundle, max_new_tokens=5, logits_processor=[fails])
 
 
 def test_code_and_weights_belong_together(model, bundle, monkeypatch):
