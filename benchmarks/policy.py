@@ -36,7 +36,7 @@ from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, of_split, read_documents
 from graft_train.data.prompts import build_prompts
 from graft_train.device import describe_device
-from graft_train.stage import write_json
+from graft_train.files import write_json
 
 PROSE = (".md", ".rst", ".txt")
 BASELINES = ("eagle3", "paper", "paper as printed")
@@ -71,7 +71,6 @@ def main() -> None:
         retrieval_depth=6,
         checkpoints=2,
         ngrams=True,
-        beneath=True,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"device": describe_device(engine.target.device), "runs": []}
@@ -151,7 +150,7 @@ def measure(
     learned = {name: learn_on(engine, settings, prompts["calibration"], repeats) for name, prompts in domains.items()}
     found = []
     for name, one in learned.items():
-        plans = contenders(by_default(settings), learned, name, ablate)
+        plans = contenders(settings, learned, name, ablate)
         raced = race_distinct(engine, domains[name]["evaluation"], plans, settings, repeats, redraws=True)
         found.append(
             {
@@ -196,17 +195,11 @@ def learn_on(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tenso
     traces = {told: trace(settings, engine, prompts, told) for told in noises}
     timer = timer_of(settings, engine, prompts, traces)
     replays = replay_sources(settings, traces, timer.latency())
-    plans = learn(by_default(settings), replays)
-    plans["learned, beneath leaves too"] = plan_of("learned", settings, replays)
+    plans = learn(settings, replays)
     raced = race_distinct(engine, prompts, plans, settings, repeats, timer)
     raced_on = replays_on(replays, timer.latency())
     speeds = {name: found["tokens_per_second"] for name, found in raced.items()}
     return Learned(traces, replays, raced_on, plans, speeds)
-
-
-def by_default(settings: CalibrateConfig) -> CalibrateConfig:
-    """Without what is traced, and tried in a plan of its own."""
-    return replace(settings, beneath=False)
 
 
 def race_distinct(

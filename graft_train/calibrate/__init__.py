@@ -12,6 +12,7 @@ from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_
 from graft_inference.bundle import Bundle, check_launch, load_ngrams, load_successors
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import depth_template
+from graft_inference.target import max_positions
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.latency import Latency, RoundTimer
 from graft_train.calibrate.race import race
@@ -20,10 +21,11 @@ from graft_train.calibrate.report import ablation, calibration, draw_frontier, f
 from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, record_traces
-from graft_train.data.samples import read_samples
-from graft_train.data.target import load_target, load_tokenizer
+from graft_train.data.samples import check_room, read_samples
+from graft_train.data.target import load_target, load_tokenizer, text_config
 from graft_train.device import describe_device
-from graft_train.stage import barrier, fingerprints_of, is_main, of_main, run_stage, say, write_json
+from graft_train.files import only_one, told, write_json, write_text
+from graft_train.stage import barrier, fingerprints_of, is_main, of_main, run_stage, say
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -38,8 +40,6 @@ BY_ALL = ", taught by all nodes"
 TRACED = ("beam_width", "max_passes", "retrieval_depth", "temperature")
 """Settings that traces are made with."""
 INPUTS = ("target", "data", "head", "corpus")
-LEAVES = 4
-"""Drafted leaves beneath which the matrix may be asked."""
 MOST_ECHOED = 32
 """Tokens that the request's own text may add to a tree."""
 SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams", "paper")
@@ -80,9 +80,9 @@ def plan_of(name: str, settings: CalibrateConfig, replays: Replays) -> Plan:
         case "paper":
             return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
         case "prune_only":
-            return best_learned(replay, replace(scale, template=(), echo=(), beneath=0), allowed)
+            return best_learned(replay, replace(scale, template=(), echo=()), allowed)
         case "retrieve_only" | "retrieve_ngrams":
-            return best_learned(replay, replace(scale, drafted=(), beneath=0), allowed)
+            return best_learned(replay, replace(scale, drafted=()), allowed)
     return best_learned(replay, scale, allowed)
 
 
@@ -94,12 +94,7 @@ def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
     if not settings.learned_template:
         known, depth = set(traces.template), max(map(len, traces.template))
         paths = tuple(path for path in depth_template((4,) * depth) if path in known)
-    beneath = _leaves(settings) if not replay.ngrams else 0
-    return replace(scale, template=paths, echo=scale.echo if settings.echo else (), beneath=beneath)
-
-
-def _leaves(settings: CalibrateConfig) -> int:
-    return min(LEAVES, settings.beam_width) if settings.beneath else 0
+    return replace(scale, template=paths, echo=scale.echo if settings.echo else ())
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -151,7 +146,7 @@ def _build(config: "Config", out: Path) -> None:
         "latency_ms": latency.to_dict(),
     }
     draw_frontier(report, out / "frontier.png")
-    (out / "report.md").write_text(to_markdown(report, plans), encoding="utf-8")
+    write_text(out / "report.md", to_markdown(report, plans))
     write_json(out / "report.json", report)
     print_report(report, plans)
     _write(config, out, latency, plans, speeds, report)
@@ -165,7 +160,7 @@ def taught_by_all(plans: dict[str, Plan]) -> dict[str, Plan]:
     return {
         f"{name}{BY_ALL}": replace(plan, learns_accepted=False)
         for name, plan in plans.items()
-        if plan.learns_accepted and plan.looks_up
+        if plan.learns_accepted and plan.expands
     }
 
 
@@ -191,7 +186,8 @@ def _renew(config: "Config", directory: Path) -> Path:
         "graft_is": _fastest(speeds, settings.kind),
         "predicted": speeds,
     }
-    _write(config, directory, latency, plans, speeds, report)
+    with told(directory), only_one(directory, waits=True):
+        _write(config, directory, latency, plans, speeds, report)
     say(
         f"calibrate: {directory} is chosen anew for this device; delete the bundle and run recipes/export.py to ship "
         "it (report.md and frontier.png are still of the device that raced)"
@@ -235,11 +231,6 @@ def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latenc
             "policy.ngrams=true, but these traces hold no longer contexts: delete the policy directory and run "
             "recipes/calibrate.py without policy.latency_only"
         )
-    if _leaves(settings) > traces[False].leaves_TPL.shape[2]:
-        raise GraftError(
-            "policy.beneath=true, but these traces do not say what lies beneath drafted leaves: delete the policy "
-            "directory and run recipes/calibrate.py without policy.latency_only"
-        )
     budget = max(settings.widths)
     return {
         (shares_noise, ngrams): Replay(told_traces(traces, shares_noise), latency, budget, ngrams, shares_noise)
@@ -277,6 +268,7 @@ def _prompts(config: "Config") -> list[Tensor]:
     if not samples:
         raise GraftError("no calibration prompts: raise data.calibration_share and regenerate")
     _check_enough(settings, len(samples) * (settings.max_new_tokens - 1))
+    check_room(samples, settings.max_new_tokens, max_positions(text_config(config)), "policy.max_new_tokens")
     return [torch.tensor(sample.prompt_ids) for sample in samples]
 
 
@@ -318,7 +310,6 @@ def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor],
         min(max(settings.widths) - 1, MOST_ECHOED),
         settings.temperature,
         shares_noise,
-        _leaves(settings),
     )
 
 
@@ -337,7 +328,6 @@ def timer_of(
         settings.temperature,
         templates[0],
         templates[1] if settings.ngrams else (),
-        _leaves(settings),
     )
     total = settings.repeats * len(timer.samples)
     for _ in tqdm(timer.steps(settings.repeats), "calibrate: latencies", total, unit="run", disable=not is_main()):

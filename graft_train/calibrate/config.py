@@ -31,7 +31,6 @@ class CalibrateConfig:
         retrieve_first: may leave out drafting where retrieval promises enough.
         ngrams: try plans that follow the corpus's longer contexts too, if it has them: more tokens per round, a
             dearer look-up.
-        beneath: try plans that hang the matrix's successors beneath the likeliest drafted leaves too.
         echo: search the request's own text for what followed the last time.
         shared_noise: where tokens are drawn by chance, tell head and retrieval the noise of the draws; the paper's
             settings and the EAGLE-3 tree are never told.
@@ -55,7 +54,6 @@ class CalibrateConfig:
     echo: bool = True
     shared_noise: bool = True
     ngrams: bool = False
-    beneath: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -30,7 +30,6 @@ class Latency:
         graft_ms: choosing the tree without retrieved candidates, with the matrix's, and with those of longer contexts.
         commit_ms: acceptance and keeping its result without teaching the matrix, with, and n-grams besides.
             Both end after two where there are no longer contexts.
-        beneath_ms: asking the matrix beneath drafted leaves.
         echo_ms: searching the request's own text, and remembering it.
         read_ms: foreseeing what was retrieved, and one more host read, to leave out drafting.
         spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
@@ -42,17 +41,16 @@ class Latency:
     draft_ms: list[float]
     graft_ms: list[float]
     commit_ms: list[float]
-    beneath_ms: float
     echo_ms: float
     read_ms: float
     spread: list[float]
 
     def round_ms(self, plan: Plan, stage: Stage, context_T: np.ndarray) -> np.ndarray:
         """Cost of rounds that stop at this stage, [T]."""
-        expanded, learned = plan.expands + plan.ngrams, plan.looks_up + plan.ngrams
+        expanded, learned = plan.expands + plan.ngrams, plan.expands + plan.ngrams
         asks_first = plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
         fixed = self.draft_ms[stage.passes] + self.graft_ms[expanded] + self.commit_ms[learned]
-        fixed += self.echo_ms * plan.echoes + self.beneath_ms * (plan.leaves(stage.passes) > 0)
+        fixed += self.echo_ms * plan.echoes
         by_context = [np.interp(stage.rows, self.widths, times) for times in self.verify_ms]
         return fixed + asks_first * self.read_ms + np.interp(context_T, self.contexts, by_context)
 
@@ -66,7 +64,6 @@ class RoundTimer:
     Args:
         temperature: of the draws, which take longer than the likeliest tokens do.
         template, ngram_template: rank paths looked up in the matrix and by longer contexts; none: not timed.
-        leaves: drafted leaves beneath which the matrix is asked; none: not timed.
 
     Attributes:
         repeats: of every plan so far, forgotten ones included.
@@ -82,12 +79,11 @@ class RoundTimer:
         temperature: float,
         template: RankPaths,
         ngram_template: RankPaths = (),
-        leaves: int = 0,
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
         most = 1 + beam_width + (max_passes - 1) * beam_width**2 + len(template)
         self.widths, self.max_passes = sorted({1, *(width for width in widths if width <= most)}), max_passes
-        self.plans = _forced_plans(self.widths, beam_width, max_passes, template, ngram_template, leaves)
+        self.plans = _forced_plans(self.widths, beam_width, max_passes, template, ngram_template)
         self.contexts = _contexts(engine, prompts)
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
@@ -151,7 +147,6 @@ class RoundTimer:
             draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, self.max_passes + 1))]),
             graft_ms=[typical("graft", source, 1) for source in sources],
             commit_ms=[typical("commit", source, 1) for source in sources],
-            beneath_ms=more(("graft",), "beneath", "passes") if ("beneath", 1) in self.plans else 0.0,
             echo_ms=more(("graft", "commit"), "echo", "passes"),
             read_ms=more(("draft", "graft"), "gate", "both"),
             spread=[median(spreads), max(spreads)],
@@ -164,7 +159,6 @@ def _forced_plans(
     max_passes: int,
     template: RankPaths,
     ngram_template: RankPaths,
-    leaves: int,
 ) -> dict[tuple[str, int], Plan]:
     """Plans that leave no choice: of every width, of every number of passes, and with every overhead.
 
@@ -186,8 +180,6 @@ def _forced_plans(
     if ngram_template:
         longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ranks, ngram_template)
         plans["ngrams", 1] = replace(plans["both", 1], scale=longer, ngrams=True)
-    if leaves:
-        plans["beneath", 1] = replace(plans["passes", 1], scale=replace(drafted, beneath=leaves))
     rows = tuple(-0.1 * depth for depth in range(1, budget))
     plans["echo", 1] = replace(plans["passes", 1], scale=replace(drafted, echo=(rows,) * LONGEST))
     # Nothing promises so much: the head is asked all the same.

@@ -12,7 +12,7 @@ from torch import Tensor
 from graft_inference.policy import Plan, Scale, Stage
 from graft_inference.tree import PATH_BASE
 from graft_train.calibrate.latency import Latency
-from graft_train.calibrate.scale import beneath_scores, drafted_scores, echo_scores, fit_scale, retrieved_scores
+from graft_train.calibrate.scale import drafted_scores, echo_scores, fit_scale, retrieved_scores
 from graft_train.calibrate.traces import Traces
 
 
@@ -74,7 +74,7 @@ class Replay:
         self._true_TC, self._true_TR = self._on_path()
         self._true_TE = self._echo_on_path()
         self._keys = self._path_keys()
-        self._pools: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self._pools: dict[int, tuple[Tensor, Tensor]] = {}
         self._tables: dict[Scale, Table] = {}
         self._runs: dict[Plan, tuple[float, float]] = {}
 
@@ -94,9 +94,8 @@ class Replay:
 
         A plan without a scale whose template goes beyond the traced one is met with fewer retrieved nodes.
         """
-        assert plan.ngrams == self.ngrams or not plan.looks_up
-        assert plan.scale is None or plan.scale.beneath in (0, self.traces.leaves_TPL.shape[2])
-        assert plan.shares_noise == self.shares_noise or not (plan.looks_up or plan.drafts)
+        assert plan.ngrams == self.ngrams or not plan.expands
+        assert plan.shares_noise == self.shares_noise or not (plan.expands or plan.drafts)
         stage_T = self._stops(plan)
         tokens, times = [], []
         for stage in plan.stages:
@@ -161,7 +160,7 @@ class Replay:
         rows = torch.tensor([self._index[path] for path in stage.template if path in self._index], dtype=torch.long)
         if stage.retrieved and len(rows):
             count = len(traces.depths_C)
-            twin_TR = self._pool(self.passes, beneath=False)[0][:, count : count + len(traces.template)][:, rows]
+            twin_TR = self._pool(self.passes)[0][:, count : count + len(traces.template)][:, rows]
             repeated_TR = (twin_TR < count) & kept_TC.gather(1, twin_TR.clamp(max=count - 1))
             new_TR = ~repeated_TR & (traces.retrieved_TR[:, rows] >= 0)
             new_TR &= new_TR.cumsum(dim=1) <= stage.retrieved
@@ -208,39 +207,19 @@ class Replay:
         own_R = -torch.arange(1, keys_TR.shape[1] + 1)
         return keys_TC, torch.cat((torch.where(traces.retrieved_TR >= 0, keys_TR, own_R), keys_TE), dim=1)
 
-    def _pool(self, passes: int, beneath: bool) -> tuple[Tensor, Tensor]:
-        """Of what so many passes propose and all that is retrieved, [T, N]: the first with the same path; the true.
-
-        Args:
-            beneath: whether the matrix is asked beneath drafted leaves too; its nodes stand behind the drafted.
-        """
-        if (passes, beneath) not in self._pools:
+    def _pool(self, passes: int) -> tuple[Tensor, Tensor]:
+        """Of what so many passes propose and all that is retrieved, [T, N]: the first with the same path; the true."""
+        if passes not in self._pools:
             count = int((self.traces.depths_C <= passes).sum())
-            keys, true = [self._keys[0][:, :count]], [self._true_TC[:, :count]]
-            if beneath and passes:
-                keys_TM, true_TM = self._beneath(passes)
-                keys.append(keys_TM)
-                true.append(true_TM)
-            keys_TN = torch.cat((*keys, self._keys[1]), dim=1)
-            true_TN = torch.cat((*true, self._true_TR, self._true_TE), dim=1)
+            keys_TN = torch.cat((self._keys[0][:, :count], self._keys[1]), dim=1)
+            true_TN = torch.cat((self._true_TC[:, :count], self._true_TR, self._true_TE), dim=1)
             ordered = keys_TN.sort(dim=1, stable=True)
             new_TN = torch.ones_like(true_TN)
             new_TN[:, 1:] = ordered.values[:, 1:] != ordered.values[:, :-1]
             place_TN = torch.where(new_TN, torch.arange(keys_TN.shape[1]), 0).cummax(dim=1).values
             first_TN = torch.empty_like(keys_TN).scatter_(1, ordered.indices, ordered.indices.gather(1, place_TN))
-            self._pools[passes, beneath] = first_TN, true_TN
-        return self._pools[passes, beneath]
-
-    def _beneath(self, passes: int) -> tuple[Tensor, Tensor]:
-        """Keys of the token paths of what the matrix has beneath drafted leaves, [T, L * K], and which are true."""
-        traces = self.traces
-        leaves_TL, tokens_TLK = traces.leaves_TPL[:, passes - 1].long(), traces.beneath_TPLK[:, passes - 1]
-        keys_TLK = _spread(self._keys[0].gather(1, leaves_TL))[:, :, None] + tokens_TLK + 1
-        # What was not found has no twin: a key of its own, below those of the other sources.
-        own_LK = -torch.arange(1, tokens_TLK[0].numel() + 1).view_as(tokens_TLK[0]) - self._keys[1].shape[1]
-        next_TL = traces.truth_TD.gather(1, traces.depths_C[leaves_TL])
-        true_TLK = self._true_TC.gather(1, leaves_TL)[:, :, None] & (tokens_TLK == next_TL[:, :, None])
-        return torch.where(tokens_TLK >= 0, keys_TLK, own_LK).flatten(1), true_TLK.flatten(1)
+            self._pools[passes] = first_TN, true_TN
+        return self._pools[passes]
 
     def _build(self, scale: Scale) -> Table:
         traces = self.traces
@@ -249,19 +228,16 @@ class Replay:
         score_TR = retrieved_scores(traces, scale)
         score_TE = echo_scores(traces, scale)
         retrieved = torch.cat((score_TR, score_TE), dim=1)
-        parts = [self._trees(passes, scale, score_TC, retrieved) for passes in range(self.passes + 1)]
+        parts = [self._trees(passes, score_TC, retrieved) for passes in range(self.passes + 1)]
         promise_T = 1 + torch.maximum(score_TR.exp().sum(dim=1), score_TE.exp().sum(dim=1))
         accepted, by_head = (torch.stack(column, dim=1) for column in zip(*parts, strict=True))
         return Table(accepted, by_head, promise_T)
 
-    def _trees(self, passes: int, scale: Scale, score_TC: Tensor, retrieved: Tensor) -> tuple[Tensor, ...]:
+    def _trees(self, passes: int, score_TC: Tensor, retrieved: Tensor) -> tuple[Tensor, ...]:
         """accepted and drafted by rows, as in `Table`, for one number of passes."""
-        first_TN, true_TN = self._pool(passes, bool(scale.beneath))
+        first_TN, true_TN = self._pool(passes)
         count = int((self.traces.depths_C <= passes).sum())
-        scores = [score_TC[:, :count], retrieved]
-        if scale.beneath and passes:
-            scores.insert(1, beneath_scores(self.traces, scale, passes, score_TC).flatten(1))
-        score_TN = torch.cat(scores, dim=1)
+        score_TN = torch.cat((score_TC[:, :count], retrieved), dim=1)
         # A repeated node takes its better score, and the place of the first.
         pool = torch.full_like(score_TN, -torch.inf).scatter_reduce(1, first_TN, score_TN, "amax")
         ordered = pool.sort(dim=1, descending=True, stable=True)

@@ -11,17 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from graft_inference import Plan
+from graft_inference.files import replace_file
 from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import ratio
 from graft_train.calibrate.replay import Replays, replay_of
-from graft_train.calibrate.scale import (
-    beneath_scores,
-    calibration_error,
-    drafted_scores,
-    echo_scores,
-    fit_scale,
-    retrieved_scores,
-)
+from graft_train.calibrate.scale import calibration_error, drafted_scores, echo_scores, fit_scale, retrieved_scores
 from graft_train.calibrate.traces import Traces
 from graft_train.stage import say
 
@@ -38,7 +32,6 @@ PIECES: dict[str, dict[str, Any]] = {
     "always drafts": {"retrieve_first": False},
     "no echo": {"echo": False},
     "no longer contexts": {"ngrams": False},
-    "nothing beneath leaves": {"beneath": False},
     "no shared noise": {"shared_noise": False},
 }
 COLORS = {
@@ -67,14 +60,7 @@ def calibration(traces: Traces) -> dict[str, dict[str, float]]:
             scores = retrieved_scores(part, fit_scale(part, fitted))
             found[name] = _errors(part, judged, part.retrieved_logp_TR, scores, part.reach_TR)
     scale = fit_scale(traces, fitted)
-    score_TC = drafted_scores(traces, scale)
-    found["drafted"] = _errors(traces, judged, traces.logp_TC, score_TC, traces.reach_TC)
-    if traces.beneath_TPLK.numel():
-        passes = traces.leaves_TPL.shape[1]
-        leaf_TL1 = traces.logp_TC.gather(1, traces.leaves_TPL[:, -1].long())[:, :, None]
-        raw_TLK = torch.where(traces.beneath_TPLK[:, -1] < 0, -torch.inf, leaf_TL1 + traces.beneath_logp_TPLK[:, -1])
-        below = raw_TLK, beneath_scores(traces, scale, passes, score_TC), traces.beneath_reach_TPLK[:, -1]
-        found["beneath leaves"] = _errors(traces, judged, *(part.flatten(1) for part in below))
+    found["drafted"] = _errors(traces, judged, traces.logp_TC, drafted_scores(traces, scale), traces.reach_TC)
     claimed_TE = torch.where(traces.matched_T[:, None] > 0, torch.zeros_like(traces.echo_reach_TE), -torch.inf)
     found["echo"] = _errors(traces, judged, claimed_TE, echo_scores(traces, scale), traces.echo_reach_TE)
     return found
@@ -133,8 +119,7 @@ def describe(plan: Plan) -> str:
     looked_up = "n-grams" if plan.ngrams else "matrix"
     if plan.scale and not plan.learns_accepted:
         looked_up += " taught by all nodes"
-    beneath = "beneath leaves" + (" alone" if not plan.expands else "")
-    asked = ((looked_up, plan.looks_up), (beneath, plan.grafts_beneath), ("echo", plan.echoes))
+    asked = ((looked_up, plan.expands), ("echo", plan.echoes))
     sources = ", ".join(name for name, is_asked in asked if is_asked)
     parts = []
     for stage in plan.stages:
@@ -233,7 +218,7 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         f"Head passes 0, 1, ...: {_times(latency['draft_ms'])}. Without retrieval, with the matrix and with longer "
         f"contexts, choosing the tree takes {_times(latency['graft_ms'])}, acceptance and commit "
         f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}, the search of "
-        f"the request's own text {latency['echo_ms']:.2f}, beneath drafted leaves {latency['beneath_ms']:.2f}. "
+        f"the request's own text {latency['echo_ms']:.2f}. "
         f"Interquartile range over median of a round: {latency['spread'][0]:.0%} typically, "
         f"{latency['spread'][1]:.0%} at most.",
         "",
@@ -278,7 +263,5 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
     axes.set_title("lines: predicted, by widest verification allowed; stars: measured", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=150, format="png")
+    replace_file(path, lambda aside: figure.savefig(aside, dpi=150, format="png"))
     plt.close(figure)
-    aside.rename(path)

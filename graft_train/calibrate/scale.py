@@ -115,17 +115,6 @@ def retrieved_scores(traces: Traces, scale: Scale) -> Tensor:
     return score_TR
 
 
-def beneath_scores(traces: Traces, scale: Scale, passes: int, score_TC: Tensor) -> Tensor:
-    """log P(accepted) of what the matrix has beneath the likeliest leaves of so many passes, [T, L, K].
-
-    Args:
-        score_TC: of the drafted candidates.
-    """
-    step_TLK = calibrated(torch.tensor(scale.ranked), traces.beneath_logp_TPLK[:, passes - 1])
-    step_TLK = step_TLK.masked_fill(traces.beneath_TPLK[:, passes - 1] < 0, -torch.inf)
-    return step_TLK + score_TC.gather(1, traces.leaves_TPL[:, passes - 1].long())[:, :, None]
-
-
 def echo_scores(traces: Traces, scale: Scale) -> Tensor:
     """log P(accepted) of what each position's text repeats, [T, E]; -inf where nothing matched."""
     nothing = (-torch.inf,) * traces.echo_TE.shape[1]

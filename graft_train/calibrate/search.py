@@ -61,7 +61,7 @@ def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
     lasts = range(0, replay.passes + 1) if scale.drafted else [0]
     found = (_converged(replay, part, allowed, last) for part in _sources(scale) for last in lasts)
     plans = [plan for plan in found if plan]
-    if scale.drafted and (scale.template or scale.echo or scale.beneath):
+    if scale.drafted and (scale.template or scale.echo):
         # One row, and nothing asked: where no candidate of either source is worth its row.
         plans.append(_plan(replay, (Stage(0, width=1),), Scale()))
     return _fastest(replay, plans)
@@ -69,12 +69,9 @@ def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
 
 def _sources(scale: Scale) -> list[Scale]:
     """All retrieved sources together, and without some: one that adds too little costs its look-up."""
-    found = [scale]
     if scale.template and scale.echo:
-        found += [replace(scale, template=()), replace(scale, echo=())]
-    if scale.beneath:
-        found += [replace(part, beneath=0) for part in found] + [replace(scale, template=(), echo=())]
-    return found
+        return [scale, replace(scale, template=()), replace(scale, echo=())]
+    return [scale]
 
 
 def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int) -> Plan | None:
@@ -171,7 +168,7 @@ def _simplified(replay: Replay, plan: Plan, checkpoints: int) -> Plan:
 
 def _possible(replay: Replay, scale: Scale, allowed: Allowed, passes: int) -> list[int]:
     drafted = _most_drafted(replay, passes) if scale.drafted else 0
-    return [width for width in allowed.widths if 1 < width <= 1 + drafted + scale.candidates(passes)]
+    return [width for width in allowed.widths if 1 < width <= 1 + drafted + scale.candidates]
 
 
 def _most_drafted(replay: Replay, passes: int) -> int:

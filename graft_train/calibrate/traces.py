@@ -21,7 +21,7 @@ from tqdm import tqdm
 from graft_inference import GraftEngine, GraftError
 from graft_inference.drafting import Drafter
 from graft_inference.echo import Echo
-from graft_inference.grafting import beneath
+from graft_inference.files import replace_file
 from graft_inference.ngrams import LONGEST, NgramSource
 from graft_inference.policy import RankPaths, depth_template
 from graft_inference.retrieval import SuccessorMatrix, Template
@@ -35,8 +35,6 @@ from graft_train.stage import is_main
 class Traces:
     """T positions, P head passes, C drafted, R, G and E retrieved candidates (roots left out), D depths.
 
-    L of the drafted are leaves beneath which the matrix was asked for K successors.
-
     Attributes:
         prompt_T: which prompt a position belongs to; positions of a prompt stand in order.
         context_T: tokens before the root.
@@ -49,13 +47,9 @@ class Traces:
         template_RL: the rank paths, padded with -1.
         ngrams_TG, ngrams_logp_TG, ngrams_template_GL: the same three for longer contexts (`NgramSource`); G is 0
             where the corpus has none.
-        leaves_TPL: the likeliest drafted nodes that have no children after 1..P passes, best first.
-        beneath_TPLK, beneath_logp_TPLK: the successors of their tokens in the matrix, -1 for none, and the
-            log-probability of each after its leaf.
         echo_TE, matched_T: what followed the longest earlier match of the text's end, and its length; 0: none.
-        reach_TC, reach_TR, ngrams_reach_TG, beneath_reach_TPLK, echo_reach_TE: P(accepted) under the target, that is
-            of all tokens on the path; at temperature 0, and where the noise of the draws is told, whether they are
-            those that follow.
+        reach_TC, reach_TR, ngrams_reach_TG, echo_reach_TE: P(accepted) under the target, that is of all tokens on the
+            path; at temperature 0, and where the noise of the draws is told, whether they are those that follow.
     """
 
     prompt_T: Tensor
@@ -75,10 +69,6 @@ class Traces:
     ngrams_logp_TG: Tensor
     ngrams_template_GL: Tensor
     ngrams_reach_TG: Tensor
-    leaves_TPL: Tensor
-    beneath_TPLK: Tensor
-    beneath_logp_TPLK: Tensor
-    beneath_reach_TPLK: Tensor
     echo_TE: Tensor
     matched_T: Tensor
     echo_reach_TE: Tensor
@@ -103,9 +93,8 @@ class Traces:
     def save(self, path: Path, made_of: dict[str, Any]) -> None:
         """Writes the traces and what they were made of: fingerprints of target, head, corpus and data, and settings."""
         tensors = {column.name: getattr(self, column.name).contiguous() for column in fields(self)}
-        aside = path.with_name(f".{path.name}.new")
-        save_file(tensors, aside, {"made_of": json.dumps(made_of, sort_keys=True)})
-        aside.replace(path)
+        metadata = {"made_of": json.dumps(made_of, sort_keys=True)}
+        replace_file(path, lambda aside: save_file(tensors, aside, metadata))
 
     @classmethod
     def load(cls, path: Path, made_of: dict[str, Any]) -> "Traces":
@@ -141,7 +130,6 @@ def record_traces(
     echo_depth: int,
     temperature: float = 0.0,
     shares_noise: bool = False,
-    leaves: int = 0,
 ) -> Traces:
     """Traces a continuation of each prompt ([length] int64).
 
@@ -149,7 +137,6 @@ def record_traces(
         shares_noise: whether head and retrieval are told the noise of the draws, as plans say by the same name.
         paths: nodes looked up in each source at every position: the rank paths that lead to the truth most often.
         echo_depth: tokens taken from the text's own repetitions.
-        leaves: drafted leaves beneath which the matrix is asked.
     """
     bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt", disable=not is_main())
     texts = []
@@ -159,7 +146,7 @@ def record_traces(
         texts.append(Text(whole.to(engine.target.device), len(prompt), sampler if shares_noise else None))
     template = likely_paths(engine, texts, retrieval_depth, paths)
     longer = likely_paths(engine, texts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
-    tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, echo_depth, temperature, leaves)
+    tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, echo_depth, temperature)
     parts = []
     for index, text in enumerate(tqdm(texts, desc="calibrate: traces", unit="prompt", disable=not is_main())):
         parts.append(tracer.trace(text, index))
@@ -267,7 +254,6 @@ class _Tracer:
         retrieval_depth: int,
         echo_depth: int,
         temperature: float,
-        leaves: int,
     ) -> None:
         self.engine = engine
         self.target = engine.target
@@ -276,10 +262,8 @@ class _Tracer:
         self.template = Template(template, self.target.device)
         self.longer = Template(longer, self.target.device)
         self.chain = Template([(0,) * depth for depth in range(1, echo_depth + 1)], self.target.device)
-        self.depth = max(max_passes + (leaves > 0), retrieval_depth, echo_depth)
+        self.depth = max(max_passes, retrieval_depth, echo_depth)
         self.temperature = temperature
-        self.leaves = leaves
-        self.ranks = self.template.max_rank + 1
 
     def trace(self, text: Text, index: int) -> dict[str, Tensor]:
         """Columns as in `Traces`."""
@@ -289,10 +273,8 @@ class _Tracer:
         by_chance = self.temperature and text.sampler is None
         if by_chance:
             candidates = self.beam_width + (self.max_passes - 1) * self.beam_width**2
-            max_beneath = self.max_passes * self.leaves * self.ranks
-            cache = self.target.new_cache(
-                length + 1 + candidates + len(self.template) + len(self.longer) + len(self.chain) + max_beneath
-            )
+            looked_up = len(self.template) + len(self.longer) + len(self.chain)
+            cache = self.target.new_cache(length + 1 + candidates + looked_up)
             self.target.prefill(sequence_S[:start], cache)
         drafter = Drafter(self.engine.head, self.target, self.beam_width, length + self.beam_width * self.max_passes)
         successors = self.engine.successors.clone()
@@ -308,11 +290,10 @@ class _Tracer:
             noise = text.noise(root, self.depth, self.target.config.vocab_size)
             draft = drafter.begin(sequence_S[read + 1 : root + 1], whole.taps_NE[read:root], noise)
             read = root
-            confidence, leaves = [draft.confidence], [draft.candidates.leaves(self.leaves)]
+            confidence = [draft.confidence]
             while draft.passes < self.max_passes:
                 draft = drafter.deepen(draft)
                 confidence.append(draft.confidence)
-                leaves.append(draft.candidates.leaves(self.leaves))
             root_1 = sequence_S[root : root + 1]
             if ngrams:
                 ngrams.read(root_1)
@@ -322,8 +303,6 @@ class _Tracer:
             retrieved = successors.expand(root_1, self.template, noise)
             longer = (ngrams or successors).expand(root_1, self.longer, noise)
             repeated = self.chain.tree(torch.cat((root_1, tokens_E)), None)
-            leaf_M = torch.cat(leaves)
-            drafted, below_MK, logp_MK = beneath(drafted, leaf_M, successors, self.ranks, noise)
             truth_D = torch.full((self.depth,), -1, device=sequence_S.device)
             following = sequence_S[root + 1 : root + 1 + self.depth]
             truth_D[: len(following)] = following
@@ -333,8 +312,6 @@ class _Tracer:
                 cache.commit(1)
             else:
                 reach_C, reach_R, reach_G, reach_E = (on_path(tree, truth_D) for tree in trees)
-            candidates = len(drafted) - below_MK.numel()
-            shape_PLK = (self.max_passes, self.leaves, self.ranks)
             found_R, found_G = (tree.sources_N[1:] == Source.RETRIEVED for tree in (retrieved, longer))
             rows.append(
                 {
@@ -342,20 +319,16 @@ class _Tracer:
                     "context_T": torch.tensor(root),
                     "truth_TD": truth_D.to(torch.int32),
                     "confidence_TP": torch.stack(confidence),
-                    "tokens_TC": drafted.tokens_N[1:candidates].to(torch.int32),
-                    "parents_TC": (drafted.parents_N[1:candidates] - 1).to(torch.int16),
-                    "logp_TC": drafted.logp_N[1:candidates],
+                    "tokens_TC": drafted.tokens_N[1:].to(torch.int32),
+                    "parents_TC": (drafted.parents_N[1:] - 1).to(torch.int16),
+                    "logp_TC": drafted.logp_N[1:],
                     "retrieved_TR": torch.where(found_R, retrieved.tokens_N[1:], -1).to(torch.int32),
                     "retrieved_logp_TR": retrieved.logp_N[1:],
-                    "reach_TC": reach_C[1:candidates].float(),
+                    "reach_TC": reach_C[1:].float(),
                     "reach_TR": torch.where(found_R, reach_R[1:].float(), 0.0),
                     "ngrams_TG": torch.where(found_G, longer.tokens_N[1:], -1).to(torch.int32),
                     "ngrams_logp_TG": longer.logp_N[1:],
                     "ngrams_reach_TG": torch.where(found_G, reach_G[1:].float(), 0.0),
-                    "leaves_TPL": (leaf_M - 1).to(torch.int16).view(shape_PLK[:2]),
-                    "beneath_TPLK": below_MK.to(torch.int32).view(shape_PLK),
-                    "beneath_logp_TPLK": logp_MK.view(shape_PLK),
-                    "beneath_reach_TPLK": reach_C[candidates:].float().view(shape_PLK),
                     "echo_TE": tokens_E.to(torch.int32),
                     "matched_T": matched_1[0],
                     "echo_reach_TE": torch.where(matched_1 > 0, reach_E[1:].float(), 0.0),

@@ -186,7 +186,6 @@ class CapturedRounds:
             if state.successors is not static.successors:
                 for mine, theirs in zip(static.successors.tensors, state.successors.tensors, strict=True):
                     mine.copy_(theirs)
-                static.successors.decay = state.successors.decay
             state.successors = static.successors
         return static
 
@@ -237,8 +236,7 @@ class CapturedRounds:
         times.append(graphs.now())
         depth = state.grafter.max_depth
         learning = (state.plan.learns_accepted, state.successors is self._shared) if state.learns else None
-        decay = state.successors.decay if state.successors is not None else 0.0
-        settings = (segments.drafts, segments.echo is not None, segments.logprobs, learning, decay, sampling)
+        settings = (segments.drafts, segments.echo is not None, segments.logprobs, learning, sampling)
         key = ("verify", segments.size, stage.rows, depth, settings)
         self._run(segments, key, lambda: segments.verify(stage.rows, depth))
         times.append(graphs.now())

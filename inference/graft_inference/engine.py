@@ -359,7 +359,7 @@ class GraftEngine:
         rows = committed + plan.max_rows
         head_rows = committed + plan.beam_width * plan.max_passes
         successors = None
-        if plan.looks_up:
+        if plan.expands:
             successors = self.successors.clone() if self.retrieval_scope == "request" else self.successors
         kept = None
         if resumes:
@@ -368,7 +368,7 @@ class GraftEngine:
         if kept is None or not stats.reused:
             drafter = Drafter(self.head, self.target, plan.beam_width, head_rows) if plan.drafts else None
             return self.target.new_cache(rows), drafter, successors
-        if self.retrieval_scope == "request" and plan.looks_up and kept.successors and kept.continues(prompt_S):
+        if self.retrieval_scope == "request" and plan.expands and kept.successors and kept.continues(prompt_S):
             successors = kept.successors
         return *kept.resume(stats.reused, plan, rows, head_rows), successors
 

@@ -36,7 +36,7 @@ FADE = 0.98
 def ladder(plan: Plan) -> dict[str, Plan]:
     """The plan, what it can be narrowed to, and decoding without speculation, by name."""
     rungs: dict[str, Plan | None] = {AS_PLANNED: plan, "narrowed": plan.narrowed()}
-    if plan.drafts and plan.retrieves_alone:
+    if plan.drafts and plan.retrieves:
         rungs["retrieval alone"] = plan.without_drafting()
     found = {name: rung for name, rung in rungs.items() if rung is not None}
     return found | {"autoregressive": AUTOREGRESSIVE}

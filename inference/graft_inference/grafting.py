@@ -10,7 +10,7 @@ from .ngrams import NgramSource, NgramTable
 from .policy import Plan, Stage
 from .retrieval import SuccessorMatrix, Template
 from .sampling import Noise
-from .tree import DraftTree, Source, compete, graft_beneath, merge
+from .tree import DraftTree, Source, compete, merge
 
 LEAST = 1e-4
 """Probabilities this close to 0 and 1 count as that close."""
@@ -25,12 +25,12 @@ def check_sources(
             f"the plan takes the {plan.beam_width} likeliest tokens of a head that knows {draft_vocab_size}: "
             "calibrate again with this head"
         )
-    if plan.looks_up and plan.max_rank >= successors.k:
+    if plan.expands and plan.max_rank >= successors.k:
         raise GraftError(
             f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps {successors.k} "
             "successors: calibrate again with this corpus"
         )
-    if plan.looks_up and plan.scale and successors.probs_VK is None:
+    if plan.expands and plan.scale and successors.probs_VK is None:
         raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
     if plan.ngrams and (ngrams is None or successors.probs_VK is None):
         raise GraftError(
@@ -58,8 +58,6 @@ class Grafter:
             slope, offset = self.scale.retrieved[len(path) - 1]
             retrieved.append((slope, offset + self.scale.ranks[path[-1]]))
         self._retrieved_T2 = torch.tensor(retrieved, device=device)
-        if plan.grafts_beneath:
-            self._ranked_K2 = torch.tensor(self.scale.ranked, device=device)
         # A root's slope and offset are never used.
         self._drafted_D2 = torch.tensor([(1.0, 0.0), *self.scale.drafted], device=device)
         self._chain = Template([(0,) * depth for depth in range(1, self.scale.echo_depth + 1)], device)
@@ -108,54 +106,22 @@ class Grafter:
         promises = torch.stack([tree.logp_N.exp().sum() for tree in retrieved])
         return promises.amax(dim=0, keepdim=True) > stage.threshold
 
-    def tree(
-        self,
-        stage: Stage,
-        drafted: DraftTree,
-        retrieved: list[DraftTree],
-        successors: SuccessorMatrix | None = None,
-        noise: Noise | None = None,
-    ) -> DraftTree:
+    def tree(self, stage: Stage, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
         """The best nodes, as many as the stage verifies.
 
         Args:
             drafted: every node the head proposed.
             retrieved: what `retrieve` found.
-            successors: asked beneath drafted leaves, where the plan says so.
-            noise: what the matrix is told of the draws.
         """
         if self.scale is None:
             best = drafted.best(stage.drafted)
             return merge(best, retrieved[0], stage.retrieved) if retrieved else best
         step_N = step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted)
         own_N = drafted.path_sums(step_N, stage.passes)
-        if leaves := self.plan.leaves(stage.passes):
-            assert successors is not None
-            row_L = drafted.leaves(leaves)
-            drafted, ids_LK, logp_LK = beneath(drafted, row_L, successors, len(self._ranked_K2), noise)
-            step_LK = calibrated(self._ranked_K2, logp_LK).masked_fill_(ids_LK < 0, -torch.inf)
-            own_N = torch.cat((own_N, (own_N.index_select(0, row_L)[:, None] + step_LK).flatten()))
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if self.plan.drafted_only:
             tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
         return tree
-
-
-def beneath(
-    drafted: DraftTree, row_L: Tensor, successors: SuccessorMatrix, count: int, noise: Noise | None
-) -> tuple[DraftTree, Tensor, Tensor]:
-    """The drafted tree with the matrix's likeliest successors beneath some of its rows.
-
-    Args:
-        row_L: see `graft_beneath`.
-        count: successors of each.
-
-    Returns:
-        the tree, the successors' ids (-1 where there are fewer) and their log-probabilities, [L, count] each.
-    """
-    depth_L1 = drafted.depths_N.index_select(0, row_L)[:, None] + 1
-    ids_LK, logp_LK = successors.successors_of(drafted.tokens_N.index_select(0, row_L), count, noise, depth_L1)
-    return graft_beneath(drafted, row_L, ids_LK, logp_LK), ids_LK, logp_LK
 
 
 def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:

@@ -43,8 +43,6 @@ class Scale:
         template: rank paths that are looked up below the root and may compete.
         echo: log P(accepted) at depth 1, 2, ... of what the request's own text repeats, by matched tokens from 1
             to `echo.LONGEST`; empty: its text is not searched.
-        beneath: drafted leaves, the likeliest, of whose tokens the matrix's successors may compete too, as many as
-            there are ranks. They are scored as the root's are.
 
     Raises:
         GraftError: slopes that are not positive, or a table that is too short.
@@ -55,7 +53,6 @@ class Scale:
     ranks: tuple[float, ...] = ()
     template: RankPaths = ()
     echo: tuple[tuple[float, ...], ...] = ()
-    beneath: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -66,11 +63,6 @@ class Scale:
             raise GraftError(f"the scale knows {len(self.ranks)} ranks, its template uses more: calibrate again")
         if self.depth > len(self.retrieved):
             raise GraftError(f"the scale knows {len(self.retrieved)} depths, its template has {self.depth}")
-        if self.beneath < 0 or (self.beneath and not (self.drafted and self.retrieved and self.ranks)):
-            raise GraftError(
-                f"a scale with grafts beneath {self.beneath} drafted leaves must know drafted and retrieved depths and "
-                "ranks: calibrate again"
-            )
         if self.echo and (len(self.echo) != LONGEST or len({*map(len, self.echo)}) != 1):
             raise GraftError(f"the scale of the request's own text needs {LONGEST} rows of one length: calibrate again")
         if self.echo_depth >= MAX_ROWS:
@@ -89,15 +81,9 @@ class Scale:
         return len(self.echo[0]) if self.echo else 0
 
     @property
-    def ranked(self) -> list[tuple[float, float]]:
-        """(slope, offset) of the successors of the root, and of drafted leaves, by rank."""
-        slope, offset = self.retrieved[0]
-        return [(slope, offset + rank) for rank in self.ranks]
-
-    def candidates(self, passes: int) -> int:
-        """Nodes that retrieval may add to what so many head passes propose."""
-        beneath = self.beneath * len(self.ranks) if passes else 0
-        return len(self.template) + self.echo_depth + beneath
+    def candidates(self) -> int:
+        """Nodes that retrieval may add to what the head proposes."""
+        return len(self.template) + self.echo_depth
 
 
 @dataclass(frozen=True)
@@ -173,7 +159,7 @@ class Plan:
         passes = [stage.passes for stage in self.stages]
         if not passes or passes != sorted(set(passes)):
             raise GraftError(f"a plan's stages need rising passes, not {passes}")
-        if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.retrieves_alone):
+        if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.retrieves):
             raise GraftError("only a plan that scores retrieved nodes can begin with a stage of 0 passes")
         if self.beam_width < 1 or self.candidates(passes[-1]) > MAX_CANDIDATES or passes[-1] > MAX_ROWS:
             raise GraftError(
@@ -201,7 +187,7 @@ class Plan:
                 )
             if bool(stage.width) != (self.scale is not None):
                 raise GraftError(f"stage {stage.name}: a width and a plan's scale belong together")
-            retrieved = self.scale.candidates(stage.passes) if self.scale else 0
+            retrieved = self.scale.candidates if self.scale else 0
             if self.scale and stage.rows > 1 + candidates + retrieved:
                 raise GraftError(
                     f"stage {stage.name} has {stage.rows} rows, but only {candidates} drafted and "
@@ -209,13 +195,6 @@ class Plan:
                 )
         if self.ngrams and not self.expands:
             raise GraftError("a plan that follows n-grams needs a template of retrieved nodes")
-        if self.ngrams and self.scale and self.scale.beneath:
-            raise GraftError("beneath drafted leaves the matrix alone is asked: a plan that does so follows no n-grams")
-        if self.scale and self.scale.beneath > self.beam_width:
-            raise GraftError(
-                f"the scale grafts beneath {self.scale.beneath} leaves, but a first pass with beam_width="
-                f"{self.beam_width} has no more than that"
-            )
         if self.scale and self.max_passes > len(self.scale.drafted):
             raise GraftError(f"the scale knows {len(self.scale.drafted)} drafted depths, the plan {self.max_passes}")
 
@@ -223,28 +202,14 @@ class Plan:
         """Nodes that so many head passes propose."""
         return self.beam_width + (passes - 1) * self.beam_width**2 if passes else 0
 
-    def leaves(self, passes: int) -> int:
-        """Drafted leaves, after so many head passes, beneath which the matrix is asked."""
-        return self.scale.beneath if self.scale and passes else 0
-
     @property
     def drafts(self) -> bool:
         return self.stages[-1].passes > 0
 
     @property
     def expands(self) -> bool:
-        """Whether the matrix, or a source in its place, is asked below the root."""
+        """Whether the matrix, or a source in its place, is asked."""
         return bool(self.scale and self.scale.template) or any(stage.retrieved for stage in self.stages)
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether it is asked anywhere, below the root or beneath drafted leaves."""
-        return self.expands or self.grafts_beneath
-
-    @property
-    def grafts_beneath(self) -> bool:
-        """Whether the matrix is asked beneath drafted leaves."""
-        return self.drafts and bool(self.scale and self.scale.beneath)
 
     @property
     def echoes(self) -> bool:
@@ -253,11 +218,6 @@ class Plan:
 
     @property
     def retrieves(self) -> bool:
-        return self.looks_up or self.echoes
-
-    @property
-    def retrieves_alone(self) -> bool:
-        """Whether there are retrieved nodes without drafted ones."""
         return self.expands or self.echoes
 
     @property
@@ -273,14 +233,12 @@ class Plan:
     def max_rank(self) -> int:
         """Greatest successor rank any template uses; -1 for none."""
         templates = [stage.template for stage in self.stages] + ([self.scale.template] if self.scale else [])
-        greatest = max((path[-1] for template in templates for path in template), default=-1)
-        return max(greatest, len(self.scale.ranks) - 1) if self.scale and self.grafts_beneath else greatest
+        return max((path[-1] for template in templates for path in template), default=-1)
 
     def depth(self, stage: Stage) -> int:
         """Bound on the depth of this stage's trees."""
         retrieved = (self.scale.depth, self.scale.echo_depth) if self.scale else ()
-        drafted = stage.passes + (self.leaves(stage.passes) > 0)
-        return max(drafted, *retrieved, *map(len, stage.template), 0)
+        return max(stage.passes, *retrieved, *map(len, stage.template), 0)
 
     def without_retrieval(self) -> Self:
         """The same pruning without the retrieved nodes: the drafted nodes of this plan's own trees."""
@@ -303,7 +261,7 @@ class Plan:
         if self.scale is None:
             drafted = min(-(-stage.drafted // 2), candidates)
             return replace(stage, drafted=drafted, retrieved=-(-stage.retrieved // 2))
-        return replace(stage, width=min(-(-stage.rows // 2), 1 + candidates + self.scale.candidates(stage.passes)))
+        return replace(stage, width=min(-(-stage.rows // 2), 1 + candidates + self.scale.candidates))
 
     def without_drafting(self) -> Self:
         """The retrieved nodes alone, of the stage that has most of them."""
@@ -312,7 +270,7 @@ class Plan:
             stage = replace(stage, passes=0, drafted=0)
         else:
             stage = self.stages[0] if not self.stages[0].passes else max(self.stages, key=lambda stage: stage.rows)
-            stage = replace(stage, passes=0, width=min(stage.rows, 1 + self.scale.candidates(0)))
+            stage = replace(stage, passes=0, width=min(stage.rows, 1 + self.scale.candidates))
         return replace(self, stages=(stage,))
 
     @classmethod

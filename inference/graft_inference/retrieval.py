@@ -132,22 +132,15 @@ class SuccessorMatrix:
         ids_VK: int32 [V, k].
         probs_VK: fp16 [V, k], their probabilities; None: only ids are kept, and nodes are not scored.
         learned_V: int64, observations behind each row since the matrix was loaded.
-        decay: weight of a row's old probabilities when an observation comes; 0 forgets them at once, as
-            the paper does (Eq. 12). Needs `probs_VK`.
         made_for: the target it belongs to, as its file says it.
     """
 
     ids_VK: Tensor
     probs_VK: Tensor | None = None
     learned_V: Tensor | None = None
-    decay: float = 0.0
     made_for: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise GraftError(f"a matrix's decay must lie in 0..1, 1 excluded, not {self.decay}")
-        if self.probs_VK is None and self.decay:
-            raise GraftError("decayed updates need a matrix with probabilities: build the corpus again")
         if self.probs_VK is not None and self.learned_V is None:
             self.learned_V = torch.zeros(len(self.ids_VK), dtype=torch.long, device=self.ids_VK.device)
 
@@ -209,14 +202,13 @@ class SuccessorMatrix:
         return template.found(torch.cat(tokens), torch.cat(steps))
 
     def successors_of(
-        self, tokens_M: Tensor, count: int, noise: Noise | None = None, depth: int | Tensor = 1
+        self, tokens_M: Tensor, count: int, noise: Noise | None = None, depth: int = 1
     ) -> tuple[Tensor, Tensor]:
         """The likeliest successors and their log-probabilities, [M, count]; ids are -1 where there are fewer.
 
         Args:
             tokens_M: int64; below an unknown one, -1, whatever is found means nothing.
             noise: of the draws, where the likeliest to be drawn at that depth are wanted.
-            depth: [M, 1] where each row has its own.
         """
         assert self.probs_VK is not None
         row_M = tokens_M.clamp(min=0)
@@ -229,7 +221,6 @@ class SuccessorMatrix:
         """M[x] <- argtopk p(. | path to x) for every token the target has just read (Graft Eq. 12).
 
         The paper leaves conflicts open: where a token occurs twice, its later row wins.
-        With `decay` d the row becomes the top k of d * old + (1 - d) * observed probabilities instead.
 
         Args:
             tokens_M: tokens just read by the target, int64.
@@ -241,26 +232,10 @@ class SuccessorMatrix:
         ids_MK = top.indices.index_select(0, last_M).to(torch.int32)
         if self.probs_VK is not None and self.learned_V is not None:
             seen_MK = (top.values.float() - logits_MV.float().logsumexp(dim=-1, keepdim=True)).exp()[last_M]
-            if self.decay:
-                ids_MK, seen_MK = self._decayed(tokens_M, ids_MK, seen_MK)
             # A target that overflows leaves no trace of it in later requests.
             self.probs_VK[tokens_M] = seen_MK.nan_to_num_(nan=0.0).to(self.probs_VK.dtype)
             self.learned_V.index_add_(0, tokens_M, torch.ones_like(tokens_M))
         self.ids_VK[tokens_M] = ids_MK
-
-    def _decayed(self, tokens_M: Tensor, ids_MK: Tensor, seen_MK: Tensor) -> tuple[Tensor, Tensor]:
-        """The top k of the mixture of what the rows held and what was observed."""
-        assert self.probs_VK is not None
-        old_ids_MK, old_MK = self.ids_VK[tokens_M], self.probs_VK[tokens_M].float()
-        known_M1 = old_ids_MK[:, :1] >= 0  # nothing to mix with in an empty row
-        old_MK = old_MK * torch.where(known_M1, self.decay, 0.0)
-        seen_MK = seen_MK * torch.where(known_M1, 1 - self.decay, 1.0)
-        same_MKK = ids_MK[:, :, None] == old_ids_MK[:, None]
-        mixed_MK = seen_MK + (same_MKK * old_MK[:, None]).sum(dim=2)
-        # What was observed again counts there; an empty place never wins against an observation.
-        old_MK = old_MK.masked_fill(same_MKK.any(dim=1) | (old_ids_MK < 0), -1.0)
-        best = torch.cat((mixed_MK, old_MK), dim=1).topk(self.k, dim=1)
-        return torch.cat((ids_MK, old_ids_MK), dim=1).gather(1, best.indices), best.values
 
     def save(self, path: str | Path) -> None:
         """Writes what was learned since loading, for `corpus.merge` of build_corpus: `ids`, `probs`, `counts`.

@@ -116,7 +116,7 @@ def graft(states: Sequence[DecodeState], drafts: Sequence[tuple[Stage, DraftTree
     for state, (stage, drafted) in zip(states, drafts, strict=True):
         if state.retrieved is None:
             state.retrieved = _retrieve(state, stage)
-        trees.append(state.grafter.tree(stage, drafted, state.retrieved, state.successors, state.shared_noise))
+        trees.append(state.grafter.tree(stage, drafted, state.retrieved))
     return trees
 
 

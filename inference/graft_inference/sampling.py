@@ -68,13 +68,12 @@ class Noise:
     temperature: float
     warpers: LogitsProcessorList | None = None
 
-    def told(self, scores_MN: Tensor, ids_N: Tensor, depth: int | Tensor) -> Tensor:
+    def told(self, scores_MN: Tensor, ids_N: Tensor, depth: int) -> Tensor:
         """Scores of tokens at that depth of a tree as they will be drawn, if they are the target's.
 
         Args:
             scores_MN: log-probabilities, but for a constant of each row.
             ids_N: the tokens, of all rows or of each.
-            depth: [M, 1] where each row has its own.
         """
         place_N = ids_N + (depth - 1) * self.gumbel_PV.shape[1]
         return scores_MN / self.temperature + self.gumbel_PV.view(-1).take(place_N)
@@ -92,13 +91,13 @@ class Noise:
         kept_BD = self.warpers(ids_D[None], logits_BD)  # type: ignore[arg-type]
         return scores_BD - LEFT_OUT * kept_BD.isneginf()
 
-    def ranked(self, ids_MK: Tensor, probs_MK: Tensor, depth: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def ranked(self, ids_MK: Tensor, probs_MK: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
         """The `count` of these successors that are likeliest to be drawn, and their log-probabilities of it.
 
         Args:
             ids_MK: -1 where there is none.
             probs_MK: of each; what they leave to 1 belongs to tokens that are not named.
-            depth: at which they stand; [M, 1] where each row has its own.
+            depth: at which they stand.
         """
         none_MK = ids_MK < 0
         scores_MK = self.told(probs_MK.clamp(min=LEAST).log(), ids_MK.clamp(min=0).long(), depth)

@@ -166,7 +166,7 @@ class Segments:
         drafted = Draft(static.root_1, list(layers)).candidates if layers else root_tree(static.root_1)
         if retrieved is None:
             retrieved = self._retrieve(stage)
-        tree = self.grafter.tree(stage, drafted, retrieved, self.successors, self._shared_noise)
+        tree = self.grafter.tree(stage, drafted, retrieved)
         for kept, column in zip(columns(static.tree), columns(tree), strict=True):
             kept[: stage.rows].copy_(column)
         return []

@@ -73,10 +73,6 @@ class DraftTree:
             self.paths_N[row_K],
         )
 
-    def leaves(self, count: int) -> Tensor:
-        """The `count` best-scored rows without children, best first."""
-        return self.logp_N.index_fill(0, self.parents_N, -torch.inf).topk(count).indices
-
     def path_sums(self, values_N: Tensor, max_depth: int) -> Tensor:
         """[N] the sum of the values along each row's path; the root's must be 0. Doubling, as in `ancestors`."""
         jump_N = self.parents_N
@@ -112,27 +108,6 @@ def root_tree(token_1: Tensor) -> DraftTree:
 def child_paths(parent_paths_M: Tensor, tokens_M: Tensor) -> Tensor:
     """Path keys of children from their parents' keys and their own tokens."""
     return torch.add(tokens_M, parent_paths_M, alpha=PATH_BASE) + 1
-
-
-def graft_beneath(tree: DraftTree, row_L: Tensor, tokens_LK: Tensor, step_logp_LK: Tensor) -> DraftTree:
-    """The tree and, behind it, retrieved children of some of its rows.
-
-    Args:
-        row_L: to be able to compete, leaves, each once.
-        tokens_LK: a row's children, all different; -1 makes an EMPTY row.
-        step_logp_LK: their log-probabilities after their parents.
-    """
-    row_M = row_L.repeat_interleave(tokens_LK.shape[1])
-    tokens_M = tokens_LK.flatten().long()
-    sources_M = torch.full_like(tokens_M, Source.RETRIEVED).masked_fill_(tokens_M < 0, Source.EMPTY)
-    return DraftTree(
-        torch.cat((tree.tokens_N, tokens_M.clamp(min=0))),
-        torch.cat((tree.parents_N, row_M)),
-        torch.cat((tree.depths_N, tree.depths_N.index_select(0, row_M) + 1)),
-        torch.cat((tree.logp_N, tree.logp_N.index_select(0, row_M) + step_logp_LK.flatten())),
-        torch.cat((tree.sources_N, sources_M)),
-        torch.cat((tree.paths_N, child_paths(tree.paths_N.index_select(0, row_M), tokens_M))),
-    )
 
 
 def merge(drafted: DraftTree, retrieved: DraftTree, rows: int) -> DraftTree:

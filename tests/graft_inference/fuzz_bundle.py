@@ -79,7 +79,7 @@ def damage_json(path: Path, rng: random.Random) -> str:
     if kind == "gone":
         del parent[key]
     elif kind == "more" and isinstance(parent, dict):
-        parent[rng.choice(["extra", "norm_output", "sliding_window", "decay"])] = rng.choice(VALUES)
+        parent[rng.choice(["extra", "norm_output", "sliding_window", "scale"])] = rng.choice(VALUES)
     elif kind == "near" and type(parent[key]) in (int, float):
         parent[key] += rng.choice([1, -1, 0.5])
     elif kind == "twice" and isinstance(parent, list):

@@ -12,17 +12,16 @@ from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.sampling import Noise
 from graft_inference.tree import DraftTree, Source, child_paths
 
-from .test_tree import token_path
-from .tiny import beneath_plan
+from .tiny import learned_plan
 
 CPU = torch.device("cpu")
-SUCCESSORS = {2: [0, 1, 3, 4], 1: [4, 3, 0, 2], 0: [1, -1, -1, -1]}
-PROBS = {2: [0.4, 0.3, 0.2, 0.1], 1: [0.5, 0.3, 0.1, 0.05], 0: [0.9, 0, 0, 0]}
+SUCCESSORS = {2: [0, 1, 3, 4]}
+PROBS = {2: [0.4, 0.3, 0.15, 0.1]}
 STEPS = {0: math.log(0.2), 1: math.log(0.6), 3: math.log(0.1)}
 
 
 def drafted() -> DraftTree:
-    """Root 2; its drafted children 0, 1 and 3, the leaves 1 and 0 the likeliest."""
+    """Root 2; its drafted children 0, 1 and 3."""
     tokens, zero = torch.tensor([2, *STEPS]), torch.zeros(4, dtype=torch.long)
     paths = torch.cat((zero[:1], child_paths(zero[1:], tokens[1:])))
     sources = torch.tensor([Source.ROOT, *[Source.DRAFTED] * 3])
@@ -43,31 +42,27 @@ def accepted(slope: float, offset: float, q: float) -> float:
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_successors_beneath_leaves_are_scored_as_the_roots_are(told):
-    """log P = the leaf's own + sigmoid(slope * logit(q) + offset + rank's): at depth 2 the noise is that of depth 2."""
-    plan = beneath_plan()
-    plan = replace(plan, stages=(Stage(1, width=10),), scale=replace(plan.scale, template=(), echo=()))
+def test_both_sources_are_scored_on_one_scale(told):
+    """log P = sigmoid(slope * logit(q) + offset), and a rank's where it is retrieved; the better where both name it."""
+    plan = replace(learned_plan(), stages=(Stage(1, width=5),))
+    plan = replace(plan, scale=replace(plan.scale, template=((0,), (1,), (2,), (3,)), echo=()))
     scale = plan.scale
     noise = Noise(torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), 0.7) if told else None
-    tree = Grafter(plan, CPU).tree(plan.stages[0], drafted(), [], matrix(), noise)
-    found = {token_path(tree, row): float(tree.logp_N[row]) for row in range(10) if tree.sources_N[row] >= 0}
-    expected = {(): 0.0} | {(token,): accepted(*scale.drafted[0], math.exp(step)) for token, step in STEPS.items()}
+    grafter = Grafter(plan, CPU)
+    retrieved = grafter.retrieve(plan.stages[0], matrix(), torch.tensor([2]), noise=noise)
+    tree = grafter.tree(plan.stages[0], drafted(), retrieved)
+    found = {int(tree.tokens_N[row]): float(tree.logp_N[row]) for row in range(1, 5)}
+
+    scores = {token: math.log(prob) for token, prob in zip(SUCCESSORS[2], PROBS[2], strict=True)}
+    if noise:
+        scores = {token: score / 0.7 + float(noise.gumbel_PV[0, token]) for token, score in scores.items()}
+        total = sum(map(math.exp, scores.values())) + (1 - sum(PROBS[2])) * math.exp(0.5772156649)
+        scores = {token: score - math.log(total) for token, score in scores.items()}
     slope, offset = scale.retrieved[0]
-    for leaf in (1, 0):
-        named = {token: prob for token, prob in zip(SUCCESSORS[leaf], PROBS[leaf], strict=True) if token >= 0}
-        scores = {token: math.log(prob) for token, prob in named.items()}
-        if noise:
-            scores = {token: score / 0.7 + float(noise.gumbel_PV[1, token]) for token, score in scores.items()}
-            total = sum(map(math.exp, scores.values())) + (1 - sum(named.values())) * math.exp(0.5772156649)
-            scores = {token: score - math.log(total) for token, score in scores.items()}
-        for rank, token in enumerate(sorted(scores, key=lambda token: -scores[token])):
-            step = accepted(slope, offset + scale.ranks[rank], math.exp(scores[token]))
-            expected[leaf, token] = expected[leaf,] + step
+    expected = {
+        token: accepted(slope, offset + scale.ranks[rank], math.exp(scores[token]))
+        for rank, token in enumerate(sorted(scores, key=lambda token: -scores[token]))
+    }
+    for token, step in STEPS.items():
+        expected[token] = max(expected[token], accepted(*scale.drafted[0], math.exp(step)))
     assert found == pytest.approx(expected, abs=2e-3)
-    assert len(found) == 9
-
-
-def test_the_rows_of_grafts_beneath_leaves_stay_empty_in_prunes_own_trees():
-    plan = beneath_plan().without_retrieval()
-    tree = Grafter(plan, CPU).tree(Stage(1, width=10), drafted(), [], matrix())
-    assert set(tree.sources_N.tolist()) == {Source.ROOT, Source.DRAFTED, Source.EMPTY}

@@ -1,12 +1,11 @@
 import json
-from dataclasses import replace
 
 import pytest
 
 from graft_inference import GraftError, Plan, Policy, Scale, Stage, paper_policy
 from graft_inference.policy import depth_template
 
-from .tiny import beneath_plan, learned_plan, learned_policy
+from .tiny import learned_plan, learned_policy
 
 
 def test_round_trip_through_json():
@@ -76,28 +75,6 @@ def test_a_scale_must_reach_as_deep_as_its_plan():
         Plan((Stage(2, width=4),), scale=Scale(drafted=((1.0, 0.0),)))
     with pytest.raises(GraftError, match="only 3 drafted and 0 retrieved candidates"):
         Plan((Stage(1, width=5),), beam_width=3, scale=Scale(drafted=((1.0, 0.0),)))
-
-
-def test_grafts_beneath_leaves_need_a_scale_a_beam_and_the_matrix():
-    scale = learned_plan().scale
-    with pytest.raises(GraftError, match="beneath 2 drafted leaves must know drafted and retrieved depths"):
-        replace(scale, drafted=(), beneath=2)
-    with pytest.raises(GraftError, match="a first pass with beam_width=3 has no more than that"):
-        replace(learned_plan(), scale=replace(scale, beneath=4))
-    with pytest.raises(GraftError, match="follows no n-grams"):
-        replace(beneath_plan(), ngrams=True)
-    with pytest.raises(GraftError, match="only a plan that scores retrieved nodes"):
-        replace(beneath_plan(), scale=replace(scale, template=(), echo=(), beneath=2))
-
-
-def test_grafts_beneath_leaves_are_one_deeper_than_the_head():
-    plan = beneath_plan()
-    alone = replace(plan, stages=plan.stages[1:], scale=replace(plan.scale, template=(), echo=()))
-    assert [alone.depth(stage) for stage in alone.stages] == [2, 3, 5]
-    assert alone.looks_up
-    assert not alone.expands
-    assert alone.max_rank == len(alone.scale.ranks) - 1
-    assert not alone.without_drafting().looks_up
 
 
 def test_prune_of_a_learned_plan_keeps_its_stages():

@@ -86,34 +86,13 @@ def test_update_keeps_the_observed_probabilities():
     assert matrix.learned_V.tolist() == [0, 0, 1, 0, 0, 0, 0, 1, 0]
 
 
-def test_decay_mixes_old_and_observed_probabilities():
-    ids_VK = torch.tensor([[3, 1], [-1, -1], [4, -1]], dtype=torch.int32)
-    probs_VK = torch.tensor([[0.8, 0.1], [0, 0], [0.9, 0]]).half()
-    matrix = SuccessorMatrix(ids_VK, probs_VK, decay=0.5)
-    observed = torch.tensor([[0, 0.6, 0.3, 0, 0.1]]).log().expand(3, -1)
-    matrix.update(torch.arange(3), observed)
-    # token 0: 3 keeps 0.5 * 0.8; 1 gets 0.5 * 0.1 + 0.5 * 0.6. token 1 had nothing. token 2: 4 is not observed anew.
-    assert matrix.ids_VK.tolist() == [[3, 1], [1, 2], [4, 1]]
-    expected = torch.tensor([[0.4, 0.35], [0.6, 0.3], [0.45, 0.3]])
-    torch.testing.assert_close(matrix.probs_VK.float(), expected, atol=1e-3, rtol=0)
-
-
-def test_decay_zero_is_the_papers_rule():
-    plain, mixed = random_matrix(2), random_matrix(2)
+def test_probabilities_do_not_change_the_papers_rule():
+    plain = random_matrix(2)
     ids_only = SuccessorMatrix(plain.ids_VK.clone())
-    mixed.decay = 1e-9
     tokens_M, logits_MV = torch.tensor([3, 3, 1]), torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
-    for matrix in (plain, mixed, ids_only):
+    for matrix in (plain, ids_only):
         matrix.update(tokens_M, logits_MV)
     assert torch.equal(plain.ids_VK, ids_only.ids_VK)
-    assert torch.equal(plain.ids_VK, mixed.ids_VK)
-
-
-def test_decay_needs_probabilities():
-    with pytest.raises(GraftError, match="build the corpus again"):
-        SuccessorMatrix(torch.zeros(2, 2, dtype=torch.int32), decay=0.5)
-    with pytest.raises(GraftError, match=r"not 1\.0"):
-        random_matrix(0, decay=1.0)
 
 
 def test_clones_are_apart():

@@ -56,7 +56,7 @@ class MetaGraphs(RecordedGraphs):
         return torch.zeros(size, dtype=torch.long, device=META)
 
 
-def segments(model, plan, processors=(), greedy=True, decay=0.0, logprobs=False) -> Segments:
+def segments(model, plan, processors=(), greedy=True, logprobs=False) -> Segments:
     head, target = tiny_head(model).to(META, model.dtype), Target(model.to(META), (0, 1, 3))
     cache = target.new_cache(40)
     target.prefill(torch.zeros(9, dtype=torch.long, device=META), cache)
@@ -65,7 +65,7 @@ def segments(model, plan, processors=(), greedy=True, decay=0.0, logprobs=False)
     static.drafter = StaticDrafter(head, target, SIZE, static.fresh)
     static.noise_PV = None if greedy else torch.zeros((static.depth + 1, VOCAB), device=META)
     ids_VK = torch.zeros((VOCAB, 4), dtype=torch.int32, device=META)
-    matrix = SuccessorMatrix(ids_VK, torch.zeros((VOCAB, 4), dtype=torch.float16, device=META), decay=decay)
+    matrix = SuccessorMatrix(ids_VK, torch.zeros((VOCAB, 4), dtype=torch.float16, device=META))
     return Segments(
         static=static,
         target=target,
@@ -74,7 +74,7 @@ def segments(model, plan, processors=(), greedy=True, decay=0.0, logprobs=False)
         sampler=Sampler(LogitsProcessorList(processors), greedy, static.seed_1),
         size=SIZE,
         cache=BucketCache(cache, SIZE),
-        successors=matrix if plan.looks_up else None,
+        successors=matrix if plan.expands else None,
         echo=Echo(2 * SIZE, META) if plan.echoes else None,
         learns=True,
         drafts=True,
@@ -120,7 +120,7 @@ def test_every_family_verifies(family):
 @torch.inference_mode()
 def test_every_way_to_sample_and_to_learn(policy):
     ways = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1))
-    pieces = segments(tiny_model("llama"), policy().graft, ways, greedy=False, decay=0.5, logprobs=True)
+    pieces = segments(tiny_model("llama"), policy().graft, ways, greedy=False, logprobs=True)
     checked(pieces.draft, pieces.plan.stages[-1], (), None)
     checked(pieces.verify, 12, 4)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graft_inference.retrieval import SuccessorMatrix, Template
-from graft_inference.tree import DraftTree, Source, child_paths, compete, graft_beneath, merge, root_tree
+from graft_inference.tree import DraftTree, Source, child_paths, compete, merge, root_tree
 
 PATHS = ((0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0))
 
@@ -183,40 +183,3 @@ def test_compete_by_hand():
     assert best.sources_N.tolist() == [Source.ROOT, Source.DRAFTED, Source.RETRIEVED, Source.DRAFTED]
     assert best.logp_N.tolist() == pytest.approx([0.0, -0.2, -0.4, -0.5])
     assert best.first(2).tokens_N.tolist() == [0, 2]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_leaves_are_the_likeliest_nodes_without_children(seed):
-    tree = random_tree(seed)
-    childless = sorted(
-        set(range(1, len(tree))) - set(tree.parents_N.tolist()), key=lambda row: -float(tree.logp_N[row])
-    )
-    assert tree.leaves(3).tolist() == childless[:3]
-
-
-def test_grafts_beneath_leaves_by_hand():
-    """Root 2 with children 0 and 1; beneath 1 the matrix has 4 and 3, beneath 0 it has 1 alone."""
-    zero = torch.zeros(3, dtype=torch.long)
-    tree = DraftTree(
-        torch.tensor([2, 0, 1]), zero, torch.tensor([0, 1, 1]), torch.tensor([0.0, -2.0, -1.0]),
-        torch.tensor([Source.ROOT, Source.DRAFTED, Source.DRAFTED]), child_paths(zero, torch.tensor([-1, 0, 1])),
-    )  # fmt: skip
-    steps = torch.tensor([[-0.5, -1.0], [-0.25, -torch.inf]])
-    grown = graft_beneath(tree, tree.leaves(2), torch.tensor([[4, 3], [1, -1]], dtype=torch.int32), steps)
-    assert [token_path(grown, row) for row in range(6)] == [(), (0,), (1,), (1, 4), (1, 3), (0, 1)]
-    assert grown.depths_N.tolist() == [0, 1, 1, 2, 2, 2, 2]
-    assert grown.logp_N.tolist() == [0.0, -2.0, -1.0, -1.5, -2.0, -2.25, -torch.inf]
-    assert grown.sources_N.tolist() == [0, 1, 1, 2, 2, 2, -1]
-    best = compete([grown], [grown.logp_N], 5)
-    assert [token_path(best, row) for row in range(5)] == [(), (1,), (1, 4), (0,), (1, 3)]
-    assert [int(key) for key in grown.paths_N] == [path_key(token_path(grown, row)) for row in range(6)] + [
-        int(grown.paths_N[6])
-    ]
-    assert int(grown.paths_N[6]) not in grown.paths_N[:6].tolist()
-
-
-def path_key(tokens) -> int:
-    key = torch.zeros(1, dtype=torch.long)
-    for token in tokens:
-        key = child_paths(key, torch.tensor([token]))
-    return int(key)

@@ -102,17 +102,11 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
     return Plan(stages, beam_width=3, budget=12, scale=scale, learns_accepted=True)
 
 
-def beneath_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
-    """A learned plan that asks the matrix beneath drafted leaves too."""
-    plan = learned_plan(threshold, gate)
-    return replace(plan, scale=replace(plan.scale, beneath=2))
-
-
 def told_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
     """Plans that share the noise of draws: the learned one as graft, the tiny policy's other two."""
     policy = tiny_policy(threshold)
     return Policy(
-        graft=replace(beneath_plan(threshold, gate), shares_noise=True),
+        graft=replace(learned_plan(threshold, gate), shares_noise=True),
         eagle3=replace(policy.eagle3, shares_noise=True),
         retrieve=replace(policy.retrieve, shares_noise=True),
     )

@@ -1,7 +1,6 @@
 """Replays against the engine itself, and the search's guarantees."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from itertools import product
 
@@ -30,7 +29,7 @@ from tests.graft_inference.test_tree import random_tree, token_path
 from tests.graft_inference.tiny import tiny_engine, tiny_head, tiny_model
 from tests.graft_inference.tiny_bundle import tiny_ngrams
 
-BEAM, PASSES, NEW, BUDGET, LEAVES = 3, 4, 40, 12, 2
+BEAM, PASSES, NEW, BUDGET = 3, 4, 40, 12
 WIDTHS = [1, 2, 4, 8, 12]
 LATENCY = Latency(
     widths=WIDTHS,
@@ -39,7 +38,6 @@ LATENCY = Latency(
     draft_ms=[0.0, 0.2, 0.4, 0.6, 0.8],
     graft_ms=[0.05, 0.1, 0.4],
     commit_ms=[0.1, 0.2, 0.25],
-    beneath_ms=0.02,
     echo_ms=0.03,
     read_ms=0.01,
     spread=[0, 0],
@@ -64,7 +62,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def traces(engine, prompts):
-    return record_traces(engine, prompts, NEW, BEAM, PASSES, retrieval_depth=4, paths=24, echo_depth=8, leaves=LEAVES)
+    return record_traces(engine, prompts, NEW, BEAM, PASSES, retrieval_depth=4, paths=24, echo_depth=8)
 
 
 @pytest.fixture(scope="module")
@@ -96,20 +94,12 @@ def plans(traces) -> dict[str, Plan]:
         "echo alone": without(competing(traces, Stage(0, width=7)), template=()),
         "echo and head": without(competing(traces, *gated), template=()),
         "no echo": without(competing(traces, *gated), echo=()),
-        "all, and beneath leaves": without(competing(traces, *gated), beneath=LEAVES),
-        "beneath leaves alone": without(
-            competing(traces, Stage(1, 0.35, width=10), Stage(2, width=12)), template=(), echo=(), beneath=LEAVES
-        ),
-        "beneath leaves, drafted only": without(
-            competing(traces, *gated[1:], drafted_only=True), echo=(), beneath=LEAVES
-        ),
     }
 
 
 @pytest.mark.parametrize("name", [
     "one pass", "tree", "pruned at two checkpoints", "quotas", "both compete", "retrieved alone",
-    "everything", "everything, drafted only", "echo alone", "echo and head", "no echo", "all, and beneath leaves",
-    "beneath leaves alone", "beneath leaves, drafted only",
+    "everything", "everything, drafted only", "echo alone", "echo and head", "no echo",
 ])  # fmt: skip
 def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, name):
     plan = plans(traces)[name]
@@ -152,17 +142,15 @@ def told(engine, prompts):
         echo_depth=8,
         temperature=0.6,
         shares_noise=True,
-        leaves=LEAVES,
     )
 
 
 @pytest.mark.parametrize(("name", "ngrams"), [
     *product(["tree", "pruned at two checkpoints", "quotas", "retrieved alone", "everything"], [False, True]),
-    ("all, and beneath leaves", False), ("beneath leaves alone", False),
 ])  # fmt: skip
 def test_replay_reproduces_rounds_that_know_the_noise_of_draws(engine, prompts, told, name, ngrams):
     plan = replace(plans(told.of_ngrams() if ngrams else told)[name], shares_noise=True)
-    plan = replace(plan, ngrams=ngrams and plan.looks_up)
+    plan = replace(plan, ngrams=ngrams and plan.expands)
     stats = [engine.generate(prompt, NEW, 0.6, plan=plan, seed=seed).stats for seed, prompt in enumerate(prompts)]
     tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
     assert tau > 1.1
@@ -196,40 +184,6 @@ def test_longer_contexts_cost_what_was_measured(traces):
     assert not best_eagle3(longer, WIDTHS).ngrams
 
 
-def test_beneath_leaves_are_accepted_nodes_that_nothing_else_had(engine, prompts, traces, replay):
-    with_ = plans(traces)["beneath leaves alone"]
-    assert replay.run(with_)[1] > replay.run(with_.without_retrieval())[1]
-    accepted = sum((Counter(engine.generate(prompt, NEW, plan=with_).stats.accepted) for prompt in prompts), Counter())
-    assert accepted["retrieved"]
-    plan = replace(with_, stages=(Stage(2, width=8),))
-    speed, tau = replay.run(plan)
-    assert speed == pytest.approx(1e3 * tau / (0.4 + 0.05 + 0.2 + 0.02 + 1.9))
-
-
-@pytest.mark.parametrize("passes", range(1, PASSES + 1))
-def test_beneath_leaves_the_traces_say_what_the_matrix_has_and_whether_it_is_true(traces, passes):
-    leaves_TL = traces.leaves_TPL[:, passes - 1].long()
-    for position in range(0, len(traces), 7):
-        depths = traces.depths_C.tolist()
-        parents = traces.parents_TC[position][traces.depths_C <= passes].tolist()
-        childless = [row for row, depth in enumerate(depths) if depth <= passes and row not in parents]
-        childless.sort(key=lambda row: -float(traces.logp_TC[position, row]))
-        assert leaves_TL[position].tolist() == childless[:LEAVES]
-        for leaf, tokens, reach in zip(
-            leaves_TL[position].tolist(),
-            traces.beneath_TPLK[position, passes - 1].tolist(),
-            traces.beneath_reach_TPLK[position, passes - 1].tolist(),
-            strict=True,
-        ):
-            assert len(set(tokens)) == 4
-            row, path = leaf, []
-            while row >= 0:
-                path.insert(0, int(traces.tokens_TC[position, row]))
-                row = int(traces.parents_TC[position, row])
-            truth = traces.truth_TD[position, : len(path) + 1].tolist()
-            assert reach == [float([*path, token] == truth) for token in tokens]
-
-
 def test_at_the_same_prefix_graft_accepts_what_prune_does(traces, replay):
     """Also where both sources compete for the rows: prune is the drafted part of graft's own trees."""
     graft = plans(traces)["everything"]
@@ -255,9 +209,7 @@ def test_without_temperature_reach_is_the_greedy_path(traces, replay):
 
 def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engine, prompts):
     """Against plain passes over each path, at several positions of a sampled continuation."""
-    traces = record_traces(
-        engine, prompts[:1], 12, BEAM, 2, retrieval_depth=2, paths=6, echo_depth=4, temperature=0.7, leaves=LEAVES
-    )
+    traces = record_traces(engine, prompts[:1], 12, BEAM, 2, retrieval_depth=2, paths=6, echo_depth=4, temperature=0.7)
     sequence = engine.generate(prompts[0], 12, 0.7, "autoregressive", seed=0).sequences[0]
     model = engine.target.model
     model.set_attn_implementation("sdpa")
@@ -280,13 +232,6 @@ def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engin
                     for n in range(1, len(ranks) + 1)
                 ]
                 assert float(traces.reach_TR[position, row]) == pytest.approx(reach(position, ids), abs=1e-4)
-            for leaf, below, reaches in zip(
-                traces.leaves_TPL[position, 0], traces.beneath_TPLK[position, 0],
-                traces.beneath_reach_TPLK[position, 0], strict=True,
-            ):  # fmt: skip
-                for token, found in zip(below.tolist(), reaches.tolist(), strict=True):
-                    path = [int(traces.tokens_TC[position, leaf]), token]
-                    assert found == pytest.approx(reach(position, path), abs=1e-4)
     finally:
         model.set_attn_implementation("graft_tree")
 
@@ -408,8 +353,7 @@ def test_the_learned_plan_is_predicted_at_least_as_fast_as_its_special_cases(tra
     without = replay.run(best_learned(replay, replace(scale, template=()), ALLOWED))[0]
     alone = replay.run(best_learned(replay, replace(scale, drafted=()), ALLOWED))[0]
     fixed = replay.run(best_learned(replay, scale, replace(ALLOWED, retrieve_first=False)))[0]
-    more = replay.run(best_learned(replay, replace(scale, beneath=LEAVES), ALLOWED))[0]
-    assert more >= learned >= max(without, fixed)
+    assert learned >= max(without, fixed)
     assert learned >= 0.999 * max(alone, replay.run(best_eagle3(replay, WIDTHS))[0])
 
 

@@ -1,7 +1,6 @@
 """The stage on a tiny random pair: what it writes, what it refuses, and renewing the latency table alone."""
 
 import json
-import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from graft_train.config import Config
 from graft_train.data.samples import Sample, append_samples
 from graft_train.data.target import TargetConfig
 from graft_train.device import describe_device
-from graft_train.stage import write_json
+from graft_train.files import write_json
 from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_head, tiny_model
 from tests.graft_inference.tiny_bundle import tiny_ngrams, tiny_successors, write_target
 from tests.graft_train.tiny_run import spread_over_devices
@@ -153,7 +152,7 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
     assert "retrieve_only" + module.BY_ALL in by_all
     for name in by_all:
         plan = raced[name.removesuffix(module.BY_ALL)]
-        assert plan.looks_up
+        assert plan.expands
         assert raced[name] == replace(plan, learns_accepted=False)
     policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
     report = json.loads((directory / "report.json").read_text())
@@ -292,19 +291,6 @@ def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
     assert not Policy.from_dict(json.loads((directory / "policy.json").read_text())).needs_ngrams
 
 
-def test_what_lies_beneath_drafted_leaves_is_tried_where_it_is_asked_for(run_dir):
-    directory = calibrate(config_for(run_dir))
-    with pytest.raises(GraftError, match="do not say what lies beneath drafted leaves: delete the policy directory"):
-        calibrate(config_for(run_dir, latency_only=True, beneath=True))
-    assert "nothing beneath leaves" not in json.loads((directory / "report.json").read_text())["ablation"]
-    shutil.rmtree(directory)
-    report = json.loads((calibrate(config_for(run_dir, beneath=True)) / "report.json").read_text())
-    assert report["latency_ms"]["beneath_ms"] >= 0
-    assert "beneath leaves" in report["calibration_error"]
-    found = report["ablation"]
-    assert found["all"]["tokens_per_second"] >= found["nothing beneath leaves"]["tokens_per_second"]
-
-
 def test_longer_contexts_that_are_not_there_are_asked_for_in_vain(run_dir):
     with pytest.raises(GraftError, match=r"ngrams.safetensors is missing: run recipes/build_corpus.py with"):
         calibrate(config_for(run_dir, ngrams=True))
@@ -323,6 +309,12 @@ def test_a_kind_decides_what_graft_is(run_dir, kind):
     if kind != "paper":
         assert policy.graft.retrieves == (kind == "retrieve_only")
         assert policy.graft.drafts == (kind == "prune_only")
+
+
+def test_prompts_without_room_are_told_before_anything_runs(run_dir, monkeypatch):
+    monkeypatch.setattr(GraftEngine, "generate", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(GraftError, match=r"policy\.max_new_tokens=256 after the \d+ tokens of prompt .* 256 positions"):
+        calibrate(config_for(run_dir, max_new_tokens=256))
 
 
 def test_too_few_rounds_are_told_before_anything_runs(run_dir, monkeypatch):
