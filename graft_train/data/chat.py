@@ -161,7 +161,7 @@ class Chat:
     def _ended(self, ids: Sequence[int], start: int, end: int) -> list[int]:
         """An answer up to the token that ends it: a template may mark more behind, or put another end there."""
         ends = [place for place in range(start, end) if ids[place] in self.end_ids]
-        while len(ends) > 1 and not str(self.tokenizer.decode(ids[ends[-2] + 1 : ends[-1]])).strip():
+        while len(ends) > 1 and not str(self.tokenizer.decode(list(ids[ends[-2] + 1 : ends[-1]]))).strip():
             ends.pop()
         return [start, ends[-1] + 1 if ends else end]
 

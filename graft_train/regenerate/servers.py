@@ -49,6 +49,10 @@ class Unreachable(Exception):
     """A server that has failed every attempt of a request."""
 
 
+class Failing(Unreachable):
+    """It answered every attempt with an error of its own, which may be this prompt's doing."""
+
+
 class Refused(GraftError):
     """A prompt that a server does not answer, or not so that it can be used."""
 
@@ -118,6 +122,7 @@ class _Questions:
         total: prompts, those answered in earlier runs included.
         refused: why a prompt has no answer, by its id.
         in_a_row: prompts that each server has refused since its last answer.
+        answers: how many each server has given.
     """
 
     pending: deque[tuple[int, Prompt]]
@@ -130,6 +135,7 @@ class _Questions:
     retokenised: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     in_a_row: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
 
     async def ask_all(self) -> None:
         limits = httpx2.Limits(max_connections=None)
@@ -187,11 +193,16 @@ class _Questions:
                 "seed": self.seed + number,
                 "max_tokens": self.settings.max_new_tokens,
             }
+            answers = self.answers[url]
             try:
                 body = {"model": model, "prompt": prompt.ids, **drawn}
                 response = await self._request(client, "POST", f"{url}/completions", body)
                 ids = self._answer(url, prompt, response)
             except Unreachable as error:
+                # One that answers others meanwhile is there.
+                if isinstance(error, Failing) and (self.answers[url] > answers or prompt.id in self.refused):
+                    self._refuse(url, number, prompt, error)
+                    continue
                 self.pending.append((number, prompt))
                 troubles[url] = str(error)
                 return
@@ -199,6 +210,7 @@ class _Questions:
                 self._refuse(url, number, prompt, error)
                 continue
             self.in_a_row[url] = 0
+            self.answers[url] += 1
             self.refused.pop(prompt.id, None)
             sample = answered(prompt.id, prompt.ids, ids, drawn)
             # Flushed, a line outlives this process; should the machine fail, what is lost is asked again.
@@ -206,7 +218,7 @@ class _Questions:
             self.file.flush()
             self.bar.update(1)
 
-    def _refuse(self, url: str, number: int, prompt: Prompt, error: GraftError) -> None:
+    def _refuse(self, url: str, number: int, prompt: Prompt, error: Exception) -> None:
         """Leaves the prompt for the end, where it is asked once more, or else out.
 
         Raises:
@@ -270,10 +282,10 @@ class _Questions:
         return ids
 
     async def _request(self, client: httpx2.AsyncClient, method: str, url: str, body: Any = None) -> Any:
-        """Raises Unreachable after the last attempt, GraftError for a refusal that would repeat itself, Refused for one
-        that may be this request's alone.
+        """Raises Unreachable or Failing after the last attempt, GraftError for a refusal that would repeat itself, Refused
+        for one that may be this request's alone.
         """
-        trouble = ""
+        trouble, kind = "", Unreachable
         for attempt in range(self.settings.retries + 1):
             if attempt:
                 pause = min(60.0, PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -283,13 +295,14 @@ class _Questions:
                 if response.status_code == 200:
                     return response.json()
             except (httpx2.TransportError, ValueError) as error:
-                trouble = f"{type(error).__name__} {error}"
+                trouble, kind = f"{type(error).__name__} {error}", Unreachable
                 continue
             trouble = f"{response.status_code} {response.text[:300]}"
+            kind = Failing if response.status_code == 500 else Unreachable
             if response.status_code not in PASSING and response.status_code < 500:
-                kind = Refused if response.status_code in OF_PROMPT else GraftError
-                raise kind(
+                refusal = Refused if response.status_code in OF_PROMPT else GraftError
+                raise refusal(
                     f"{url} refuses: {trouble}. See regenerate.base_url (it ends in /v1 as a rule) and "
                     "regenerate.server_extensions (false sends OpenAI's fields alone)"
                 )
-        raise Unreachable(trouble)
+        raise kind(trouble)

@@ -226,6 +226,31 @@ def test_a_prompt_that_a_server_refuses_is_asked_once_more_and_left_out(tmp_path
     assert [request["prompt"] for request in server.requests].count(PROMPTS[5].ids) == 2
 
 
+def test_a_prompt_that_a_server_fails_at_while_it_answers_others_is_left_out(tmp_path, capsys):
+    def fail(number):
+        if server.requests[number]["prompt"] != PROMPTS[5].ids:
+            return None
+        deadline = time.monotonic() + 60
+        while server.answers < 15 and time.monotonic() < deadline:  # the others' answers come first
+            time.sleep(0.001)
+        return 500, "an assertion"
+
+    server = Server(refuse=fail)
+    with serving(server):
+        ask(tmp_path / "s", server, retries=1)
+    assert_complete(tmp_path / "s", PROMPTS[:5] + PROMPTS[6:])
+    assert "prompt p5: 500" in capsys.readouterr().out
+
+
+def test_a_server_that_only_fails_is_no_server(tmp_path):
+    with (
+        serving(Server(refuse=lambda number: (500, "an assertion") if number >= 8 else None)) as server,
+        pytest.raises(GraftError, match=r"no server answers .*500 .*an assertion"),
+    ):
+        ask(tmp_path / "s", server, retries=1)
+    assert len(read_samples(tmp_path / "s", "train")) == 8
+
+
 def test_a_refusal_that_passes_costs_nothing(tmp_path, capsys):
     with serving(Server(refuse=lambda number: (400, "not yet") if number in (0, 3) else None)) as server:
         ask(tmp_path / "s", server)
