@@ -28,15 +28,16 @@ from graft_train.data.sources import is_local
 from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config
 from graft_train.device import describe_device
 from graft_train.export import write_card
+from graft_train.files import write_json, write_text
 from graft_train.report import draw, print_table, to_markdown
-from graft_train.stage import barrier, is_main, run_stage, say, write_json
+from graft_train.stage import barrier, is_main, run_stage, say
 
 if TYPE_CHECKING:
     from graft_train.config import Config
 
 BOOTSTRAP = 2000
 TIMED = "timed.json"
-"""What was timed, until it is checked and summed up."""
+"""What was timed, from which a check of losslessness that fails goes on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,9 +110,12 @@ def evaluate(config: "Config") -> Path:
     else:
         with _naming(asked):
             settings |= prompt_settings(_data(config))
-    directory = run_stage(config, "evaluate", asked.directory, settings, inputs, lambda out: _build(config, out))
+    directory = run_stage(
+        config, "evaluate", asked.directory, settings, inputs, lambda out: _build(config, out), [TIMED]
+    )
     if is_main():
         evaluation = read_json(directory / "evaluation.json")
+        write_card(Path(config.run_dir) / "bundle", {asked.directory: evaluation})
         print_table(evaluation)
         if config.evaluation.check_lossless and None in evaluation["lossless"].values():
             say(f"evaluate: made with evaluation.check_lossless=false; delete {directory} to have it checked")
@@ -119,9 +123,7 @@ def evaluate(config: "Config") -> Path:
 
 
 def _build(config: "Config", out: Path) -> None:
-    settings, run_dir = config.evaluation, Path(config.run_dir)
-    samples = _samples(config)
-    path = out / TIMED
+    samples, path = _samples(config), out / TIMED
     if not path.exists():  # else an interrupted check left it
         timed = _timed(config, samples)
         if is_main():
@@ -146,10 +148,8 @@ def _build(config: "Config", out: Path) -> None:
         },
     }
     write_json(out / "evaluation.json", evaluation)
-    (out / "report.md").write_text(to_markdown(evaluation), encoding="utf-8")
+    write_text(out / "report.md", to_markdown(evaluation))
     draw(evaluation, out / "report.png")
-    write_card(run_dir / "bundle", {settings.directory: evaluation})
-    path.unlink()
 
 
 def _samples(config: "Config") -> list[Sample]:

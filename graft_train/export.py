@@ -19,8 +19,9 @@ from graft_inference import METHODS, GraftError, Policy
 from graft_inference.bundle import describe_target, load_bundle, read_json
 
 from .data.target import load_tokenizer, target_path, text_config
+from .files import only_one, told, write_json, write_text
 from .report import asked_of
-from .stage import RECORD, is_main, run_stage, say, write_json
+from .stage import RECORD, is_main, run_stage, say
 
 if TYPE_CHECKING:
     from .config import Config
@@ -119,14 +120,33 @@ def export(config: "Config") -> Path:
 
 
 def write_card(bundle: Path, evaluations: dict[str, dict[str, Any]]) -> None:
-    """Writes the model card anew, with the bundle's newest evaluations.
+    """Writes the model card anew, with the bundle's newest evaluations, where it does not hold them yet.
+
+    A bundle that may not be written keeps the card that it has.
 
     Args:
         evaluations: what `evaluate` found, by the directories' names; kept in the bundle beside others there.
+
+    Raises:
+        GraftError: the disk is full.
     """
-    for name, evaluation in evaluations.items():
-        write_json(bundle / f"{name}.json", evaluation)
-    _write_text(bundle / "README.md", _card(bundle, str(bundle)))
+    if _is_current(bundle, evaluations):
+        return
+    if not os.access(bundle, os.W_OK):
+        say(f"export: {bundle} cannot be written, and keeps the card that it has")
+        return
+    with told(bundle), only_one(bundle, waits=True):
+        for name, evaluation in evaluations.items():
+            write_json(bundle / f"{name}.json", evaluation)
+        write_text(bundle / "README.md", _card(bundle, str(bundle)))
+
+
+def _is_current(bundle: Path, evaluations: dict[str, dict[str, Any]]) -> bool:
+    """Whether there is nothing for `write_card` to write."""
+    paths = {name: bundle / f"{name}.json" for name in evaluations}
+    kept = all(path.exists() and read_json(path) == evaluations[name] for name, path in paths.items())
+    card = bundle / "README.md"
+    return kept and card.exists() and card.read_text(encoding="utf-8") == _card(bundle, str(bundle))
 
 
 def push(bundle: Path, repo_id: str, private: bool) -> str:
@@ -146,7 +166,7 @@ def push(bundle: Path, repo_id: str, private: bool) -> str:
             own = shutil.ignore_patterns(RECORD, "README.md", "custom_generate")
             shutil.copytree(bundle.resolve(), copy, ignore=own, copy_function=os.symlink)
             _write_code(copy, repo_id)
-            _write_text(copy / "README.md", _card(bundle, repo_id))
+            write_text(copy / "README.md", _card(bundle, repo_id))
             url = api.upload_folder(repo_id=repo_id, folder_path=copy, commit_message="Graft bundle")
     except Exception as error:  # the client's own kinds, and those of the HTTP library under it
         raise GraftError(
@@ -176,7 +196,7 @@ def _build(config: "Config", out: Path, final: Path) -> None:
     write_json(out / "graft.json", graft)
     _write_index(out)
     _write_code(out, str(final.resolve()))
-    _write_text(out / "README.md", _card(out, str(final)))
+    write_text(out / "README.md", _card(out, str(final)))
     # A bundle that the engine would refuse must not appear.
     load_bundle(out, target_config, tokenizer)
 
@@ -201,7 +221,7 @@ def _write_code(bundle: Path, location: str) -> None:
     directory = bundle / "custom_generate"
     directory.mkdir(exist_ok=True)
     source = Path(graft_inference.__file__).parent / "custom_generate.py"
-    for module in get_relative_import_files(source):
+    for module in {*get_relative_import_files(source)}:
         shutil.copyfile(module, directory / Path(module).name)
     with (bundle / "model.safetensors").open("rb") as weights:
         weights_hash = hashlib.file_digest(weights, "sha256").hexdigest()
@@ -209,8 +229,8 @@ def _write_code(bundle: Path, location: str) -> None:
     for name, value in {"BUNDLE": location, "WEIGHTS_SHA256": weights_hash}.items():
         before, after = code.split(f'\n{name} = ""\n')
         code = f"{before}\n{name} = {value!r}\n{after}"
-    _write_text(directory / "generate.py", code)
-    _write_text(directory / "requirements.txt", "\n".join(REQUIREMENTS) + "\n")
+    write_text(directory / "generate.py", code)
+    write_text(directory / "requirements.txt", "\n".join(REQUIREMENTS) + "\n")
 
 
 def _card(bundle: Path, location: str) -> str:
@@ -264,13 +284,6 @@ def _is_hub_id(target: str) -> bool:
     except HFValidationError:
         return False
     return not Path(target).exists()
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Aside and renamed."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _hash_of(policy: Path) -> str:

@@ -22,7 +22,8 @@ from graft_train.accelerator import new_accelerator
 from graft_train.bounds import check_least
 from graft_train.data.documents import Document, document_settings, of_split, read_documents
 from graft_train.data.target import resolve_device
-from graft_train.stage import run_stage, write_json
+from graft_train.files import sync_tree, write_json
+from graft_train.stage import run_stage
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -82,7 +83,8 @@ def pretrain_target(config: "Config") -> Path:
         "data": document_settings(config.data),
         "seed": config.seed,
     }
-    return run_stage(config, "pretrain_target", "target", settings, [], lambda out: _build(config, out))
+    scratch = ["checkpoint", "checkpoint.old"]
+    return run_stage(config, "pretrain_target", "target", settings, [], lambda out: _build(config, out), scratch)
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -115,8 +117,6 @@ def _build(config: "Config", out: Path) -> None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         write_json(out / "pretraining.json", {"held_out_loss": loss, "train_tokens": train.numel(), "sample": sample})
-        for checkpoint in ("checkpoint", "checkpoint.old"):
-            shutil.rmtree(out / checkpoint, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -240,6 +240,7 @@ def _checkpoint(accelerator: Accelerator, directory: Path, step: int) -> None:
     accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
     if accelerator.is_main_process:
         write_json(aside / "step.json", {"step": step})
+        sync_tree(aside)
         if directory.exists():
             shutil.rmtree(old, ignore_errors=True)  # what a kill left when it was being deleted
             os.replace(directory, old)
@@ -251,8 +252,9 @@ def _checkpoint(accelerator: Accelerator, directory: Path, step: int) -> None:
 def _resume(accelerator: Accelerator, directory: Path) -> int:
     """Steps done by the checkpoint, whose state is loaded; 0 without one."""
     old = directory.with_name("checkpoint.old")
-    if not directory.exists() and old.exists():  # killed between the two renames
+    if accelerator.is_main_process and not directory.exists() and old.exists():  # killed between the two renames
         os.replace(old, directory)
+    accelerator.wait_for_everyone()
     if not directory.exists():
         return 0
     accelerator.load_state(str(directory))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graft_inference import METHODS
+from graft_inference.files import replace_file
 from graft_inference.governor import AS_PLANNED, MEASURED
 from graft_train.stage import say
 
@@ -178,10 +179,8 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(_machine(evaluation), fontsize=9, color="#475569")
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=150, format="png")
+    replace_file(path, lambda aside: figure.savefig(aside, dpi=150, format="png"))
     plt.close(figure)
-    aside.rename(path)
 
 
 def _stacked(axes: Any, names: list[str], parts: dict[str, list[float]], title: str) -> None:

@@ -14,6 +14,7 @@ import transformers
 
 from graft_inference.errors import GraftError
 from graft_train.data.target import target_path
+from graft_train.files import only_one, remove, sweep, sync, sync_tree, told, write_json
 
 if TYPE_CHECKING:
     from graft_train.config import Config
@@ -41,45 +42,71 @@ def run_stage(
     settings: dict[str, Any],
     inputs: Sequence[str],
     build: Callable[[Path], None],
+    scratch: Sequence[str] = (),
 ) -> Path:
     """Builds `{run_dir}/{directory}`, or reuses it when it was built from the same settings and inputs.
 
     `build` works in `{run_dir}/{directory}.partial`, which outlives an interruption, so that a stage can
-    resume inside it; the directory gets its name only when it is complete.
+    resume inside it; the directory gets its name only when it is complete. One process (or one launch of several)
+    builds a directory at a time.
 
     Args:
         settings: everything that decides the result, as JSON values.
         inputs: directories of earlier stages of this run, by name; `target` is whichever the configuration names.
+        scratch: what `build` may leave in its directory to resume from; removed once nothing is to be built.
 
     Raises:
-        GraftError: an input is missing, or the directory was made from other settings or inputs. Nothing
-            is touched then.
+        GraftError: an input is missing, the directory was made from other settings or inputs, or another process
+            builds it; nothing is touched then. Or the disk refuses what is written.
     """
     final = Path(config.run_dir) / directory
-    partial = final.with_name(f"{directory}.partial")
-    record = _record(name, settings, fingerprints_of(config, inputs))
-    if _matches(final, record):
-        say(f"{name}: reusing {final}")
-        return final
-    if is_main():
-        _matches(partial, record)
-        partial.mkdir(parents=True, exist_ok=True)
-        write_json(partial / RECORD, record)
-    else:
-        _await(partial / RECORD, record["fingerprint"])
+    with told(_partial(final)):
+        record = _record(name, settings, fingerprints_of(config, inputs))
+        if _matches(final, record):
+            say(f"{name}: reusing {final}")
+        elif is_main():
+            with only_one(final):
+                _lead(final, record, build, scratch)
+        elif _is_begun(final, record):
+            build(_partial(final))
+            barrier()
+            barrier()
+    return final
+
+
+def _lead(final: Path, record: dict[str, Any], build: Callable[[Path], None], scratch: Sequence[str]) -> None:
+    """What the main process does for a stage; the others of its launch build, and meet it at two barriers."""
+    name, partial = record["stage"], _partial(final)
+    if _matches(final, record):  # another process has just finished it
+        return
+    if _matches(partial, record) and "seconds" in _read_record(partial / RECORD):
+        _finish(final, scratch)  # that alone was interrupted
+        say(f"{name}: finished {final}")
+        return
+    partial.mkdir(exist_ok=True)
+    sweep(partial)
+    write_json(partial / RECORD, record)
     say(f"{name}: building {final}")
     started = time.perf_counter()
     build(partial)
     barrier()
-    if is_main():
-        seconds = round(time.perf_counter() - started, 1)
-        write_json(partial / RECORD, record | {"seconds": seconds, "versions": _versions()})
-        sync_tree(partial)
-        partial.rename(final)
-        _sync(final.parent)
-        say(f"{name}: finished {final} in {seconds} s")
+    seconds = round(time.perf_counter() - started, 1)
+    write_json(partial / RECORD, record | {"seconds": seconds, "versions": _versions()})
+    _finish(final, scratch)
+    say(f"{name}: finished {final} in {seconds} s")
     barrier()
-    return final
+
+
+def _finish(final: Path, scratch: Sequence[str]) -> None:
+    for path in scratch:
+        remove(_partial(final) / path)
+    sync_tree(_partial(final))
+    _partial(final).rename(final)
+    sync(final.parent)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f"{final.name}.partial")
 
 
 def is_main() -> bool:
@@ -100,17 +127,6 @@ def say(message: str) -> None:
     """Prints once, however many processes there are."""
     if is_main():
         print(message, flush=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes aside and renames, so that a reader sees the old file or the new one, never half of one."""
-    aside = path.with_name(f"{path.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def fingerprints_of(config: "Config", inputs: Sequence[str]) -> dict[str, str]:
@@ -148,10 +164,10 @@ def _record(name: str, settings: dict[str, Any], fingerprints: dict[str, str]) -
 
 def _matches(directory: Path, record: dict[str, Any]) -> bool:
     """Whether `directory` is there and was made for `record`; an error if it was made for another."""
-    if not directory.exists():
+    if not os.path.lexists(directory):
         return False
-    if directory.suffix == ".partial" and {path.name for path in directory.iterdir()} <= {RECORD}:
-        return False  # interrupted, or stopped by a mistake that other settings mend, before its first write
+    if directory.suffix == ".partial" and _is_blank(directory):
+        return False
     if not (directory / RECORD).is_file():
         raise GraftError(f"{directory} was not made by a stage (no {RECORD}); move it away or use another run_dir")
     found = _read_record(directory / RECORD)
@@ -161,6 +177,11 @@ def _matches(directory: Path, record: dict[str, Any]) -> bool:
         f"{directory} was made with other settings: {_difference(found, record)}. Use another run_dir, or "
         f"delete {directory} (and what was built from it) to build it anew"
     )
+
+
+def _is_blank(partial: Path) -> bool:
+    """Whether it was interrupted, or stopped by a mistake that other settings mend, before its first write."""
+    return all(path.name == RECORD or path.name.startswith(".") for path in partial.iterdir())
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -208,27 +229,19 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions}
 
 
-def _await(path: Path, fingerprint: str) -> None:
-    """Until the main process has written this record: it alone judges what is there, and may be at it."""
+def _is_begun(final: Path, record: dict[str, Any]) -> bool:
+    """Waits for the main process, which alone judges what is there: whether there is something to build with it."""
     for _ in range(6000):
-        if path.exists() and _read_record(path)["fingerprint"] == fingerprint:
-            return
+        if _matches(final, record):
+            return False
+        path = _partial(final) / RECORD
+        found = _read_record(path) if path.exists() else {}
+        if found.get("fingerprint") == record["fingerprint"] and "seconds" not in found:
+            return True
         time.sleep(0.1)
-    raise GraftError(f"the main process did not make {path} within ten minutes; see its output")
+    raise GraftError(f"the main process did not begin {final} within ten minutes; see its output")
 
 
 def barrier() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def sync_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -1,7 +1,6 @@
 """`build_corpus`: what follows what, from the training data and the target's own predictions over it."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from graft_inference.bundle import describe_target, load_successors, read_json, read_safetensors
+from graft_inference.bundle import describe_target, load_successors
 from graft_inference.errors import GraftError
+from graft_inference.files import read_json, read_safetensors
 from graft_inference.retrieval import save_table
 from graft_train.build_corpus.captured import CapturedStates, find_captured
 from graft_train.build_corpus.config import CorpusConfig
@@ -46,12 +46,15 @@ from graft_train.data.target import (
     target_path,
     text_config,
 )
-from graft_train.stage import fingerprint_of, is_main, run_stage, say, write_json
+from graft_train.files import write_json
+from graft_train.stage import fingerprint_of, is_main, run_stage, say
 
 if TYPE_CHECKING:
     from graft_train.config import Config
 
 __all__ = ["CorpusConfig", "build_corpus", "describe_corpus"]
+RUNS = "runs"
+"""Sorted pairs of the samples, until they are merged."""
 
 
 def build_corpus(config: "Config") -> Path:
@@ -69,7 +72,7 @@ def build_corpus(config: "Config") -> Path:
     """
     settings = config.corpus.decisive() | {"merge": [_hash(Path(path)) for path in config.corpus.merge]}
     inputs = ["target", "data"]
-    corpus = run_stage(config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out))
+    corpus = run_stage(config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out), [RUNS])
     if is_main():
         print_inspection(read_json(corpus / "inspection.json"))
     return corpus
@@ -89,10 +92,7 @@ def _build(config: "Config", out: Path) -> None:
         refuse_several_spread(config, processes.num_processes)
     made_for = describe_corpus(config)
     samples = Path(config.run_dir) / "data" / "samples.jsonl"
-    runs = out / "runs"
-    if (out / "inspection.json").exists():  # written last: a kill came between here and the directory's name
-        shutil.rmtree(runs, ignore_errors=True)
-        return
+    runs = out / RUNS
     runs.mkdir(exist_ok=True)
     gather_runs(config, samples, runs, made_for, processes.process_index, processes.num_processes)
     processes.wait_for_everyone()
@@ -100,7 +100,6 @@ def _build(config: "Config", out: Path) -> None:
         write_tables(config.corpus, runs, out, made_for)
         inspection = inspect_corpus(config.corpus, samples, out, made_for["vocab_size"], load_tokenizer(config))
         write_json(out / "inspection.json", inspection)
-        shutil.rmtree(runs)
 
 
 def gather_runs(

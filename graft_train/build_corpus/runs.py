@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from graft_inference.errors import GraftError
+from graft_inference.files import replace_file
 
 SUCCESSOR_BITS = 20
 OTHER = (1 << SUCCESSOR_BITS) - 1
@@ -104,12 +105,14 @@ def write_run(path: Path, blocks: Iterator[Block], units: list[int]) -> None:
 
     metadata = {"units": np.array(units, dtype=np.int64).tobytes()}
     schema = pa.schema([("key", pa.int64()), ("weight", pa.int64())], metadata)
-    aside = path.with_suffix(".new")
-    with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for keys_U, weights_U in blocks:
-            table = pa.table([keys_U, weights_U], schema=schema)
-            writer.write_table(table, max_chunksize=BLOCK)
-    aside.rename(path)
+
+    def write(aside: Path) -> None:
+        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for keys_U, weights_U in blocks:
+                table = pa.table([keys_U, weights_U], schema=schema)
+                writer.write_table(table, max_chunksize=BLOCK)
+
+    replace_file(path, write)
 
 
 def read_run(path: Path, bar: Any) -> Iterator[Block]:

@@ -5,7 +5,6 @@ positions, V target vocabulary, D draft vocabulary, H hidden size, E tapped stat
 B batch (always 1), Q query heads, K key/value heads, G queries per key head, D head size, P softmax parts.
 """
 
-import shutil
 import time
 from dataclasses import asdict
 from functools import partial
@@ -32,7 +31,8 @@ from graft_train.distill.measure import held_out_prompts, measure_tau
 from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
-from graft_train.stage import fingerprint_of, is_main, run_stage, say, write_json
+from graft_train.files import write_json
+from graft_train.stage import fingerprint_of, run_stage, say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from graft_train.config import Config
 
 __all__ = ["distill"]
-SUMMARY = "training.json"
-"""Written last."""
 
 
 def distill(config: "Config") -> Path:
@@ -58,13 +56,10 @@ def distill(config: "Config") -> Path:
         settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
 
     def build(out: Path) -> None:
-        if not (out / SUMMARY).exists():  # else only the clearing up was interrupted
-            with naming_what_to_lower(config.head):
-                _build(config, out)
-        if is_main():
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        with naming_what_to_lower(config.head):
+            _build(config, out)
 
-    return run_stage(config, "distill", "head", settings, ["target", "data"], build)
+    return run_stage(config, "distill", "head", settings, ["target", "data"], build, ["checkpoints"])
 
 
 def _build(config: "Config", out: Path) -> None:
@@ -192,5 +187,5 @@ def _finish(training: Training, out: Path, summary: dict[str, Any]) -> None:
         if accelerator.is_main_process:
             save_head(training.head, out)
     if accelerator.is_main_process:
-        write_json(out / SUMMARY, summary)
+        write_json(out / "training.json", summary)
     accelerator.wait_for_everyone()

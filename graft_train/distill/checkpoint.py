@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from graft_inference import GraftError
 from graft_inference.draft_head import DraftHead
 from graft_train.distill.parallel import zero_stage
-from graft_train.stage import sync_tree, write_json
+from graft_train.files import sync_tree, write_json
 
 IDENTITY = "identity.json"
 
@@ -57,8 +57,8 @@ def resume_checkpoint(accelerator: Accelerator, head: DraftHead, directory: Path
         GraftError: it is another head's, or of a DeepSpeed launch that this one cannot take over.
     """
     if accelerator.is_main_process and directory.exists():
-        if resume == "never":
-            shutil.rmtree(directory)
+        if resume == "never":  # hidden first, so that a kill leaves no half of a checkpoint to resume from
+            shutil.rmtree(directory.replace(directory.with_name(f".{directory.name}")))
         for torn in directory.glob("*.partial"):
             shutil.rmtree(torn)
     accelerator.wait_for_everyone()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.loss import StepSums
+from graft_train.files import write_text
 
 
 class Progress:
@@ -34,9 +35,7 @@ class Progress:
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-        aside = path.with_name("metrics.jsonl.new")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(path)
+        write_text(path, "".join(kept))
         self.bar = tqdm(initial=first, total=total, desc="distill", unit="step")
         if self.settings.wandb:
             self.wandb = start_wandb(self.settings, self.out)
@@ -93,7 +92,7 @@ def start_wandb(settings: HeadTrainConfig, out: Path) -> Any:
 
     path = out / "wandb_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
+        write_text(path, uuid.uuid4().hex[:8])
     return wandb.init(
         project="graft-train",
         id=path.read_text(),

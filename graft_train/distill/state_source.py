@@ -23,10 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference import GraftError
+from graft_inference.files import replace_file
 from graft_train.data.states import TappedTarget, TargetStates
 from graft_train.data.target import DTYPES
 from graft_train.distill.batches import Batch, Row, pack
-from graft_train.stage import say, write_json
+from graft_train.files import remove, sweep, sync_tree, told, write_json
+from graft_train.stage import say
 
 StateSource = Callable[[Batch], TargetStates]
 INDEX = "index.json"
@@ -107,8 +109,10 @@ def disk_states(
     }
     partial = directory.with_name(f"{directory.name}.partial")
     if not (directory / INDEX).exists():
-        _write(target, rows, batch_tokens, partial, identity, stored, accelerator, top)
+        with told(partial):
+            _write(target, rows, batch_tokens, partial, identity, stored, accelerator, top)
         if accelerator.is_main_process:
+            sync_tree(partial)
             partial.rename(directory)
         accelerator.wait_for_everyone()
     places = _read_index(directory, identity, len(rows))
@@ -151,9 +155,10 @@ def _write(
     if accelerator.is_main_process:
         _check_disk(target, rows, partial, dtype, top)
         begun, cut = partial / "identity.json", identity | {"shards": shards}
-        if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != cut:
-            shutil.rmtree(partial)
+        if not begun.exists() or json.loads(begun.read_text(encoding="utf-8")) != cut:
+            remove(partial)  # a kill may have left shards of another cut without what says so
         partial.mkdir(parents=True, exist_ok=True)
+        sweep(partial)
         write_json(begun, cut)
     accelerator.wait_for_everyone()
     missing = [number for number in range(len(shards)) if not _shard(partial, number).exists()]
@@ -174,15 +179,7 @@ def _write(
                 f"the target's states of {path.stem} are not finite in {identity['dtype']}: set "
                 "head.states_dtype=bfloat16 or float32"
             )
-        aside = path.with_suffix(".new")
-        try:
-            save_file(tensors, str(aside))
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise GraftError(
-                f"cannot write {path} ({error}); free some space and run again, it goes on there"
-            ) from error
-        aside.replace(path)
+        _save(path, tensors)
     if target.is_shared and not target.is_parallel:  # all must run it equally often
         times = [
             sum(len(passes[number]) for number in missing[process :: accelerator.num_processes])
@@ -193,6 +190,10 @@ def _write(
     if accelerator.is_main_process:
         write_json(partial / INDEX, identity | {"shards": shards, "lengths": [len(row.tokens_S) for row in rows]})
     accelerator.wait_for_everyone()
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    replace_file(path, lambda aside: save_file(tensors, str(aside)))
 
 
 def _cut(rows: list[Row], chosen: list[int], batch_tokens: int) -> list[list[int]]:

@@ -19,8 +19,8 @@ from graft_train.config import Config
 from graft_train.data.samples import Sample, append_samples
 from graft_train.data.target import TargetConfig
 from graft_train.evaluate import EvaluateConfig, Run, evaluate
+from graft_train.files import write_json
 from graft_train.report import print_table
-from graft_train.stage import write_json
 
 from ..graft_inference.tiny import VOCAB
 from ..graft_inference.tiny_bundle import write_bundle, write_target

@@ -1,6 +1,7 @@
 """The bundle as exported: it decodes through the engine, through transformers alone, and from the Hub."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from graft_inference.bundle import read_safetensors
 from graft_inference.head_checkpoint import save_head
 from graft_train.data.target import TargetConfig
 from graft_train.export import REQUIREMENTS, ExportConfig, export, write_card
-from graft_train.stage import write_json
+from graft_train.files import write_json
 
 from ..graft_inference.test_engine import prompt
 from ..graft_inference.tiny import tiny_head, tiny_model, tiny_policy
@@ -130,6 +131,36 @@ for name, extra in {"baked": {}, "draft": {"draft": draft[0] if draft else None}
 assert "graft_inference" not in sys.modules
 print(json.dumps(found))
 """.replace("INPUT", str(prompt(9).tolist()))
+
+
+def test_evaluations_that_end_at_once_are_all_on_the_card(run_dir):
+    bundle = run_export(run_dir)
+    fork = multiprocessing.get_context("fork")
+    begin, names = fork.Barrier(8), [f"evaluation-{number}" for number in range(8)]
+
+    def end(name: str) -> None:
+        settings = {"prompts": 5, "path": f"{name}.jsonl", "temperature": 0.0}
+        begin.wait()
+        write_card(bundle, {name: EVALUATION | {"settings": settings}})
+
+    processes = [fork.Process(target=end, args=(name,)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    card = (bundle / "README.md").read_text()
+    assert [name for name in names if f"prompts of {name}.jsonl" not in card] == []
+    assert [path.name for path in [*run_dir.glob(".*"), *bundle.glob(".*")]] == []
+
+
+def test_a_bundle_that_may_not_be_written_keeps_its_card(run_dir, monkeypatch, capsys):
+    bundle = run_export(run_dir)
+    card = (bundle / "README.md").read_text()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    write_card(bundle, {"evaluation": EVALUATION})
+    assert (bundle / "README.md").read_text() == card
+    assert f"{bundle} cannot be written" in capsys.readouterr().out
 
 
 def test_a_policy_chosen_anew_is_another_bundle_whose_evaluation_is_to_come(run_dir):

@@ -1,6 +1,10 @@
 """Stages are built once, resumed when interrupted, reused while nothing changed, refused when it did."""
 
+import errno
+import fcntl
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +16,11 @@ from graft_train.data.target import TargetConfig
 from graft_train.stage import run_stage
 
 
-def stage(run_dir: Path, build: Any, rate: float = 0.1, inputs: Any = (), target: str | None = None) -> Path:
+def stage(
+    run_dir: Path, build: Any, rate: float = 0.1, inputs: Any = (), target: str | None = None, scratch: Any = ()
+) -> Path:
     config: Any = SimpleNamespace(run_dir=str(run_dir), target=TargetConfig(name_or_path=target))
-    return run_stage(config, "distill", "head", {"head": {"lr": rate}}, inputs, build)
+    return run_stage(config, "distill", "head", {"head": {"lr": rate}}, inputs, build, scratch)
 
 
 def test_builds_once_and_then_reuses(tmp_path, capsys):
@@ -64,6 +70,104 @@ def test_a_mistake_found_before_the_first_write_can_be_mended_by_other_settings(
         stage(tmp_path, mistaken)
     stage(tmp_path, lambda directory: None, rate=0.2)
     assert json.loads((tmp_path / "head/stage.json").read_text())["settings"]["head"]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("left", [(), (".stage.json.partial",), ("stage.json", ".tmpX3f9"), ("stage.json", ".a/b")])
+def test_what_a_kill_leaves_of_the_first_writes_is_begun_anew(tmp_path, left):
+    (tmp_path / "head.partial").mkdir()
+    for name in left:
+        path = tmp_path / "head.partial" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"fingerprint": "of other settings"}' if name == "stage.json" else "torn")
+    stage(tmp_path, lambda directory: None)
+    assert [path.name for path in (tmp_path / "head").iterdir()] == ["stage.json"]
+
+
+def test_a_stage_killed_before_its_last_renaming_is_not_built_again(tmp_path):
+    stage(tmp_path, lambda directory: (directory / "weights").write_text("dear"), scratch=["half"])
+    (tmp_path / "head").rename(tmp_path / "head.partial")
+    (tmp_path / "head.partial" / "half").mkdir()
+    stage(tmp_path, lambda directory: pytest.fail("built"), scratch=["half"])
+    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["stage.json", "weights"]
+
+
+def make_run_dir_a_file(run_dir: Path) -> None:
+    run_dir.write_text("mine")
+
+
+def make_run_dir_dangle(run_dir: Path) -> None:
+    run_dir.symlink_to("nowhere")
+
+
+def make_the_directory_dangle(run_dir: Path) -> None:
+    run_dir.mkdir()
+    (run_dir / "head").symlink_to("nowhere")
+
+
+def make_the_directory_a_file(run_dir: Path) -> None:
+    run_dir.mkdir()
+    (run_dir / "head").write_text("mine")
+
+
+def make_the_partial_directory_a_file(run_dir: Path) -> None:
+    run_dir.mkdir()
+    (run_dir / "head.partial").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_run_dir_a_file,
+        make_run_dir_dangle,
+        make_the_directory_dangle,
+        make_the_directory_a_file,
+        make_the_partial_directory_a_file,
+    ],
+)
+def test_a_path_that_cannot_be_a_directory_is_told_before_anything_is_built(tmp_path, make):
+    make(tmp_path / "run")
+    with pytest.raises(GraftError, match=rf"{tmp_path / 'run'}.*use another run_dir"):
+        stage(tmp_path / "run", lambda directory: pytest.fail("built"))
+
+
+def test_a_directory_removed_while_its_stage_runs_is_told(tmp_path):
+    with pytest.raises(GraftError, match=r"head\.partial.*No such file.*whether something else changed it"):
+        stage(tmp_path, shutil.rmtree)
+
+
+def test_what_is_no_fault_of_the_disk_keeps_its_traceback(tmp_path):
+    def fails(directory: Path) -> None:
+        (tmp_path.parent / "elsewhere" / "x").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        stage(tmp_path / "run", fails)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_stops_no_stage(tmp_path, monkeypatch, code):
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert stage(tmp_path, lambda directory: None) == tmp_path / "head"
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_a_lock_that_the_dead_left_is_nobodys(tmp_path):
+    (tmp_path / ".head.lock").write_text("process 1 on elsewhere")
+    stage(tmp_path, lambda directory: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_processes_other_than_the_main_one_build_under_its_lock(tmp_path, monkeypatch):
+    def build(directory: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")
+            stage(tmp_path, built.append)
+
+    built: list[Path] = []
+    stage(tmp_path, build)
+    assert built == [tmp_path / "head.partial"]
 
 
 def test_missing_input_names_the_recipe_before_a_target_is_downloaded(tmp_path):

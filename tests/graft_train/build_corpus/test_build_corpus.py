@@ -19,7 +19,8 @@ from graft_train.data.states import TappedTarget
 from graft_train.data.target import load_target
 from graft_train.distill.batches import to_rows
 from graft_train.distill.state_source import disk_states
-from graft_train.stage import fingerprint_of, write_json
+from graft_train.files import write_json
+from graft_train.stage import fingerprint_of
 from tests.graft_inference.tiny import VOCAB
 from tests.graft_inference.tiny_bundle import write_target
 from tests.graft_train.tiny_run import tiny_config

@@ -528,7 +528,7 @@ def test_states_that_memory_does_not_hold_are_refused_beforehand(tmp_path, monke
 def test_a_head_that_was_finished_but_for_its_name_is_not_trained_again(tmp_path, monkeypatch):
     config = make_run(tmp_path, max_steps=4, keep_checkpoints=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage_module.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("graft_train.stage.remove", mock.Mock(side_effect=KeyboardInterrupt))
         distill(config)
     assert (tmp_path / "run" / "head.partial" / "checkpoints").exists()
     monkeypatch.setattr(stage_module, "_build", None)

@@ -95,12 +95,15 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert_same(source(batch()), online_states(target())(batch()))
 
 
-def test_a_pass_that_goes_on_with_other_batches_cuts_its_shards_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_pass_that_goes_on_with_other_batches_cuts_its_shards_anew(tmp_path, monkeypatch, killed):
     """Out of memory, say, and lowered: the rows of the shards that are there would be others."""
     monkeypatch.setattr(state_source, "SHARD_TOKENS", 20)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TappedTarget, "states", dying([]))
         on_disk(tmp_path, batch_tokens=40)
+    if killed:  # in the middle of removing them
+        (tmp_path / "states.partial" / "identity.json").unlink()
     everything = collate(ROWS, list(range(len(ROWS))), torch.device("cpu"))
     assert_same(on_disk(tmp_path, batch_tokens=25)(everything), online_states(target())(everything))
 
