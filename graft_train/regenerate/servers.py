@@ -282,8 +282,8 @@ class _Questions:
         return ids
 
     async def _request(self, client: httpx2.AsyncClient, method: str, url: str, body: Any = None) -> Any:
-        """Raises Unreachable or Failing after the last attempt, GraftError for a refusal that would repeat itself, Refused
-        for one that may be this request's alone.
+        """Raises Unreachable or Failing after the last attempt, GraftError for a refusal that would repeat itself,
+        Refused for one that may be this request's alone.
         """
         trouble, kind = "", Unreachable
         for attempt in range(self.settings.retries + 1):
