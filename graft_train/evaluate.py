@@ -22,8 +22,8 @@ from graft_inference.target import max_positions
 from graft_train.bounds import check_least
 from graft_train.data.chat import Chat
 from graft_train.data.documents import DataConfig, read_documents
-from graft_train.data.prompts import build_prompts, prompt_settings
-from graft_train.data.samples import Sample, read_samples
+from graft_train.data.prompts import build_prompts, prompt_settings, room_for_prompts
+from graft_train.data.samples import Sample, check_room, read_samples
 from graft_train.data.sources import is_local
 from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config
 from graft_train.device import describe_device
@@ -154,14 +154,17 @@ def _build(config: "Config", out: Path) -> None:
 
 def _samples(config: "Config") -> list[Sample]:
     """What the methods are to continue."""
-    settings = config.evaluation
+    settings, target_config = config.evaluation, text_config(config)
+    positions = max_positions(target_config)
     if settings.path is None:
-        held_out = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "evaluation")
-        return held_out[: settings.prompts]
+        held_out = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
+        check_room(held_out, settings.max_new_tokens, positions, "evaluation.max_new_tokens")
+        return held_out
+    room = room_for_prompts(positions, settings.max_new_tokens, "evaluation.max_new_tokens")
     data, tokenizer = _data(config), load_tokenizer(config)
-    room = max_positions(text_config(config)) - settings.max_new_tokens
     with _naming(settings):
-        chat, documents = Chat(tokenizer, set(), data.chat_template_kwargs), read_documents(data)
+        chat = Chat(tokenizer, set(), data.chat_template_kwargs, target_config.vocab_size)
+        documents = read_documents(data)
         prompts = build_prompts(documents, chat, data, count=settings.prompts, max_tokens=room, seed=config.seed)
     return [Sample(prompt.id, "evaluation", prompt.ids) for prompt in prompts]
 
@@ -195,7 +198,6 @@ def _timed(config: "Config", samples: list[Sample]) -> dict[str, Any]:
     """The timed runs, by what and where, as JSON values."""
     settings = config.evaluation
     engine = _engine(config, config.target.dtype, settings.governed)
-    _check_lengths(engine, samples, settings.max_new_tokens)
     runs = _interleaved(engine, samples, settings, config.seed)
     return {
         "device": describe_device(engine.target.device),
@@ -232,16 +234,6 @@ def _engine(config: "Config", dtype: str, governed: bool) -> GraftEngine:
     # A checkpoint's penalties are not its law; where a sequence ends, the engine knows by now.
     engine.target.model.generation_config = GenerationConfig()
     return engine
-
-
-def _check_lengths(engine: GraftEngine, samples: list[Sample], max_new_tokens: int) -> None:
-    """Raises GraftError for a prompt that would only fail in the middle of the run."""
-    longest = max(samples, key=lambda sample: len(sample.prompt_ids))
-    if len(longest.prompt_ids) + max_new_tokens > engine.target.max_positions:
-        raise GraftError(
-            f"evaluation.max_new_tokens={max_new_tokens} after the {len(longest.prompt_ids)} tokens of prompt "
-            f"{longest.id} exceeds the target's {engine.target.max_positions} positions: ask for fewer"
-        )
 
 
 def settings_facts(config: "Config", samples: list[Sample]) -> dict[str, Any]:

@@ -321,6 +321,25 @@ def test_a_prompt_too_long_is_named_before_anything_runs(tmp_path, monkeypatch):
     assert not (run_dir / "evaluation").exists()
 
 
+def test_without_room_for_any_prompt_the_setting_is_named_before_data_is_read(run_dir, tmp_path):
+    (tmp_path / "other.jsonl").write_text("no record")
+    config = config_for(run_dir, path=str(tmp_path / "other.jsonl"), max_new_tokens=256)
+    with pytest.raises(GraftError, match=r"evaluation\.max_new_tokens=256 leaves no room for a prompt"):
+        evaluate(config)
+
+
+def test_a_prompt_of_another_data_set_with_a_token_that_the_target_lacks_is_named(run_dir, tmp_path):
+    path = shutil.copytree(run_dir / "target", tmp_path / "wider")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens("<call>")
+    tokenizer.save_pretrained(path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "<call>" * 9}) + "\n")
+    config = config_for(run_dir, path=str(tmp_path / "other.jsonl"))
+    config.target.name_or_path, config.data.prompt_tokens = str(path), 8
+    with pytest.raises(GraftError, match=r"other.jsonl, line 1\) has the token '<call>'"):
+        evaluate_module._samples(config)
+
+
 def test_another_data_set_is_measured_beside_the_held_out_prompts(run_dir, tmp_path):
     """Its own directory and its own table on the card; the run's data need not be there."""
     run_evaluate(run_dir)
