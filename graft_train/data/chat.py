@@ -121,7 +121,7 @@ class Chat:
         return self.tokenizer.is_fast and GENERATION.search(self._template(document)) is not None
 
     def _by_spans(self, document: Document) -> Sample | None:
-        """None where the marks cannot be followed: marked as little as it can be, the conversation reads otherwise."""
+        """None where the template writes another text with marks in it, or no mark."""
         rendered = self._marked(document)
         if rendered is None:
             return None
@@ -135,7 +135,7 @@ class Chat:
         return Sample(f"{document.id}#0", "train", ids[: answers[-1][1] if answers else 0], answers)
 
     def _marked(self, document: Document) -> "_Rendered | None":
-        """The conversation as text, its answers, and what other turns say."""
+        """The conversation as text, its answers, and what other turns say; None where the marks change the text."""
         messages = _conversation(document).messages
         text = self._text(document, messages)
         marking = _marking(self._template(document))
@@ -146,14 +146,7 @@ class Chat:
         rendered = _read_marks(marked)
         if rendered.text != text or rendered.asked is None or ANSWER not in marked:
             return None
-        for start, end in rendered.answers:
-            for said_start, said_end in rendered.said:
-                if start < said_end and said_start < end:
-                    raise BadRecord(
-                        f"the chat template's generation spans mark what another turn of {named(document)} says, "
-                        f"{text[max(start, said_start) : min(end, said_end)][:40]!r}: mend the template, or use "
-                        "regenerate.answers=target"
-                    )
+        _check_said(document, rendered)
         # Nobody asked for what comes before the first question.
         answers = [(start, end) for start, end in rendered.answers if start >= rendered.asked]
         return _Rendered(text, answers, rendered.said, rendered.asked)
@@ -272,6 +265,18 @@ def _read_marks(marked: str) -> _Rendered:
             rendered.asked = length
     rendered.text = "".join(text)
     return rendered
+
+
+def _check_said(document: Document, rendered: _Rendered) -> None:
+    """Raises BadRecord where an answer covers what another turn says."""
+    for start, end in rendered.answers:
+        for said_start, said_end in rendered.said:
+            if start < said_end and said_start < end:
+                raise BadRecord(
+                    f"the chat template's generation spans mark what another turn of {named(document)} says, "
+                    f"{rendered.text[max(start, said_start) : min(end, said_end)][:40]!r}: mend the template, or use "
+                    "regenerate.answers=target"
+                )
 
 
 def _in_answers(document: Document, rendered: _Rendered, offsets: Sequence[tuple[int, int]]) -> list[bool]:
