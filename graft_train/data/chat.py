@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from graft_inference.errors import GraftError
+from graft_inference.prompts import text_ids
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.documents import Document
 from graft_train.data.records import UNASKING, Conversation, Message
@@ -88,20 +89,13 @@ class Chat:
         return rows
 
     def opened(self, document: Document, text: str, length: int) -> list[int]:
-        """The first tokens of a text that the target is to go on with: behind what the tokenizer puts before every
-        text, once, and without what it would put behind one.
+        """The first tokens of a text that the target is to go on with, see `text_ids`.
 
         Raises:
             BadRecord: the tokenizer cannot read it, or gives tokens that the target lacks.
         """
         with _refusing("tokenizer", document):
-            encoded: Any = self.tokenizer(text, return_special_tokens_mask=True)
-        ids, added = list(encoded.input_ids), encoded.special_tokens_mask
-        while ids and added[len(ids) - 1]:
-            ids.pop()
-        if added[:2] == [1, 0] and ids[:2] == [self.tokenizer.bos_token_id] * 2:  # the text has its own
-            ids = ids[1:]
-        ids = ids[:length]
+            ids = text_ids(self.tokenizer, text)[:length]
         self.check_known(ids, f"the text {named(document)}")
         return ids
 

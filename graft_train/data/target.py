@@ -17,6 +17,7 @@ from transformers import (
 from graft_inference.bundle import check_whole
 from graft_inference.device import without_plans
 from graft_inference.errors import GraftError
+from graft_train.data.gguf import dequantised, is_gguf
 from graft_train.data.sharded import load_zero3
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ class TargetConfig:
     """Which model is accelerated.
 
     Attributes:
-        name_or_path: a local directory or a Hub id; null means the one that `pretrain_target` made.
+        name_or_path: a local directory, a GGUF file or a Hub id; null means the one that `pretrain_target` made.
+        gguf_file: which GGUF file of that directory or Hub repository is the target. It is dequantised once, in
+            `dtype`, into the run directory.
         dtype: float32, bfloat16 or float16.
         device: auto (CUDA where there is one, else the CPU), or a device as torch writes it.
         device_map: "auto" spreads a target that is larger than one GPU over all that the process sees.
@@ -41,6 +44,7 @@ class TargetConfig:
     """
 
     name_or_path: str | None = None
+    gguf_file: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
     device_map: str | None = None
@@ -49,6 +53,8 @@ class TargetConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise GraftError(f"target.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.gguf_file is not None and (self.name_or_path is None or not is_gguf(self.gguf_file)):
+            raise GraftError(f"target.gguf_file={self.gguf_file} must name a .gguf file of target.name_or_path")
         if self.device_map not in (None, "auto"):
             raise GraftError(f"target.device_map={self.device_map} must be auto or null")
         if self.tp_plan not in (None, "auto"):
@@ -56,24 +62,30 @@ class TargetConfig:
 
 
 def target_path(config: "Config") -> Path:
-    """The target's local directory; one named by its Hub id is downloaded first.
+    """The target's local directory; one named by its Hub id is downloaded first, a GGUF file dequantised.
 
     Raises:
-        GraftError: neither a directory nor a model that the Hub has.
+        GraftError: neither a directory nor a model that the Hub has, or a GGUF file that is none.
     """
-    name = config.target.name_or_path
+    name, file = config.target.name_or_path, config.target.gguf_file
     if name is None:
         return Path(config.run_dir) / "target"
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    from huggingface_hub import snapshot_download
+    local = Path(name).expanduser()
+    if is_gguf(name):
+        return dequantised(config, local)
+    if local.is_dir():
+        return dequantised(config, local / file) if file else local
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        if file:
+            return dequantised(config, Path(hf_hub_download(name, file)))
         return Path(snapshot_download(name, ignore_patterns=UNREAD))
     except (OSError, ValueError) as error:
-        raise GraftError(
-            f"target.name_or_path={name} is neither a local directory nor a model on the Hub: {error}"
-        ) from error
+        if isinstance(error, GraftError):
+            raise
+        what = f"target.name_or_path={name}" + (f" with target.gguf_file={file}" if file else "")
+        raise GraftError(f"{what} is neither a local directory nor a model on the Hub: {error}") from error
 
 
 def text_config(config: "Config") -> Any:

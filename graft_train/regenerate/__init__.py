@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from graft_inference import GraftError
+from graft_inference.files import replace_file
 from graft_inference.target import max_positions
 from graft_train.data.chat import Chat
 from graft_train.data.documents import of_split, read_documents
@@ -61,9 +62,8 @@ def _build(config: "Config", out: Path) -> None:
         for prompt in work.prompts(split, settings.held_out)
     ]
     if settings.answers == "data":
-        with path.open("wb") as file:
-            for sample in tqdm(work.answered(settings.samples), desc="regenerate", unit="sample"):
-                file.write(to_line(sample))
+        # Aside and whole: a bad record may be followed by other settings.
+        replace_file(path, lambda aside: _write_answered(aside, work.answered(settings.samples)))
     elif settings.servers():
         from graft_train.regenerate.servers import ask_servers  # here, as without servers no client is needed
 
@@ -72,6 +72,12 @@ def _build(config: "Config", out: Path) -> None:
         answer_in_process(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
     with path.open("ab") as file:
         append_samples(file, held_out)
+
+
+def _write_answered(path: Path, samples: Iterator[Sample]) -> None:
+    with path.open("wb") as file:
+        for sample in tqdm(samples, desc="regenerate", unit="sample"):
+            file.write(to_line(sample))
 
 
 class _Work:

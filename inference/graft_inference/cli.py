@@ -1,7 +1,6 @@
 """`graft-generate BUNDLE --target T PROMPT`: text as it is accepted, then what the speculation did."""
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -10,9 +9,11 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from .bundle import load_bundle, load_target_model
+from .chat_template import check_template, encode_chat, naming_refusals, opening, template_variables
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
 from .policy import METHODS
+from .prompts import text_ids
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,15 +34,10 @@ def run(options: argparse.Namespace) -> GenerationStats:
     """Loads, generates and prints the continuation to stdout while it comes."""
     if not options.chat and (options.system is not None or options.template_variable):
         raise GraftError("--system and --template-variable are told to the chat template: add --chat")
-    model, tokenizer = load_target_model(options.target, options.device, options.dtype)
-    if tokenizer is None:
-        raise GraftError(f"{options.target} has no tokenizer: put its files beside the model")
-    bundle = load_bundle(options.bundle, model.config.get_text_config(), tokenizer)
-    engine = GraftEngine.from_bundle(bundle, model, tokenizer=tokenizer)
-    input_ids = encode(tokenizer, _read(options.prompt), options.chat, options.system, _variables(options))
+    engine = load_engine(options.bundle, options.target, options.device, options.dtype)
     stats = GenerationStats()
     tokens = engine.stream(
-        input_ids,
+        _encode(engine.tokenizer, options),
         options.max_new_tokens,
         options.temperature,
         options.method,
@@ -53,61 +49,34 @@ def run(options: argparse.Namespace) -> GenerationStats:
         stop_strings=options.stop,
     )
     # It holds back what may still change: unfinished words, and characters of several tokens.
-    printer = TextStreamer(tokenizer, skip_special_tokens=True)
+    printer = TextStreamer(engine.tokenizer, skip_special_tokens=True)
     for token in tokens:
         printer.put(torch.tensor([token]))
     printer.end()
     return stats
 
 
-def encode(
-    tokenizer: Any, prompt: str, chat: bool, system: str | None = None, variables: dict[str, Any] | None = None
-) -> Tensor:
-    """Prompt ids [S].
-
-    Args:
-        chat: wrap it in the tokenizer's chat template.
-        system: what stands before it there.
-        variables: what the template is told beside, such as enable_thinking.
+def load_engine(bundle: str, target: str, device: str = "auto", dtype: str = "auto", **settings: Any) -> GraftEngine:
+    """An engine that has the target's tokenizer; `settings` are those of `GraftEngine`.
 
     Raises:
-        GraftError: no template, one that does not mention a variable and would ignore it, or a text that it or the
-            tokenizer refuses.
+        GraftError: what `GraftEngine.from_pretrained` raises, or a target without tokenizer.
     """
-    try:
-        if not chat:
-            return tokenizer(prompt, return_tensors="pt").input_ids[0].long()
-        text = _wrapped(tokenizer, prompt, system, variables or {})
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0].long()
-    except GraftError:
-        raise
-    except Exception as error:  # templates and tokenizers raise many kinds
-        raise GraftError(f"the target's tokenizer refuses the prompt: {error}") from error
+    model, tokenizer = load_target_model(target, device, dtype)
+    if tokenizer is None:
+        raise GraftError(f"{target} has no tokenizer: put its files beside the model")
+    loaded = load_bundle(bundle, model.config.get_text_config(), tokenizer)
+    return GraftEngine.from_bundle(loaded, model, tokenizer=tokenizer, **settings)
 
 
-def _wrapped(tokenizer: Any, prompt: str, system: str | None, variables: dict[str, Any]) -> str:
-    if not tokenizer.chat_template:
-        raise GraftError("the target's tokenizer has no chat template: leave out --chat")
-    for name in variables:
-        if name not in str(tokenizer.chat_template):
-            raise GraftError(f"--template-variable: the target's chat template does not know {name}; leave it out")
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
-
-
-def _variables(options: argparse.Namespace) -> dict[str, Any]:
-    """By name, their values read as JSON."""
-    variables = {}
-    for given in options.template_variable:
-        name, _, value = given.partition("=")
-        try:
-            variables[name] = json.loads(value)
-        except ValueError as error:
-            raise GraftError(
-                f"--template-variable {given}: write NAME=VALUE, the value in JSON: false, 3 or '\"high\"' ({error})"
-            ) from error
-    return variables
+def _encode(tokenizer: Any, options: argparse.Namespace) -> Tensor:
+    """Prompt ids [S]."""
+    prompt, variables = _read(options.prompt), template_variables(options.template_variable)
+    if not options.chat:
+        with naming_refusals():
+            return torch.tensor(text_ids(tokenizer, prompt), dtype=torch.long)
+    check_template(tokenizer, variables)
+    return encode_chat(tokenizer, opening(options.system) + [{"role": "user", "content": prompt}], variables)
 
 
 def _read(prompt: str) -> str:

@@ -171,3 +171,15 @@ def _unpadded(padded_BS: Tensor, attention_mask: Any, first_index: int = 0) -> l
             raise GraftError(f"attention_mask has holes in prompt {index}: only padding at an end can be hidden")
         prompts.append(padded_BS[row, first : first + count])
     return prompts
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text that is to be gone on with: behind what the tokenizer puts before every text, once, and without what it
+    would put behind one, as an end token.
+    """
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    ids, added = list(encoded.input_ids), encoded.special_tokens_mask
+    while ids and added[len(ids) - 1]:
+        ids.pop()
+    has_its_own = added[:2] == [1, 0] and ids[:2] == [tokenizer.bos_token_id] * 2
+    return ids[1:] if has_its_own else ids

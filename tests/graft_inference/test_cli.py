@@ -4,8 +4,9 @@ import io
 import re
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from graft_inference.cli import main
+from graft_inference.cli import encode, main
 
 from .tiny import tiny_model
 from .tiny_bundle import tiny_tokenizer, write_bundle, write_target
@@ -40,9 +41,9 @@ def test_prints_what_the_target_writes_and_the_statistics(pair, capsys, method):
     assert statistics[0].startswith("40 tokens, ")
     assert re.search(r"tokens/s, tau \d\.\d\d, prefill \d+ ms$", statistics[0])
     governed = r"; by plan: .*autoregressive, measured \d+.*" if method == "graft" else ""
-    assert re.search(rf"drafted \d+, retrieved \d+, bonus \d+{governed}$", statistics[1])
+    assert re.search(rf"drafted \d+, matrix \d+, lookup \d+, bonus \d+{governed}$", statistics[1])
     if method == "autoregressive":
-        assert "39 rounds stopped at: none 39; accepted: drafted 0, retrieved 0, bonus 39" in statistics[1]
+        assert "39 rounds stopped at: none 39; accepted: drafted 0, matrix 0, lookup 0, bonus 39" in statistics[1]
 
 
 def test_reads_the_prompt_from_stdin(pair, capsys, monkeypatch):
@@ -207,7 +208,7 @@ def test_a_token_that_the_target_has_no_embedding_for_is_named(pair, tmp_path, c
         (["--temperature", "-1"], "temperature=-1.0"),
         (["--dtype", "float33"], "dtype 'float33' does not exist"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
-        (["--chat"], "no chat template: leave out --chat"),
+        (["--chat"], "no chat template: use graft-generate, without --chat"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(pair, capsys, arguments, message):
@@ -244,3 +245,15 @@ def test_unknown_methods_are_refused_by_the_parser(pair, capsys):
         main(command(pair, "--method", "grafted"))
     assert exit.value.code == 2
     assert "invalid choice: 'grafted'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("single", ["$A z", "b $A z", "b $A"])
+def test_what_a_tokenizer_puts_behind_a_text_is_not_gone_on_from(single):
+    """An end token there would end the text that is to be continued; a beginning stays, once."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.get_vocab()
+    tokenizer.bos_token = "b"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[(t, ids[t]) for t in "bz"])
+    begun = [ids["b"]] * single.startswith("b")
+    assert encode(tokenizer, "x1", False).tolist() == [*begun, ids["x"], ids["1"]]
+    assert encode(tokenizer, "bx", False).tolist() == [ids["b"], ids["x"]]

@@ -126,6 +126,18 @@ def test_text_has_no_answers(tmp_path):
         regenerate(config)
 
 
+def test_what_a_refusal_advises_works(tmp_path):
+    """data.on_error=skip after a bad record that was met behind good ones."""
+    config = chat_config(tmp_path, PLAIN, answers="data")
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"{letter} b c d"}) + "\n" for letter in LETTERS)
+    config.regenerate.samples = 1000
+    with pytest.raises(GraftError, match=r"is plain text.*data\.on_error=skip"):
+        regenerate(config)
+    config.data.on_error = "skip"
+    assert read_samples(regenerate(config) / "samples.jsonl", "train")
+
+
 def make_chain(directory, follows):
     """Changes a target into one that writes after each word the one that it says, and z after all others."""
     model = LlamaForCausalLM.from_pretrained(directory)

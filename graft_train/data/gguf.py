@@ -1,0 +1,114 @@
+"""Targets in GGUF files: dequantised once into the run directory, where every stage reads them like any other."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+
+from graft_inference.errors import GraftError
+
+if TYPE_CHECKING:
+    from graft_train.config import Config
+
+SUFFIX = ".gguf"
+PLAIN = {"default", "gpt2", "gpt-2", "smollm"}
+"""Ways to split text (`tokenizer.ggml.pre`) at which transformers' tokenizer of a GGUF file arrives; it reads none."""
+SAME = {"attention.key_length", "attention.value_length", "rope.dimension_count"}
+"""Sizes of a head. Where transformers does not read one of them, all must be what it computes instead."""
+TOKENIZER = "tokenizer.json"
+
+
+def is_gguf(name: str | None) -> bool:
+    return name is not None and Path(name).suffix == SUFFIX
+
+
+def dequantised(config: "Config", file: Path) -> Path:
+    """The directory of the run that holds this file's model, made now where it is not there.
+
+    Raises:
+        GraftError: names the file: it is missing, damaged, or says something that transformers would not compute.
+    """
+    if not file.is_file():
+        raise GraftError(f"{file} does not exist: give target.name_or_path a GGUF file or a model's directory")
+    return _made(config.run_dir, file.resolve(), config.target.dtype)
+
+
+@cache
+def _made(run_dir: str, file: Path, dtype: str) -> Path:
+    """Once a process, as every stage asks."""
+    from graft_train.config import Config  # here, as configuration and stages ask for the target's path themselves
+    from graft_train.data.target import TargetConfig
+    from graft_train.stage import run_stage
+
+    config = Config(run_dir=run_dir, target=TargetConfig(dtype=dtype))
+    settings = {"gguf": file.name, "contents": _contents(file), "dtype": dtype}
+    return run_stage(config, "dequantise", "target", settings, [], lambda out: dequantise(file, out, dtype))
+
+
+def dequantise(file: Path, out: Path, dtype: str) -> None:
+    """Writes the model, in this dtype, and its tokenizer: one beside the file, or the one within it."""
+    check(file)
+    loader: Any = AutoModelForCausalLM
+    try:
+        model = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
+        beside = (file.parent / TOKENIZER).is_file()
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **({} if beside else {"gguf_file": file.name}))
+    except Exception as error:  # of gguf, transformers and tokenizers
+        raise GraftError(f"transformers cannot read {file}: {error}") from error
+    # transformers refuses to save a model that came from such a file.
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    fresh = type(model)(type(model.config).from_dict(values)).to(model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    fresh.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def check(file: Path) -> None:
+    """Raises GraftError for what transformers would leave out without a word, and for a damaged file."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise GraftError(f"reading {file} needs the package gguf: pip install gguf") from error
+    try:
+        reader = GGUFReader(file)
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name for tensor in reader.tensors}
+        family = values["general.architecture"]
+    except Exception as error:  # whatever its bytes lead to
+        raise GraftError(f"{file} is no GGUF file, or truncated: {error!r}; download it again") from error
+    mapping: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    known = mapping.get(family.replace("-", "_"))
+    for name, value in values.items():
+        key = name.removeprefix(f"{family}.")
+        # A family that transformers does not know at all it refuses itself.
+        left_out = known is not None and key != name and key not in known
+        if left_out and not _says_nothing(key, value, family, values):
+            raise GraftError(f"{file}: {name}={value} would be left out by transformers, and another model computed")
+    if "rope_freqs.weight" in tensors:
+        raise GraftError(f"{file}: its RoPE is scaled (rope_freqs), which transformers would leave out")
+    split = values.get("tokenizer.ggml.pre", "default")
+    if split not in PLAIN and not (file.parent / TOKENIZER).is_file():
+        raise GraftError(
+            f"{file}: transformers would not split text as its tokenizer does ({split}): put the original model's "
+            f"{TOKENIZER} and tokenizer_config.json beside it"
+        )
+
+
+def _says_nothing(key: str, value: Any, family: str, values: dict[str, Any]) -> bool:
+    """Whether a key that transformers does not read is one that changes nothing."""
+    if key in SAME:
+        sizes = {values.get(f"{family}.{name}") for name in SAME} - {None}
+        width, heads = (values.get(f"{family}.{name}", 0) for name in ("embedding_length", "attention.head_count"))
+        return sizes == {width // max(heads, 1)}
+    return key == "vocab_size" or (key == "rope.scaling.type" and value == "none")
+
+
+def _contents(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
