@@ -1,7 +1,7 @@
 """The evaluation as people read it: a table in the terminal, Markdown, one picture."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,12 +25,16 @@ COLUMNS = (
     "retrieved",
     "lossless",
 )
+PARTED = ("graft", "eagle3", "retrieve")
+"""Methods that the smaller tables show."""
 PALETTE = ("#0f766e", "#c2410c", "#334155", "#cbd5e1", "#5eead4", "#fdba74")
 
 
 def asked_of(settings: dict[str, Any]) -> str:
     """Which prompts an evaluation is of."""
-    path = settings.get("path")
+    suite, path = settings.get("suite"), settings.get("path")
+    if suite:
+        return f"prompts of {suite}" + (f" ({path})" if path else "")
     return f"prompts of {path}" if path else "held-out prompts of the run's own data"
 
 
@@ -52,28 +56,62 @@ def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{phases['verify']:.2f}",
                 f"{phases['graft'] + phases['commit']:.2f}",
                 f"{method['accepted_per_round']['drafted']:.2f}",
-                f"{method['accepted_per_round']['retrieved']:.2f}",
+                f"{_retrieved(method):.2f}",
                 {True: "yes", False: "NO", None: "not checked"}[evaluation["lossless"][name]],
             )
         )
     return rows
 
 
+class Part(NamedTuple):
+    """A smaller table."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def parts_of(evaluation: dict[str, Any]) -> list[Part]:
+    """What the methods reach by category, where there are several, by position in the answer and by context length."""
+    methods = [evaluation["methods"][name] for name in PARTED]
+    parts = [
+        ("tokens per round, by position in the answer", "by_position"),
+        ("tokens per round, by context length", "by_context"),
+    ]
+    tables = [Part(title, ("tokens", *PARTED), _bucket_rows([found[key] for found in methods])) for title, key in parts]
+    if len(categories_of(evaluation)) > 1:
+        rows = [_category_row(name, methods) for name in categories_of(evaluation)]
+        tables.insert(0, Part("speed-up and tau by category", ("category", "prompts", *PARTED), rows))
+    return tables
+
+
+def categories_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What graft gains by category; empty outside a suite."""
+    found: dict[str, Any] = evaluation["methods"]["graft"].get("by_category", {})
+    return found
+
+
+def _category_row(name: str, methods: list[dict[str, Any]]) -> tuple[str, ...]:
+    found = [method["by_category"].get(name) for method in methods]
+    shown = (f"{one['speedup']:.2f}x {one['tau']:.2f}" if one else "-" for one in found)
+    return (name, str(methods[0]["by_category"][name]["prompts"]), *shown)
+
+
+def _bucket_rows(methods: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
+    """Of each bucket, what every method accepts in it; one may have had no round there."""
+    ends = {bucket["from"]: bucket["to"] for buckets in methods for bucket in buckets}
+    taus = [{bucket["from"]: f"{bucket['tau']:.2f}" for bucket in buckets} for buckets in methods]
+    return [(f"{low}-{ends[low]}", *(tau.get(low, "-") for tau in taus)) for low in sorted(ends)]
+
+
 def print_table(evaluation: dict[str, Any]) -> None:
-    """The columns that fit a terminal."""
-    table = Table(
-        title=f"{asked_of(evaluation['settings'])}; draft, verify, other in ms per round",
-        caption=_machine(evaluation),
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    """The columns that fit a terminal, and the smaller tables."""
     shown = [index for index, column in enumerate(COLUMNS) if column not in ("95 %", "drafted", "retrieved")]
-    for index in shown:
-        table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
-    for row in rows_of(evaluation):
-        table.add_row(*(row[index] for index in shown), style="bold" if row[0] == "graft" else None)
-    Console().print(table)
+    title = f"{asked_of(evaluation['settings'])}; draft, verify, other in ms per round"
+    rows = [tuple(row[index] for index in shown) for row in rows_of(evaluation)]
+    _print(title, tuple(COLUMNS[index] for index in shown), rows, _machine(evaluation))
+    for part in parts_of(evaluation):
+        _print(*part)
     if narrower := _narrower(evaluation):
         print(
             f"note: in {narrower:.1%} of graft's rounds its plan did not pay: a narrower one, or none, took its place"
@@ -82,11 +120,23 @@ def print_table(evaluation: dict[str, Any]) -> None:
         print(f"note: graft's calibrated plan is that of {name}; these rows show one method")
 
 
+def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], caption: str | None = None) -> None:
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "graft" else None)
+    Console().print(table)
+
+
+def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    header = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return [*header, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def to_markdown(evaluation: dict[str, Any]) -> str:
     """The table, how it was measured, and the stages at which rounds stopped."""
     settings = evaluation["settings"]
-    header = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
-    body = [f"| {' | '.join(row)} |" for row in rows_of(evaluation)]
     low, high = settings["prompt_tokens"]
     graphs = "CUDA graphs (where a round has one, verify includes other)" if settings["graphs"] else "no graphs"
     lossless = "greedy fp32 tokens equal transformers' own `generate` on every prompt"
@@ -123,8 +173,14 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
             f"- **{name} is not lossless**: first at token {found[0]['position']} of prompt {found[0]['prompt']}, "
             f"where the target's two highest logits are {found[0]['top2_margin']:.1e} apart"
         )
+    parts = [
+        line
+        for title, columns, rows in parts_of(evaluation)
+        for line in (f"## {title.capitalize()}", "", *_markdown(columns, rows), "")
+    ]
+    table = _markdown(COLUMNS, rows_of(evaluation))
     return "\n".join(
-        ["# Evaluation", "", *header, *body, "", "## How", "", *facts, "", "## Rounds by stage", "", *stages, ""]
+        ["# Evaluation", "", *table, "", "## How", "", *facts, "", *parts, "## Rounds by stage", "", *stages, ""]
     )
 
 
@@ -162,8 +218,9 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
         tokens,
         names,
         {
-            source: [methods[n]["accepted_per_round"][source] for n in names]
-            for source in ("bonus", "drafted", "retrieved")
+            "bonus": [methods[n]["accepted_per_round"]["bonus"] for n in names],
+            "drafted": [methods[n]["accepted_per_round"]["drafted"] for n in names],
+            "retrieved": [_retrieved(methods[n]) for n in names],
         },
         "tokens per round (tau)",
     )
@@ -190,6 +247,11 @@ def _stacked(axes: Any, names: list[str], parts: dict[str, list[float]], title: 
         left = [start + value for start, value in zip(left, values, strict=True)]
     axes.set_title(title)
     axes.legend(frameon=False, ncols=len(parts), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+
+
+def _retrieved(method: dict[str, Any]) -> float:
+    """Tokens per round from the matrix and by lookup."""
+    return sum(count for source, count in method["accepted_per_round"].items() if source not in ("drafted", "bonus"))
 
 
 def _narrower(evaluation: dict[str, Any]) -> float:

@@ -312,7 +312,7 @@ class _Tracer:
                 cache.commit(1)
             else:
                 reach_C, reach_R, reach_G, reach_E = (on_path(tree, truth_D) for tree in trees)
-            found_R, found_G = (tree.sources_N[1:] == Source.RETRIEVED for tree in (retrieved, longer))
+            found_R, found_G = (tree.sources_N[1:] == Source.MATRIX for tree in (retrieved, longer))
             rows.append(
                 {
                     "prompt_T": torch.tensor(index),

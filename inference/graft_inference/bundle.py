@@ -110,6 +110,21 @@ def load_graft(path: Path) -> tuple[Policy, dict[str, Any]]:
         raise GraftError(f"{path}: {error}; export the bundle again") from error
 
 
+def recorded_target(path: str | Path) -> str:
+    """Name or path of the target that a bundle was made for.
+
+    Args:
+        path: local directory or Hub id.
+
+    Raises:
+        GraftError: no bundle, or a bare head, which does not tell.
+    """
+    graft = resolve(path) / "graft.json"
+    if not graft.exists():
+        raise GraftError(f"{path} has no graft.json to say which target it was made for: pass --target")
+    return load_graft(graft)[1]["name_or_path"]
+
+
 def _check_made_for(made_for: dict[str, Any], path: Path) -> None:
     """Raises GraftError unless these are values of `describe_target`: an empty fingerprint would fit any tokenizer."""
     tokenizer = made_for["tokenizer"]

@@ -35,9 +35,12 @@ def run(options: argparse.Namespace) -> GenerationStats:
     if not options.chat and (options.system is not None or options.template_variable):
         raise GraftError("--system and --template-variable are told to the chat template: add --chat")
     engine = load_engine(options.bundle, options.target, options.device, options.dtype)
+    tokenizer: Any = engine.tokenizer
+    variables = template_variables(options.template_variable)
+    input_ids = encode(tokenizer, _read(options.prompt), options.chat, options.system, variables)
     stats = GenerationStats()
     tokens = engine.stream(
-        _encode(engine.tokenizer, options),
+        input_ids,
         options.max_new_tokens,
         options.temperature,
         options.method,
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> GenerationStats:
         stop_strings=options.stop,
     )
     # It holds back what may still change: unfinished words, and characters of several tokens.
-    printer = TextStreamer(engine.tokenizer, skip_special_tokens=True)
+    printer = TextStreamer(tokenizer, skip_special_tokens=True)
     for token in tokens:
         printer.put(torch.tensor([token]))
     printer.end()
@@ -69,14 +72,24 @@ def load_engine(bundle: str, target: str, device: str = "auto", dtype: str = "au
     return GraftEngine.from_bundle(loaded, model, tokenizer=tokenizer, **settings)
 
 
-def _encode(tokenizer: Any, options: argparse.Namespace) -> Tensor:
-    """Prompt ids [S]."""
-    prompt, variables = _read(options.prompt), template_variables(options.template_variable)
-    if not options.chat:
+def encode(
+    tokenizer: Any, prompt: str, chat: bool, system: str | None = None, variables: dict[str, Any] | None = None
+) -> Tensor:
+    """Prompt ids [S] int64.
+
+    Args:
+        chat: wrap it in the tokenizer's chat template.
+        system: what stands before it there.
+        variables: what the template is told beside, such as enable_thinking.
+
+    Raises:
+        GraftError: what `check_template` raises, or a text that the template or the tokenizer refuses.
+    """
+    if not chat:
         with naming_refusals():
             return torch.tensor(text_ids(tokenizer, prompt), dtype=torch.long)
-    check_template(tokenizer, variables)
-    return encode_chat(tokenizer, opening(options.system) + [{"role": "user", "content": prompt}], variables)
+    check_template(tokenizer, variables or {})
+    return encode_chat(tokenizer, [*opening(system), {"role": "user", "content": prompt}], variables or {})
 
 
 def _read(prompt: str) -> str:

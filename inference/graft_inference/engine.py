@@ -2,13 +2,15 @@
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers.generation.streamers import BaseStreamer
 
 from .bundle import Bundle, load_bundle, load_target_model
 from .captured import CapturedRounds
@@ -54,9 +56,9 @@ class GraftEngine:
             "engine"; "frozen" teaches it nothing. The longer contexts of a request's own text are known to
             itself in any case, and to others where they stay in the "engine".
         prefill_chunk: most tokens of prompts that are read in one pass; fewer need less memory.
-        keep_prefix: keep the caches of the last finished request, so that the next turn of its chat reads only
-            what is new. Output is the same, though not always the rounds: the matrix learns nothing from what is not
-            read again. Memory stays taken.
+        keep_prefix: keep the caches of the last request that ended, or whose stream was closed, so that the next turn
+            of its chat reads only what is new. Output is the same, though not always the rounds: the matrix learns
+            nothing from what is not read again. Memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
         captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
         governed: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.
@@ -233,16 +235,21 @@ class GraftEngine:
         stats: GenerationStats | None = None,
         attention_mask: Any = None,
         **options: Any,
-    ) -> Iterator[int]:
-        """Yields token ids of one prompt as they are accepted. Arguments as `generate`; `stats` is filled meanwhile."""
+    ) -> Generator[int, None, None]:
+        """Yields token ids of one prompt as they are accepted. Arguments as `generate`.
+
+        Args:
+            stats: filled meanwhile; the last of its `sources` is that of the token just yielded.
+        """
         request = Request.of(
             max_new_tokens=max_new_tokens, temperature=temperature, method=method, seed=seed, **options
         )
         prompts = request.prompts(input_ids, attention_mask, self.target.model, self.eos_token_ids, self.tokenizer)
         if len(prompts) > 1:
             raise GraftError(f"a batch of {len(prompts)} prompts cannot be streamed: stream them one by one")
-        for _, token in self._decode(prompts, request, [stats if stats is not None else GenerationStats()]):
-            yield token
+        with closing(self._decode(prompts, request, [GenerationStats() if stats is None else stats])) as decoded:
+            for _, token in decoded:
+                yield token
 
     def _decode(
         self,
@@ -250,7 +257,7 @@ class GraftEngine:
         request: Request,
         each: Sequence[GenerationStats],
         logprobs: Sequence[list[Tensor]] | None = None,
-    ) -> Iterator[tuple[int, int]]:
+    ) -> Generator[tuple[int, int], None, None]:
         """Yields tokens as they are accepted, with the index of their prompt."""
         plan = request.plan or self.policy.plan(request.method)
         check_sources(plan, self.head.config.draft_vocab_size, self.successors, self.ngrams)
@@ -266,28 +273,36 @@ class GraftEngine:
                 for state in opened:
                     state.ladder = tuple(map(self._grafter, ladder(plan).values()))
                     state.governors = self.governors.setdefault(plan, {})
+        with suppress(GeneratorExit):  # the caller has enough: between two tokens everything is in order
+            yield from self._rounds(rows, opened, first, request.streamer)
+        for state in opened:
+            state.clock.settle()
+        if request.streamer is not None:
+            request.streamer.end()
+        if self.keep_prefix and len(rows) == 1:
+            with self._lock:
+                self._kept = KeptPrefix.of(rows[0].prompt_S, opened[0])
+
+    def _rounds(
+        self, rows: Sequence[Row], opened: Sequence[DecodeState], first: Sequence[int], streamer: BaseStreamer | None
+    ) -> Iterator[tuple[int, int]]:
+        """Round after round, until every prompt has ended."""
         states = dict(enumerate(opened))
         emitted: dict[int, Emitted] = {index: ([token], ["prefill"]) for index, token in enumerate(first)}
         while states:
             for index, (tokens, sources) in emitted.items():
                 for token, source in zip(tokens, sources, strict=True):
-                    each[index].count(source)
+                    opened[index].stats.count(source)
                     done = rows[index].is_last(token)
-                    if request.streamer is not None:
-                        request.streamer.put(torch.tensor([token]))
+                    if streamer is not None:
+                        streamer.put(torch.tensor([token]))
                     yield index, token
                     if done:
-                        state = states.pop(index)
-                        state.clock.settle()
+                        del states[index]
                         break
             if states:
                 with self._lock, torch.inference_mode():
                     emitted = dict(zip(states, self._round(list(states.values())), strict=True))
-        if request.streamer is not None:
-            request.streamer.end()
-        if self.keep_prefix and len(rows) == 1:
-            with self._lock:
-                self._kept = KeptPrefix.of(rows[0].prompt_S, state)
 
     def _prefill(
         self,

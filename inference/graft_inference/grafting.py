@@ -60,7 +60,8 @@ class Grafter:
         self._retrieved_T2 = torch.tensor(retrieved, device=device)
         # A root's slope and offset are never used.
         self._drafted_D2 = torch.tensor([(1.0, 0.0), *self.scale.drafted], device=device)
-        self._chain = Template([(0,) * depth for depth in range(1, self.scale.echo_depth + 1)], device)
+        chain = [(0,) * depth for depth in range(1, self.scale.echo_depth + 1)]
+        self._chain = Template(chain, device, Source.LOOKUP)
         # Where nothing matched, nothing is proposed; the root stands first.
         nothing = [-torch.inf] * self.scale.echo_depth
         self._echo_ME = torch.tensor([[0.0, *row] for row in (nothing, *self.scale.echo)], device=device)
@@ -120,7 +121,7 @@ class Grafter:
         own_N = drafted.path_sums(step_N, stage.passes)
         tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
         if self.plan.drafted_only:
-            tree.sources_N = tree.sources_N.masked_fill(tree.sources_N == Source.RETRIEVED, Source.EMPTY)
+            tree.sources_N = tree.sources_N.masked_fill(tree.sources_N > Source.DRAFTED, Source.EMPTY)
         return tree
 
 

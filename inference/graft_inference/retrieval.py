@@ -44,12 +44,13 @@ class Template:
 
     Args:
         rank_paths: parents before children; an empty list is a template of the root alone.
+        source: of its nodes.
 
     Raises:
         GraftError: a path stands before its parent, or twice.
     """
 
-    def __init__(self, rank_paths: list[RankPath], device: torch.device) -> None:
+    def __init__(self, rank_paths: list[RankPath], device: torch.device, source: Source = Source.MATRIX) -> None:
         rows: dict[RankPath, int] = {(): 0}
         for path in rank_paths:
             if path[:-1] not in rows or path in rows:
@@ -88,7 +89,7 @@ class Template:
                 powers[rows[path], rows[path[:depth]]] = power - (power >> 63 << 64)
         self.powers_TT = powers.to(device)
         self.lineage_TT = (powers != 0).to(device)
-        self._sources_T = column([Source.ROOT, *[Source.RETRIEVED] * len(rank_paths)])
+        self._sources_T = column([Source.ROOT, *[source] * len(rank_paths)])
 
     def __len__(self) -> int:
         return len(self.parents_T)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .device import event
 
 PHASES = ("prefill", "draft", "graft", "verify", "commit")
+SOURCES = ("drafted", "matrix", "lookup", "bonus")
 
 
 @dataclass
@@ -24,7 +25,10 @@ class GenerationStats:
         reused: tokens of the prompt whose keys and values the previous request left.
         seconds: time by phase, of a GPU its own, which is complete when the generation has ended. `graft` is look-up
             and merging, `commit` acceptance, cache and matrix.
-        accepted: kept tokens of the rounds by source: drafted, retrieved, and bonus (the target's own).
+        accepted: kept tokens of the rounds by source: drafted; retrieved from the matrix (longer contexts included)
+            or by lookup in the request's own text; and bonus (the target's own). What several proposed counts for
+            the first of them.
+        sources: of every new token in order, the first one's being "prefill"; of a batch, prompt by prompt.
         stages: rounds by the stage they stopped at; "none" where no head ran.
         captured: rounds that were replayed from CUDA graphs. Their `verify` is acceptance, cache and matrix too, and
             their `commit` what the host adds, and all of a round that captures.
@@ -38,7 +42,8 @@ class GenerationStats:
     emitted: int = 0
     reused: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    accepted: dict[str, int] = field(default_factory=lambda: {"drafted": 0, "retrieved": 0, "bonus": 0})
+    accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
+    sources: list[str] = field(default_factory=list)
     stages: Counter[str] = field(default_factory=Counter)
     governed: Counter[str] = field(default_factory=Counter)
     prompts: int = 1
@@ -56,6 +61,7 @@ class GenerationStats:
             reused=sum(part.reused for part in parts),
             seconds=seconds,
             accepted={name: sum(part.accepted[name] for part in parts) for name in parts[0].accepted},
+            sources=[source for part in parts for source in part.sources],
             stages=sum((part.stages for part in parts), Counter()),
             captured=sum(part.captured for part in parts),
             uncaptured=next((part.uncaptured for part in parts if part.uncaptured), None),
@@ -66,6 +72,7 @@ class GenerationStats:
     def count(self, source: str) -> None:
         """One more token: of the "prefill", or of a round by its source."""
         self.emitted += 1
+        self.sources.append(source)
         if source != "prefill":
             self.accepted[source] += 1
 
@@ -80,8 +87,8 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed; the prefill and its token are not counted."""
-        return (self.emitted - self.prompts) / self.decode_seconds if self.rounds else 0.0
+        """Decoding speed; the prefill and its token are not counted. 0 until a round's time is known."""
+        return (self.emitted - self.prompts) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass

@@ -11,12 +11,17 @@ PATH_BASE = 6364136223846793005
 
 
 class Source(IntEnum):
-    """Where a node comes from; an EMPTY row only pads the tree to its fixed size and is never accepted."""
+    """Where a node comes from; an EMPTY row only pads the tree to its fixed size and is never accepted.
+
+    What lies above DRAFTED was retrieved: from the successor MATRIX and the longer contexts that back off to it, or
+    by LOOKUP in the request's own text.
+    """
 
     EMPTY = -1
     ROOT = 0
     DRAFTED = 1
-    RETRIEVED = 2
+    MATRIX = 2
+    LOOKUP = 3
 
 
 @dataclass

@@ -176,7 +176,7 @@ def test_what_a_matrix_learns_goes_where_its_scope_says(scope):
 def test_longer_contexts_are_those_of_each_prompts_own_text(method):
     engine = ngram_engine()
     out = check_each_as_alone(engine, PROMPTS, max_new_tokens=30, method=method)
-    assert out.stats.accepted["retrieved"] > 20
+    assert out.stats.accepted["matrix"] + out.stats.accepted["lookup"] > 20
 
 
 def test_a_batch_whose_plans_differ_and_change_stays_right():

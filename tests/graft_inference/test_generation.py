@@ -1,6 +1,7 @@
 """Generation as callers know it: where it ends, who listens, what is kept, and who else is using the engine."""
 
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from graft_inference.bundle import Bundle
 from graft_inference.request import end_ids
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.round import draft
+from graft_inference.stats import SOURCES
 
 from .test_custom_generate import FOLLOWED, PAD, REFUSED, UNSEEN, Recorder, as_set
 from .test_engine import GREEDY, SMALL, greedy_reference, prompt, small_engine
-from .tiny import VOCAB, prefilled, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .tiny import VOCAB, learned_policy, prefilled, tiny_engine, tiny_head, tiny_model, tiny_policy
 from .tiny_bundle import tiny_tokenizer
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
@@ -332,6 +334,59 @@ def test_an_end_of_sequence_leaves_a_prefix_that_is_right():
         out = engine.generate(text, 20)
         assert out.stats.reused >= turn.shape[1] - 12
         assert out.sequences.tolist() == fresh.generate(text, 20).sequences.tolist()
+
+
+@pytest.mark.parametrize("taken", [1, 7])
+def test_a_stream_that_is_closed_leaves_a_prefix_that_is_right(taken):
+    """Its last round emitted more than was taken; the next turn goes on from what was."""
+    engine, fresh = small_engine(), small_engine()
+    engine.keep_prefix = True
+    stats = GenerationStats()
+    stream = engine.stream(prompt(9, 2, SMALL), 40, stats=stats)
+    told = [next(stream) for _ in range(taken)]
+    stream.close()
+    assert stats.emitted == taken
+    text = torch.cat((prompt(9, 2, SMALL), torch.tensor([told]), prompt(3, 1, SMALL)), dim=1)
+    out = engine.generate(text, 20)
+    assert out.stats.reused >= 8 * (taken > 1)  # before the first round the head has read nothing
+    assert out.sequences.tolist() == fresh.generate(text, 20).sequences.tolist()
+
+
+def test_a_round_that_fails_leaves_no_prefix(monkeypatch):
+    engine = small_engine()
+    engine.keep_prefix = True
+    stream = engine.stream(prompt(9, 2, SMALL), 40)
+    next(stream)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.target, "verify", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    assert engine.generate(prompt(9, 2, SMALL), 5).stats.reused == 0
+
+
+def test_every_token_has_its_source(monkeypatch):
+    """A repeating text is found by lookup, where neither head nor matrix has it."""
+    engine = small_engine(policy=learned_policy())
+    rounds, real = [], engine._round
+
+    def kept(states):
+        rounds.append(real(states))
+        return rounds[-1]
+
+    monkeypatch.setattr(engine, "_round", kept)
+    found = set()
+    for seed in range(4):
+        rounds.clear()
+        stats, seen = GenerationStats(), []
+        for _ in engine.stream(prompt(5, seed, SMALL), 60, stats=stats):
+            seen.append(stats.sources[-1])
+        emitted = [source for ((_, sources),) in rounds for source in sources]
+        assert seen == stats.sources == ["prefill", *emitted][: len(seen)]
+        assert Counter(seen[1:]) == Counter({name: count for name, count in stats.accepted.items() if count})
+        found |= set(seen)
+    assert found == {"prefill", *SOURCES}
+    both = engine.generate([prompt(5, seed, SMALL)[0] for seed in range(2)], 9)
+    assert both.stats.sources == both.each[0].sources + both.each[1].sources
 
 
 @pytest.mark.parametrize("scope", ["request", "frozen"])

@@ -279,7 +279,7 @@ def test_plans_may_change_from_round_to_round(policy, scope):
         assert found.sequences.tolist() == expected.tolist()
         assert len(found.stats.governed) == 4
         accepted.update(found.stats.accepted)
-    assert accepted["retrieved"]
+    assert accepted["matrix"] + accepted["lookup"]
     assert accepted["drafted"] or policy == "ngrams"
 
 

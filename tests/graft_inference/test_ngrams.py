@@ -107,7 +107,7 @@ def test_expand_equals_plain_dictionaries(seed):
             logp += math.log(found[rank][1])
             path.append(token)
         else:
-            assert tree.sources_N[row] == Source.RETRIEVED
+            assert tree.sources_N[row] == Source.MATRIX
             assert float(tree.logp_N[row]) == pytest.approx(logp, abs=1e-2)
 
 

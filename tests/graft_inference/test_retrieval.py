@@ -65,7 +65,7 @@ def test_expand_equals_walking_the_rank_paths(seed):
             assert tree.sources_N[row] == Source.EMPTY
             assert tree.logp_N[row] == -torch.inf
         else:
-            assert tree.sources_N[row] == (Source.RETRIEVED if path else Source.ROOT)
+            assert tree.sources_N[row] == (Source.MATRIX if path else Source.ROOT)
             assert tree.tokens_N[row] == token
             assert float(tree.logp_N[row]) == pytest.approx(logp, abs=1e-5)
 

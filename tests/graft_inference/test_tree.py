@@ -115,7 +115,7 @@ def test_merge_equals_a_trie(seed, rows):
     for row in filled_rows(tree):
         assert tree.parents_N[row] < row
         assert tree.depths_N[row] == len(token_path(tree, row))
-        assert tree.sources_N[row] == (Source.DRAFTED if row < len(drafted) else Source.RETRIEVED)
+        assert tree.sources_N[row] == (Source.DRAFTED if row < len(drafted) else Source.MATRIX)
 
 
 def test_merge_refills_the_rows_of_duplicates():
@@ -176,10 +176,10 @@ def test_compete_by_hand():
         return DraftTree(*columns, torch.tensor(logp), torch.tensor(sources), torch.tensor(paths))
 
     drafted = tree([0, 1, 2], [0, 0, 0], [0, 1, 1], [0.0, -0.5, -0.9], Source.DRAFTED)
-    retrieved = tree([0, 2, 3, 4], [0, 0, 1, 0], [0, 1, 2, 1], [0.0, -0.2, -0.4, -1.0], Source.RETRIEVED)
+    retrieved = tree([0, 2, 3, 4], [0, 0, 1, 0], [0, 1, 2, 1], [0.0, -0.2, -0.4, -1.0], Source.MATRIX)
     best = compete([drafted, retrieved], [drafted.logp_N, retrieved.logp_N], 4)
     assert best.tokens_N.tolist() == [0, 2, 3, 1]
     assert best.parents_N.tolist() == [0, 0, 1, 0]
-    assert best.sources_N.tolist() == [Source.ROOT, Source.DRAFTED, Source.RETRIEVED, Source.DRAFTED]
+    assert best.sources_N.tolist() == [Source.ROOT, Source.DRAFTED, Source.MATRIX, Source.DRAFTED]
     assert best.logp_N.tolist() == pytest.approx([0.0, -0.2, -0.4, -0.5])
     assert best.first(2).tokens_N.tolist() == [0, 2]

@@ -80,8 +80,8 @@ def test_everything_is_measured_and_written(run_dir, capsys):
     baseline = evaluation["methods"]["autoregressive"]
     assert baseline["tau"] == baseline["speedup"] == 1
     assert baseline["stages"] == {"none": 3 * 15}
-    assert evaluation["methods"]["graft"]["accepted_per_round"]["retrieved"] > 0
-    assert evaluation["methods"]["prune"]["accepted_per_round"]["retrieved"] == 0
+    assert evaluation["methods"]["graft"]["accepted_per_round"]["matrix"] > 0
+    assert {"matrix": 0, "lookup": 0}.items() <= evaluation["methods"]["prune"]["accepted_per_round"].items()
 
     report = (run_dir / "evaluation" / "report.md").read_text()
     card = (run_dir / "bundle" / "README.md").read_text()
@@ -206,7 +206,7 @@ def test_a_target_spread_over_devices_is_measured_and_checked(run_dir, monkeypat
     config.target.device_map = "auto"
     evaluation = json.loads((evaluate(config) / "evaluation.json").read_text())
     assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
-    assert evaluation["methods"]["graft"]["accepted_per_round"]["retrieved"] > 0
+    assert evaluation["methods"]["graft"]["accepted_per_round"]["matrix"] > 0
     assert spread == [True] * 3, "timed, references, checked"
 
 
@@ -295,7 +295,7 @@ def test_figures_are_sums_over_prompts_of_median_runs():
     assert found["ms_per_round"]["draft"] == pytest.approx(75)
     assert found["ms_per_round"]["verify"] == pytest.approx(225)
     assert found["prefill_ms"] == pytest.approx(50_000)
-    assert found["accepted_per_round"] == pytest.approx({"drafted": 2, "retrieved": 0, "bonus": 1})
+    assert found["accepted_per_round"] == pytest.approx({"drafted": 2, "matrix": 0, "lookup": 0, "bonus": 1})
     assert found["stages"] == {"d0": 10}
     assert found["time_outside_phases"] == pytest.approx(0)
 
