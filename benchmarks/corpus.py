@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from graft_train.build_corpus import gather_runs, write_tables
-from graft_train.build_corpus.config import CorpusConfig
 from graft_train.config import Config
+from graft_train.config.corpus import CorpusConfig
 from graft_train.data.samples import answered, append_samples
 
 VOCAB = 32_000

@@ -26,15 +26,17 @@ from graft_train.build_corpus.pairs import windows  # noqa: E402
 from graft_train.build_corpus.runs import sum_pairs  # noqa: E402
 from graft_train.build_corpus.tables import successor_matrix  # noqa: E402
 from graft_train.calibrate import calibrate  # noqa: E402
-from graft_train.calibrate.config import CalibrateConfig  # noqa: E402
 from graft_train.config import Config  # noqa: E402
-from graft_train.data.documents import DataConfig  # noqa: E402
-from graft_train.data.target import TargetConfig, load_target  # noqa: E402
+from graft_train.config.data import DataConfig  # noqa: E402
+from graft_train.config.head import HeadTrainConfig  # noqa: E402
+from graft_train.config.policy import CalibrateConfig  # noqa: E402
+from graft_train.config.pretrain_target import PretrainConfig  # noqa: E402
+from graft_train.config.target import TargetConfig  # noqa: E402
+from graft_train.data.target import load_target  # noqa: E402
 from graft_train.distill import distill  # noqa: E402
-from graft_train.distill.config import HeadTrainConfig  # noqa: E402
 from graft_train.evaluate import EvaluateConfig, evaluate  # noqa: E402
 from graft_train.export import export  # noqa: E402
-from graft_train.pretrain_target import PretrainConfig, pretrain_target  # noqa: E402
+from graft_train.pretrain_target import pretrain_target  # noqa: E402
 from graft_train.regenerate import RegenerateConfig, regenerate  # noqa: E402
 from graft_train.stage import run_stage  # noqa: E402
 

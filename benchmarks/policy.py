@@ -26,14 +26,15 @@ from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
 from graft_inference.head_checkpoint import load_head
 from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all, timer_of, told_traces, trace
-from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.race import race, ratio
 from graft_train.calibrate.replay import Replays, replay_of, replays_on
 from graft_train.calibrate.report import calibration, describe, pieces
 from graft_train.calibrate.traces import Traces
+from graft_train.config.data import DataConfig
+from graft_train.config.policy import CalibrateConfig
 from graft_train.data.chat import Chat
-from graft_train.data.documents import DataConfig, of_split, read_documents
+from graft_train.data.documents import of_split, read_documents
 from graft_train.data.prompts import build_prompts
 from graft_train.device import describe_device
 from graft_train.files import write_json

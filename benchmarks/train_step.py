@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from graft_inference.draft_head import DraftHead, DraftHeadConfig
+from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TargetStates
 from graft_train.device import describe_device
 from graft_train.distill.attention import reference_attention
-from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.layout import make_layout
 from graft_train.distill.loop import Distiller
 from graft_train.distill.loss import distillation_loss, final_state_teacher, reference_loss, taught_positions

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from graft_inference import Plan
 from graft_train.calibrate import plan_of, replay_sources, timer_of, trace
-from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.replay import Replay, replay_of
 from graft_train.calibrate.report import describe
+from graft_train.config.policy import CalibrateConfig
 from graft_train.device import describe_device
 
 LAYERS, HIDDEN, EXPERT, ACTIVE = 8, 512, 1024, 2

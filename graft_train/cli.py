@@ -1,24 +1,15 @@
-"""`graft STAGE key=value ...`: the recipes as one command, from a clone or an installed wheel."""
+"""`graft STAGE key=value ...`: the recipes as one command, from a clone or an installed wheel; and `graft chat`."""
 
 from functools import partial
+from typing import Any
 
 import click
 
-STAGES = {
-    "pretrain_target": "Pretrain the quickstart's small target.",
-    "regenerate": "Have the target answer the training prompts, or take the data's own answers.",
-    "distill": "Distil the draft head from the target.",
-    "build_corpus": "Build the tables that tokens are retrieved from.",
-    "calibrate": "Learn the policy from traces and this device's latencies.",
-    "export": "Put head, corpus and policy into one bundle, and push it to the Hub if asked.",
-    "evaluate": "Measure every method on held-out prompts, and check that output is unchanged.",
-}
-"""In the order in which they are run."""
-WHOLE_ROAD = "quickstart"
+from graft_train.road import STAGES, WHOLE_ROAD
 
-HELP = """Train, calibrate, export and measure Graft speculative decoding.
+HELP = """Train, calibrate, export, measure and try Graft speculative decoding.
 
-Each command takes settings behind it: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
+Each stage takes settings behind it: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
 what there is to set, and `--cfg job` what is set. Training on several GPUs is started by accelerate, see the README.
 
 For completion in bash: eval "$(_GRAFT_COMPLETE=bash_source graft)"; zsh and fish likewise.
@@ -60,3 +51,42 @@ def _command(name: str, line: str) -> click.Command:
 
 for _name, _line in (STAGES | {WHOLE_ROAD: "All of them in a row, at the quickstart's size."}).items():
     main.add_command(_command(_name, _line))
+
+
+METHODS = ("graft", "eagle3", "prune", "retrieve", "autoregressive")
+"""Those of graft_inference, which takes seconds to import."""
+
+CHAT_HELP = """Talk to the target of BUNDLE, a directory or a Hub id.
+
+The text is coloured by where each token came from: the draft head, look-up in the conversation's own text, the
+successor matrix, or the target itself. Ctrl-C stops an answer, Ctrl-D or /exit leaves, /new begins a new conversation.
+
+Where stdin or stdout is no terminal each line of stdin is a turn; plain text goes to stdout, statistics to stderr. For
+a prompt of several lines use graft-generate --chat.
+"""
+
+
+@click.command("chat", help=CHAT_HELP, short_help="Talk to the target, speculating with an exported bundle.")
+@click.argument("bundle", type=click.Path())
+@click.option("--target", type=click.Path(), help="Directory or Hub id of the model; else the one the bundle names.")
+@click.option("--system", metavar="TEXT", help="The system prompt.")
+@click.option(
+    "--template-variable",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What the chat template is told, in JSON, such as enable_thinking=false. May be given repeatedly.",
+)
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, help="Of the sampling, for each answer.")
+@click.option("--max-new-tokens", default=1024, show_default=True, help="Most tokens of an answer.")
+@click.option("--method", type=click.Choice(METHODS), default="graft", show_default=True)
+@click.option("--device", default="auto", help="Default: cuda where there is one, else cpu.")
+@click.option("--dtype", default="auto", help="Default: bfloat16 on cuda, float32 on a CPU.")
+@click.option("--plain", is_flag=True, help="No colours and no live line on a terminal either.")
+def _chat(**options: Any) -> None:
+    from graft_train.chat import ChatOptions, chat
+
+    chat(ChatOptions(**options))
+
+
+main.add_command(_chat)

@@ -5,9 +5,9 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,62 +19,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graft_inference import GraftError
 from graft_train.accelerator import new_accelerator
-from graft_train.bounds import check_least
+from graft_train.config import Config
+from graft_train.config.pretrain_target import PretrainConfig
 from graft_train.data.documents import Document, document_settings, of_split, read_documents
 from graft_train.data.target import resolve_device
 from graft_train.files import sync_tree, write_json
 from graft_train.stage import run_stage
 
-if TYPE_CHECKING:
-    from graft_train.config import Config
-
 END = "<|endoftext|>"
 
 
-@dataclass(slots=True, kw_only=True)
-class PretrainConfig:
-    """A deep, thin Llama: its pass costs many times its one-layer head's, as with a large target.
-
-    Attributes:
-        vocab_size: tokens of its byte-pair encoding, trained on the same text.
-        hidden_size, layers, heads, intermediate_size: its shape, as Llama has them.
-        max_positions: longest prompt and continuation.
-        length: tokens per training sequence.
-        batch: sequences per step.
-        steps: optimizer steps.
-        muon_lr: peak rate of the layers' matrices (Muon).
-        adamw_lr: peak rate of embeddings and norms (AdamW).
-        warmup: steps over which the rates rise.
-        cooldown: share of the steps, at the end, over which the rates fall linearly to zero.
-        checkpoint_every: steps between checkpoints.
-    """
-
-    vocab_size: int = 1024
-    hidden_size: int = 128
-    layers: int = 12
-    heads: int = 4
-    intermediate_size: int = 344
-    max_positions: int = 1024
-    length: int = 128
-    batch: int = 16
-    steps: int = 800
-    muon_lr: float = 0.007
-    adamw_lr: float = 0.05
-    warmup: int = 20
-    cooldown: float = 0.4
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        names = ("vocab_size", "hidden_size", "layers", "heads", "length", "batch", "steps", "checkpoint_every")
-        check_least("pretrain_target", self, dict.fromkeys(names, 1))
-        if self.hidden_size % (2 * self.heads):
-            raise GraftError(
-                f"pretrain_target.hidden_size={self.hidden_size} must be an even multiple of "
-                f"pretrain_target.heads={self.heads}"
-            )
-
-
-def pretrain_target(config: "Config") -> Path:
+def pretrain_target(config: Config) -> Path:
     """Writes `target/`: an ordinary transformers checkpoint, its tokenizer and pretraining.json."""
     if config.target.name_or_path:
         raise GraftError(f"target.name_or_path={config.target.name_or_path} is set: there is no target to pretrain")
@@ -87,7 +42,7 @@ def pretrain_target(config: "Config") -> Path:
     return run_stage(config, "pretrain_target", "target", settings, [], lambda out: _build(config, out), scratch)
 
 
-def _build(config: "Config", out: Path) -> None:
+def _build(config: Config, out: Path) -> None:
     settings = config.pretrain_target
     set_seed(config.seed)
     # The schedules count optimizer steps, however many processes take one together.

@@ -4,14 +4,17 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from graft_inference import GraftError
-from graft_train.cli import STAGES, WHOLE_ROAD
-from graft_train.config import Config, register, to_config
+from graft_train.config import Config
+from graft_train.gguf import with_directory
+from graft_train.road import STAGES, WHOLE_ROAD
 
 _HERE = Path(__file__).parent
 CONF = next(conf for conf in (_HERE / "conf", _HERE.parent / "conf") if conf.is_dir())
@@ -50,6 +53,7 @@ def run_stages(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
     """Runs stages one after the other. A user's mistake is told in one line; a bug keeps its traceback."""
     try:
         config = prepare(composed)
+        config = with_directory(config)
         for stage in stages:
             stage(config)
     except GraftError as error:
@@ -58,3 +62,21 @@ def run_stages(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
         raise SystemExit(2) from None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def register() -> None:
+    """Makes the schema known to Hydra, before anything is composed."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed values as dataclasses, once, at the edge.
+
+    Raises:
+        GraftError: a setting that does not exist.
+    """
+    try:
+        values: Any = OmegaConf.to_object(composed)
+    except (AttributeError, TypeError) as error:  # what `+key=value` added
+        raise GraftError(f"a setting that does not exist was added with +: {error}") from error
+    return values

@@ -7,17 +7,16 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 
 from graft_inference.errors import GraftError
+from graft_train.config import Config
 from graft_train.data.target import target_path
 from graft_train.files import only_one, remove, sweep, sync, sync_tree, told, write_json
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
+from graft_train.processes import barrier, is_main, say
 
 RECIPE_OF = {
     "target": "pretrain_target",
@@ -36,7 +35,7 @@ SAMPLED, SAMPLE_BYTES = 16, 1 << 16
 
 
 def run_stage(
-    config: "Config",
+    config: Config,
     name: str,
     directory: str,
     settings: dict[str, Any],
@@ -109,27 +108,7 @@ def _partial(final: Path) -> Path:
     return final.with_name(f"{final.name}.partial")
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def of_main(value: Any) -> Any:
-    """The main process's value, on every process: what was measured differs, and all must decide alike."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, 0)
-    return values[0]
-
-
-def say(message: str) -> None:
-    """Prints once, however many processes there are."""
-    if is_main():
-        print(message, flush=True)
-
-
-def fingerprints_of(config: "Config", inputs: Sequence[str]) -> dict[str, str]:
+def fingerprints_of(config: Config, inputs: Sequence[str]) -> dict[str, str]:
     """Of inputs by name, see `run_stage`. A missing stage is told before a target is downloaded."""
     found = {name: fingerprint_of(Path(config.run_dir) / name) for name in inputs if name != "target"}
     return found | ({"target": fingerprint_of(target_path(config))} if "target" in inputs else {})
@@ -240,8 +219,3 @@ def _is_begun(final: Path, record: dict[str, Any]) -> bool:
             return True
         time.sleep(0.1)
     raise GraftError(f"the main process did not begin {final} within ten minutes; see its output")
-
-
-def barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -14,7 +14,6 @@ from graft_inference.errors import GraftError
 from graft_inference.files import read_json, read_safetensors
 from graft_inference.retrieval import save_table
 from graft_train.build_corpus.captured import CapturedStates, find_captured
-from graft_train.build_corpus.config import CorpusConfig
 from graft_train.build_corpus.inspect import inspect_corpus, print_inspection
 from graft_train.build_corpus.pairs import (
     NGRAM,
@@ -38,6 +37,8 @@ from graft_train.build_corpus.runs import (
     units_of,
 )
 from graft_train.build_corpus.tables import ngram_table, successor_matrix
+from graft_train.config import Config
+from graft_train.config.corpus import CorpusConfig
 from graft_train.data.target import (
     load_target,
     load_tokenizer,
@@ -47,17 +48,15 @@ from graft_train.data.target import (
     text_config,
 )
 from graft_train.files import write_json
-from graft_train.stage import fingerprint_of, is_main, run_stage, say
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
+from graft_train.processes import is_main, say
+from graft_train.stage import fingerprint_of, run_stage
 
 __all__ = ["CorpusConfig", "build_corpus", "describe_corpus"]
 RUNS = "runs"
 """Sorted pairs of the samples, until they are merged."""
 
 
-def build_corpus(config: "Config") -> Path:
+def build_corpus(config: Config) -> Path:
     """Writes `corpus/` and prints what it holds, newly made or reused.
 
     successors.safetensors   ids [V, k] int32 (-1 none), probs [V, k] fp16, counts [V] int64
@@ -78,14 +77,14 @@ def build_corpus(config: "Config") -> Path:
     return corpus
 
 
-def describe_corpus(config: "Config") -> dict[str, Any]:
+def describe_corpus(config: Config) -> dict[str, Any]:
     """What a corpus records of its target, and what is compared when one is loaded."""
     described = describe_target("", text_config(config), load_tokenizer(config))
     described |= {"fingerprint": fingerprint_of(target_path(config))}
     return {name: value for name, value in described.items() if name != "name_or_path"}
 
 
-def _build(config: "Config", out: Path) -> None:
+def _build(config: Config, out: Path) -> None:
     cpu = resolve_device(config.target.device).type == "cpu"
     processes = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the main process merges while others wait
     if not config.corpus.text_only:
@@ -103,7 +102,7 @@ def _build(config: "Config", out: Path) -> None:
 
 
 def gather_runs(
-    config: "Config", samples: Path, runs: Path, made_for: dict[str, Any], process: int, processes: int
+    config: Config, samples: Path, runs: Path, made_for: dict[str, Any], process: int, processes: int
 ) -> None:
     """Writes this process's pairs as sorted runs; what an earlier attempt finished is not read again.
 

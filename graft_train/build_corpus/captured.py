@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from graft_inference.errors import GraftError
 from graft_train.build_corpus.pairs import CHUNK, Counted, weigh
+from graft_train.config import Config
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
 from graft_train.distill.batches import to_rows, with_room
 from graft_train.distill.state_source import INDEX, hash_of, open_shard, places_of
-from graft_train.stage import fingerprint_of, say
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
+from graft_train.processes import say
+from graft_train.stage import fingerprint_of
 
 
 class CapturedStates:
@@ -56,7 +55,7 @@ class CapturedStates:
         return final_SH
 
 
-def find_captured(config: "Config", model: Any) -> CapturedStates | None:
+def find_captured(config: Config, model: Any) -> CapturedStates | None:
     """The states of this run's samples and target in its dtype, if they are there; says why if they do not fit."""
     directory = Path(config.run_dir) / "states"
     if not (directory / INDEX).is_file():

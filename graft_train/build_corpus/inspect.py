@@ -14,8 +14,8 @@ from torch import Tensor
 from graft_inference.bundle import load_ngrams, load_successors, read_safetensors
 from graft_inference.ngrams import LONGEST, ORDERS, NgramSource, NgramTable, context_keys
 from graft_inference.retrieval import SuccessorMatrix
-from graft_train.build_corpus.config import CorpusConfig
 from graft_train.build_corpus.pairs import counted, is_held_out, join_samples, samples_of, windows
+from graft_train.config.corpus import CorpusConfig
 from graft_train.data.samples import Sample
 
 HELD_OUT_TOKENS = 1 << 16

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from graft_inference.bundle import Bundle, check_launch, load_ngrams, load_succe
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import depth_template
 from graft_inference.target import max_positions
-from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.latency import Latency, RoundTimer
 from graft_train.calibrate.race import race
 from graft_train.calibrate.replay import Replay, Replays, replay_of, replays_on
@@ -21,14 +20,14 @@ from graft_train.calibrate.report import ablation, calibration, draw_frontier, f
 from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, record_traces
+from graft_train.config import Config
+from graft_train.config.policy import CalibrateConfig
 from graft_train.data.samples import check_room, read_samples
 from graft_train.data.target import load_target, load_tokenizer, text_config
 from graft_train.device import describe_device
 from graft_train.files import only_one, told, write_json, write_text
-from graft_train.stage import barrier, fingerprints_of, is_main, of_main, run_stage, say
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
+from graft_train.processes import barrier, is_main, of_main, say
+from graft_train.stage import fingerprints_of, run_stage
 
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
 NGRAM_PLANS = ("retrieve_ngrams", "learned_ngrams")
@@ -46,7 +45,7 @@ SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_
 """What the learned policy must not be slower than, the learned plans themselves first."""
 
 
-def calibrate(config: "Config") -> Path:
+def calibrate(config: Config) -> Path:
     """Writes `policy/`: policy.json, traces.safetensors, latency.json, report.json, report.md, frontier.png.
 
     At a temperature there is a second file of traces, of heads and sources that know the noise of the draws.
@@ -97,7 +96,7 @@ def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
     return replace(scale, template=paths, echo=scale.echo if settings.echo else ())
 
 
-def _build(config: "Config", out: Path) -> None:
+def _build(config: Config, out: Path) -> None:
     settings = config.policy
     prompts = _prompts(config)
     engine = _engine(config)
@@ -169,7 +168,7 @@ def _faster(speeds: dict[str, float], *names: str) -> str:
     return max((name for name in names if name in speeds), key=speeds.__getitem__)
 
 
-def _renew(config: "Config", directory: Path) -> Path:
+def _renew(config: Config, directory: Path) -> Path:
     """Measures this device and chooses anew from the traces that are there; nothing is traced or raced."""
     settings = config.policy
     traces = _load_traces(settings, directory, _made_of(config))
@@ -240,7 +239,7 @@ def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latenc
 
 
 def _write(
-    config: "Config",
+    config: Config,
     out: Path,
     latency: Latency,
     plans: dict[str, Plan],
@@ -255,13 +254,13 @@ def _write(
     write_json(out / "policy.json", policy.to_dict())
 
 
-def _made_of(config: "Config") -> dict[str, Any]:
+def _made_of(config: Config) -> dict[str, Any]:
     """What the traces depend on: fingerprints and settings."""
     settings = {f"policy.{name}": getattr(config.policy, name) for name in TRACED}
     return fingerprints_of(config, INPUTS) | settings | {"target.dtype": config.target.dtype}
 
 
-def _prompts(config: "Config") -> list[Tensor]:
+def _prompts(config: Config) -> list[Tensor]:
     settings = config.policy
     path = Path(config.run_dir) / "data" / "samples.jsonl"
     samples = read_samples(path, "calibration")[: settings.prompts]
@@ -280,7 +279,7 @@ def _check_enough(settings: CalibrateConfig, rounds: int) -> None:
         )
 
 
-def _engine(config: "Config") -> GraftEngine:
+def _engine(config: Config) -> GraftEngine:
     run_dir = Path(config.run_dir)
     head = load_head(run_dir / "head")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)

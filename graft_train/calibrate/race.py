@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from graft_inference import GraftEngine, Plan
 from graft_train.calibrate.latency import RoundTimer
-from graft_train.stage import is_main
+from graft_train.processes import is_main
 
 BOOTSTRAP = 2000
 

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from graft_inference import Plan
 from graft_inference.files import replace_file
-from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.race import ratio
 from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.scale import calibration_error, drafted_scores, echo_scores, fit_scale, retrieved_scores
 from graft_train.calibrate.traces import Traces
-from graft_train.stage import say
+from graft_train.config.policy import CalibrateConfig
+from graft_train.processes import say
 
 PlanOf = Callable[[str, CalibrateConfig, Replays], Plan]
 POINTS = 4

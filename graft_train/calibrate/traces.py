@@ -28,7 +28,7 @@ from graft_inference.retrieval import SuccessorMatrix, Template
 from graft_inference.sampling import Noise, Sampler
 from graft_inference.target import TargetOutput
 from graft_inference.tree import DraftTree, Source, merge
-from graft_train.stage import is_main
+from graft_train.processes import is_main
 
 
 @dataclass

@@ -1,7 +1,10 @@
 """Bad records: either the first one stops the work, or all are left out and counted."""
 
+from typing import Self
+
 from graft_inference.errors import GraftError
-from graft_train.stage import say
+from graft_train.config.data import DataConfig
+from graft_train.processes import say
 
 SHOWN = 5
 
@@ -19,6 +22,10 @@ class BadRecords:
         self.skip = skip
         self.complaints: list[str] = []
         self.count = 0
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Self:
+        return cls(config.on_error == "skip")
 
     def add(self, error: BadRecord) -> None:
         """Raises `error`, or counts it."""

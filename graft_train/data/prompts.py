@@ -7,11 +7,12 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from graft_inference.errors import GraftError
+from graft_train.config.data import DataConfig
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.chat import Chat
-from graft_train.data.documents import DataConfig, Document, Documents, document_settings
+from graft_train.data.documents import Document, Documents, document_settings
 from graft_train.data.samples import Sample
-from graft_train.stage import say
+from graft_train.processes import say
 
 # A window's tokens are found within this many characters each; longer tokens are hardly ever that long.
 CHARACTERS_PER_TOKEN = 16
@@ -66,7 +67,7 @@ def build_prompts(
         return [Prompt(f"{document.id}@{start}", ids, document.place)] if usable else []
 
     starts = [(index, start) for index in range(len(documents)) for start in _starts(documents[index], data)]
-    bad = data.new_bad_records()
+    bad = BadRecords.of(data)
     prompts = list(islice(_mixed(starts, documents, data, seed, make, bad), count))
     bad.report(f"{len(documents)} documents")
     if cut or left_out:
@@ -121,7 +122,7 @@ def answered_samples(
     Raises:
         GraftError: no conversation has an answer, or, unless data.on_error=skip, one of them has none.
     """
-    made, cut, bad = 0, 0, data.new_bad_records()
+    made, cut, bad = 0, 0, BadRecords.of(data)
 
     def make(place: tuple[int, int]) -> list[Sample]:
         nonlocal cut

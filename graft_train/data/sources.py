@@ -3,7 +3,6 @@
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,26 +30,6 @@ FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow", ".gz", ".csv", ".txt")
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 CARD = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct)\b", re.I)
 """Names of text files that tell about the records beside them."""
-
-
-@dataclass(kw_only=True)
-class Source:
-    """One of several sources.
-
-    Attributes:
-        path: as data.path.
-        weight: its share of the prompts, relative to the other weights; one that runs out leaves the rest
-            to the others.
-        hub_split: which split of a data set from the Hub is read; null means data.hub_split.
-    """
-
-    path: str
-    weight: float = 1.0
-    hub_split: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise GraftError(f"the weight of the source {self.path} must be positive, not {self.weight}")
 
 
 def rows_of(path: str, glob: str, hub_split: str, hub_subset: str | None, streamed: int | None) -> Iterator[Row]:

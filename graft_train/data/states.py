@@ -12,13 +12,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from graft_inference.attention import as_bias, explicit_attention
 from graft_inference.errors import GraftError
 from graft_inference.target import is_parallel
+from graft_train.config.target import DTYPES
 from graft_train.data.sharded import is_shared, whole
-from graft_train.data.target import DTYPES
 
 CHUNK = 2048
 """Positions whose logits over the whole vocabulary exist at a time."""
 
-FLOATS = set(DTYPES.values())
+FLOATS = {getattr(torch, name) for name in DTYPES}
 ATTENTION = "graft_documents"
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 

@@ -1,8 +1,7 @@
 """The target and its tokenizer: any transformers causal language model."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,83 +16,45 @@ from transformers import (
 from graft_inference.bundle import check_whole
 from graft_inference.device import without_plans
 from graft_inference.errors import GraftError
-from graft_train.data.gguf import dequantised, is_gguf
+from graft_train.config import Config
+from graft_train.config.target import TargetConfig
 from graft_train.data.sharded import load_zero3
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
 
 UNREAD = ["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"]
 """Other copies of a model's weights, which are not downloaded."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(slots=True)
-class TargetConfig:
-    """Which model is accelerated.
-
-    Attributes:
-        name_or_path: a local directory, a GGUF file or a Hub id; null means the one that `pretrain_target` made.
-        gguf_file: which GGUF file of that directory or Hub repository is the target. It is dequantised once, in
-            `dtype`, into the run directory.
-        dtype: float32, bfloat16 or float16.
-        device: auto (CUDA where there is one, else the CPU), or a device as torch writes it.
-        device_map: "auto" spreads a target that is larger than one GPU over all that the process sees.
-        tp_plan: "auto" lets the processes that torchrun started compute it together, in `calibrate` and `evaluate`;
-            for `distill` see `head.shard_target`.
-    """
-
-    name_or_path: str | None = None
-    gguf_file: str | None = None
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    device_map: str | None = None
-    tp_plan: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise GraftError(f"target.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
-        if self.gguf_file is not None and (self.name_or_path is None or not is_gguf(self.gguf_file)):
-            raise GraftError(f"target.gguf_file={self.gguf_file} must name a .gguf file of target.name_or_path")
-        if self.device_map not in (None, "auto"):
-            raise GraftError(f"target.device_map={self.device_map} must be auto or null")
-        if self.tp_plan not in (None, "auto"):
-            raise GraftError(f"target.tp_plan={self.tp_plan} must be auto or null")
-
-
-def target_path(config: "Config") -> Path:
-    """The target's local directory; one named by its Hub id is downloaded first, a GGUF file dequantised.
+def target_path(config: Config) -> Path:
+    """The target's local directory; one named by its Hub id is downloaded first.
 
     Raises:
-        GraftError: neither a directory nor a model that the Hub has, or a GGUF file that is none.
+        GraftError: neither a directory nor a model that the Hub has.
     """
-    name, file = config.target.name_or_path, config.target.gguf_file
+    name = config.target.name_or_path
     if name is None:
         return Path(config.run_dir) / "target"
-    local = Path(name).expanduser()
-    if is_gguf(name):
-        return dequantised(config, local)
-    if local.is_dir():
-        return dequantised(config, local / file) if file else local
-    from huggingface_hub import hf_hub_download, snapshot_download
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
 
     try:
-        if file:
-            return dequantised(config, Path(hf_hub_download(name, file)))
         return Path(snapshot_download(name, ignore_patterns=UNREAD))
     except (OSError, ValueError) as error:
-        if isinstance(error, GraftError):
-            raise
-        what = f"target.name_or_path={name}" + (f" with target.gguf_file={file}" if file else "")
-        raise GraftError(f"{what} is neither a local directory nor a model on the Hub: {error}") from error
+        raise GraftError(
+            f"target.name_or_path={name} is neither a local directory nor a model on the Hub: {error}"
+        ) from error
 
 
-def text_config(config: "Config") -> Any:
+def dtype_of(settings: TargetConfig) -> torch.dtype:
+    return getattr(torch, settings.dtype)
+
+
+def text_config(config: Config) -> Any:
     """The configuration of the target's language model, without its weights."""
     return AutoConfig.from_pretrained(target_path(config)).get_text_config()
 
 
-def refuse_several_spread(config: "Config", processes: int) -> None:
+def refuse_several_spread(config: Config, processes: int) -> None:
     """Raises GraftError where each of several processes would spread a whole target over the same devices."""
     if config.target.device_map and processes > 1:
         raise GraftError(
@@ -103,7 +64,7 @@ def refuse_several_spread(config: "Config", processes: int) -> None:
         )
 
 
-def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
+def load_target(config: Config, shard: str | None = None) -> PreTrainedModel:
     """The target in evaluation mode, frozen, on its device or devices. One that is quantised stays so.
 
     Args:
@@ -120,7 +81,7 @@ def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
             f"head.shard_target={shard} and target.device_map={spread} exclude each other; set target.device_map=null"
         )
     settings: dict[str, Any] = {
-        "dtype": DTYPES[config.target.dtype],
+        "dtype": dtype_of(config.target),
         "use_safetensors": True,
         "output_loading_info": True,
     }
@@ -147,7 +108,7 @@ def load_target(config: "Config", shard: str | None = None) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(config: "Config") -> PreTrainedTokenizerBase:
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The target's tokenizer, padding on the left as generation needs it.
 
     Raises:
@@ -179,7 +140,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _existing(config: "Config") -> Path:
+def _existing(config: Config) -> Path:
     path = target_path(config)
     if not (path / "config.json").is_file():
         raise GraftError(

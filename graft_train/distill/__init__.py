@@ -32,7 +32,8 @@ from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
 from graft_train.files import write_json
-from graft_train.stage import fingerprint_of, run_stage, say
+from graft_train.processes import say
+from graft_train.stage import fingerprint_of, run_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,7 +8,7 @@ from torch import Tensor
 from graft_inference import GraftError
 from graft_train.data.samples import Sample
 from graft_train.distill.layout import Layout, make_layout
-from graft_train.stage import say
+from graft_train.processes import say
 
 OPEN_BATCHES = 64
 """Batches that still take rows while packing; more would fill little better, and slower."""

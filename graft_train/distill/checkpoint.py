@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from graft_inference import GraftError
 from graft_inference.draft_head import DraftHead
 from graft_train.distill.parallel import zero_stage
-from graft_train.files import sync_tree, write_json
+from graft_train.files import DENIED, sync_tree, write_json
 
 IDENTITY = "identity.json"
 
@@ -37,6 +37,8 @@ def save_checkpoint(accelerator: Accelerator, head: DraftHead, directory: Path, 
             sync_tree(aside)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if getattr(error, "errno", None) in DENIED:
+            raise  # `told` knows what helps
         found = checkpoints(directory)
         kept = f"{found[-1].name} is intact" if found else "there was none before it"
         raise GraftError(

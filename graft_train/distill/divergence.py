@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from graft_inference import GraftError
-
-LOSSES = ("forward_kl", "reverse_kl", "total_variation", "survival")
+from graft_train.config.head import LOSSES
 
 
 def divergence(name: str, teacher_CD: Tensor, logp_CKD: Tensor) -> tuple[Tensor, Tensor]:

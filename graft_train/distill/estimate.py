@@ -10,7 +10,7 @@ import torch
 
 from graft_inference import GraftError
 from graft_inference.draft_head import DraftHead
-from graft_train.distill.config import HeadTrainConfig
+from graft_train.config.head import HeadTrainConfig
 from graft_train.distill.loss import CHUNK
 
 OOM_ADVICE = "lower head.batch_tokens or head.max_length, then head.unroll_steps or head.draft_vocab_size"

@@ -10,8 +10,8 @@ from graft_inference import GraftError
 from graft_inference.bundle import resolve
 from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
 from graft_inference.head_checkpoint import load_head
+from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TappedTarget
-from graft_train.distill.config import HeadTrainConfig
 
 
 def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadConfig:

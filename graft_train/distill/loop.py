@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from graft_inference import GraftError
 from graft_inference.draft_head import DraftHead
+from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TappedTarget, TargetStates
 from graft_train.distill.batches import Batch, Row, collate, pack, plan_batches
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
-from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.layout import Layout
 from graft_train.distill.loss import (
     StepSums,

@@ -12,7 +12,7 @@ from graft_inference.target import Target, check_supported, max_positions
 from graft_train.data.sharded import whole
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import Row
-from graft_train.stage import say
+from graft_train.processes import say
 
 
 def held_out_prompts(target: TappedTarget, rows: list[Row], chosen: list[int], count: int, tokens: int) -> list[Tensor]:

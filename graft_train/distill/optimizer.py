@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from graft_train.distill.config import HeadTrainConfig
+from graft_train.config.head import HeadTrainConfig
 
 
 def make_optimizers(head: nn.Module, settings: HeadTrainConfig) -> list[torch.optim.Optimizer]:

@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from graft_inference import GraftError
 from graft_train.accelerator import is_set, new_accelerator
-from graft_train.distill.config import HeadTrainConfig
+from graft_train.config.head import HeadTrainConfig
 
 
 def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Accelerator:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from graft_train.distill.config import HeadTrainConfig
+from graft_train.config.head import HeadTrainConfig
 from graft_train.distill.loss import StepSums
 from graft_train.files import write_text
 

@@ -25,10 +25,9 @@ from tqdm import tqdm
 from graft_inference import GraftError
 from graft_inference.files import replace_file
 from graft_train.data.states import TappedTarget, TargetStates
-from graft_train.data.target import DTYPES
 from graft_train.distill.batches import Batch, Row, pack
 from graft_train.files import remove, sweep, sync_tree, told, write_json
-from graft_train.stage import say
+from graft_train.processes import say
 
 StateSource = Callable[[Batch], TargetStates]
 INDEX = "index.json"
@@ -97,7 +96,10 @@ def disk_states(
         GraftError: the states there are of another target, tokenizer or samples, the disk is too small, or `top` is
             more than there is.
     """
-    stored, known = DTYPES[dtype] if dtype else target.model.dtype, target.model.config.get_text_config().vocab_size
+    stored, known = (
+        getattr(torch, dtype) if dtype else target.model.dtype,
+        target.model.config.get_text_config().vocab_size,
+    )
     if top is not None and top > known:
         raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
     identity = {

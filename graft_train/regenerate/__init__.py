@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -12,25 +12,24 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from graft_inference import GraftError
 from graft_inference.files import replace_file
 from graft_inference.target import max_positions
+from graft_train.config import Config
+from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.chat import Chat
 from graft_train.data.documents import of_split, read_documents
 from graft_train.data.preview import show
 from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings, room_for_prompts
 from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
 from graft_train.data.target import load_tokenizer, target_path, text_config
-from graft_train.regenerate.config import RegenerateConfig
+from graft_train.processes import say
 from graft_train.regenerate.in_process import answer_in_process
-from graft_train.stage import run_stage, say
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
+from graft_train.stage import run_stage
 
 __all__ = ["RegenerateConfig", "regenerate"]
 PREVIEWED = 256
 """Samples whose share of trained tokens is shown."""
 
 
-def regenerate(config: "Config") -> Path:
+def regenerate(config: Config) -> Path:
     """Writes `data/samples.jsonl`; see `data/samples.py` for a line's fields.
 
     Raises:
@@ -53,7 +52,7 @@ def regenerate(config: "Config") -> Path:
     return run_stage(config, "regenerate", "data", settings, ["target"], lambda out: _build(config, out))
 
 
-def _build(config: "Config", out: Path) -> None:
+def _build(config: Config, out: Path) -> None:
     settings, path = config.regenerate, out / "samples.jsonl"
     work = _Work(config)
     held_out = [
@@ -83,7 +82,7 @@ def _write_answered(path: Path, samples: Iterator[Sample]) -> None:
 class _Work:
     """Documents, template and limits, read once."""
 
-    def __init__(self, config: "Config") -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         path, settings, target_config = target_path(config), config.regenerate, text_config(config)
         tokenizer = load_tokenizer(config)
@@ -119,7 +118,7 @@ def end_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])}
 
 
-def _preview(config: "Config") -> None:
+def _preview(config: Config) -> None:
     """Shows what there is: samples of a finished or interrupted run, the data's own answers, or prompts."""
     tokenizer, run = load_tokenizer(config), Path(config.run_dir)
     for path in (run / "data" / "samples.jsonl", run / "data.partial" / "samples.jsonl"):

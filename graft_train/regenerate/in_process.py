@@ -3,25 +3,22 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from graft_train.config import Config
 from graft_train.data.prompts import Prompt
 from graft_train.data.samples import Sample, answered, append_samples, parse_sample
 from graft_train.data.target import load_target
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
-
 
 PAD = 0
 """Fills up shorter prompts, unseen. Every target has it, while a tokenizer's own may lack an embedding."""
 
 
-def answer_in_process(prompts: list[Prompt], path: Path, config: "Config", end_ids: set[int]) -> None:
+def answer_in_process(prompts: list[Prompt], path: Path, config: Config, end_ids: set[int]) -> None:
     """Appends the target's answers to `path`, whole batches at a time, from the first that is not there.
 
     Args:
@@ -69,7 +66,7 @@ def drop_torn_batch(path: Path, sizes: list[int]) -> int:
 
 
 @torch.inference_mode()
-def answer(model: Any, batch: list[Prompt], number: int, config: "Config") -> list[Sample]:
+def answer(model: Any, batch: list[Prompt], number: int, config: Config) -> list[Sample]:
     """The target's answers to one batch. Its seed follows from its number: a resumed run is the same."""
     settings = config.regenerate
     temperature = settings.temperatures[number % len(settings.temperatures)]

@@ -16,13 +16,13 @@ import httpx2
 from tqdm import tqdm
 
 from graft_inference.errors import GraftError
+from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.chat import Chat
 from graft_train.data.prompts import Prompt
 from graft_train.data.samples import answered, parse_sample, to_line
-from graft_train.regenerate.config import RegenerateConfig
+from graft_train.processes import say
 from graft_train.regenerate.in_process import until_end
-from graft_train.stage import say
 
 PAUSE_SECONDS = 1.0
 """Before the second attempt; doubled before each later one, up to a minute."""

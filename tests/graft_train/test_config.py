@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from graft_inference import GraftError
-from graft_train.config import Config, register, to_config
-from graft_train.data.sources import Source
+from graft_train.config import Config
+from graft_train.config.data import Source
+from graft_train.recipe import register, to_config
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "quickstart")

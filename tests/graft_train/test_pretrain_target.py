@@ -10,9 +10,10 @@ import torch
 import graft_train.pretrain_target as module
 from graft_inference import GraftError
 from graft_train.config import Config
-from graft_train.data.documents import DataConfig
-from graft_train.data.target import TargetConfig
-from graft_train.pretrain_target import PretrainConfig, batch_rows, pretrain_target, rate
+from graft_train.config.data import DataConfig
+from graft_train.config.pretrain_target import PretrainConfig
+from graft_train.config.target import TargetConfig
+from graft_train.pretrain_target import batch_rows, pretrain_target, rate
 from tests.graft_train.distill.ranks import environment, torchrun
 from tests.graft_train.tiny_run import tiny_config, write_sources
 

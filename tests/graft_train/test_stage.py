@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from graft_inference.errors import GraftError
-from graft_train.data.target import TargetConfig
+from graft_train.config.target import TargetConfig
 from graft_train.stage import run_stage
 
 

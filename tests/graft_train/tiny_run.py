@@ -6,13 +6,13 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graft_train.build_corpus import CorpusConfig
-from graft_train.calibrate.config import CalibrateConfig
 from graft_train.config import Config
-from graft_train.data.documents import DataConfig
-from graft_train.data.target import TargetConfig
-from graft_train.distill.config import HeadTrainConfig
+from graft_train.config.data import DataConfig
+from graft_train.config.head import HeadTrainConfig
+from graft_train.config.policy import CalibrateConfig
+from graft_train.config.pretrain_target import PretrainConfig
+from graft_train.config.target import TargetConfig
 from graft_train.evaluate import EvaluateConfig
-from graft_train.pretrain_target import PretrainConfig
 from graft_train.regenerate import RegenerateConfig
 
 WORDS = ("alpha", "beta", "gamma", "delta", "for", "return", "if", "value", "index", "self")

@@ -16,8 +16,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import equal
 
-from graft_train.cli import STAGES, main
+from graft_train.cli import main
 from graft_train.config import Config
+from graft_train.road import STAGES
 from tests.graft_train.tiny_run import tiny_config, write_sources
 
 ROOT = Path(__file__).parents[2]

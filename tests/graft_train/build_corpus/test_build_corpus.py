@@ -13,7 +13,7 @@ from graft_inference import GraftError
 from graft_inference.bundle import load_ngrams, load_successors
 from graft_train.build_corpus import build_corpus, describe_corpus, gather_runs, pairs, write_tables
 from graft_train.build_corpus.captured import find_captured
-from graft_train.build_corpus.config import CorpusConfig
+from graft_train.config.corpus import CorpusConfig
 from graft_train.data.samples import Sample, answered, append_samples, read_samples
 from graft_train.data.states import TappedTarget
 from graft_train.data.target import load_target

@@ -15,12 +15,12 @@ from graft_inference.device import warn_if_elsewhere
 from graft_inference.head_checkpoint import save_head
 from graft_train import calibrate as module
 from graft_train.calibrate import calibrate
-from graft_train.calibrate.config import CalibrateConfig
 from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.race import ratio
 from graft_train.config import Config
+from graft_train.config.policy import CalibrateConfig
+from graft_train.config.target import TargetConfig
 from graft_train.data.samples import Sample, append_samples
-from graft_train.data.target import TargetConfig
 from graft_train.device import describe_device
 from graft_train.files import write_json
 from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_head, tiny_model

@@ -5,8 +5,8 @@ import datasets
 import pytest
 
 from graft_inference.errors import GraftError
-from graft_train.data.documents import DataConfig, document_settings, of_split, read_documents, split_of
-from graft_train.data.sources import Source
+from graft_train.config.data import DataConfig, Source
+from graft_train.data.documents import document_settings, of_split, read_documents, split_of
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 

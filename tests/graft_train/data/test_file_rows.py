@@ -8,7 +8,8 @@ import pyarrow
 import pytest
 
 from graft_inference.errors import GraftError
-from graft_train.data.documents import DataConfig, read_documents
+from graft_train.config.data import DataConfig
+from graft_train.data.documents import read_documents
 
 
 def chat(number):

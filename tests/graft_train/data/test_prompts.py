@@ -6,10 +6,10 @@ import pytest
 from tokenizers import processors
 
 from graft_inference.errors import GraftError
+from graft_train.config.data import DataConfig, Source
 from graft_train.data.chat import Chat
-from graft_train.data.documents import DataConfig, read_documents
+from graft_train.data.documents import read_documents
 from graft_train.data.prompts import answered_samples, build_prompts, in_proportion, room_for_prompts
-from graft_train.data.sources import Source
 from tests.graft_train.tiny_chat import MARKED, PLAIN, word_tokenizer, words
 
 

@@ -22,16 +22,17 @@ from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.target import Target
 from graft_train import distill as stage_module
 from graft_train.config import Config
+from graft_train.config.head import HeadTrainConfig
+from graft_train.config.target import TargetConfig
 from graft_train.data import target as target_module
 from graft_train.data.chat import spans
 from graft_train.data.samples import answered, append_samples
 from graft_train.data.states import TappedTarget
-from graft_train.data.target import TargetConfig, load_target
+from graft_train.data.target import load_target
 from graft_train.distill import distill, loop
 from graft_train.distill import estimate as estimate_module
 from graft_train.distill.batches import collate, hold_out, to_rows
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
-from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.loop import start_training, train_step
 from graft_train.distill.loss import StepMetrics, reference_loss
 from graft_train.distill.measure import measure_tau

@@ -7,9 +7,9 @@ import torch
 
 from graft_inference import GraftError
 from graft_train import distill as stage_module
+from graft_train.config.head import HeadTrainConfig
 from graft_train.data.target import load_target
 from graft_train.distill import distill
-from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.parallel import make_accelerator
 
 from .test_distill import make_run

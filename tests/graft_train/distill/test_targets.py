@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from graft_inference import GraftError
+from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import collate, to_rows
-from graft_train.distill.config import HeadTrainConfig
 from graft_train.distill.head import head_config, new_head
 from graft_train.distill.loss import distillation_loss, final_state_teacher, taught_positions
 from graft_train.distill.unroll import unroll

@@ -9,9 +9,9 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from graft_inference.errors import GraftError
 from graft_train.config import Config
-from graft_train.data.documents import DataConfig
+from graft_train.config.data import DataConfig
+from graft_train.config.target import TargetConfig
 from graft_train.data.samples import read_samples
-from graft_train.data.target import TargetConfig
 from graft_train.distill.batches import to_rows
 from graft_train.regenerate import RegenerateConfig, regenerate
 from tests.graft_train.regenerate.server import Server, answer_to, serving

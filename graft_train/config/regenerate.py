@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graft_inference.errors import GraftError
-from graft_train.bounds import check_least
+from graft_train.config.bounds import check_least
 
 
 @dataclass(slots=True, kw_only=True)

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from graft_inference import GraftError
-from graft_train.distill.divergence import LOSSES
+from graft_inference.errors import GraftError
 
+LOSSES = ("forward_kl", "reverse_kl", "total_variation", "survival")
 POSITIVE = (
     "intermediate_size",
     "draft_vocab_size",

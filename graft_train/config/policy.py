@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from graft_inference import GraftError
-from graft_train.bounds import check_least
+from graft_inference.errors import GraftError
+from graft_train.config.bounds import check_least
 
 KINDS = ("learned", "paper", "prune_only", "retrieve_only")
 

@@ -1,21 +1,20 @@
-"""The one configuration every recipe composes, so that a misspelt key fails at once in all of them."""
+"""The one configuration every recipe composes, so that a misspelt key fails at once in all of them.
+
+Each section is a dataclass of its own. They import nothing of the package, so that whatever works by them may.
+"""
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
 
 from graft_inference.errors import GraftError
-from graft_train.build_corpus import CorpusConfig
-from graft_train.calibrate.config import CalibrateConfig
-from graft_train.data.documents import DataConfig
-from graft_train.data.target import TargetConfig
-from graft_train.distill.config import HeadTrainConfig
-from graft_train.evaluate import EvaluateConfig
-from graft_train.export import ExportConfig
-from graft_train.pretrain_target import PretrainConfig
-from graft_train.regenerate import RegenerateConfig
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from graft_train.config.corpus import CorpusConfig
+from graft_train.config.data import DataConfig
+from graft_train.config.evaluation import EvaluateConfig
+from graft_train.config.export import ExportConfig
+from graft_train.config.head import HeadTrainConfig
+from graft_train.config.policy import CalibrateConfig
+from graft_train.config.pretrain_target import PretrainConfig
+from graft_train.config.regenerate import RegenerateConfig
+from graft_train.config.target import TargetConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,21 +52,3 @@ def setting_names() -> list[str]:
         else:
             names.append(group.name)
     return names
-
-
-def register() -> None:
-    """Makes the schema known to Hydra; recipes call it before composing."""
-    from hydra.core.config_store import ConfigStore  # here, as the stages alone do not need Hydra
-
-    ConfigStore.instance().store(name="schema", node=Config)
-
-
-def to_config(composed: "DictConfig") -> Config:
-    """The composed values as dataclasses, once, at the edge."""
-    from omegaconf import OmegaConf
-
-    try:
-        values: Any = OmegaConf.to_object(composed)
-    except (AttributeError, TypeError) as error:  # what `+key=value` added
-        raise GraftError(f"a setting that does not exist was added with +: {error}") from error
-    return values

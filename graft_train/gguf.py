@@ -1,18 +1,18 @@
 """Targets in GGUF files: dequantised once into the run directory, where every stage reads them like any other."""
 
 import hashlib
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
 from graft_inference.errors import GraftError
-
-if TYPE_CHECKING:
-    from graft_train.config import Config
+from graft_train.config import Config
+from graft_train.stage import run_stage
 
 SUFFIX = ".gguf"
 PLAIN = {"default", "gpt2", "gpt-2", "smollm"}
@@ -22,31 +22,32 @@ SAME = {"attention.key_length", "attention.value_length", "rope.dimension_count"
 TOKENIZER = "tokenizer.json"
 
 
-def is_gguf(name: str | None) -> bool:
-    return name is not None and Path(name).suffix == SUFFIX
-
-
-def dequantised(config: "Config", file: Path) -> Path:
-    """The directory of the run that holds this file's model, made now where it is not there.
+def with_directory(config: Config) -> Config:
+    """The same configuration, whose target is the run's directory that holds the GGUF file's model, if it was one.
 
     Raises:
         GraftError: names the file: it is missing, damaged, or says something that transformers would not compute.
     """
+    target, name = config.target, config.target.name_or_path
+    if name is None or (target.gguf_file is None and Path(name).suffix != SUFFIX):
+        return config
+    file = _found(Path(name).expanduser(), target.gguf_file)
+    settings = {"gguf": file.name, "contents": _contents(file), "dtype": target.dtype}
+    made = run_stage(config, "dequantise", "target", settings, [], lambda out: dequantise(file, out, target.dtype))
+    return replace(config, target=replace(target, name_or_path=str(made), gguf_file=None))
+
+
+def _found(place: Path, name: str | None) -> Path:
+    """The file itself, in a directory, or of a Hub repository."""
+    file = place / name if name and place.is_dir() else place
+    if name and not place.is_dir():
+        try:
+            file = Path(hf_hub_download(str(place), name))
+        except (OSError, ValueError) as error:
+            raise GraftError(f"target.gguf_file={name} is in no repository {place} of the Hub: {error}") from error
     if not file.is_file():
         raise GraftError(f"{file} does not exist: give target.name_or_path a GGUF file or a model's directory")
-    return _made(config.run_dir, file.resolve(), config.target.dtype)
-
-
-@cache
-def _made(run_dir: str, file: Path, dtype: str) -> Path:
-    """Once a process, as every stage asks."""
-    from graft_train.config import Config  # here, as configuration and stages ask for the target's path themselves
-    from graft_train.data.target import TargetConfig
-    from graft_train.stage import run_stage
-
-    config = Config(run_dir=run_dir, target=TargetConfig(dtype=dtype))
-    settings = {"gguf": file.name, "contents": _contents(file), "dtype": dtype}
-    return run_stage(config, "dequantise", "target", settings, [], lambda out: dequantise(file, out, dtype))
+    return file.resolve()
 
 
 def dequantise(file: Path, out: Path, dtype: str) -> None:

@@ -1,6 +1,7 @@
 """Targets in GGUF files: the model and the tokenizer that were written into them, or a refusal by name."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graft_inference import GraftError
+from graft_train import gguf as module
 from graft_train.config import Config
-from graft_train.data import gguf as module
-from graft_train.data.target import TargetConfig, load_target, load_tokenizer, target_path
+from graft_train.config.target import TargetConfig
+from graft_train.data.target import load_target, load_tokenizer, target_path
 from tests.graft_inference.test_engine import prompt
 from tests.graft_inference.tiny import tiny_model
 from tests.graft_inference.tiny_bundle import tiny_tokenizer
@@ -20,18 +22,18 @@ from .tiny_gguf import CHAT, write_gguf
 TEXT = "the return\nof insert 12"
 
 
-@pytest.fixture(autouse=True)
-def _asked_anew():
-    module._made.cache_clear()
-
-
 def config_of(run_dir, file, **settings) -> Config:
     target = TargetConfig(**({"name_or_path": str(file), "dtype": "float32", "device": "cpu"} | settings))
     return Config(run_dir=str(run_dir), target=target)
 
 
+def path_of(config) -> Path:
+    return target_path(module.with_directory(config))
+
+
 def test_the_model_and_the_tokenizer_are_those_that_were_written(tmp_path):
     config = config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf"))
+    config = module.with_directory(config)
     model, tokenizer = load_target(config), load_tokenizer(config)
     assert target_path(config) == tmp_path / "run" / "target"
     torch.testing.assert_close(model(prompt(9)).logits, tiny_model("llama")(prompt(9)).logits, atol=1e-4, rtol=1e-4)
@@ -43,7 +45,7 @@ def test_the_model_and_the_tokenizer_are_those_that_were_written(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_quantised_file_is_dequantised_in_the_targets_dtype(tmp_path, dtype):
     config = config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", quantised=True), dtype=dtype)
-    weight = load_target(config).model.layers[2].mlp.up_proj.weight
+    weight = load_target(module.with_directory(config)).model.layers[2].mlp.up_proj.weight
     written = tiny_model("llama").model.layers[2].mlp.up_proj.weight
     assert str(weight.dtype) == f"torch.{dtype}"
     assert 0 < float((weight.float() - written).abs().max() / written.abs().max()) < 0.02
@@ -51,23 +53,21 @@ def test_a_quantised_file_is_dequantised_in_the_targets_dtype(tmp_path, dtype):
 
 def test_it_is_dequantised_once_and_known_by_its_contents(tmp_path, capsys):
     file = write_gguf(tmp_path / "tiny.gguf")
-    target_path(config_of(tmp_path / "run", file))
+    path_of(config_of(tmp_path / "run", file))
     assert "dequantise: finished" in capsys.readouterr().out
-    module._made.cache_clear()  # another process
-    target_path(config_of(tmp_path / "run", file))
+    path_of(config_of(tmp_path / "run", file))
     assert "dequantise: reusing" in capsys.readouterr().out
-    module._made.cache_clear()
     write_gguf(file, quantised=True)
     with pytest.raises(GraftError, match=r"target was made with other settings: contents"):
-        target_path(config_of(tmp_path / "run", file))
+        path_of(config_of(tmp_path / "run", file))
 
 
 def test_a_file_of_a_directory_is_named_beside_it(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
-    path = target_path(config_of(tmp_path / "run", tmp_path, gguf_file="tiny.gguf"))
+    path = path_of(config_of(tmp_path / "run", tmp_path, gguf_file="tiny.gguf"))
     assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size == 61
     with pytest.raises(GraftError, match=r"other\.gguf does not exist"):
-        target_path(config_of(tmp_path / "run", tmp_path, gguf_file="other.gguf"))
+        path_of(config_of(tmp_path / "run", tmp_path, gguf_file="other.gguf"))
     with pytest.raises(GraftError, match=r"target\.gguf_file=tiny\.bin must name a \.gguf file"):
         config_of(tmp_path / "run", tmp_path, gguf_file="tiny.bin")
 
@@ -83,29 +83,29 @@ def test_a_file_of_a_directory_is_named_beside_it(tmp_path):
 def test_what_transformers_would_leave_out_is_refused(tmp_path, said, message):
     config = config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", **said))
     with pytest.raises(GraftError, match=rf"tiny\.gguf: {message} would be left out"):
-        target_path(config)
+        path_of(config)
     assert not (tmp_path / "run" / "target").exists()
 
 
 def test_keys_that_say_what_is_computed_anyway_are_taken(tmp_path):
     said = {"rope__scaling__type": "none", "attention__key_length": 8, "attention__value_length": 8}
-    assert load_target(config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", **said)))
+    assert path_of(config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", **said)))
 
 
 def test_scaled_frequencies_are_refused(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": np.ones(4, dtype=np.float32)})
     with pytest.raises(GraftError, match="its RoPE is scaled"):
-        target_path(config_of(tmp_path / "run", file))
+        path_of(config_of(tmp_path / "run", file))
 
 
 def test_another_way_to_split_text_needs_the_original_tokenizer(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr(module, "PLAIN", set())
     with pytest.raises(GraftError, match=r"would not split text .*\(default\): put the original model"):
-        target_path(config_of(tmp_path / "run", file))
+        path_of(config_of(tmp_path / "run", file))
     other = tiny_tokenizer(extra="§")
     other.save_pretrained(tmp_path)
-    path = target_path(config_of(tmp_path / "run", file))
+    path = path_of(config_of(tmp_path / "run", file))
     assert AutoTokenizer.from_pretrained(path).get_vocab() == other.get_vocab()
 
 
@@ -115,19 +115,19 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     content = file.read_bytes()
     file.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
     with pytest.raises(GraftError, match=r"tiny\.gguf"):
-        target_path(config_of(tmp_path / "run", file))
+        path_of(config_of(tmp_path / "run", file))
 
 
 def test_an_unknown_architecture_is_named(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes().replace(b"llama", b"lhama"))
     with pytest.raises(GraftError, match=r"cannot read .*tiny\.gguf: .*lhama"):
-        target_path(config_of(tmp_path / "run", file))
+        path_of(config_of(tmp_path / "run", file))
 
 
 def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(GraftError, match="needs the package gguf: pip install gguf"):
-        target_path(config_of(tmp_path / "run", file))
+        path_of(config_of(tmp_path / "run", file))
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

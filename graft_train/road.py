@@ -1,0 +1,13 @@
+"""The stages of a run. Known without importing them, which takes seconds."""
+
+STAGES = {
+    "pretrain_target": "Pretrain the quickstart's small target.",
+    "regenerate": "Have the target answer the training prompts, or take the data's own answers.",
+    "distill": "Distil the draft head from the target.",
+    "build_corpus": "Build the tables that tokens are retrieved from.",
+    "calibrate": "Learn the policy from traces and this device's latencies.",
+    "export": "Put head, corpus and policy into one bundle, and push it to the Hub if asked.",
+    "evaluate": "Measure every method on held-out prompts, and check that output is unchanged.",
+}
+"""In the order in which they are run."""
+WHOLE_ROAD = "quickstart"
