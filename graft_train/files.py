@@ -19,7 +19,6 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 LOCKLESS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 """What file systems that know no locks answer."""
-TORCH_CANNOT_WRITE = r"inline_container\.cc.*(unexpected pos|failed writing|open file failed)"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,17 +129,19 @@ def told(directory: Path) -> Iterator[None]:
 
 def _refusal(error: Exception, directory: Path) -> str | None:
     """What a disk refused and what helps; None for any other error."""
-    code, run_dir = _errno(error), directory.absolute().parent
-    named = getattr(error, "filename", None)
+    code = _errno(error)
+    if code is None:
+        return None
+    reason, run_dir = os.strerror(code), directory.absolute().parent
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)  # where it was copied to, if it was
     path = Path(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else directory
     own = path.absolute() == run_dir or run_dir in path.absolute().parents or path.absolute() in run_dir.parents
     elsewhere = ", or use another run_dir" if own else ""
-    reason = os.strerror(code) if code else str(error).splitlines()[0]
-    if code in FULL or re.search(TORCH_CANNOT_WRITE, str(error)):
+    if code in FULL:
         return f"{path}: {reason}; free some space and run the same command again{elsewhere}"
     if code in DENIED:
         return f"{path}: {reason}; give this user the right to read and write it{elsewhere}"
-    if named and code and own:
+    if named and own:
         return f"{path}: {reason}; see what is there and whether something else changed it{elsewhere}"
     return None
 
@@ -148,5 +149,7 @@ def _refusal(error: Exception, directory: Path) -> str | None:
 def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))  # what is written in Rust raises kinds of its own
+    if re.search(r"inline_container\.cc.*(unexpected pos|failed writing)", str(error)):  # torch.save
+        return errno.ENOSPC
+    found = re.search(r"\(os error (\d+)\)", str(error))  # what is written in Rust
     return int(found[1]) if found else None
