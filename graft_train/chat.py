@@ -1,0 +1,280 @@
+"""`graft chat BUNDLE`: a conversation with the target, each token coloured by where it came from."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from graft_inference import GenerationStats, GraftEngine, GraftError, Request
+from graft_inference.bundle import recorded_target
+from graft_inference.chat_template import check_template, encode_chat, opening, template_variables
+from graft_inference.cli import load_engine
+
+with suppress(ImportError):
+    import readline  # noqa: F401  # edits and remembers what is typed, where there is one
+
+NAMES = {"drafted": "head", "lookup": "lookup", "matrix": "matrix", "bonus": "target", "prefill": "target"}
+"""What people call the sources of tokens."""
+STYLES = {"head": "green", "lookup": "magenta", "matrix": "cyan", "target": "default"}
+
+Show = Callable[[str, str], None]
+"""Is told the next piece of an answer, and the source of its last token."""
+Screen = Callable[[GenerationStats], AbstractContextManager[Show]]
+"""Shows one answer; the statistics change meanwhile."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """The options of the command, see its help."""
+
+    bundle: str
+    target: str | None
+    system: str | None
+    template_variable: tuple[str, ...]
+    temperature: float
+    seed: int | None
+    max_new_tokens: int
+    method: str
+    device: str
+    dtype: str
+    plain: bool
+
+
+def chat(options: ChatOptions) -> None:
+    """Runs the command; a mistake ends it with one line and status 2."""
+    try:
+        _talk(options)
+    except GraftError as error:
+        _say_error(error)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _talk(options: ChatOptions) -> None:
+    conversation = _conversation(options)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    screen = plain if options.plain or not is_terminal else coloured(Console())
+    for text in _turns(is_terminal):
+        match text.strip():
+            case "":
+                pass
+            case "/exit":
+                return
+            case "/new":
+                conversation.begin()
+                _say("a new conversation")
+            case _:
+                _answer(conversation, text, screen, is_terminal)
+
+
+def _conversation(options: ChatOptions) -> "Conversation":
+    """What can be told to be wrong is told before the target is loaded."""
+    variables = template_variables(options.template_variable)
+    Request.of(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    target = options.target or recorded_target(options.bundle)
+    try:
+        engine = load_engine(options.bundle, target, options.device, options.dtype, keep_prefix=True)
+    except GraftError as error:
+        remedy = "" if options.target else "; the bundle names this target, --target names another"
+        raise GraftError(f"{error}{remedy}") from error
+    check_template(engine.tokenizer, variables)
+    return Conversation(engine, options, variables)
+
+
+def _answer(conversation: "Conversation", text: str, screen: Screen, is_terminal: bool) -> None:
+    """A turn that goes wrong ends a pipe, and on a terminal that turn alone."""
+    try:
+        is_stopped = conversation.answer(text, screen)
+    except GraftError as error:
+        if not is_terminal:
+            raise
+        _say_error(error)
+    else:
+        if is_stopped and not is_terminal:
+            raise KeyboardInterrupt
+
+
+@dataclass
+class Conversation:
+    """What was said, and who answers.
+
+    Attributes:
+        variables: what the chat template is told beside the messages.
+    """
+
+    engine: GraftEngine
+    options: ChatOptions
+    variables: dict[str, Any]
+    messages: list[dict[str, str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Anew, with the system prompt alone."""
+        self.messages = opening(self.options.system)
+
+    def answer(self, text: str, screen: Screen) -> bool:
+        """One turn, which counts once something was answered; whether it was interrupted.
+
+        Raises:
+            GraftError: a text that the template refuses, or no room for an answer.
+        """
+        engine, options = self.engine, self.options
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt_S = encode_chat(engine.tokenizer, messages, self.variables)
+        room = engine.target.max_positions - len(prompt_S)
+        if room < 1:
+            raise GraftError(
+                f"with this turn the conversation has {len(prompt_S)} tokens, and the target's limit is "
+                f"{engine.target.max_positions}: /new begins a new one"
+            )
+        count, stats, spelling = min(room, options.max_new_tokens), GenerationStats(), Spelling(engine.tokenizer)
+        tokens = engine.stream(prompt_S, count, options.temperature, options.method, options.seed, stats)
+        with screen(stats) as show:
+            with closing(tokens), _interruptible() as interrupted:
+                for token in tokens:
+                    show(spelling.put(token), stats.sources[-1])
+                    if interrupted.is_set():
+                        break
+            show(spelling.end(), stats.sources[-1])
+        if interrupted.is_set():
+            _say("stopped")
+        elif stats.emitted == count and token not in engine.eos_token_ids:
+            _say("the target's limit is reached: /new" if count == room else f"cut: --max-new-tokens {count}")
+        if spelling.text:
+            self.messages = [*messages, {"role": "assistant", "content": spelling.text}]
+        return interrupted.is_set()
+
+
+class Spelling:
+    """Text of tokens, piece by piece; a character of several tokens comes with its last one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.text = ""
+        # A piece is what its tokens add to those of the piece before, as some tokenizers go by what precedes.
+        self._start = self._end = 0
+
+    def put(self, token: int) -> str:
+        """What can no longer change."""
+        self.ids.append(token)
+        piece = self._piece()
+        return "" if piece.endswith("\ufffd") else self._take(piece)
+
+    def end(self) -> str:
+        """What was held back, when no more tokens come."""
+        return self._take(self._piece())
+
+    def _piece(self) -> str:
+        before, after = self._decoded(self._end), self._decoded(len(self.ids))
+        return after[len(before) :]
+
+    def _decoded(self, end: int) -> str:
+        ids = self.ids[self._start : end]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _take(self, piece: str) -> str:
+        if piece:
+            self._start, self._end = self._end, len(self.ids)
+            self.text += piece
+        return piece
+
+
+@contextmanager
+def plain(stats: GenerationStats) -> Iterator[Show]:
+    """Text to stdout as it comes, the statistics to stderr."""
+    yield lambda piece, source: print(piece, end="", flush=True)
+    print(flush=True)
+    _say(figures(stats).plain)
+
+
+def coloured(console: Console) -> Screen:
+    """Whole lines scroll by; the one that grows, and the statistics beneath it, are drawn anew as tokens come."""
+    legend = [part for name, style in STYLES.items() for part in ((name, style), " ")]
+    console.print(Text.assemble("tokens by source: ", *legend))
+
+    @contextmanager
+    def screen(stats: GenerationStats) -> Iterator[Show]:
+        line = Text()
+        with Live(console=console, refresh_per_second=12) as live:
+
+            def show(piece: str, source: str) -> None:
+                nonlocal line
+                whole, line = _lines(line + Text(piece.expandtabs(4), STYLES[NAMES[source]]), console)
+                for one in whole:
+                    console.print(one)
+                live.update(Group(*[line] if line else [], figures(stats)))
+
+            yield show
+
+    return screen
+
+
+def _lines(text: Text, console: Console) -> tuple[list[Text], Text]:
+    """Lines of the console's width that can no longer change, and the rest of the text."""
+    *whole, last = text.wrap(console, console.width) or [text]
+    # Wrapping strips the space at its end, which the rest still needs.
+    return whole, text[text.plain.rindex(last.plain) :] if whole else text
+
+
+def figures(stats: GenerationStats) -> Text:
+    """What the speculation did, in one line."""
+    counts = {NAMES[source]: count for source, count in stats.accepted.items()}
+    counts["target"] += stats.sources.count("prefill")
+    sources = [part for name, style in STYLES.items() for part in ((f"{name} {counts[name]}", style), " ")]
+    speed = f"{stats.tokens_per_second:.1f} tokens/s, acceptance length {stats.tau:.2f} | "
+    kept = f"| {stats.reused} kept"
+    return Text.assemble((speed, "dim"), *sources, (kept, "dim"), no_wrap=True, overflow="ellipsis")
+
+
+def _turns(is_terminal: bool) -> Iterator[str]:
+    try:
+        yield from _typed() if is_terminal else (line.rstrip("\n") for line in sys.stdin)
+    except UnicodeDecodeError as error:
+        raise GraftError(f"stdin is no {error.encoding} text: {error}") from error
+
+
+def _typed() -> Iterator[str]:
+    """Until Ctrl-D; Ctrl-C gives up a line."""
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+@contextmanager
+def _interruptible() -> Iterator[Event]:
+    """Ctrl-C sets the event, between two tokens; a second one interrupts as ever."""
+    interrupted = Event()
+
+    def note(*_: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _say_error(error: GraftError) -> None:
+    _say(f"error: {' '.join(str(error).split())}")
