@@ -1,9 +1,9 @@
 """Strict JSON: what Python's own reader lets through and no prompt can hold is a bad record."""
 
 import json
-import math
 from typing import Any
 
+from graft_inference.files import DECODER
 from graft_train.data.bad_records import BadRecord
 
 # Far beyond any record; what walks through one takes a few frames of Python's stack a level.
@@ -76,21 +76,3 @@ def _deeper(depth: int, what: str) -> int:
     if not depth:
         raise BadRecord(f"{what} nests lists and objects more than {DEEPEST} deep")
     return depth - 1
-
-
-def _number(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"{digits} is no number of JSON")
-    return number
-
-
-def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(items)
-    if len(made) < len(items):
-        keys = [key for key, _ in items]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return made
-
-
-DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_number, object_pairs_hook=_object)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -35,24 +35,34 @@ def read_json(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """JSON as the standard has it. Python also takes NaN and Infinity, and makes infinity of 1e999.
+    """JSON as the standard has it.
 
     Raises:
-        ValueError: another text, or one nested too deeply to be read.
+        ValueError: another text, two values under one key, or one nested too deeply to be read.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+def _number(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits} is no number of JSON")
+    return number
 
 
-def _finite(digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else _refuse(digits)
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(items)
+    if len(made) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return made
+
+
+DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_number, object_pairs_hook=_object)
+"""Python's own takes NaN and Infinity, makes infinity of 1e999, and keeps the last of two values under one key."""
 
 
 def read_safetensors(path: Path, remedy: str = REMEDY) -> dict[str, Tensor]:
