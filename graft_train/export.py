@@ -4,9 +4,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -17,14 +16,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import graft_inference
 from graft_inference import METHODS, GraftError, Policy
 from graft_inference.bundle import describe_target, load_bundle, read_json
-
-from .data.target import load_tokenizer, target_path, text_config
-from .files import only_one, told, write_json, write_text
-from .report import asked_of
-from .stage import RECORD, is_main, run_stage, say
-
-if TYPE_CHECKING:
-    from .config import Config
+from graft_train.config import Config
+from graft_train.data.target import load_tokenizer, target_path, text_config
+from graft_train.files import only_one, told, write_json, write_text
+from graft_train.processes import is_main, say
+from graft_train.report import asked_of, categories_of
+from graft_train.stage import RECORD, run_stage
 
 EVALUATION = "evaluation"
 """Of the run's own held-out prompts; those of another data set have its name behind it."""
@@ -79,22 +76,7 @@ print(tokenizer.decode(out.sequences[0]), out.stats.tau)
 """
 
 
-@dataclass(slots=True, kw_only=True)
-class ExportConfig:
-    """Attributes:
-    license: of the bundle, as the Hub names it; a head inherits its target's terms.
-    push_to_hub: whether to upload the bundle.
-    repo_id: where to, "you/name".
-    private: whether a repository that is new becomes a private one.
-    """
-
-    license: str = "apache-2.0"
-    push_to_hub: bool = False
-    repo_id: str | None = None
-    private: bool = True
-
-
-def export(config: "Config") -> Path:
+def export(config: Config) -> Path:
     """Writes `bundle/`, and pushes it if asked, newly made or reused.
 
     Raises:
@@ -177,7 +159,7 @@ def push(bundle: Path, repo_id: str, private: bool) -> str:
     return repo_id
 
 
-def _build(config: "Config", out: Path, final: Path) -> None:
+def _build(config: Config, out: Path, final: Path) -> None:
     run_dir = Path(config.run_dir)
     for file in ("config.json", "model.safetensors"):
         _copy(run_dir / "head" / file, out)
@@ -268,7 +250,14 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
             lines.append(f"| {name} | {found['tokens_per_second']:.1f} | {speedup} | {found['tau']:.2f} | {same} |")
     settings = evaluation.get("settings", {})
     asked = f"{settings['prompts']} {asked_of(settings)}, temperature {settings['temperature']}. " if settings else ""
-    return "\n".join([asked + _device_line(evaluation.get("device")), "", *lines])
+    return "\n".join([asked + _device_line(evaluation.get("device")), "", *lines, *_category_lines(evaluation)])
+
+
+def _category_lines(evaluation: dict[str, Any]) -> list[str]:
+    """graft's speed-ups in one line, where there are several categories."""
+    found = categories_of(evaluation)
+    speedups = ", ".join(f"{name} {found[name]['speedup']:.2f}x" for name in found)
+    return ["", f"graft by category: {speedups}."] if len(found) > 1 else []
 
 
 def _device_line(device: dict[str, Any] | None) -> str:

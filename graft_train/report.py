@@ -10,7 +10,7 @@ from rich.table import Table
 from graft_inference import METHODS
 from graft_inference.files import replace_file
 from graft_inference.governor import AS_PLANNED, MEASURED
-from graft_train.stage import say
+from graft_train.processes import say
 
 COLUMNS = (
     "method",

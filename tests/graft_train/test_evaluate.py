@@ -14,11 +14,12 @@ from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference import round as round_module
 from graft_inference.governor import MEASURED
 from graft_inference.stats import PhaseClock
-from graft_train import evaluate as evaluate_module
 from graft_train.config import Config
-from graft_train.data.samples import Sample, append_samples
-from graft_train.data.target import TargetConfig
-from graft_train.evaluate import EvaluateConfig, Run, evaluate
+from graft_train.config.target import TargetConfig
+from graft_train.data.samples import Sample, append_samples, read_samples
+from graft_train.evaluate import EvaluateConfig, Run, evaluate, lossless, timing
+from graft_train.evaluate.prompts import asked_of, directory_of
+from graft_train.evaluate.summary import repetition, summarize
 from graft_train.files import write_json
 from graft_train.report import print_table
 
@@ -128,10 +129,10 @@ def test_what_was_timed_outlives_a_check_that_does_not_fit(run_dir, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB.")
 
     with monkeypatch.context() as patch, pytest.raises(GraftError, match=r"evaluation.check_lossless=false.*are kept"):
-        patch.setattr(evaluate_module, "_references", full)
+        patch.setattr(lossless, "_references", full)
         run_evaluate(run_dir)
     timed = json.loads((run_dir / "evaluation.partial" / "timed.json").read_text())
-    monkeypatch.setattr(evaluate_module, "_interleaved", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("timed again"))
     evaluation = run_evaluate(run_dir)
     assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
     first = timed["runs"]["graft"][0][0]
@@ -180,12 +181,12 @@ def test_a_margin_is_the_gap_between_the_targets_two_best_tokens(run_dir):
     engine = GraftEngine.from_pretrained(run_dir / "bundle", run_dir / "target")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "target")
     expected, found = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([3, 1, 4, 2, 5])
-    divergence = evaluate_module._divergence(engine, "x", expected, found)
+    divergence = lossless._divergence(engine, "x", expected, found)
     with torch.no_grad():
         best = model(torch.tensor([[3, 1, 4]])).logits[0, -1].sort(descending=True).values
     assert divergence["position"] == 3
     assert divergence["top2_margin"] == pytest.approx(float(best[0] - best[1]), abs=1e-5)
-    shorter = evaluate_module._divergence(engine, "x", expected, found[:3])
+    shorter = lossless._divergence(engine, "x", expected, found[:3])
     assert shorter["position"] == 3
 
 
@@ -240,9 +241,9 @@ def test_methods_are_interleaved_and_the_warm_up_is_left_out(run_dir, monkeypatc
 
     monkeypatch.setattr(GraftEngine, "generate", recorded)
     config = config_for(run_dir)
-    samples = evaluate_module.read_samples(run_dir / "data" / "samples.jsonl", "evaluation")
+    samples = read_samples(run_dir / "data" / "samples.jsonl", "evaluation")
     engine = GraftEngine.from_pretrained(run_dir / "bundle", run_dir / "target")
-    runs = evaluate_module._interleaved(engine, samples, config.evaluation, seed=0)
+    runs = timing.interleaved(engine, samples, config.evaluation, seed=0)
     assert {method: [len(repeats) for repeats in runs[method]] for method in METHODS} == dict.fromkeys(METHODS, [2] * 3)
     timed = calls[-2 * 3 * len(METHODS) :]
     assert set(calls[: -len(timed)]) == set(METHODS)
@@ -255,9 +256,9 @@ def test_repetition_is_the_share_of_windows_seen_before():
     """By hand: of the answer's windows of two, (1, 2) and (2, 3) stood in the prompt, (9, 1) is new."""
     sample = Sample("x", "evaluation", [1, 2, 3])
     run = Run([1, 2, 3, 9, 1, 2], GenerationStats(), 0.0)
-    assert evaluate_module._repetition([sample], [[run]], length=2) == pytest.approx(3 / 5)
+    assert repetition([sample], [[run]], length=2) == pytest.approx(3 / 5)
     fresh = Run([4, 5, 6], GenerationStats(), 0.0)
-    assert evaluate_module._repetition([sample], [[fresh]], length=2) == 0
+    assert repetition([sample], [[fresh]], length=2) == 0
 
 
 def test_a_graft_plan_that_is_another_methods_is_told(run_dir, capsys):
@@ -287,7 +288,7 @@ def test_figures_are_sums_over_prompts_of_median_runs():
         [hand_made(20, seconds, 5) for seconds in (1.5, 2.0, 70.0)],
     ]
     baseline = [[hand_made(10, 2.0, 10)] * 3, [hand_made(20, 4.0, 20)] * 3]
-    found = evaluate_module._summary(runs, baseline)
+    found = summarize(runs, baseline)
     assert found["tokens_per_second"] == pytest.approx(10)
     assert found["speedup"] == pytest.approx(2)
     assert found["speedup_interval"] == pytest.approx([2, 2])  # both prompts gained the same
@@ -303,14 +304,14 @@ def test_figures_are_sums_over_prompts_of_median_runs():
 def test_the_interval_spans_prompts_that_gain_differently():
     runs = [[hand_made(10, 1.0, 5)], [hand_made(10, 2.0, 5)], [hand_made(10, 4.0, 5)]]
     baseline = [[hand_made(10, 4.0, 10)]] * 3
-    low, high = evaluate_module._summary(runs, baseline)["speedup_interval"]
+    low, high = summarize(runs, baseline)["speedup_interval"]
     assert low == pytest.approx(1)
     assert high == pytest.approx(4)
 
 
 def test_a_target_that_ends_at_once_is_told():
     with pytest.raises(GraftError, match="ended every evaluation prompt at once"):
-        evaluate_module._summary([[hand_made(0, 0.0, 0)]], [[hand_made(0, 0.0, 0)]])
+        summarize([[hand_made(0, 0.0, 0)]], [[hand_made(0, 0.0, 0)]])
 
 
 def test_a_prompt_too_long_is_named_before_anything_runs(tmp_path, monkeypatch):
@@ -337,7 +338,7 @@ def test_a_prompt_of_another_data_set_with_a_token_that_the_target_lacks_is_name
     config = config_for(run_dir, path=str(tmp_path / "other.jsonl"))
     config.target.name_or_path, config.data.prompt_tokens = str(path), 8
     with pytest.raises(GraftError, match=r"other.jsonl, line 1\) has the token '<call>'"):
-        evaluate_module._samples(config)
+        asked_of(config, run_dir)
 
 
 def test_another_data_set_is_measured_beside_the_held_out_prompts(run_dir, tmp_path):
@@ -364,7 +365,7 @@ def test_another_data_set_is_measured_beside_the_held_out_prompts(run_dir, tmp_p
     )
     assert 0 < card.index(own) < card.index(other)
     assert not [file for file in (run_dir / "bundle").glob("evaluation*") if str(tmp_path) in file.read_text()]
-    assert config_for(run_dir, path="org/set", hub_subset="main").evaluation.directory == "evaluation-org-set-main"
+    assert directory_of(EvaluateConfig(path="org/set", hub_subset="main")) == "evaluation-org-set-main"
     config.data.prompt_tokens = 5
     with pytest.raises(GraftError, match="made with other settings: prompt_tokens: 6 -> 5"):
         evaluate(config)

@@ -20,8 +20,9 @@ import graft_inference
 from graft_inference import GraftEngine, GraftError
 from graft_inference.bundle import read_safetensors
 from graft_inference.head_checkpoint import save_head
-from graft_train.data.target import TargetConfig
-from graft_train.export import REQUIREMENTS, ExportConfig, export, write_card
+from graft_train.config.export import ExportConfig
+from graft_train.config.target import TargetConfig
+from graft_train.export import REQUIREMENTS, export, write_card
 from graft_train.files import write_json
 
 from ..graft_inference.test_engine import prompt
