@@ -293,7 +293,7 @@ def _check_shapes(head: DraftHead, tensors: dict[str, Tensor]) -> None:
             "this is not a checkpoint of the head its config describes: "
             f"missing {missing}, unknown {unknown}, of another shape {sorted(misshapen)}"
         )
-    for name, kinds in {"d2t": {torch.int64, torch.int32}, "t2d": {torch.bool, torch.uint8}}.items():
+    for name, kinds in {"d2t": (torch.int64, torch.int32), "t2d": (torch.bool, torch.uint8)}.items():
         if name in tensors and tensors[name].dtype not in kinds:
             raise GraftError(f"{name} must be of {' or '.join(map(str, kinds))}, not {tensors[name].dtype}")
 
