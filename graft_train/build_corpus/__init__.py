@@ -167,7 +167,7 @@ def write_tables(settings: CorpusConfig, runs: Path, out: Path, made_for: dict[s
     k = min(settings.successors, made_for["vocab_size"])
     matrix = successor_matrix(matrix_blocks, made_for["vocab_size"], k)
     if not int(matrix["counts"].sum()):
-        raise GraftError("no training sample has two tokens to count: run recipes/regenerate.py on more data")
+        raise GraftError("no training sample has two tokens to count: run graft regenerate on more data")
     save_table(out / "successors.safetensors", matrix, made_for)
     if settings.ngrams:
         table = ngram_table(ngram_blocks, settings.ngram_successors, settings.ngram_mb)

@@ -45,7 +45,7 @@ def windows(path: Path) -> Iterator[Window]:
         GraftError: there is no such file.
     """
     if not path.is_file():
-        raise GraftError(f"{path} does not exist; run recipes/regenerate.py first")
+        raise GraftError(f"{path} does not exist; run graft regenerate first")
     number, line, lines, size = 0, 1, [], 0
     with path.open("rb") as file:
         for text in file:
@@ -76,7 +76,7 @@ def samples_of(window: Window, path: Path, vocab_size: int) -> list[Sample]:
         if max(max(sample.prompt_ids), max(sample.answer_ids, default=0)) >= vocab_size:
             raise GraftError(
                 f"{path}, line {number}: sample {sample.id} has token ids outside the target's vocabulary of "
-                f"{vocab_size}; it was made with another tokenizer: run recipes/regenerate.py for this target"
+                f"{vocab_size}; it was made with another tokenizer: run graft regenerate for this target"
             )
         if sample.split == "train":
             chosen.append(sample)

@@ -139,7 +139,7 @@ def units_of(path: Path) -> list[int]:
         with pa.OSFile(str(path)) as file:
             return np.frombuffer(pa.ipc.open_file(file).schema.metadata[b"units"], dtype=np.int64).tolist()
     except (OSError, KeyError, TypeError, pa.ArrowInvalid) as error:
-        raise GraftError(f"{path} is damaged ({error}); delete it and run recipes/build_corpus.py again") from error
+        raise GraftError(f"{path} is damaged ({error}); delete it and run graft build_corpus again") from error
 
 
 def merge_runs(directory: Path) -> Iterator[Block]:

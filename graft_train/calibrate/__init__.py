@@ -188,7 +188,7 @@ def _renew(config: Config, directory: Path) -> Path:
     with told(directory), only_one(directory, waits=True):
         _write(config, directory, latency, plans, speeds, report)
     say(
-        f"calibrate: {directory} is chosen anew for this device; delete the bundle and run recipes/export.py to ship "
+        f"calibrate: {directory} is chosen anew for this device; delete the bundle and run graft export to ship "
         "it (report.md and frontier.png are still of the device that raced)"
     )
     return directory
@@ -228,7 +228,7 @@ def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latenc
     if settings.ngrams and not traces[False].ngrams_TG.shape[1]:
         raise GraftError(
             "policy.ngrams=true, but these traces hold no longer contexts: delete the policy directory and run "
-            "recipes/calibrate.py without policy.latency_only"
+            "graft calibrate without policy.latency_only"
         )
     budget = max(settings.widths)
     return {
@@ -286,7 +286,7 @@ def _engine(config: Config) -> GraftEngine:
     longer = run_dir / "corpus" / "ngrams.safetensors"
     if config.policy.ngrams and not longer.exists():
         raise GraftError(
-            f"policy.ngrams=true, but {longer} is missing: run recipes/build_corpus.py with corpus.ngrams=true, or set "
+            f"policy.ngrams=true, but {longer} is missing: run graft build_corpus with corpus.ngrams=true, or set "
             "policy.ngrams=false"
         )
     ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams else None

@@ -105,16 +105,16 @@ class Traces:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise GraftError(
-                f"{path} cannot be read ({error}): run recipes/calibrate.py without latency_only"
+                f"{path} cannot be read ({error}): run graft calibrate without latency_only"
             ) from error
         for name, expected in made_of.items():
             if recorded.get(name) != expected:
                 raise GraftError(
                     f"{path} was traced with another {name} ({recorded.get(name)}, now {expected}): delete "
-                    f"{path.parent} and run recipes/calibrate.py without policy.latency_only"
+                    f"{path.parent} and run graft calibrate without policy.latency_only"
                 )
         if set(tensors) != {column.name for column in fields(cls)}:
-            raise GraftError(f"{path} is not a file of traces; delete {path.parent} and run recipes/calibrate.py")
+            raise GraftError(f"{path} is not a file of traces; delete {path.parent} and run graft calibrate")
         return cls(**tensors)
 
 

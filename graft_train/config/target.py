@@ -14,8 +14,8 @@ class TargetConfig:
 
     Attributes:
         name_or_path: a local directory, a GGUF file or a Hub id; null means the one that `pretrain_target` made.
-        gguf_file: which GGUF file of that directory or Hub repository is the target. It is dequantised once, in
-            `dtype`, into the run directory.
+        gguf_file: which GGUF file of that directory, installed Python package or Hub repository is the target. It is
+            dequantised once, in `dtype`, into the run directory.
         dtype: float32, bfloat16 or float16.
         device: auto (CUDA where there is one, else the CPU), or a device as torch writes it.
         device_map: "auto" spreads a target that is larger than one GPU over all that the process sees.

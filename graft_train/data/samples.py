@@ -105,14 +105,14 @@ def read_samples(path: Path, split: str) -> list[Sample]:
             answer, and so whose loss mask, is empty (named), or a split without samples.
     """
     if not path.is_file():
-        raise GraftError(f"{path} does not exist; run recipes/regenerate.py first")
+        raise GraftError(f"{path} does not exist; run graft regenerate first")
     with path.open("rb") as lines:
         samples = [parse_sample(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     if not samples:
-        raise GraftError(f"{path} is empty; delete its directory and run recipes/regenerate.py again")
+        raise GraftError(f"{path} is empty; delete its directory and run graft regenerate again")
     chosen = [sample for sample in samples if sample.split == split]
     if not chosen:
-        raise GraftError(f"{path} has no sample of the {split} split; run recipes/regenerate.py on more data")
+        raise GraftError(f"{path} has no sample of the {split} split; run graft regenerate on more data")
     return chosen
 
 
@@ -140,7 +140,7 @@ def parse_sample(line: bytes, place: str) -> Sample:
     if not isinstance(row, dict) or row.keys() != FIELDS:
         raise GraftError(
             f"{place} is not a sample: its fields must be {', '.join(sorted(FIELDS))}; if an earlier version "
-            "wrote it, run recipes/regenerate.py again"
+            "wrote it, run graft regenerate again"
         )
     if not isinstance(row["id"], str) or row["split"] not in SPLITS:
         raise GraftError(f"{place}: id must be a string and split one of {', '.join(SPLITS)}")

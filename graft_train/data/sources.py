@@ -18,12 +18,15 @@ from graft_train.data.file_rows import (
     rows_of_file,
     table_rows,
 )
+from graft_train.data.questions import questions
 from graft_train.data.strict_json import checked
 
 # Not program text: tests repeat themselves, charset tables and help topics are one literal per file.
 STDLIB_LEFT_OUT = {
     "site-packages", "test", "tests", "idle_test", "lib2to3", "ensurepip", "encodings", "pydoc_data",
 }  # fmt: skip
+BUILT_IN = ("stdlib", "questions")
+"""Sources that every machine has: the standard library's files, and questions about its functions."""
 # Missing files are known by these, for a better error.
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow", ".gz", ".csv", ".txt")
 # What `datasets` writes beside its tables.
@@ -45,18 +48,22 @@ def rows_of(path: str, glob: str, hub_split: str, hub_subset: str | None, stream
         yield from _hub_rows(path, hub_split, hub_subset, streamed)
         return
     root, paths = files_of(path, glob)
+    if path == "questions":
+        for file in paths:
+            yield from _asked_rows(file, file.relative_to(root))
+        return
     for file, kind in _kinds(path, paths).items():
         yield from rows_of_file(file, kind, file.relative_to(root).as_posix())
 
 
 def is_local(path: str) -> bool:
     looks_like_file = path.startswith((".", "/", "~")) or Path(path).suffix in FILE_SUFFIXES
-    return path == "stdlib" or looks_like_file or Path(path).exists()
+    return path in BUILT_IN or looks_like_file or Path(path).exists()
 
 
 def files_of(path: str, glob: str) -> tuple[Path, list[Path]]:
     """The directory that ids are relative to, and the files, sorted."""
-    if path == "stdlib":
+    if path in BUILT_IN:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [file for file in root.rglob("*.py") if not STDLIB_LEFT_OUT & {*file.relative_to(root).parts}]
         # Build settings of this very interpreter, different on every machine.
@@ -65,13 +72,23 @@ def files_of(path: str, glob: str) -> tuple[Path, list[Path]]:
     if not root.exists():
         raise GraftError(
             f"data.path={path} does not exist; give a JSONL, JSON or Parquet file, a directory, a "
-            "`datasets` id, or stdlib"
+            "`datasets` id, stdlib or questions"
         )
     if root.is_file():
         return root.parent, [_named(root)]
     paths = [file for file in root.glob(glob) if file.is_file()]
     visible = [file for file in paths if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     return root, sorted(map(_named, visible))
+
+
+def _asked_rows(file: Path, name: Path) -> Iterator[Row]:
+    """Questions about a module of the standard library; none about those that are nobody's business."""
+    module = name.with_suffix("").parts
+    module = module[:-1] if module[-1] == "__init__" else module
+    if any(part.startswith("_") for part in module):
+        return
+    for record in questions(file, ".".join(module)):
+        yield Row(f"{file}, {record['id']}", partial(dict, **record), partial(dict, **record))
 
 
 def _named(file: Path) -> Path:

@@ -144,6 +144,6 @@ def _existing(config: Config) -> Path:
     path = target_path(config)
     if not (path / "config.json").is_file():
         raise GraftError(
-            f"there is no target in {path}; run recipes/pretrain_target.py first, or set target.name_or_path"
+            f"there is no target in {path}; run graft pretrain_target first, or set target.name_or_path"
         )
     return path

@@ -239,7 +239,7 @@ def read_table(
         if expected is not None and actual is not None and actual != expected:
             raise GraftError(
                 f"{path} was built for another target: its {name} is {expected}, not {actual}; "
-                "run recipes/build_corpus.py for this one"
+                "run graft build_corpus for this one"
             )
     return tensors, built_for
 

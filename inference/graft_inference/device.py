@@ -49,6 +49,6 @@ def warn_if_elsewhere(policy: Policy, device: torch.device) -> None:
         what = ", ".join(f"{name} {measured[name]}, not {here[name]}" for name in differs)
         warnings.warn(
             f"the policy was calibrated for {what}; to measure this device alone, in under a minute, run "
-            "recipes/calibrate.py policy.latency_only=true, delete the bundle, and run recipes/export.py",
+            "graft calibrate policy.latency_only=true, delete the bundle, and run graft export",
             stacklevel=3,
         )

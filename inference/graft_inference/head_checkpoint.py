@@ -24,7 +24,7 @@ WEIGHTS_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 SPECULATORS = "speculators_model_type"
-REMEDY = "copy the head again, or train it again with recipes/distill.py"
+REMEDY = "copy the head again, or train it again with graft distill"
 
 READ = frozenset({
     "architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",

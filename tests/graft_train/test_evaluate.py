@@ -386,5 +386,5 @@ def test_impossible_settings_are_refused(settings):
 
 def test_a_missing_bundle_names_the_recipe(run_dir):
     (run_dir / "bundle").rename(run_dir / "elsewhere")
-    with pytest.raises(GraftError, match=r"bundle is missing; run recipes/export.py"):
+    with pytest.raises(GraftError, match=r"bundle is missing; run graft export"):
         evaluate(config_for(run_dir))

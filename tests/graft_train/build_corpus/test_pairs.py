@@ -200,7 +200,7 @@ def test_windows_hold_every_line_once(tmp_path, monkeypatch):
 
 def test_bad_samples_are_named(tmp_path):
     path = tmp_path / "samples.jsonl"
-    with pytest.raises(GraftError, match=r"does not exist; run recipes/regenerate\.py"):
+    with pytest.raises(GraftError, match=r"does not exist; run graft regenerate"):
         list(windows(path))
     with path.open("wb") as file:
         append_samples(file, [answered("s", [1], [VOCAB], {})])

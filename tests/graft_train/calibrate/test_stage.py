@@ -292,7 +292,7 @@ def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
 
 
 def test_longer_contexts_that_are_not_there_are_asked_for_in_vain(run_dir):
-    with pytest.raises(GraftError, match=r"ngrams.safetensors is missing: run recipes/build_corpus.py with"):
+    with pytest.raises(GraftError, match=r"ngrams.safetensors is missing: run graft build_corpus with"):
         calibrate(config_for(run_dir, ngrams=True))
     calibrate(config_for(run_dir))
     save_file(tiny_ngrams(), run_dir / "corpus" / "ngrams.safetensors")

@@ -71,7 +71,7 @@ def test_bad_lines_are_named(tmp_path, change, complaint):
 
 def test_torn_missing_and_empty_files(tmp_path):
     path = tmp_path / "samples.jsonl"
-    with pytest.raises(GraftError, match=r"run recipes/regenerate\.py"):
+    with pytest.raises(GraftError, match=r"run graft regenerate"):
         read_samples(path, "train")
     path.touch()
     with pytest.raises(GraftError, match="is empty"):
