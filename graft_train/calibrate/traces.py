@@ -104,9 +104,7 @@ class Traces:
                 recorded = json.loads((file.metadata() or {}).get("made_of", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            raise GraftError(
-                f"{path} cannot be read ({error}): run graft calibrate without latency_only"
-            ) from error
+            raise GraftError(f"{path} cannot be read ({error}): run graft calibrate without latency_only") from error
         for name, expected in made_of.items():
             if recorded.get(name) != expected:
                 raise GraftError(
@@ -154,6 +152,10 @@ def record_traces(
         raise GraftError("the target ended every calibration prompt at once: regenerate from other data")
     names = next(part for part in parts if part)
     columns = {name: torch.cat([part[name] for part in parts if part]).cpu() for name in names}
+    if columns["logp_TC"].isneginf().any():
+        raise GraftError(
+            f"the draft head overflows in {engine.target.model.dtype}: choose another target.dtype, or train it again"
+        )
     passes_C = [1] * beam_width + [p for p in range(2, max_passes + 1) for _ in range(beam_width**2)]
     padded = [
         torch.tensor([[*path, *[-1] * (retrieval_depth - len(path))] for path in paths])

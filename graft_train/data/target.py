@@ -143,7 +143,5 @@ def resolve_device(name: str) -> torch.device:
 def _existing(config: Config) -> Path:
     path = target_path(config)
     if not (path / "config.json").is_file():
-        raise GraftError(
-            f"there is no target in {path}; run graft pretrain_target first, or set target.name_or_path"
-        )
+        raise GraftError(f"there is no target in {path}; run graft pretrain_target first, or set target.name_or_path")
     return path

@@ -236,6 +236,14 @@ def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engin
         model.set_attn_implementation("graft_tree")
 
 
+def test_a_head_that_overflows_is_told_before_anything_is_fitted(engine, prompts):
+    head = tiny_head(engine.target.model, draft_vocab_size=8)
+    head.midlayer.mlp.down_proj.weight.data.fill_(3e38)
+    broken = tiny_engine(engine.target.model, head=head)
+    with pytest.raises(GraftError, match=r"the draft head overflows in torch\.float32"):
+        record_traces(broken, prompts[:1], 8, BEAM, 2, retrieval_depth=2, paths=6, echo_depth=4)
+
+
 def test_a_fit_finds_the_law_that_made_the_data():
     """Steps accepted as sigmoid(1.5 logit - 0.2, + 0.7 for rank 1): the law comes back, whatever the depth."""
     generator = torch.Generator().manual_seed(0)
