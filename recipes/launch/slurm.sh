@@ -20,7 +20,7 @@ CONFIG=${CONFIG:-ddp}
 
 # In single quotes: each node fills in its own SLURM_NODEID. run_dir must lie on a disk that all nodes see.
 # Requeued a minute before the time limit, the same command goes on from the last checkpoint.
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+trap 'scontrol requeue "$SLURM_JOB_ID"; exit 1' USR1
 srun bash -c 'exec accelerate launch \
   --config_file "recipes/launch/$CONFIG.yaml" \
   --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" \

@@ -52,6 +52,7 @@ LLAMA_ROPE = {
 FAMILIES = {
     "llama3_1_8b": lambda: LlamaConfig(**SIZES, num_hidden_layers=32, rope_parameters=LLAMA_ROPE),
     "llama3_1_70b": lambda: LlamaConfig(**SIZES, num_hidden_layers=80, rope_parameters=LLAMA_ROPE),
+    "smollm2": lambda: LlamaConfig(**SIZES, num_hidden_layers=30, tie_word_embeddings=True),
     "qwen3_8b": lambda: Qwen3Config(**SIZES, num_hidden_layers=36),
     "qwen3_32b": lambda: Qwen3Config(**SIZES, num_hidden_layers=64),
     "qwen3_30b_a3b": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=48),
