@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
@@ -16,8 +17,14 @@ from graft_train.config import Config
 from graft_train.stage import run_stage
 
 SUFFIX = ".gguf"
-PLAIN = {"default", "gpt2", "gpt-2", "smollm"}
-"""Ways to split text (`tokenizer.ggml.pre`) at which transformers' tokenizer of a GGUF file arrives; it reads none."""
+BYTES = ByteLevel(add_prefix_space=False)
+SPLITS = {
+    "default": BYTES,
+    "gpt2": BYTES,
+    "gpt-2": BYTES,
+    "smollm": Sequence([Digits(individual_digits=True), BYTES]),
+}
+"""How text is split before its tokens are made, by `tokenizer.ggml.pre`, which transformers does not read."""
 SAME = {"attention.key_length", "attention.value_length", "rope.dimension_count"}
 """Sizes of a head. Where transformers does not read one of them, all must be what it computes instead."""
 TOKENIZER = "tokenizer.json"
@@ -63,12 +70,14 @@ def _package(name: str) -> Path | None:
 
 def dequantise(file: Path, out: Path, dtype: str) -> None:
     """Writes the model, in this dtype, and its tokenizer: one beside the file, or the one within it."""
-    check(file)
+    split = check(file)
     loader: Any = AutoModelForCausalLM
     try:
         model = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
         beside = (file.parent / TOKENIZER).is_file()
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **({} if beside else {"gguf_file": file.name}))
+        if not beside:
+            tokenizer.backend_tokenizer.pre_tokenizer = SPLITS[split]
     except Exception as error:  # of gguf, transformers and tokenizers
         raise GraftError(f"transformers cannot read {file}: {error}") from error
     # transformers refuses to save a model that came from such a file.
@@ -81,8 +90,12 @@ def dequantise(file: Path, out: Path, dtype: str) -> None:
     tokenizer.save_pretrained(out)
 
 
-def check(file: Path) -> None:
-    """Raises GraftError for what transformers would leave out without a word, and for a damaged file."""
+def check(file: Path) -> str:
+    """How its tokenizer splits text.
+
+    Raises:
+        GraftError: a damaged file, or one of which transformers would leave something out without a word.
+    """
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -105,11 +118,12 @@ def check(file: Path) -> None:
     if "rope_freqs.weight" in tensors:
         raise GraftError(f"{file}: its RoPE is scaled (rope_freqs), which transformers would leave out")
     split = values.get("tokenizer.ggml.pre", "default")
-    if split not in PLAIN and not (file.parent / TOKENIZER).is_file():
+    if split not in SPLITS and not (file.parent / TOKENIZER).is_file():
         raise GraftError(
             f"{file}: transformers would not split text as its tokenizer does ({split}): put the original model's "
             f"{TOKENIZER} and tokenizer_config.json beside it"
         )
+    return split
 
 
 def _says_nothing(key: str, value: Any, family: str, values: dict[str, Any]) -> bool:

@@ -100,7 +100,7 @@ def test_scaled_frequencies_are_refused(tmp_path):
 
 def test_another_way_to_split_text_needs_the_original_tokenizer(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(module, "PLAIN", set())
+    monkeypatch.setattr(module, "SPLITS", {})
     with pytest.raises(GraftError, match=r"would not split text .*\(default\): put the original model"):
         path_of(config_of(tmp_path / "run", file))
     other = tiny_tokenizer(extra="§")
@@ -131,6 +131,17 @@ def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch):
     with pytest.raises(GraftError, match="needs the package gguf: pip install gguf"):
         path_of(config_of(tmp_path / "run", file))
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_text_is_split_as_the_file_says(tmp_path):
+    """SmolLM's tokenizer takes digits apart first, so that no blank joins a number."""
+    spaced, plain = "to  12", ["t", "o", "Ġ", "Ġ", "1", "2"]
+    for split, expected in (("default", plain[:2] + ["Ġ", "Ġ", "1", "2"]), ("smollm", plain)):
+        file = write_gguf(tmp_path / f"{split}.gguf", split=split)
+        tokenizer = AutoTokenizer.from_pretrained(path_of(config_of(tmp_path / split, file)))
+        assert tokenizer.tokenize(spaced) == expected
+        pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(spaced)]
+        assert pieces == (["to", "Ġ", "Ġ12"] if split == "default" else ["to", "ĠĠ", "1", "2"])
 
 
 def test_a_file_may_lie_in_an_installed_package(tmp_path, monkeypatch):

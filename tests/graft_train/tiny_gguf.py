@@ -23,11 +23,14 @@ NAMES = {
 CHAT = "{% for m in messages %}{{ m.role + ' ' + m.content + '9' }}{% endfor %}"
 
 
-def write_gguf(path: Path, quantised: bool = False, tensors: dict[str, Any] | None = None, **said: Any) -> Path:
+def write_gguf(
+    path: Path, quantised: bool = False, tensors: dict[str, Any] | None = None, split: str = "default", **said: Any
+) -> Path:
     """The tiny Llama model and tokenizer, in float32 or Q8_0.
 
     Args:
         tensors: further ones.
+        split: how its tokenizer splits text.
         said: further keys of the family, dots written as two underscores.
     """
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
@@ -49,6 +52,7 @@ def write_gguf(path: Path, quantised: bool = False, tensors: dict[str, Any] | No
         add(f"llama.{name.replace('__', '.')}", value)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     file.add_tokenizer_model("gpt2")
+    file.add_tokenizer_pre(split)
     file.add_token_list(vocabulary)
     file.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
     file.add_token_merges([f"{a} {b}" for a in "aeiou" for b in "nrstl" if a + b in vocabulary])
