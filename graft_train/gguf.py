@@ -4,14 +4,21 @@ import hashlib
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
+from graft_inference.bundle import check_whole
 from graft_inference.errors import GraftError
 from graft_train.config import Config
 from graft_train.stage import run_stage
@@ -28,6 +35,7 @@ SPLITS = {
 SAME = {"attention.key_length", "attention.value_length", "rope.dimension_count"}
 """Sizes of a head. Where transformers does not read one of them, all must be what it computes instead."""
 TOKENIZER = "tokenizer.json"
+FAMILY = "general.architecture"
 
 
 def with_directory(config: Config) -> Config:
@@ -70,60 +78,88 @@ def _package(name: str) -> Path | None:
 
 def dequantise(file: Path, out: Path, dtype: str) -> None:
     """Writes the model, in this dtype, and its tokenizer: one beside the file, or the one within it."""
-    split = check(file)
+    said, count = _read(file)
+    _check(file, said)
     loader: Any = AutoModelForCausalLM
     try:
-        model = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
-        beside = (file.parent / TOKENIZER).is_file()
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **({} if beside else {"gguf_file": file.name}))
-        if not beside:
-            tokenizer.backend_tokenizer.pre_tokenizer = SPLITS[split]
+        model, found = loader.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        check_whole(file, found)
+        fresh = _saveable(model, said)
+        tokenizer = _tokenizer(file, said)
+    except GraftError:
+        raise
     except Exception as error:  # of gguf, transformers and tokenizers
         raise GraftError(f"transformers cannot read {file}: {error}") from error
-    # transformers refuses to save a model that came from such a file.
-    values = model.config.to_dict()
-    values.pop("quantization_config", None)
-    fresh = type(model)(type(model.config).from_dict(values)).to(model.dtype)
-    fresh.load_state_dict(model.state_dict())
-    fresh.generation_config = model.generation_config
+    if count != fresh.num_parameters():
+        raise GraftError(
+            f"{file} holds {count:,} weights, and what transformers makes of it {fresh.num_parameters():,}: something "
+            "would be left out, and another model computed"
+        )
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def check(file: Path) -> str:
-    """How its tokenizer splits text.
-
-    Raises:
-        GraftError: a damaged file, or one of which transformers would leave something out without a word.
-    """
+def _read(file: Path) -> tuple[dict[str, Any], int]:
+    """What the file says beside its tensors, and how many numbers these hold."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise GraftError(f"reading {file} needs the package gguf: pip install gguf") from error
     try:
         reader = GGUFReader(file)
-        values = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name for tensor in reader.tensors}
-        family = values["general.architecture"]
+        said = {name: field.contents() for name, field in reader.fields.items()}
+        said[FAMILY]  # every file has one
+        return said, sum(int(tensor.n_elements) for tensor in reader.tensors)
     except Exception as error:  # whatever its bytes lead to
         raise GraftError(f"{file} is no GGUF file, or truncated: {error!r}; download it again") from error
-    mapping: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
-    known = mapping.get(family.replace("-", "_"))
-    for name, value in values.items():
+
+
+def _check(file: Path, said: dict[str, Any]) -> None:
+    """Raises GraftError for what transformers would leave out without a word."""
+    if said.get("split.count", 0) > 1:
+        raise GraftError(f"{file} is one of {said['split.count']} parts: merge them with llama.cpp's gguf-split first")
+    family, configs = said[FAMILY], cast(Any, GGUF_TO_TRANSFORMERS_MAPPING["config"])
+    known = configs.get(family.replace("-", "_"))
+    for name, value in said.items():
         key = name.removeprefix(f"{family}.")
         # A family that transformers does not know at all it refuses itself.
         left_out = known is not None and key != name and key not in known
-        if left_out and not _says_nothing(key, value, family, values):
+        if left_out and not _says_nothing(key, value, family, said):
             raise GraftError(f"{file}: {name}={value} would be left out by transformers, and another model computed")
-    if "rope_freqs.weight" in tensors:
-        raise GraftError(f"{file}: its RoPE is scaled (rope_freqs), which transformers would leave out")
-    split = values.get("tokenizer.ggml.pre", "default")
-    if split not in SPLITS and not (file.parent / TOKENIZER).is_file():
+    kind, split = said.get("tokenizer.ggml.model"), said.get("tokenizer.ggml.pre", "default")
+    adds = [name for name in ("add_bos_token", "add_eos_token") if said.get(f"tokenizer.ggml.{name}")]
+    if not _has_tokenizer(file) and (kind != "gpt2" or split not in SPLITS or adds):
         raise GraftError(
-            f"{file}: transformers would not split text as its tokenizer does ({split}): put the original model's "
-            f"{TOKENIZER} and tokenizer_config.json beside it"
+            f"{file}: transformers would not make the tokens that its tokenizer does ({kind}, {split}"
+            f"{''.join(f', {name}' for name in adds)}): put the original model's {TOKENIZER} and "
+            "tokenizer_config.json beside it"
         )
-    return split
+
+
+def _saveable(model: Any, said: dict[str, Any]) -> PreTrainedModel:
+    """The same model; transformers refuses to save one that came from such a file. It ends at all ends there are."""
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    fresh = type(model)(type(model.config).from_dict(values)).to(model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    ends = [said.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends += said.get("tokenizer.ggml.eos_token_ids") or []
+    fresh.generation_config = GenerationConfig(eos_token_id=sorted({end for end in ends if end is not None}) or None)
+    return fresh
+
+
+def _tokenizer(file: Path, said: dict[str, Any]) -> PreTrainedTokenizerBase:
+    if _has_tokenizer(file):
+        return AutoTokenizer.from_pretrained(file.parent)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = SPLITS[said.get("tokenizer.ggml.pre", "default")]
+    return tokenizer
+
+
+def _has_tokenizer(file: Path) -> bool:
+    return (file.parent / TOKENIZER).is_file()
 
 
 def _says_nothing(key: str, value: Any, family: str, values: dict[str, Any]) -> bool:

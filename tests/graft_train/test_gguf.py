@@ -39,7 +39,7 @@ def test_the_model_and_the_tokenizer_are_those_that_were_written(tmp_path):
     torch.testing.assert_close(model(prompt(9)).logits, tiny_model("llama")(prompt(9)).logits, atol=1e-4, rtol=1e-4)
     assert tokenizer(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
     assert (tokenizer.eos_token, tokenizer.chat_template) == (tiny_tokenizer().eos_token, CHAT)
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -92,16 +92,44 @@ def test_keys_that_say_what_is_computed_anyway_are_taken(tmp_path):
     assert path_of(config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", **said)))
 
 
-def test_scaled_frequencies_are_refused(tmp_path):
-    file = write_gguf(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": np.ones(4, dtype=np.float32)})
-    with pytest.raises(GraftError, match="its RoPE is scaled"):
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_v.bias", "blk.4.attn_v.weight", "anything"])
+def test_a_tensor_that_no_weight_is_made_of_is_refused(tmp_path, name):
+    file = write_gguf(tmp_path / "tiny.gguf", tensors={name: np.ones(4, dtype=np.float32)})
+    with pytest.raises(GraftError, match=r"tiny\.gguf holds [\d,]+ weights, and what transformers makes of it"):
+        path_of(config_of(tmp_path / "run", file))
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "output_norm.weight", "blk.1.ffn_down.weight"])
+def test_a_tensor_that_is_missing_is_not_filled_up_at_random(tmp_path, name):
+    file = write_gguf(tmp_path / "tiny.gguf", left_out=name)
+    with pytest.raises(GraftError, match=r"tiny\.gguf"):
+        path_of(config_of(tmp_path / "run", file))
+    assert not (tmp_path / "run" / "target").exists()
+
+
+def test_a_part_of_a_model_is_refused(tmp_path):
+    file = write_gguf(tmp_path / "m-00001-of-00002.gguf", whole={"split.count": 2})
+    with pytest.raises(GraftError, match="is one of 2 parts: merge them"):
+        path_of(config_of(tmp_path / "run", file))
+
+
+def test_it_ends_at_every_end_that_the_file_names(tmp_path):
+    whole = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 7}
+    config = config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", whole=whole))
+    eos = tiny_tokenizer().eos_token_id
+    assert load_target(module.with_directory(config)).generation_config.eos_token_id == sorted({5, 7, eos})
+
+
+def test_a_head_of_another_size_is_one_line(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", head_dim=4)
+    with pytest.raises(GraftError, match=r"transformers cannot read .*tiny\.gguf|holds"):
         path_of(config_of(tmp_path / "run", file))
 
 
 def test_another_way_to_split_text_needs_the_original_tokenizer(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr(module, "SPLITS", {})
-    with pytest.raises(GraftError, match=r"would not split text .*\(default\): put the original model"):
+    with pytest.raises(GraftError, match=r"would not make the tokens .*\(gpt2, default\): put the original model"):
         path_of(config_of(tmp_path / "run", file))
     other = tiny_tokenizer(extra="§")
     other.save_pretrained(tmp_path)

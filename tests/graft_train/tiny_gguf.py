@@ -24,12 +24,22 @@ CHAT = "{% for m in messages %}{{ m.role + ' ' + m.content + '9' }}{% endfor %}"
 
 
 def write_gguf(
-    path: Path, quantised: bool = False, tensors: dict[str, Any] | None = None, split: str = "default", **said: Any
+    path: Path,
+    quantised: bool = False,
+    tensors: dict[str, Any] | None = None,
+    left_out: str = "",
+    split: str = "default",
+    head_dim: int = 8,
+    whole: dict[str, int] | None = None,
+    **said: Any,
 ) -> Path:
     """The tiny Llama model and tokenizer, in float32 or Q8_0.
 
     Args:
         tensors: further ones.
+        left_out: the name of one that is missing.
+        head_dim: that the file claims.
+        whole: further keys, of numbers.
         split: how its tokenizer splits text.
         said: further keys of the family, dots written as two underscores.
     """
@@ -44,9 +54,11 @@ def write_gguf(
     file.add_head_count(config.num_attention_heads)
     file.add_head_count_kv(config.num_key_value_heads)
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
-    file.add_rope_dimension_count(config.head_dim)
+    file.add_rope_dimension_count(head_dim)
     file.add_rope_freq_base(config.rope_parameters["rope_theta"])
     file.add_vocab_size(config.vocab_size)
+    for name, value in (whole or {}).items():
+        file.add_uint32(name, value)
     for name, value in said.items():
         add = {str: file.add_string, int: file.add_uint32, float: file.add_float32}[type(value)]
         add(f"llama.{name.replace('__', '.')}", value)
@@ -64,7 +76,8 @@ def write_gguf(
         for projection, count in heads.items():
             if projection in name:
                 values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        _add(file, _named(name), np.ascontiguousarray(values), quantised)
+        if _named(name) != left_out:
+            _add(file, _named(name), np.ascontiguousarray(values), quantised)
     for name, values in (tensors or {}).items():
         _add(file, name, values, quantised=False)
     file.write_header_to_file()
