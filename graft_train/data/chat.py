@@ -9,17 +9,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from graft_inference.chat_template import check_variables, names_read, variables_read
 from graft_inference.errors import GraftError
 from graft_inference.prompts import text_ids
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.documents import Document
 from graft_train.data.records import UNASKING, Conversation, Message
 from graft_train.data.samples import Sample
-from graft_train.data.turns import as_template_reads
+from graft_train.data.turns import THOUGHT, as_template_reads
 
 # Unicode keeps these characters for a program's own use: no text has them.
 ANSWER, ANSWERED, ASKING, TOLD, SAID = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4"
 """Before and behind a generation span; before what a turn asks, before what another turn tells, and behind both."""
+TRAINED = ("weight", "train", "training", "trainable", "loss")
+"""What sets call whether, or how much, a turn is trained on: 1 or true where it is like all others."""
 MARKS = re.compile(f"([{ANSWER}-{SAID}])")
 GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
@@ -34,7 +37,7 @@ class Chat:
         vocab_size: rows of the target's embedding matrix; None where no target will read the tokens.
 
     Raises:
-        GraftError: the template does not mention one of them, and would ignore it without a word.
+        GraftError: the template does not read one of them, and would ignore it without a word.
     """
 
     def __init__(
@@ -48,11 +51,7 @@ class Chat:
         self.end_ids = end_ids
         self.told = told or {}
         self.vocab_size = vocab_size
-        for name in self.told:
-            if name not in str(tokenizer.chat_template):
-                raise GraftError(
-                    f"data.chat_template_kwargs: the target's chat template does not know {name}; leave it out"
-                )
+        check_variables(tokenizer, self.told, "data.chat_template_kwargs")
 
     def prompts(self, document: Document) -> Iterator[list[int]]:
         """The turns up to the last that asks for an answer, and that answer's beginning; then up to the one
@@ -75,9 +74,11 @@ class Chat:
         spans); else one row for each answer, which is what stands behind the prompt for it.
 
         Raises:
-            GraftError: no chat template; a BadRecord, which names the document: the template refuses it, its
-                answers cannot be told from its prompts, it has none, or tokens that the target lacks.
+            GraftError: no chat template; a BadRecord, which names the document: the template refuses it or leaves
+                something of it out, its answers cannot be told from its prompts, it has none, or one that is not
+                to be trained on, or tokens that the target lacks.
         """
+        _check_trained(document)
         spanned = self._by_spans(document) if self.marks_answers(document) else None
         rows = self._by_prefixes(document) if spanned is None else [spanned]
         for row in rows:
@@ -146,11 +147,8 @@ class Chat:
         return _Rendered(text, answers, rendered.said, rendered.asked)
 
     def _ended(self, ids: Sequence[int], start: int, end: int) -> list[int]:
-        """An answer up to the token that ends it: a template may mark more behind, or put another end there."""
-        ends = [place for place in range(start, end) if ids[place] in self.end_ids]
-        while len(ends) > 1 and not str(self.tokenizer.decode(list(ids[ends[-2] + 1 : ends[-1]]))).strip():
-            ends.pop()
-        return [start, ends[-1] + 1 if ends else end]
+        """An answer up to the first token that ends it: the target would not go on, whatever the data do."""
+        return [start, next((place + 1 for place in range(start, end) if ids[place] in self.end_ids), end)]
 
     def _by_prefixes(self, document: Document) -> list[Sample]:
         messages = _conversation(document).messages
@@ -182,7 +180,7 @@ class Chat:
             return self.tokenizer(text, add_special_tokens=False, **options)  # the template has its own
 
     def _text(self, document: Document, messages: Sequence[Message], **options: Any) -> str:
-        self._template(document)
+        _check_read(document, messages, self._template(document))
         with _refusing("chat template", document):
             return self._render(document, messages, **options)
 
@@ -220,6 +218,27 @@ class _Rendered:
     answers: list[tuple[int, int]] = field(default_factory=list)
     said: list[tuple[int, int]] = field(default_factory=list)
     asked: int | None = None
+
+
+def _check_read(document: Document, messages: Sequence[Message], template: str) -> None:
+    """Raises BadRecord for what the chat template would leave out without a word.
+
+    Templates drop the thoughts of earlier turns on purpose, but not all that a turn says.
+    """
+    remedy = "leave the record out, or use another template"
+    if _conversation(document).tools and "tools" not in variables_read(template):
+        raise BadRecord(f"the chat template reads no tools, which {named(document)} has: {remedy}")
+    names = names_read(template)
+    for number, message in enumerate(messages, start=1):
+        what = f"which turn {number} of {named(document)} has"
+        if "tool_calls" in message and "tool_calls" not in names:
+            raise BadRecord(f"the chat template reads no tool_calls, {what}: {remedy}")
+        if THOUGHT[0] in message and _says_nothing(message) and names.isdisjoint(THOUGHT):
+            raise BadRecord(f"the chat template reads no {THOUGHT[0]}, {what}, and nothing else: {remedy}")
+
+
+def _says_nothing(message: Message) -> bool:
+    return not message["content"].strip() and "tool_calls" not in message
 
 
 def _marking(template: str) -> str:
@@ -270,6 +289,17 @@ def _check_said(document: Document, rendered: _Rendered) -> None:
                     f"the chat template's generation spans mark what another turn of {named(document)} says, "
                     f"{rendered.text[max(start, said_start) : min(end, said_end)][:40]!r}: mend the template, or use "
                     "regenerate.answers=target"
+                )
+
+
+def _check_trained(document: Document) -> None:
+    """Raises BadRecord for an answer that its turn says not to train on."""
+    for number, message in enumerate(_conversation(document).messages, start=1):
+        for name in TRAINED:
+            if message["role"] == "assistant" and message.get(name, 1) != 1:
+                raise BadRecord(
+                    f"turn {number} of {named(document)} has {name}={message[name]}, but every answer is trained on "
+                    "alike: leave the record out, or use regenerate.answers=target"
                 )
 
 

@@ -1,8 +1,8 @@
 """Turns: one of a record's, in the shapes people publish, made into an OpenAI message."""
 
-import re
 from typing import Any
 
+from graft_inference.chat_template import names_read
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.strict_json import parse, plain
 
@@ -70,7 +70,8 @@ def function_of(entry: dict[str, Any]) -> dict[str, Any]:
 
 def as_template_reads(message: Message, template: str) -> Message:
     """A message with its thought under the name that the chat template reads, such as gpt-oss's thinking."""
-    name = next((name for name in THOUGHT if re.search(rf"[.'\"]{name}\b", template)), THOUGHT[0])
+    read = names_read(template)
+    name = next((name for name in THOUGHT if name in read), THOUGHT[0])
     return {name if key == THOUGHT[0] else key: value for key, value in message.items()}
 
 

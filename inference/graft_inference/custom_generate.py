@@ -21,6 +21,7 @@ from .engine import GraftEngine
 from .errors import GraftError
 from .governor import Governors
 from .preparation import Prepared, prepare
+from .request import Request
 
 # Written by export: the bundle's absolute path or Hub id, and the SHA-256 of its model.safetensors.
 BUNDLE = ""
@@ -72,20 +73,19 @@ def generate(
     revision = kwargs.pop("revision", None)
     prepared = _prepared(model, inputs, generation_config, tokenizer, kwargs)
     config = prepared.config
-    request: dict[str, Any] = {
-        "attention_mask": prepared.attention_mask,
-        "prepared": True,
+    request = Request(
+        prepared=True,
         # Without an end of sequence a plain `generate` fills stopped sequences with what comes next.
-        "pad_token_id": config.pad_token_id or 0,
+        pad_token_id=config.pad_token_id or 0,
         # The temperature itself is one of the processors.
-        "temperature": float(config.do_sample),
-        "method": method,
-        "seed": int(torch.randint(2**62, ())) if config.do_sample else None,
-        "logits_processor": prepared.processors,
-        "stopping_criteria": prepared.criteria,
-        "tokenizer": tokenizer,
-        "streamer": streamer,
-    }
+        temperature=float(config.do_sample),
+        method=method,
+        seed=int(torch.randint(2**62, ())) if config.do_sample else None,
+        logits_processor=prepared.processors,
+        stopping_criteria=prepared.criteria,
+        tokenizer=tokenizer,
+        streamer=streamer,
+    )
     with _locks.setdefault(model, threading.RLock()):
         check = model not in _bundles
         bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
@@ -93,7 +93,7 @@ def generate(
         engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check, captured=False)
         engine.governors = _governors.setdefault(model, {})
         try:
-            return engine.generate(prepared.input_ids, **request).sequences
+            return engine.run(request, prepared.input_ids, prepared.attention_mask).sequences
         finally:
             engine.target.release()
 

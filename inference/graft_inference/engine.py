@@ -212,6 +212,10 @@ class GraftEngine:
         request = Request.of(
             max_new_tokens=max_new_tokens, temperature=temperature, method=method, seed=seed, plan=plan, **options
         )
+        return self.run(request, input_ids, attention_mask)
+
+    def run(self, request: Request, input_ids: Any, attention_mask: Any = None) -> Generation:
+        """`generate`, its settings in one object."""
         prompts = request.prompts(input_ids, attention_mask, self.target.model, self.eos_token_ids, self.tokenizer)
         each = [GenerationStats() for _ in prompts.prompts]
         logprobs: list[list[Tensor]] | None = [[] for _ in each] if request.return_logprobs else None
@@ -244,6 +248,8 @@ class GraftEngine:
         request = Request.of(
             max_new_tokens=max_new_tokens, temperature=temperature, method=method, seed=seed, **options
         )
+        if request.return_logprobs:
+            raise GraftError("return_logprobs is for generate alone, as a stream yields tokens: leave it out")
         prompts = request.prompts(input_ids, attention_mask, self.target.model, self.eos_token_ids, self.tokenizer)
         if len(prompts) > 1:
             raise GraftError(f"a batch of {len(prompts)} prompts cannot be streamed: stream them one by one")

@@ -240,17 +240,24 @@ def _rope(layer: dict[str, Any]) -> dict[str, Any]:
         for name, value in part.items():
             if rope.setdefault(name, value) != value:
                 raise GraftError(f"rope_parameters, rope_scaling and rope_theta say different things of {name}")
-    return {"rope_type": "default", "rope_theta": 10000.0} | rope
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | rope
+    if rope["rope_type"] == "default" and len(rope) > 2:
+        raise GraftError(f"RoPE is scaled by {rope}, but of which type is not said")
+    return rope
 
 
 def _rope_of(values: dict[str, Any]) -> dict[str, Any]:
     """The parameters that change the frequencies of text."""
+    kinds = {values[name] for name in ("rope_type", "type") if isinstance(values.get(name), str)}
+    if len(kinds) > 1:
+        raise GraftError(f"rope_type and type say different things: {' and '.join(sorted(kinds))}")
     kind = values.get("rope_type", values.get("type"))
     _check_keys(values, ROPE | ROPE_OF_IMAGES | {"rope_type", "type"}, {"partial_rotary_factor": 1})
     if not isinstance(kind, str | None):
         raise GraftError(f"rope_type={kind!r} must be a name")
     rope = {name: value for name, value in values.items() if name in ROPE and value is not None}
-    return ({} if kind is None else {"rope_type": kind}) | rope
+    # Text alone has one position, in whatever part of a multimodal RoPE.
+    return ({} if kind is None else {"rope_type": "default" if kind == "mrope" else kind}) | rope
 
 
 def _tapped_layers(values: dict[str, Any], target_layers: int | None) -> tuple[int, ...]:

@@ -114,6 +114,8 @@ def stop_criteria(strings: str | Sequence[str], tokenizer: Any | None) -> list[S
     Raises:
         GraftError: an empty string, or no tokenizer to find them with.
     """
+    if not isinstance(strings, Iterable):
+        raise GraftError(f"stop_strings={strings!r}: pass a text or a list of texts")
     strings = [strings] if isinstance(strings, str) else list(strings)
     for one in strings:
         if not isinstance(one, str) or not one:

@@ -71,7 +71,7 @@ class Prompts:
         if not prompts:
             raise GraftError("an empty list of prompts: pass one non-empty prompt at least")
         if masks is not None:
-            if [len(mask) for mask in masks] != [len(line) for line in prompts]:
+            if _lengths(masks) != [len(line) for line in prompts]:
                 raise GraftError("attention_mask does not fit the list of prompts: pass it without attention_mask")
             prompts = [
                 _unpadded(line[None], mask, n)[0] for n, (line, mask) in enumerate(zip(prompts, masks, strict=True))
@@ -129,11 +129,22 @@ def _integers(values: Any) -> Tensor:
 
 def _tensor(values: Any, name: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise GraftError(
             f"{name} of type {type(values).__name__} holds no integers ({error}): pass tokenizer(text)"
         ) from error
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        raise GraftError(f"{name} is a meta, nested or sparse tensor: pass a dense one, [prompts, length]")
+    return tensor
+
+
+def _lengths(masks: Any) -> list[int] | None:
+    """Of each mask; None where these are no masks."""
+    try:
+        return [len(mask) for mask in masks]
+    except TypeError:
+        return None
 
 
 def _line(ids: Tensor, index: int) -> Tensor:

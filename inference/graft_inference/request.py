@@ -1,9 +1,11 @@
 """What a caller asks of one generation."""
 
 from collections.abc import Iterable, Sequence, Set
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, SupportsIndex
+from operator import index as as_index
+from typing import Any, Self, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from .sampling import CONTEXT_FREE, Sampler
 from .target import Target
 
 DEFAULT_NEW_TOKENS = 128
+WHOLE = ("max_new_tokens", "max_length", "min_new_tokens", "top_k", "seed", "pad_token_id")
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+"""Settings that are numbers, of whatever library: whole ones, and others."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,20 @@ class Request:
     prepared: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_length", "min_new_tokens", "seed"):
+        for name in (*WHOLE, *NUMBERS):
             value = getattr(self, name)
-            if not isinstance(value, SupportsIndex | None):
-                raise GraftError(f"{name}={value!r}: pass a whole number")
-        if not isinstance(self.temperature, float | SupportsIndex) or not self.temperature >= 0:
+            if value is not None:
+                object.__setattr__(self, name, _number(name, value))
+        for name in ("logits_processor", "stopping_criteria"):
+            object.__setattr__(self, name, _callables(name, getattr(self, name) or ()))
+        if self.temperature is None or not self.temperature >= 0:
             raise GraftError(f"temperature={self.temperature!r}: 0 is greedy, more samples")
+        if not isinstance(self.plan, Plan | None):
+            raise GraftError(f"plan={self.plan!r}: pass a Plan, or leave it out and name a method")
+        if self.streamer is not None and not (
+            _is_callable(self.streamer, "put") and _is_callable(self.streamer, "end")
+        ):
+            raise GraftError(f"streamer={self.streamer!r}: pass one with put and end, such as a TextStreamer")
         if self.max_new_tokens is not None and self.max_length is not None:
             raise GraftError("max_new_tokens and max_length are two ways to say one thing: pass one of them")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -90,7 +103,7 @@ class Request:
     @classmethod
     def of(cls, **settings: Any) -> Self:
         """Raises GraftError for a setting that there is not, or one out of its range."""
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.name != "prepared"]  # which is not the caller's to say
         unknown = sorted(settings.keys() - set(known))
         if unknown:
             raise GraftError(
@@ -112,8 +125,7 @@ class Request:
         Raises:
             GraftError: what `Prompts.of` raises, or a batch with a streamer.
         """
-        known = (self.pad_token_id, getattr(tokenizer, "pad_token_id", None), model.generation_config.pad_token_id)
-        pad = next((one for one in (*known, *sorted(eos_token_ids)) if one is not None), None)
+        pad = self._pad(model, eos_token_ids, tokenizer)
         prompts = Prompts.of(input_ids, attention_mask, pad, eos_token_ids)
         if len(prompts) > 1 and self.streamer is not None:
             raise GraftError("a streamer follows one prompt: leave it out of a batch, or pass prompts one by one")
@@ -122,6 +134,17 @@ class Request:
         if len(prompts) > 1 and pad is None and stops:
             raise GraftError(NO_PAD_TOKEN)
         return prompts
+
+    def _pad(self, model: Any, eos_token_ids: Set[int], tokenizer: Any | None) -> int | None:
+        """Raises GraftError for one of the caller's that is no token; models write -1 where they have none."""
+        if self.pad_token_id is not None and not self.prepared:
+            count = max(model.config.get_text_config().vocab_size, 0 if tokenizer is None else len(tokenizer))
+            if not 0 <= self.pad_token_id < count:
+                raise GraftError(f"pad_token_id={self.pad_token_id}: pass a token of the target, 0 to {count - 1}")
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        known = (getattr(tokenizer, "pad_token_id", None), model.generation_config.pad_token_id)
+        return next((one for one in (*known, *sorted(eos_token_ids)) if one is not None and one >= 0), None)
 
     def rows(self, prompts: Prompts, target: Target, eos_token_ids: Set[int], tokenizer: Any | None) -> list["Row"]:
         """What each prompt asks, before any pass.
@@ -203,6 +226,30 @@ class Request:
         processors = LogitsProcessorList(self.logits_processor)
         sampler = Sampler(processors, self.temperature == 0, seed, ends, len(seen_S) + count)
         return Row(prompt_S, seen_S, count, sampler, Stopper(seen_S, count, ends, others))
+
+
+def _number(name: str, value: Any) -> int | float:
+    with suppress(TypeError, RuntimeError, OverflowError):  # a tensor may hold another number, or none
+        is_one = not getattr(value, "shape", ())  # torch reads [3] as 3
+        if is_one and isinstance(value, SupportsIndex) and name in WHOLE:
+            return as_index(value)
+        if is_one and isinstance(value, SupportsFloat | SupportsIndex) and name in NUMBERS:
+            return float(value)
+    raise GraftError(f"{name}={value!r}: pass a {'whole ' * (name in WHOLE)}number")
+
+
+def _callables(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable):
+        raise GraftError(f"{name}={value!r}: pass a list")
+    listed = tuple(value)
+    for one in listed:
+        if not callable(one):
+            raise GraftError(f"{name} has {one!r}, which cannot be called")
+    return listed
+
+
+def _is_callable(value: Any, name: str) -> bool:
+    return callable(getattr(value, name, None))
 
 
 def end_ids(model: Any, tokenizer: Any | None) -> set[int]:

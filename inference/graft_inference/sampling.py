@@ -28,6 +28,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from .errors import GraftError
 from .tree import DraftTree, Source
 
 TRUNCATING = {
@@ -192,9 +193,19 @@ class Sampler:
             return tokens_N, _logprobs(logits_NV, tokens_N) if logprobs else None
         if self.needs_history and history_S is not None:
             return self._walk(tree, logits_NV, noise, max_depth, history_S, logprobs)
-        scores_NV = self.processors(tree.tokens_N[:, None], logits_NV.float())
+        scores_NV = self._scores(tree.tokens_N[:, None], logits_NV)
         tokens_N = _choose(scores_NV, noise, tree.depths_N)
         return tokens_N, _logprobs(scores_NV, tokens_N) if logprobs else None
+
+    def _scores(self, ids_NS: Tensor, logits_NV: Tensor) -> Tensor:
+        """Raises GraftError where a processor answers with something else than scores of the vocabulary."""
+        scores_NV: Tensor = self.processors(ids_NS, logits_NV.float())
+        if not isinstance(scores_NV, Tensor) or scores_NV.shape != logits_NV.shape:
+            found = list(scores_NV.shape) if isinstance(scores_NV, Tensor) else type(scores_NV).__name__
+            raise GraftError(
+                f"logits_processor made {found} of scores of {list(logits_NV.shape)}: return one for every token"
+            )
+        return scores_NV
 
     def _walk(
         self,
@@ -214,7 +225,7 @@ class Sampler:
         logp_N = torch.zeros_like(tree.logp_N)
         ids_1S, row_1 = history_S[None], torch.zeros_like(tree.tokens_N[:1])
         for _ in range(max_depth + 1):
-            scores_1V = self.processors(ids_1S, logits_NV[row_1].float())
+            scores_1V = self._scores(ids_1S, logits_NV[row_1])
             token_1 = _choose(scores_1V, noise, tree.depths_N[row_1])
             tokens_N[row_1] = token_1
             if logprobs:

@@ -117,6 +117,10 @@ def test_each_prompt_has_its_own_processors():
     ]
     out = engine.generate(PROMPTS, 12, 1.0, seed=3, logits_processor=[Alternating()], pad_token_id=PAD)
     assert out.sequences[:, 24:].tolist() == torch.stack(expected).tolist()
+    once = (one for one in [Alternating()])
+    out = engine.generate(PROMPTS, 12, 1.0, seed=3, logits_processor=once, stopping_criteria=None, pad_token_id=PAD)
+    assert out.sequences[:, 24:].tolist() == torch.stack(expected).tolist()
+    engine.generate(PROMPTS, 2, logits_processor=None, pad_token_id=PAD)
     uncopied = Alternating()
     uncopied.lock = threading.Lock()
     with pytest.raises(GraftError, match=r"cannot be copied .* one by one"):
@@ -303,6 +307,8 @@ def test_the_pad_token_is_the_callers_the_tokenizers_the_models_or_the_end():
         engine.generate(same, 3, stopping_criteria=[LongEnough()])
     engine.eos_token_ids = frozenset({6, 5})
     assert found() == 5
+    engine.target.model.generation_config.pad_token_id = -1  # as old Llamas have it, which is no token
+    assert found() == 5
     engine.target.model.generation_config.pad_token_id = 4
     assert found() == 4
     engine.tokenizer = tiny_tokenizer()
@@ -419,6 +425,10 @@ HOLES = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
             r"prompt 1 of the list has shape \[2, 2\]",
         ),
         ({"input_ids": PROMPTS, "attention_mask": HOLES}, "pass it without attention_mask"),
+        ({"input_ids": PROMPTS, "attention_mask": [1] * len(PROMPTS)}, "pass it without attention_mask"),
+        ({"input_ids": PROMPTS, "attention_mask": [None] * len(PROMPTS)}, "pass it without attention_mask"),
+        ({"input_ids": PROMPTS, "attention_mask": 5}, "pass it without attention_mask"),
+        ({"input_ids": PROMPTS, "attention_mask": torch.tensor(1)}, "pass it without attention_mask"),
         ({"attention_mask": HOLES}, "holes in prompt 0"),
         ({"attention_mask": HOLES * 0}, "hides all of prompt 0: leave empty prompts out"),
         ({"attention_mask": HOLES[:, :3]}, r"attention_mask of shape \[2, 3\] for input_ids of \[2, 4\]"),

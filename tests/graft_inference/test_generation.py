@@ -10,7 +10,7 @@ from transformers import BatchEncoding, StoppingCriteria, TextIteratorStreamer
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.bundle import Bundle
-from graft_inference.request import end_ids
+from graft_inference.request import Request, end_ids
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.round import draft
 from graft_inference.stats import SOURCES
@@ -469,14 +469,31 @@ def test_the_lock_is_not_held_between_two_tokens():
         ({"stop_strings": ["a", ""], "tokenizer": tiny_tokenizer()}, "stop_strings has ''"),
         ({"stop_strings": [b"a"], "tokenizer": tiny_tokenizer()}, "stop_strings has b'a'"),
         ({"stop_strings": "a", "tokenizer": "no tokenizer"}, "generate refuses this request"),
-        ({"logits_processor": 3}, "generate refuses this request"),
-        ({"stopping_criteria": 3}, "generate refuses this request"),
-        ({"repetition_penalty": "high"}, "generate refuses this request"),
-        ({"temperature": 1.0, "top_k": 2.5}, "generate refuses this request: .*top_k"),
+        ({"stop_strings": 5, "tokenizer": tiny_tokenizer()}, "stop_strings=5: pass a text"),
+        ({"logits_processor": 3}, "logits_processor=3: pass a list"),
+        ({"logits_processor": [5]}, "logits_processor has 5, which cannot be called"),
+        ({"stopping_criteria": 3}, "stopping_criteria=3: pass a list"),
+        ({"stopping_criteria": [None]}, "stopping_criteria has None, which cannot be called"),
+        ({"plan": 5}, "plan=5: pass a Plan"),
+        ({"streamer": 5}, "streamer=5: pass one with put and end"),
+        ({"repetition_penalty": "high"}, "repetition_penalty='high': pass a number"),
+        ({"top_p": torch.tensor([0.5])}, "top_p=.*: pass a number"),
+        ({"min_p": 10**400}, "min_p=.*: pass a number"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5: pass a whole number"),
+        ({"temperature": None}, "temperature=None"),
         ({"temperature": "hot"}, "temperature='hot'"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"max_new_tokens": "8"}, "max_new_tokens='8': pass a whole number"),
+        ({"max_new_tokens": torch.tensor([3])}, "max_new_tokens=.*: pass a whole number"),
+        ({"max_new_tokens": torch.tensor(3.0)}, "max_new_tokens=.*: pass a whole number"),
+        ({"max_new_tokens": torch.tensor(3, device="meta")}, "max_new_tokens=.*: pass a whole number"),
         ({"seed": "x"}, "seed='x': pass a whole number"),
+        ({"pad_token_id": "a"}, "pad_token_id='a': pass a whole number"),
+        ({"pad_token_id": 1.5}, "pad_token_id=1.5: pass a whole number"),
+        ({"pad_token_id": -1}, "pad_token_id=-1: pass a token of the target, 0 to 7"),
+        ({"pad_token_id": SMALL}, "pad_token_id=8: pass a token of the target, 0 to 7"),
+        ({"pad_token_id": 2**70}, "pad_token_id=1180591620717411303424: pass a token"),
+        ({"prepared": True}, "prepared: no such setting; there are (?!.*prepared)"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: no such setting; .* the model's generation_config"),
         ({"generation_config": None}, "generation_config: no such setting"),
         ({"input_ids": "why is the sky"}, r"a prompt of type str holds no integers .*pass tokenizer\(text\)"),
@@ -485,6 +502,9 @@ def test_the_lock_is_not_held_between_two_tokens():
         ({"input_ids": [1.5, 2.0]}, "a prompt of type float|a prompt is token ids"),
         ({"input_ids": torch.tensor([1.0, 2.0])}, "a prompt is token ids, not torch.float32"),
         ({"input_ids": torch.tensor([True, False])}, "a prompt is token ids, not torch.bool"),
+        ({"input_ids": torch.tensor([1, 2]).to_sparse()}, "a prompt is a meta, nested or sparse tensor"),
+        ({"input_ids": torch.tensor([1, 2], device="meta")}, "a prompt is a meta, nested or sparse tensor"),
+        ({"attention_mask": torch.ones(3).to_sparse()}, "attention_mask is a meta, nested or sparse tensor"),
         ({"input_ids": []}, "an empty list of prompts"),
         ({"input_ids": {"attention_mask": [1]}}, "a prompt with no input_ids"),
         ({"input_ids": {"input_ids": [1], "pixel_values": [0.5]}}, "a prompt with pixel_values"),
@@ -538,3 +558,30 @@ def test_the_head_drafts_from_a_kept_prefix_what_it_drafts_from_a_fresh_read():
             assert (stats.reused > 0) == (engine is kept)
         assert trees[0].tokens_N.tolist() == trees[1].tokens_N.tolist()
         torch.testing.assert_close(trees[0].logp_N, trees[1].logp_N, atol=1e-3, rtol=1e-3)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    engine = small_engine()
+    settings = {"temperature": 0.5, "seed": 3, "top_k": 20, "top_p": 0.5, "min_p": 0.0625, "repetition_penalty": 1.5}
+    expected = new_tokens(engine, prompt(5, 0, SMALL), max_new_tokens=9, **settings)
+    for number, whole in ((np.float32, np.int64), (np.float16, np.uint8), (torch.tensor, torch.tensor)):
+        read = {name: (whole if isinstance(value, int) else number)(value) for name, value in settings.items()}
+        found = new_tokens(engine, prompt(5, 0, SMALL), max_new_tokens=whole(9), pad_token_id=whole(2), **read)
+        assert found == expected
+    assert Request.of(top_k=np.int64(5), repetition_penalty=2) == Request.of(top_k=5, repetition_penalty=2.0)
+
+
+@pytest.mark.parametrize("answer", [lambda scores: scores[:, :5], lambda scores: None, lambda scores: scores[0]])
+@BOTH
+def test_a_processor_that_loses_scores_is_named(sampling, answer):
+    with pytest.raises(GraftError, match=r"logits_processor made .* of scores of \[1, 8\]: return one for every token"):
+        small_engine().generate(
+            prompt(5, 0, SMALL), 4, logits_processor=[lambda ids, scores: answer(scores)], **sampling
+        )
+
+
+def test_a_stream_has_no_logprobs():
+    engine = small_engine()
+    with pytest.raises(GraftError, match="return_logprobs is for generate alone"):
+        next(engine.stream(prompt(5, 0, SMALL), 4, return_logprobs=True))
+    assert len(list(engine.stream(prompt(5, 0, SMALL), 4, return_logprobs=False))) == 4

@@ -202,6 +202,12 @@ def test_sizes_are_whole_numbers_that_the_tensors_have(saved, name, value):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0}, "rope_scaling": None}, "cannot be used"),
         ({"rope_parameters": {"rope_type": "unheard of", "rope_theta": 500.0}, "rope_scaling": None}, "cannot be used"),
         ({"rope_parameters": {"rope_type": 3, "rope_theta": 500.0}}, "must be a name"),
+        ({"rope_parameters": {"rope_theta": 500.0, "factor": 8.0}, "rope_scaling": None}, "of which type is not said"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "default", "factor": 8.0}},
+            "of which type is not said",
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "type": "yarn"}}, "linear and yarn"),
         ({"rope_parameters": {"rope_theta": 500.0, "wavelength": 3}}, "wavelength=3 is not known"),
         ({"rope_parameters": {"sliding_attention": {"rope_theta": 500.0}}}, "none for full_attention"),
         ({"eagle_config": {AUX_IDS: "158"}}, "must be a list of layers"),
@@ -254,6 +260,15 @@ def test_what_published_heads_say_beside_the_pass_is_taken(saved, changes):
     """Keys of SpecForge's, NVIDIA's and speculators' configurations, and transformers' several ways to write RoPE."""
     edit_config(saved, lambda c: c.update(changes))
     assert load_head(saved).config == make_head().config
+
+
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+def test_positions_of_images_are_one_to_a_text(tmp_path, name):
+    head = make_head(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    save_head(head, tmp_path)
+    images = {name: "mrope", "mrope_section": [24, 20, 20]}
+    edit_config(tmp_path, lambda c: c.update(rope_parameters=None, rope_scaling=images))
+    assert load_head(tmp_path).config == head.config
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
