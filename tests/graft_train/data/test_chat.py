@@ -147,9 +147,10 @@ def test_several_spans_of_one_answer_are_one():
     assert trained(tokenizer, "a", "b", reasoning_content="why") == ["whyb<end>"]
 
 
-def test_an_end_within_an_answer_is_a_part_of_it():
-    """The target would have stopped there; what the data say is trained on, and nothing behind."""
-    assert trained(byte_tokenizer(), "a", "b<end>c", "d", "e") == ["b<end>c<end>", "e<end>"]
+@pytest.mark.parametrize("span", [SPAN, SPAN[16:-19]])
+def test_an_answer_ends_at_the_first_end_within_it(span):
+    """The target stops there, and what the data say behind is not its own."""
+    assert trained(byte_tokenizer(BYTES.replace("MARKED", span)), "a", "b<end>c", "d", "e") == ["b<end>", "e<end>"]
 
 
 @pytest.mark.parametrize("span", [SPAN, SPAN[16:-19]])
@@ -375,6 +376,78 @@ def test_the_template_is_told_what_the_settings_say(template):
     assert words(next(quiet.prompts(document("a")))).endswith("<user> a <end> gap <assistant> x")
     with pytest.raises(GraftError, match=r"data\.chat_template_kwargs.* does not know enable_thinking"):
         Chat(word_tokenizer(template), {END}, told)
+
+
+READING = (
+    PLAIN
+    + "{# date_string #}{% macro effort() %}{% if effort_ is not defined %}{% set effort_ = 'low' %}{% endif %}"
+    + "{{ effort_ }}{% endmacro %}{{ effort() }}{% if enable_thinking is false %}x{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "effort_", "bos_token"])
+def test_a_variable_that_the_template_reads_may_be_told(name):
+    Chat(word_tokenizer("{{ bos_token }}" + READING), {END}, {name: False})
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        *((name, "does not know") for name in ("thinking", "enable_thinkin", "e", "", "m", "role", "date_string")),
+        *((name, "transformers gives it") for name in ("messages", "tools", "add_generation_prompt", "tokenize")),
+    ],
+)
+def test_a_variable_that_would_be_ignored_or_is_taken_is_an_error(name, complaint):
+    """A part of another's name, a variable of a loop, a word of a comment."""
+    for template in (READING, {"default": READING, "tool_use": READING}):
+        with pytest.raises(GraftError, match=rf"data\.chat_template_kwargs: .*{complaint}"):
+            Chat(word_tokenizer(template), {END}, {name: False})
+
+
+def test_a_broken_template_is_named():
+    with pytest.raises(GraftError, match=r"chat template is no template of Jinja: .*endfor"):
+        chat("{% for m in messages %}").answered(document("a", "b"))
+
+
+CALL = [{"function": {"name": "f", "arguments": {}}}]
+DEAF = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> gap {% endfor %}" + PLAIN[PLAIN.rindex("{% if") :]
+
+
+@pytest.mark.parametrize(
+    ("turns", "changes", "complaint"),
+    [
+        (("a", "b"), {"tools": [{"name": "t"}]}, "reads no tools, which doc has"),
+        (("a", "b"), {"tool_calls": CALL}, "reads no tool_calls, which turn 2 of doc has"),
+        (("a", ""), {"reasoning_content": "x"}, "reads no reasoning_content, which turn 2 of doc has, and nothing"),
+    ],
+)
+def test_what_the_template_would_leave_out_is_an_error(turns, changes, complaint):
+    with pytest.raises(BadRecord, match=complaint):
+        chat(DEAF + "{# tools, tool_calls, m.thinking #}").answered(document(*turns, **changes))
+    reading = DEAF.replace("{{ m.content }}", "{{ m['content'] ~ m.get('tool_calls') ~ m.thinking }}")
+    assert chat(reading + "{% if tools %}{% endif %}").answered(document(*turns, **changes))
+
+
+def test_a_thought_beside_an_answer_may_be_left_out():
+    """As templates of reasoning models do with those of earlier turns."""
+    (row,) = chat(DEAF).answered(document("a", "b", reasoning_content="x"))
+    assert shown(row).endswith("<assistant> [b <end>]")
+
+
+def test_tools_that_the_template_does_not_read_are_an_error_of_prompts_too():
+    with pytest.raises(BadRecord, match="reads no tools, which doc has"):
+        next(chat(DEAF).prompts(document("a", tools=[{"name": "t"}])))
+
+
+@pytest.mark.parametrize("setting", [{"weight": 0}, {"weight": 0.5}, {"train": False}, {"trainable": False}])
+def test_an_answer_that_is_not_to_be_trained_on_is_an_error(setting):
+    (name,) = setting
+    with pytest.raises(BadRecord, match=f"turn 2 of doc has {name}=.*regenerate.answers=target"):
+        chat(PLAIN).answered(document("a", "b", **setting))
+    assert next(chat(PLAIN).prompts(document("a", "b", **setting)))
+    assert chat(PLAIN).answered(document("a", "b", "c", "d", **{name: 1.0 if name == "weight" else True}))
+    asked = [{"role": "user", "content": "a"} | setting, {"role": "assistant", "content": "b"}]
+    assert chat(PLAIN).answered(Document("doc", "train", conversation=to_content({"messages": asked}, "row")))
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
