@@ -26,7 +26,7 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
     rope = rope.get("full_attention", rope)
     if not rope or "rope_type" not in rope:
         raise GraftError(f"{type(model).__name__} has no RoPE, which a draft head needs")
-    if rope.get("partial_rotary_factor", 1) != 1:
+    if rope["rope_type"] == "default" or rope.get("partial_rotary_factor", 1) != 1:
         # The head turns all of its rows, and frequencies that are scaled for a part would not fit.
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     tapped = settings.tapped_layers
