@@ -16,7 +16,7 @@ from graft_inference.errors import GraftError
 from graft_train.config.data import DataConfig, Source
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.file_rows import Row
-from graft_train.data.records import UNASKING, Content, Conversation, to_content
+from graft_train.data.records import UNASKING, Content, Conversation, name_of, to_content
 from graft_train.data.sources import files_of, is_local, rows_of
 
 SPLITS = ("train", "calibration", "evaluation")
@@ -178,7 +178,7 @@ def _place(config: DataConfig, source: int, row: Row, taken: dict[str, str]) -> 
     if row.file and not record["text"].strip():
         return None
     content = to_content(record, row.place)
-    hashed, given = _hash(content), _given_id(record)
+    hashed, given = _hash(content), name_of(record.get("id"))
     if given is None:
         identity, key = f"sha256:{hashed}", f"sha256:{_hash(_asked(content))}"
     else:
@@ -191,11 +191,6 @@ def _place(config: DataConfig, source: int, row: Row, taken: dict[str, str]) -> 
         return None
     taken[identity] = hashed
     return Place(identity, split_of(key, config), source, row.place, row.later)
-
-
-def _given_id(record: dict[str, Any]) -> str | None:
-    given = record.get("id")
-    return str(given) if isinstance(given, str | int) and str(given).strip() else None
 
 
 def _asked(content: Content) -> Content:

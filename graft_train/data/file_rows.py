@@ -1,4 +1,4 @@
-"""The rows of a file. What it holds is told by its content, whatever its suffix."""
+"""The rows of a file. What it holds is told by its content, see `kind_of`."""
 
 import gzip
 import json
@@ -18,10 +18,14 @@ from graft_train.data.strict_json import checked, parse
 
 TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 """The first bytes of a file that `datasets` reads, and the name of its builder; Arrow's are files and streams."""
+POINTER = b"version https://git-lfs"
+TABLE_SUFFIXES = (".parquet", ".arrow")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 UNREAD = {
     "csv": "is a CSV table, which does not say what its columns hold: convert it to JSONL or Parquet",
     "packed": "is compressed, and no JSON: unpack it",
+    "pointer": "is a pointer of git-lfs, which stands for the file: fetch that with git lfs pull",
+    "damaged": "is neither Parquet nor Arrow, whatever its name says: fetch or write it again",
     "binary": "is binary, and neither Parquet nor Arrow: convert it",
 }
 """What no document is made of, and the remedy."""
@@ -48,12 +52,17 @@ class Row:
 
 
 def kind_of(file: Path) -> str:
-    """lines, array or object (JSON), parquet or arrow (tables), text, or one of `UNREAD`."""
+    """lines, array or object (JSON), parquet or arrow (tables), text, or one of `UNREAD`.
+
+    The content tells it, but a name that promises JSON or a table is held to it, and CSV is known by its name alone.
+    """
     with file.open("rb") as opened:
         head = opened.read(HEAD)
     for magic, builder in TABLES.items():
         if head.startswith(magic):
             return builder
+    if head.startswith(POINTER):
+        return "pointer"
     suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
     if suffix in (".csv", ".tsv"):
         return "csv"
@@ -61,6 +70,8 @@ def kind_of(file: Path) -> str:
         return kind
     if _is_packed(file):
         return "packed"
+    if suffix in TABLE_SUFFIXES:
+        return "damaged"
     return "binary" if b"\0" in head else "text"
 
 
@@ -121,7 +132,7 @@ def load_dataset(path: str, **options: Any) -> Any:
 def _json_kind(file: Path, named_so: bool) -> str | None:
     with _opened(file) as opened:
         head = opened.read(HEAD).removeprefix(BYTE_ORDER_MARK).lstrip()
-        if re.match(rb"\[" if named_so else rb"\[\s*[{\]]", head):
+        if re.match(rb"\[" if named_so else rb'\[\s*(\{\s*["}]|\]\s*\Z)', head):
             return "array"
         if not re.match(rb'\{\s*["}]', head):
             return "lines" if named_so else None

@@ -1,5 +1,7 @@
 """Records: the rows of a data set, in the shapes people publish, made into text or a conversation."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,28 @@ UNREAD = {
     "chat_template_kwargs": "data.chat_template_kwargs sets the template's variables for all records",
     "documents": "write them into the turns",
 } | dict.fromkeys(MEDIA, "only text is")
-UNREAD_BESIDE_A_QUESTION = UNREAD | dict.fromkeys(("context", "input", "choices", "options"), "write it into the turn")
 """What would change a prompt, and what to do about it."""
+BESIDE_A_QUESTION = (
+    *ASKING, *ANSWERING, *SYSTEM, "tools", "functions",
+    "entry_point", "test_cases", "test_imports", "dataset_name", "model_name",
+)  # fmt: skip
+"""Fields that may stand beside a question: those that are read, and some that say nothing of the prompt."""
+TELLING = {
+    "id", "uid", "uuid", "guid", "qid", "idx", "index", "key", "hash", "url", "number",
+    "source", "origin", "author", "model", "generator", "version", "date", "time", "timestamp", "created", "updated",
+    "license", "dataset", "subset", "split",
+    "category", "categories", "subcategory", "type", "kind", "task", "domain", "subject", "topic", "cluster", "group",
+    "grouping", "tag", "level", "difficulty", "hardness", "ability", "language", "lang", "locale",
+    "answer", "completion", "response", "output", "solution", "reference", "target", "truth", "gold", "chosen",
+    "rejected", "label", "generation", "explanation", "rationale", "highlight", "verdict", "test",
+    "score", "rating", "rank", "reward", "weight", "vote",
+    "meta", "metadata", "info", "annotation", "annotator", "kwargs", "config",
+}  # fmt: skip
+"""Last words of the names of fields that say nothing of a prompt: what a record is called, where it is from, of what
+kind it is, what is expected of its answer, and how good that is. Those of a list or in the plural count as one."""
+WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+# Turns that a set keeps as a string.
+TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 # Roles whose turns the target does not answer.
 UNASKING = ("system", "developer", "assistant")
 
@@ -58,7 +80,41 @@ def to_content(row: Any, place: str) -> Content:
     field = next((name for name in FIELDS if name in row), None)
     if field is None:
         raise BadRecord(f"{place} has none of the fields {known}; it has {sorted(row)}")
-    return _text(row["text"], place) if field == "text" else _conversation(row, field, place)
+    return _text(row, place) if field == "text" else _conversation(row, field, place)
+
+
+def name_of(value: Any) -> str | None:
+    """An id or a category as text, 1.0 as 1; None for what is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int) and str(value).strip() else None
+
+
+def check_beside_a_question(row: dict[str, Any], asked: Iterable[str], place: str) -> None:
+    """Raises BadRecord for a field that may be a part of what is asked, such as the passage it is about.
+
+    Args:
+        row: without nulls. Numbers say nothing, and neither do fields that `TELLING` names.
+        asked: the fields that are read.
+    """
+    for name, value in row.items():
+        if _says(value) and name not in asked and not _tells_nothing(name):
+            raise BadRecord(
+                f"{place}: the field {name} may be a part of the prompt, and is not read; write it into the turn, "
+                "or remove it"
+            )
+
+
+def _says(value: Any) -> bool:
+    return bool(value.strip() if isinstance(value, str) else isinstance(value, list | dict) and value)
+
+
+def _tells_nothing(name: str) -> bool:
+    words = [word.lower() for word in WORDS.findall(name)]
+    words = [word for word in words if word not in ("list", "at")]
+    last = words[-1] if words else ""
+    about = last in TELLING or last.removesuffix("s") in TELLING
+    return name in BESIDE_A_QUESTION or (about and not set(words) & set(MEDIA))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -68,7 +124,14 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _text(value: Any, place: str) -> str:
+def _text(row: dict[str, Any], place: str) -> str:
+    value = row["text"]
+    for name in (*ASKING, "instruction", "role"):
+        if _says(row.get(name)):
+            raise BadRecord(
+                f"{place} has the fields text and {name}: text would be read as a document of its own; remove one, or "
+                "write them as messages"
+            )
     if not isinstance(value, str):
         raise BadRecord(f"{place}: the field text must be a string")
     if not value.strip():
@@ -77,9 +140,12 @@ def _text(value: Any, place: str) -> str:
 
 
 def _conversation(row: dict[str, Any], field: str, place: str) -> Conversation:
-    for name, remedy in (UNREAD_BESIDE_A_QUESTION if field in ASKING else UNREAD).items():
+    for name, remedy in UNREAD.items():
         if row.get(name):
             raise BadRecord(f"{place}: the field {name} would change the prompt, and is not read; {remedy}")
+    if field in ASKING:
+        check_beside_a_question(row, (field,), place)
+        _check_row(row, row[field], place)
     messages = _turns(field, row[field], f"{place}: the field {field}")
     if not messages:
         raise BadRecord(f"{place} is empty: its conversation has no turn")
@@ -96,12 +162,23 @@ def _turns(field: str, value: Any, what: str) -> tuple[Message, ...]:
             value = value[0] if value else None
         if not isinstance(value, str) or not value.strip():
             raise BadRecord(f"{what} must be a string, and not blank, or a list of turns")
+        if TURNS_AS_TEXT.match(value):
+            raise BadRecord(f"{what} holds turns as a string; give the list itself")
         return ({"role": "user", "content": value},)
     if not isinstance(value, list):
         raise BadRecord(f"{what} must be a list of turns")
     if field == "data":  # UltraChat's first edition: strings, the user's first
         value = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(value)]
     return tuple(to_message(turn, f"{what}, turn {number}") for number, turn in enumerate(value, start=1))
+
+
+def _check_row(row: dict[str, Any], asked: Any, place: str) -> None:
+    """Raises BadRecord for a table by its columns, which is no record."""
+    if not isinstance(asked, list) or _are_turns(asked) or len(asked) < 2:
+        return
+    for name in (*ANSWERING, "id"):
+        if isinstance(row.get(name), list) and len(row[name]) == len(asked):
+            raise BadRecord(f"{place} holds lists of questions and of {name}, as if columns; give one record a row")
 
 
 def _are_turns(value: Any) -> bool:

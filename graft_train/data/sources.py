@@ -31,7 +31,7 @@ BUILT_IN = ("stdlib", "questions")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow", ".gz", ".csv", ".txt")
 # What `datasets` writes beside its tables.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-CARD = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct)\b", re.I)
+CARD = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct)(?![a-z])", re.I)
 """Names of text files that tell about the records beside them."""
 
 

@@ -9,13 +9,15 @@ from graft_train.config.data import DataConfig
 from graft_train.config.evaluation import SUITES, Suite
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.prompts import in_proportion
-from graft_train.data.records import SYSTEM, UNREAD_BESIDE_A_QUESTION
+from graft_train.data.records import SYSTEM, UNREAD, check_beside_a_question, name_of
 from graft_train.data.sources import rows_of
 
 MASKED = "FULL BENCHMARK DATA SHOULD BE FETCHED"
 """What SPEED-Bench has on the Hub in place of turns that it may not pass on."""
-UNREAD = (*UNREAD_BESIDE_A_QUESTION, *SYSTEM, "tools", "functions")
+UNREAD_HERE = (*UNREAD, *SYSTEM, "tools", "functions")
 """Fields that would change a prompt."""
+RENDERED = "text"
+"""Alpaca's field with what is asked and the answer once more."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ def to_question(name: str, row: Any, place: str, number: int) -> Question:
     suite = SUITES[name]
     row = row if isinstance(row, dict) else {}
     asked, identity = (("turns",), "question_id") if row.get("turns") else (suite.asked, suite.identity)
-    category = row.get("category") or suite.category
+    category = name_of(row.get("category") or suite.category)
     if not row.get(asked[0]) or category is None:
         raise BadRecord(f"{place} is no question of {name}: it needs {_layouts(suite)}; it has {sorted(row)}")
-    for field in UNREAD:
+    for field in UNREAD_HERE:
         if row.get(field) and field not in asked:
             raise BadRecord(f"{place}: the field {field} would change the prompt, and is not read; leave it out")
-    given = row.get(identity) if identity else None
-    return Question(str(number if given is None else given), str(category), _turns(row, suite, asked, place), place)
+    check_beside_a_question(row, (*asked, RENDERED) if "instruction" in asked else asked, place)
+    given = name_of(row.get(identity)) if identity else None
+    return Question(given or str(number), category, _turns(row, suite, asked, place), place)
 
 
 def _layouts(suite: Suite) -> str:

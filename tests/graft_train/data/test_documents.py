@@ -120,6 +120,13 @@ def test_ids_that_are_blank_or_no_names_are_none(tmp_path):
     assert all(document.id.startswith("sha256:") for document in read_documents(jsonl(tmp_path / "a.jsonl", *rows)))
 
 
+def test_a_table_may_have_made_floats_of_ids(tmp_path):
+    one, other = read_documents(jsonl(tmp_path / "a.jsonl", {"id": 1, "text": "a"}, {"id": 1.0, "text": "b"}))
+    assert one.id == "1"
+    assert other.id.startswith("1:")
+    assert one.split == other.split
+
+
 def test_several_answers_to_one_question_are_in_one_split(tmp_path):
     """Without ids: the target would answer it in training, and be measured on it."""
     rows = [{"prompt": f"why {n}", "completion": answer} for answer in ("x", "y", "z") for n in range(20)]

@@ -18,6 +18,7 @@ def chat(number):
 
 CHATS = [chat(number) for number in range(4)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in CHATS)
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 OTHER = '{"text": "other"}\n'
 
 
@@ -108,6 +109,11 @@ def test_a_bad_element_of_an_array_costs_only_itself(tmp_path):
         ("a.txt", "prose".encode("utf-16-le"), r"a\.txt is binary"),
         ("a.txt", "x" * 9999 + "\0", r"a\.txt is binary"),
         ("a.arrow", b"ARROW1\0\0", r"cannot read .*a\.arrow"),
+        ("a.parquet", POINTER, r"a\.parquet is a pointer of git-lfs.*git lfs pull"),
+        ("a.jsonl", POINTER, r"a\.jsonl is a pointer of git-lfs"),
+        ("a.parquet", "<!DOCTYPE html><html>", r"a\.parquet is neither Parquet nor Arrow"),
+        ("a.ARROW", b"\0\0\0", r"a\.ARROW is neither Parquet nor Arrow"),
+        ("a.parquet.gz", packed(b"PAR1"), r"a\.parquet\.gz is compressed.*unpack it"),
         ("caf\udce9.txt", "x", r"caf\\udce9\.txt' is not UTF-8; rename it"),
     ],
 )
@@ -127,7 +133,13 @@ def test_what_is_not_read_is_named_in_a_directory_too(tmp_path, name, content):
     assert [document.text.strip() for document in read(tmp_path, on_error="skip")] in (["text"], ["other"])
 
 
-@pytest.mark.parametrize("text", ["[section]\nkey = 1\n", "{% if x %}", "[1] a note", "{ pkgs }: x", "42\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[section]\nkey = 1\n", "{% if x %}", "[1] a note", "{ pkgs }: x", "42\n",
+        "[] one\n[] two\n", "[{foo}](bar)", "[ { not json", "[]()",
+    ],
+)  # fmt: skip
 def test_text_that_begins_like_json_is_text(tmp_path, text):
     (document,) = read(write(tmp_path / "a.txt", text))
     assert document.text == text
@@ -175,6 +187,7 @@ def test_a_set_that_was_saved_to_the_disk(tmp_path, saved):
 def test_a_directory_of_records_has_cards_beside_them(tmp_path):
     write(tmp_path / "set/README.md", "---\nlicense: mit\n---\n# Chats")
     write(tmp_path / "set/LICENSE", "MIT")
+    write(tmp_path / "set/README_zh.md", "# Chats")
     write(tmp_path / "set/dataset_infos.json", '{"default": {}}')
     write(tmp_path / "set/.gitattributes", "x")
     write(tmp_path / "set/_SUCCESS", "")
@@ -200,3 +213,15 @@ def test_records_and_text_are_not_mixed(tmp_path):
         read(tmp_path)
     assert len(read(tmp_path, glob="*.jsonl")) == 4
     assert [document.text for document in read(tmp_path, glob="*.md")] == ["notes"]
+
+
+def test_pointers_in_place_of_a_clones_tables_are_named(tmp_path):
+    write(tmp_path / "README.md", "# Chats")
+    write(tmp_path / "data/a.parquet", POINTER)
+    with pytest.raises(GraftError, match=r"a\.parquet is a pointer of git-lfs"):
+        read(tmp_path)
+
+
+def test_an_empty_array_is_one_whatever_its_name(tmp_path):
+    with pytest.raises(GraftError, match="holds no text"):
+        read(write(tmp_path / "a.txt", " [ ]\n"))

@@ -32,6 +32,10 @@ def test_every_shape_of_a_conversation_gives_the_same_messages(record):
     assert to_content(record, "row").messages == ANSWERED
 
 
+def test_numbers_beside_a_text_say_nothing():
+    assert to_content({"text": "x = 1", "turns": 3, "role": None}, "row") == "x = 1"
+
+
 def test_text_and_prompt_alone():
     assert to_content({"text": "x = 1"}, "row") == "x = 1"
     assert to_content({"prompt": "a"}, "row").messages == (ASKED,)
@@ -45,6 +49,22 @@ def test_text_and_prompt_alone():
         {"turns": ["a", "b"], "answer": "c"},
         {"prompt": ["a", "b"], "input": ""},
         {"prompt": [ASKED], "chosen": "b"},
+        {"prompt": ["a", "b"], "prompt_id": 1, "reference": ["c", "d"], "category": "x"},
+        {"prompt": "a", "canonical_solution": "b", "test": "c", "entry_point": "f", "task_id": "HumanEval/0"},
+        {"question_id": 1, "category": "x", "turns": ["a"], "answer": ["b"]},
+        {"question": "a", "correct_answers": ["b"], "incorrect_answers": ["c"], "source": "x"},
+        {"prompt": [ASKED], "data_source": "x", "reward_model": {"style": "y"}, "extra_info": {"index": 1}},
+        {"key": 1, "prompt": "a", "instruction_id_list": ["b"], "kwargs": [{"n": 1}]},
+        {
+            "question": "a",
+            "answerKey": "B",
+            "ID": "x",
+            "createdAt": "y",
+            "model": "m",
+            "r1_solution_1": "z",
+            "pages": 3,
+            "hard": True,
+        },
     ],
 )
 def test_sets_of_prompts_ask_their_first_turn(record):
@@ -134,6 +154,34 @@ def test_tools_in_every_shape_are_schemas_as_templates_take_them(record):
         ({"messages": [ASKED], "documents": [{"text": "t"}]}, "row 1: the field documents .*write them into the turns"),
         ({"conversations": [ASKED], "images": ["x.png"]}, "row 1: the field images .*only text is"),
         ({"question": "a", "choices": ["b", "c"]}, "row 1: the field choices .*write it into the turn"),
+        *(
+            ({"question": "a", name: value}, f"row 1: the field {name} may be a part of the prompt")
+            for name, value in {
+                "passage": "b",
+                "article": "b",
+                "history": [["b", "c"]],
+                "context": {"title": ["b"]},
+                "input": "b",
+                "starter_code": "b",
+                "code_context": "b",
+                "endings": ["b"],
+                "image_path": "b",
+                "image_id": "b",
+                "source_text": "b",
+                "opa": "b",
+                "instruction": "b",
+                "reasoning": "b",
+                "\u8f93\u5165": "b",
+            }.items()
+        ),
+        ({"instruction": "a", "output": "b", "text": "c"}, "row 1 has the fields text and instruction"),
+        ({"text": "a", "role": "prompter"}, "row 1 has the fields text and role"),
+        ({"text": "a", "prompt": "b"}, "row 1 has the fields text and prompt"),
+        ({"text": "a", "question": "b"}, "row 1 has the fields text and question"),
+        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "row 1 holds lists of questions and of completion"),
+        ({"question": ["a", "b"], "id": [1, 2]}, "row 1 holds lists of questions and of id"),
+        ({"prompt": json.dumps([ASKED])}, "row 1: the field prompt holds turns as a string"),
+        ({"question": str([{"content": "a", "role": "user"}])}, "row 1: the field question holds turns as a string"),
     ],
 )
 def test_bad_records_are_named(record, complaint):

@@ -18,7 +18,16 @@ OWN = {
     "alpaca": {"instruction": "a", "input": "b", "output": "c", "text": "d"},
     "sum": {"article": "a", "highlights": "b", "id": "c0"},
     "qa": {"question": "a", "answer": ["b"]},
-    "speed_bench": {"question_id": "f3", "category": "rag", "turns": ["a", "b"], "multiturn": True},
+    "speed_bench": {
+        "question_id": "f3",
+        "category": "rag",
+        "turns": ["a", "b"],
+        "multiturn": True,
+        "sub_category": "x",
+        "source": "y",
+        "src_id": "z",
+        "difficulty": "hard",
+    },
 }
 READ = {
     "mt_bench": ("81", "writing", ("a", "b")),
@@ -49,6 +58,10 @@ def test_eagles_layout_is_read_for_every_suite(name):
     assert (question.id, question.category, question.turns) == ("0", "coding", ("a", "b"))
 
 
+def test_a_table_may_have_made_floats_of_ids():
+    assert to_question("spec_bench", EAGLE | {"question_id": 81.0, "category": 2.0}, "row", 7).id == "81"
+
+
 @pytest.mark.parametrize("empty", ["", None])
 def test_an_instruction_without_an_input_stands_alone(empty):
     assert to_question("alpaca", OWN["alpaca"] | {"input": empty}, "row", 1).turns == ("a",)
@@ -68,7 +81,12 @@ def test_an_instruction_without_an_input_stands_alone(empty):
         ("gsm8k", ["a"], "is no question of gsm8k"),
         ("gsm8k", {"question": ""}, "is no question of gsm8k"),
         ("gsm8k", {"question": 5}, "the field question must be"),
-        ("qa", {"question": "a", "context": "b"}, "the field context would change the prompt"),
+        ("qa", {"question": "a", "context": "b"}, "the field context may be a part of the prompt"),
+        ("gsm8k", {"question": "a", "passage": "b"}, "the field passage may be a part of the prompt"),
+        ("humaneval", OWN["humaneval"] | {"image_path": "b"}, "the field image_path may be a part of the prompt"),
+        ("gsm8k", {"question": "a", "text": "b"}, "the field text may be a part of the prompt"),
+        ("spec_bench", EAGLE | {"category": ["a"]}, "is no question of spec_bench"),
+        ("spec_bench", EAGLE | {"category": {"a": "b"}}, "is no question of spec_bench"),
         ("spec_bench", EAGLE | {"system_prompt": "b"}, "the field system_prompt would change the prompt"),
         ("spec_bench", EAGLE | {"turns": "a"}, "the field turns must be"),
         ("spec_bench", EAGLE | {"turns": ["a", " "]}, "the field turns must be"),
