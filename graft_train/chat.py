@@ -16,6 +16,7 @@ from graft_inference import GenerationStats, GraftEngine, GraftError, Request
 from graft_inference.bundle import recorded_target
 from graft_inference.chat_template import check_template, encode_chat, opening, template_variables
 from graft_inference.cli import load_engine
+from graft_inference.prompts import check_text, is_plain
 
 with suppress(ImportError):
     import readline  # noqa: F401  # edits and remembers what is typed, where there is one
@@ -77,6 +78,10 @@ def _talk(options: ChatOptions) -> None:
 
 def _conversation(options: ChatOptions) -> "Conversation":
     """What can be told to be wrong is told before the target is loaded."""
+    if not options.bundle:
+        raise GraftError("BUNDLE is empty: give a directory or a Hub id")
+    for text in (options.system or "", *options.template_variable):
+        check_text(text, "--system or --template-variable")
     variables = template_variables(options.template_variable)
     Request.of(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     target = options.target or recorded_target(options.bundle)
@@ -108,12 +113,14 @@ class Conversation:
 
     Attributes:
         variables: what the chat template is told beside the messages.
+        warned: it was said that answers are put back without their special tokens.
     """
 
     engine: GraftEngine
     options: ChatOptions
     variables: dict[str, Any]
     messages: list[dict[str, str]] = field(init=False)
+    warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.begin()
@@ -128,6 +135,7 @@ class Conversation:
         Raises:
             GraftError: a text that the template refuses, or no room for an answer.
         """
+        check_text(text, "this line")
         engine, options = self.engine, self.options
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt_S = encode_chat(engine.tokenizer, messages, self.variables)
@@ -151,8 +159,14 @@ class Conversation:
         elif stats.emitted == count and token not in engine.eos_token_ids:
             _say("the target's limit is reached: /new" if count == room else f"cut: --max-new-tokens {count}")
         if spelling.text:
+            self._warn_if_lossy(spelling)
             self.messages = [*messages, {"role": "assistant", "content": spelling.text}]
         return interrupted.is_set()
+
+    def _warn_if_lossy(self, spelling: "Spelling") -> None:
+        if not self.warned and not is_plain(self.engine.tokenizer, spelling.ids):
+            self.warned = True
+            _say("this answer has special tokens within, as of channels: later turns are told its text without them")
 
 
 class Spelling:

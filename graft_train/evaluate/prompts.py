@@ -1,6 +1,7 @@
 """What the methods are to continue: held-out prompts, those of another data set, or a suite's questions."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graft_inference import GraftEngine, GraftError
 from graft_inference.bundle import read_json
+from graft_inference.prompts import is_plain
 from graft_inference.target import max_positions
 from graft_train.config import Config
 from graft_train.config.data import DataConfig
@@ -78,7 +80,8 @@ def naming(asked: EvaluateConfig) -> Iterator[None]:
     except GraftError as error:
         values = {name: getattr(asked, name) for name in ("suite", "path", "hub_split", "hub_subset", "max_new_tokens")}
         named = ", ".join(f"evaluation.{name}={value}" for name, value in values.items() if value is not None)
-        raise GraftError(f"no prompts by {named}: {error}") from error
+        reason = re.sub(r"\bdata\.(path|hub_split|hub_subset)\b", r"evaluation.\1", str(error))
+        raise GraftError(f"no prompts by {named}: {reason}") from error
 
 
 def asked_of(config: Config, out: Path) -> Asked:
@@ -129,12 +132,22 @@ class Answers:
         self._engine: GraftEngine | None = None
 
     def __call__(self, prompt: Sample) -> str:
-        """What the target says to a prompt, as the next turn's prompt has it."""
+        """What the target says to a prompt, as the next turn's prompt has it.
+
+        Raises:
+            BadRecord: no text says it, as it has special tokens within.
+        """
         if prompt.id not in self.kept:
             self.kept[prompt.id] = self._new(prompt)
             if is_main():
                 write_json(self.path, self.kept)
-        return str(self.tokenizer.decode(self.kept[prompt.id], skip_special_tokens=True))
+        answer = self.kept[prompt.id]
+        if not is_plain(self.tokenizer, answer):
+            raise BadRecord(
+                f"the target's answer to {prompt.id} has special tokens within, as of channels or tool calls, so that "
+                "its text alone is no turn to go on from; use a suite whose questions have one turn"
+            )
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _new(self, prompt: Sample) -> list[int]:
         if self._engine is None:

@@ -13,7 +13,7 @@ from .chat_template import check_template, encode_chat, naming_refusals, opening
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
 from .policy import METHODS
-from .prompts import text_ids
+from .prompts import check_text, text_ids
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,10 +34,11 @@ def run(options: argparse.Namespace) -> GenerationStats:
     """Loads, generates and prints the continuation to stdout while it comes."""
     if not options.chat and (options.system is not None or options.template_variable):
         raise GraftError("--system and --template-variable are told to the chat template: add --chat")
+    prompt, variables = _read(options.prompt), template_variables(options.template_variable)
+    _check_texts(options)
     engine = load_engine(options.bundle, options.target, options.device, options.dtype)
     tokenizer: Any = engine.tokenizer
-    variables = template_variables(options.template_variable)
-    input_ids = encode(tokenizer, _read(options.prompt), options.chat, options.system, variables)
+    input_ids = encode(tokenizer, prompt, options.chat, options.system, variables)
     stats = GenerationStats()
     tokens = engine.stream(
         input_ids,
@@ -93,12 +94,20 @@ def encode(
 
 
 def _read(prompt: str) -> str:
-    if prompt != "-":
-        return prompt
+    is_piped = prompt == "-"
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read() if is_piped else prompt
     except UnicodeDecodeError as error:
         raise GraftError(f"stdin is no {error.encoding} text: {error}") from error
+    check_text(text, "stdin" if is_piped else "the prompt")
+    return text
+
+
+def _check_texts(options: argparse.Namespace) -> None:
+    given = {"--system": [options.system or ""], "--stop": options.stop or []}
+    for name, texts in {**given, "--template-variable": options.template_variable}.items():
+        for text in texts:
+            check_text(text, name)
 
 
 def summary(stats: GenerationStats) -> str:

@@ -194,3 +194,22 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
         ids.pop()
     has_its_own = added[:2] == [1, 0] and ids[:2] == [tokenizer.bos_token_id] * 2
     return ids[1:] if has_its_own else ids
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises GraftError for bytes that were no text when they were read, which Python keeps as half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GraftError(f"{what} is no {error.encoding} text: {error}") from error
+
+
+def is_plain(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether the text of an answer, which has no special tokens, says all of it but how it ends.
+
+    It does not where a model speaks in channels or calls tools, and what stands in them would run together.
+    """
+    whole, text = (
+        tokenizer.decode(ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False) for skips in (False, True)
+    )
+    return bool(whole.startswith(text))

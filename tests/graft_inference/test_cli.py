@@ -152,8 +152,8 @@ def test_the_template_is_told_what_training_told_it(chat_pair, capsys, arguments
         (["--chat", "--system", "odd"], "hi", "refuses the prompt: no odd ones"),
         (["--system", "be terse"], "hi", "add --chat"),
         (["--template-variable", "effort=3"], "hi", "add --chat"),
-        (["--chat"], "half a \udcff", "tokenizer refuses the prompt"),
-        ([], "half a \udcff", "tokenizer refuses the prompt"),
+        (["--chat"], "half a \udcff", "the prompt is no utf-8 text"),
+        ([], "half a \udcff", "the prompt is no utf-8 text"),
         (["--stop", ""], "hi", "stop_strings has ''"),
         (["--seed", "1", "--temperature", "nan"], "hi", "temperature=nan"),
     ],
@@ -170,6 +170,27 @@ def test_stdin_that_is_no_text_is_one_line(pair, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"half \xff"), encoding="utf-8"))
     assert main(command(pair, prompt="-")) == 2
     assert "graft-generate: stdin is no utf-8 text" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt", "name"),
+    [
+        ((), "half \udcff", "the prompt"),
+        ((), "-", "stdin"),
+        (("--chat", "--system", "\udcff"), "why not", "--system"),
+        (("--stop", "a", "--stop", "\udcff"), "why not", "--stop"),
+        (("--chat", "--template-variable", 'terse="\udcff"'), "why not", "--template-variable"),
+    ],
+)
+def test_bytes_that_are_no_text_are_named_before_the_target_is_loaded(
+    pair, capsys, monkeypatch, arguments, prompt, name
+):
+    """Python keeps them as half characters, in arguments and where the locale is C."""
+    piped = io.TextIOWrapper(io.BytesIO(b"half \xff"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", piped)
+    assert main(command(pair, *arguments, prompt=prompt)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"graft-generate: {name} is no utf-8 text: ")
 
 
 def test_the_text_ends_where_the_tokenizer_says_a_turn_does(pair, tmp_path, capsys):

@@ -16,7 +16,7 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from graft_inference import METHODS, GenerationStats
+from graft_inference import METHODS, GenerationStats, GraftError
 from graft_train import chat, cli
 from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_model
 from tests.graft_inference.tiny_bundle import tiny_tokenizer, write_bundle, write_target
@@ -290,6 +290,7 @@ def test_spaces_that_a_decoder_strips_at_a_texts_beginning_are_kept():
         (["--template-variable", "thinking=true"], "chat template does not know thinking"),
         (["--system", "odd"], "tokenizer refuses the prompt: no odd ones"),
         (["--target", "no/where/at/all"], "no target can be loaded from no/where/at/all"),
+        (["--system", "half \udcff"], "--system or --template-variable is no utf-8 text"),
         (["--system", "x" * 250], "the target's limit is 256: /new begins a new one"),
     ],
 )
@@ -302,6 +303,7 @@ def test_mistakes_end_a_pipe_with_2_and_one_line(bundle, arguments, message):
 
 
 def test_a_bundle_that_is_missing_or_names_no_target_is_told(bundle, tmp_path):
+    assert "error: BUNDLE is empty: give a directory or a Hub id" in piped("", "hi").stderr
     assert "nowhere is neither a directory nor" in piped(str(tmp_path / "nowhere"), "hi").stderr
     assert "graft.json to say which target it was made for: pass --target" in piped(str(tmp_path), "hi").stderr
 
@@ -320,6 +322,29 @@ def test_stdin_that_is_no_text_is_told(bundle):
     done = piped(bundle, b"half \xff\n")
     assert done.exit_code == 2
     assert "error: stdin is no utf-8 text" in done.stderr
+
+
+def test_a_line_that_is_half_text_ends_a_pipe_and_not_a_talk(bundle, talk):
+    talk.begin()
+    with pytest.raises(GraftError, match="this line is no utf-8 text"):
+        talk.answer("half \udcff", lambda stats: recording(stats, []))
+    assert talk.messages == []
+
+
+def test_an_answer_whose_text_does_not_say_it_all_is_told_once(bundle, capsys):
+    """Of a model that speaks in channels the text alone is what no template would write."""
+    talk = conversation(bundle, "--max-new-tokens", "20")
+    ignore = lambda stats: recording(stats, [])  # noqa: E731
+    talk.answer("why not", ignore)
+    said = talk.messages[-1]["content"]
+    assert "special tokens" not in capsys.readouterr().err
+    inside = next(one for one in said[1:-2] if one not in "why not user assistant" + said[-2:])
+    talk.engine.tokenizer.add_special_tokens({"additional_special_tokens": [inside]})
+    talk.begin()
+    talk.answer("why not", ignore)
+    assert talk.messages[-1]["content"] == said.replace(inside, "")
+    talk.answer("why not", ignore)
+    assert capsys.readouterr().err.count("special tokens within") == 1
 
 
 def test_the_choice_of_methods_is_the_engines():

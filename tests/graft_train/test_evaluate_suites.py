@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
+from graft_inference.prompts import is_plain
 from graft_train.config import Config
 from graft_train.config.evaluation import SUITES, EvaluateConfig
 from graft_train.data import sources
@@ -16,6 +17,7 @@ from graft_train.evaluate import Run, evaluate
 from graft_train.evaluate.prompts import ANSWERS, asked_of, data_of, directory_of
 from graft_train.evaluate.summary import acceptance, by_category
 from graft_train.report import parts_of
+from tests.graft_inference.tiny_bundle import tiny_tokenizer
 
 from .test_evaluate import config_for, hand_made, write_run
 
@@ -38,7 +40,7 @@ def run_dir(tmp_path) -> Path:
     return run_dir
 
 
-def of_suite(run_dir: Path, suite: str = "spec_bench", **settings) -> Config:
+def of_suite(run_dir: Path, suite: str | None = "spec_bench", **settings) -> Config:
     settings = {"path": str(run_dir.parent / "question.jsonl"), "repeats": 1, "max_new_tokens": 12} | settings
     return config_for(run_dir, suite=suite, **settings)
 
@@ -90,6 +92,37 @@ def test_answers_are_made_once_and_gone_on_from(run_dir, tmp_path, monkeypatch):
     assert kept.items() <= whole.items()
     monkeypatch.setattr(GraftEngine, "from_pretrained", lambda *_, **__: pytest.fail("asked again"))
     assert asked_of(of_suite(run_dir), tmp_path) == first
+
+
+def test_answers_whose_text_does_not_say_them_are_no_turns(run_dir, tmp_path, capsys):
+    """Of a model that speaks in channels the text alone is what no template would write."""
+    asked_of(of_suite(run_dir), tmp_path)
+    kept = json.loads((tmp_path / ANSWERS).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "target")
+    others = {token for name, ids in kept.items() if name != "81/1" for token in ids}
+    inside = next(one for one in kept["81/1"][:-1] if one not in others and one != kept["81/1"][-1])
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(inside)]})
+    tokenizer.save_pretrained(run_dir / "target")
+    with pytest.raises(GraftError, match=r"answer to 81/1 has special tokens within.* data\.on_error=skip"):
+        asked_of(of_suite(run_dir), tmp_path)
+    config = of_suite(run_dir)
+    config.data.on_error = "skip"
+    assert sorted(sample.id for sample in asked_of(config, tmp_path).samples) == IDS[3:]
+    assert "left out 1 of 3 questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("tail", "plain"), [([], True), ([9], True), ([9, 9], True), ([9, 3], False)])
+def test_only_how_an_answer_ends_may_be_left_out(tail, plain):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(9)})
+    assert is_plain(tokenizer, [5, 41, *tail]) is plain  # a half of a character among them
+    assert is_plain(tokenizer, [9, 5, *tail]) is False
+
+
+def test_a_path_that_is_not_there_is_told_by_the_setting_that_names_it(run_dir, tmp_path):
+    for suite in ("spec_bench", None):
+        with pytest.raises(GraftError, match=r": evaluation\.path=nope\.jsonl does not exist(?!.*data\.path)"):
+            asked_of(of_suite(run_dir, suite, path="nope.jsonl"), tmp_path)
 
 
 def test_categories_positions_and_contexts_are_told(run_dir, capsys):
