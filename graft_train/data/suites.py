@@ -9,7 +9,7 @@ from graft_train.config.data import DataConfig
 from graft_train.config.evaluation import SUITES, Suite
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.prompts import in_proportion
-from graft_train.data.records import SYSTEM, UNREAD, check_beside_a_question, name_of
+from graft_train.data.records import SYSTEM, TURNS_AS_TEXT, UNREAD, check_beside_a_question, name_of
 from graft_train.data.sources import rows_of
 
 MASKED = "FULL BENCHMARK DATA SHOULD BE FETCHED"
@@ -92,6 +92,8 @@ def _turns(row: dict[str, Any], suite: Suite, asked: tuple[str, ...], place: str
         turns = [suite.before + "\n\n".join(str(row[field]) for field in asked if row.get(field))]
     if not isinstance(turns, list) or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise BadRecord(f"{place}: the field {asked[0]} must be the user's turns, strings that are not blank")
+    if any(TURNS_AS_TEXT.match(turn) for turn in turns):
+        raise BadRecord(f"{place}: the field {asked[0]} holds a conversation as a string; give what the user says")
     if any(MASKED in turn for turn in turns):
         raise BadRecord(
             f"{place}: the Hub has a note in place of this question; make the whole set by the script that its card "

@@ -85,6 +85,7 @@ def test_an_instruction_without_an_input_stands_alone(empty):
         ("gsm8k", {"question": "a", "passage": "b"}, "the field passage may be a part of the prompt"),
         ("humaneval", OWN["humaneval"] | {"image_path": "b"}, "the field image_path may be a part of the prompt"),
         ("gsm8k", {"question": "a", "text": "b"}, "the field text may be a part of the prompt"),
+        ("humaneval", OWN["humaneval"] | {"prompt": '[{"role": "user"}]'}, "the field prompt holds a conversation as"),
         ("spec_bench", EAGLE | {"category": ["a"]}, "is no question of spec_bench"),
         ("spec_bench", EAGLE | {"category": {"a": "b"}}, "is no question of spec_bench"),
         ("spec_bench", EAGLE | {"system_prompt": "b"}, "the field system_prompt would change the prompt"),
