@@ -1,15 +1,18 @@
 """What every recipe does: composes the configuration, runs its stages, and tells a user's mistake in one line."""
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from graft_inference import GraftError
 from graft_train.config import Config
@@ -19,6 +22,8 @@ from graft_train.road import STAGES, WHOLE_ROAD
 _HERE = Path(__file__).parent
 CONF = next(conf for conf in (_HERE / "conf", _HERE.parent / "conf") if conf.is_dir())
 """Settings by recipe and experiment: in a wheel within the package, in a clone beside it."""
+UNTOLD = ("To append to your config", "See https://", "reference_type=", "object_type=")
+"""Beginnings of lines in Hydra's errors that help nobody here: a setting that + adds does not exist either."""
 
 
 def run(name: str, overrides: list[str] | None = None) -> None:
@@ -32,9 +37,26 @@ def run(name: str, overrides: list[str] | None = None) -> None:
         sys.argv[1:] = overrides
     names = STAGES if name == WHOLE_ROAD else [name]
     register()
-    hydra.main(version_base=None, config_path=str(CONF), config_name=name)(
-        lambda composed: run_stages(composed, *map(_stage, names))
-    )()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us, and not at length to the user
+    try:
+        hydra.main(version_base=None, config_path=str(CONF), config_name=name)(
+            lambda composed: run_stages(composed, *map(_stage, names))
+        )()
+    except (HydraException, OmegaConfBaseException) as error:
+        _end(_in_one_line(error))
+
+
+def _end(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _in_one_line(error: Exception) -> str:
+    """What is wrong with the settings, and not what Hydra advises."""
+    text = f"{error}\n{error.__cause__ or ''}".split("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    told = " ".join(line for line in lines if line and not line.startswith(UNTOLD)).rstrip(".")
+    return f"{told}; --help shows what there is to set"
 
 
 def _stage(name: str) -> Callable[[Config], Path]:
@@ -57,9 +79,7 @@ def run_stages(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
         for stage in stages:
             stage(config)
     except GraftError as error:
-        # Hydra would add advice about its own traces to anything but an exit.
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(str(error))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -73,10 +93,12 @@ def to_config(composed: DictConfig) -> Config:
     """The composed values as dataclasses, once, at the edge.
 
     Raises:
-        GraftError: a setting that does not exist.
+        GraftError: a setting that does not exist, or has no value.
     """
     try:
         values: Any = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise GraftError(_in_one_line(error)) from error
     except (AttributeError, TypeError) as error:  # what `+key=value` added
         raise GraftError(f"a setting that does not exist was added with +: {error}") from error
     return values

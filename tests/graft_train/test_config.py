@@ -12,7 +12,7 @@ from hydra.errors import ConfigCompositionException
 from graft_inference import GraftError
 from graft_train.config import Config
 from graft_train.config.data import Source
-from graft_train.recipe import register, to_config
+from graft_train.recipe import register, run, to_config
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "quickstart")
@@ -97,15 +97,70 @@ def test_a_misspelt_key_fails_at_composition():
         composed("distill", "head.learning_rat=1")
 
 
+@pytest.fixture
+def command_line(monkeypatch, tmp_path):
+    """Left as it was by what runs on it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["graft"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+
+@pytest.mark.usefixtures("command_line")
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("data.pth=x", "'data.pth'. Key 'pth' not in 'DataConfig'"),
+        ("~data.pth", "'data.pth' does not exist"),
+        ("experiment=nope", "Could not find 'experiment/nope' Available options in 'experiment': gemma3_12b"),
+        ("head.epochs=x", "head.epochs=x Value 'x' of type 'str' could not be converted to Integer"),
+        ("head.epochs", "Error parsing override 'head.epochs' missing EQUAL"),
+        ("head.epochs=[1", "'[1'"),
+        ("data=5", "int is not a subclass of DataConfig"),
+        ("--config-dir=nope", "nope' not found"),
+    ],
+)
+@pytest.mark.parametrize("shown", [[], ["--cfg", "job"], ["--help"]], ids=" ".join)
+def test_what_hydra_refuses_is_one_line_too(mistake, words, shown, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("distill", [mistake, *shown])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert "HYDRA" not in line
+    assert "use +" not in line
+    assert "Config search path" not in line
+
+
+@pytest.mark.usefixtures("command_line")
+def test_what_hydra_shows_is_shown(capsys):
+    run("distill", ["head.epochs=3", "--cfg", "job"])
+    assert "  epochs: 3\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        run("distill", ["--help"])
+    assert not end.value.code
+    printed = capsys.readouterr()
+    assert f"  epochs: {Config().head.epochs}\n" in printed.out
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("data.path=${nope}", "Interpolation key 'nope' not found"), ("data.path=???", "mandatory")]
+)
+def test_a_value_that_is_none_is_named(setting, words):
+    with pytest.raises(GraftError, match=f"^.*{words}.* full_key: data.path; --help shows what there is to set$"):
+        composed("distill", setting)
+
+
 def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path):
-    run = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "recipes/calibrate.py", f"run_dir={tmp_path / 'run'}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("error: ")
-    assert "regenerate" in run.stderr
-    assert "Traceback" not in run.stderr
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: ")
+    assert "regenerate" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run").exists()
