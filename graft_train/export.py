@@ -25,7 +25,7 @@ from graft_train.stage import RECORD, run_stage
 
 EVALUATION = "evaluation"
 """Of the run's own held-out prompts; those of another data set have its name behind it."""
-REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.31")
+REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.31", "jinja2>=3.1")
 """The runtime's; transformers checks them before it runs the bundle's code."""
 
 CARD = """---
