@@ -41,8 +41,7 @@ def regenerate(config: Config) -> Path:
         raise SystemExit(0)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise GraftError(
-            "regenerate runs as one process: graft regenerate; to answer faster give it servers "
-            "(regenerate.base_url)"
+            "regenerate runs as one process: graft regenerate; to answer faster give it servers (regenerate.base_url)"
         )
     settings = {
         **config.regenerate.decisive(),
