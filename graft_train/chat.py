@@ -78,8 +78,6 @@ def _talk(options: ChatOptions) -> None:
 
 def _conversation(options: ChatOptions) -> "Conversation":
     """What can be told to be wrong is told before the target is loaded."""
-    if not options.bundle:
-        raise GraftError("BUNDLE is empty: give a directory or a Hub id")
     for text in (options.system or "", *options.template_variable):
         check_text(text, "--system or --template-variable")
     variables = template_variables(options.template_variable)

@@ -64,7 +64,7 @@ def _references(config: Config, samples: list[Sample]) -> list[torch.Tensor]:
         config.target.tp_plan,
     )
     # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
-    ends = sorted(end_ids(model, tokenizer))
+    ends = sorted(end_ids(model.generation_config.eos_token_id, tokenizer))
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=0)
     found = []
     for sample in tqdm(samples, "evaluate: references", unit="prompt", disable=not is_main()):

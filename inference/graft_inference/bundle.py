@@ -310,6 +310,8 @@ def check_launch(tp_plan: str | None, device_map: object) -> None:
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:
     """A local directory as it is, a Hub id as its downloaded snapshot."""
+    if not str(path):
+        raise GraftError("the name of the bundle is empty: give a directory or a Hub id")
     if Path(path).is_dir():
         return Path(path)
     try:

@@ -176,7 +176,7 @@ class GraftEngine:
             warn_if_elsewhere(bundle.policy, target.device)
             ngrams = bundle.ngrams and bundle.ngrams.to(target.device)
             matrix = bundle.successors.to(target.device)
-            ends = sorted(end_ids(model, tokenizer))
+            ends = sorted(end_ids(model.generation_config.eos_token_id, tokenizer))
             engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, ngrams=ngrams, **settings)
             if packed and not target.is_split:
                 pack_linears(model)

@@ -91,6 +91,8 @@ class Request:
             raise GraftError(f"temperature={self.temperature!r}: 0 is greedy, more samples")
         if not isinstance(self.plan, Plan | None):
             raise GraftError(f"plan={self.plan!r}: pass a Plan, or leave it out and name a method")
+        if self.tokenizer is not None and not _is_callable(self.tokenizer, "convert_ids_to_tokens"):
+            raise GraftError(f"tokenizer={self.tokenizer!r}: pass the target's, or leave it out")
         if self.streamer is not None and not (
             _is_callable(self.streamer, "put") and _is_callable(self.streamer, "end")
         ):
@@ -252,10 +254,10 @@ def _is_callable(value: Any, name: str) -> bool:
     return callable(getattr(value, name, None))
 
 
-def end_ids(model: Any, tokenizer: Any | None) -> set[int]:
+def end_ids(of_model: int | Sequence[int] | None, tokenizer: Any | None) -> set[int]:
     """The tokens that end a sequence: those of the model's generation_config, and the tokenizer's, if there is one."""
-    of_model, of_tokenizer = model.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)
-    ends = [*of_model, of_tokenizer] if isinstance(of_model, list | tuple) else [of_model, of_tokenizer]
+    ends: list[int | None] = [of_model] if isinstance(of_model, int | None) else list(of_model)
+    ends.append(getattr(tokenizer, "eos_token_id", None))
     return {end for end in ends if end is not None}
 
 

@@ -250,6 +250,8 @@ def test_an_empty_prompt_is_named(pair, capsys):
 
 
 def test_missing_directories_are_named(pair, tmp_path, capsys):
+    assert main(["", PROMPT, "--target", pair[1]]) == 2
+    assert "the name of the bundle is empty" in capsys.readouterr().err
     bundle, target = pair
     assert main([str(tmp_path / "nowhere"), "--target", target, "hi"]) == 2
     assert "nowhere is neither a directory nor" in capsys.readouterr().err

@@ -427,6 +427,21 @@ def test_prompts_that_a_plain_generate_stumbles_over_are_refused_by_name(model, 
         generate(inputs, model=model, draft=bundle, max_new_tokens=5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"streamer": 5}, "streamer=5: pass one with put and end"),
+        ({"tokenizer": 5}, "tokenizer=5: pass the target's"),
+        ({"logits_processor": [5]}, "logits_processor has 5, which cannot be called"),
+        ({"stopping_criteria": [5]}, "stopping_criteria has 5, which cannot be called"),
+        ({"prepared": True}, "does not support prepared"),
+    ],
+)
+def test_objects_that_a_plain_generate_stumbles_over_are_refused_by_name(model, bundle, settings, message):
+    with pytest.raises(GraftError, match=message):
+        generate(prompt(9), model=model, draft=bundle, max_new_tokens=5, **settings)
+
+
 @pytest.mark.parametrize("settings", [{"suppress_tokens": "x"}, {"bad_words_ids": []}, {"max_new_tokens": -2}])
 def test_what_transformers_refuses_is_our_error(model, bundle, settings):
     with pytest.raises(GraftError, match=r"transformers' generate refuses this request: .*generation_config"):

@@ -62,7 +62,10 @@ def test_every_setting_of_the_models_generation_config_is_followed(name):
     expected = model.generate(prompt(9), tokenizer=tiny_tokenizer(), **lengths).tolist()
     assert (expected != greedy_reference(tiny_model("llama"), prompt(9), 25).tolist()) == (name not in UNSEEN)
     engine = tiny_engine(model)
-    engine.tokenizer, engine.eos_token_ids = tiny_tokenizer(), frozenset(end_ids(model, None))
+    engine.tokenizer, engine.eos_token_ids = (
+        tiny_tokenizer(),
+        frozenset(end_ids(model.generation_config.eos_token_id, None)),
+    )
     for method in ("graft", "autoregressive"):
         assert engine.generate(prompt(9), method=method, **lengths).sequences.tolist() == expected
     batch = engine.generate([prompt(9)[0], prompt(9)[0]], pad_token_id=0, **lengths)
@@ -468,7 +471,7 @@ def test_the_lock_is_not_held_between_two_tokens():
         ({"stop_strings": "a"}, "stop_strings need a tokenizer"),
         ({"stop_strings": ["a", ""], "tokenizer": tiny_tokenizer()}, "stop_strings has ''"),
         ({"stop_strings": [b"a"], "tokenizer": tiny_tokenizer()}, "stop_strings has b'a'"),
-        ({"stop_strings": "a", "tokenizer": "no tokenizer"}, "generate refuses this request"),
+        ({"stop_strings": "a", "tokenizer": "no tokenizer"}, "tokenizer='no tokenizer': pass the target's"),
         ({"stop_strings": 5, "tokenizer": tiny_tokenizer()}, "stop_strings=5: pass a text"),
         ({"logits_processor": 3}, "logits_processor=3: pass a list"),
         ({"logits_processor": [5]}, "logits_processor has 5, which cannot be called"),

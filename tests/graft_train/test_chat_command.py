@@ -303,7 +303,7 @@ def test_mistakes_end_a_pipe_with_2_and_one_line(bundle, arguments, message):
 
 
 def test_a_bundle_that_is_missing_or_names_no_target_is_told(bundle, tmp_path):
-    assert "error: BUNDLE is empty: give a directory or a Hub id" in piped("", "hi").stderr
+    assert "error: the name of the bundle is empty: give a directory or a Hub id" in piped("", "hi").stderr
     assert "nowhere is neither a directory nor" in piped(str(tmp_path / "nowhere"), "hi").stderr
     assert "graft.json to say which target it was made for: pass --target" in piped(str(tmp_path), "hi").stderr
 
