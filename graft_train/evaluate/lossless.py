@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from graft_inference import METHODS, GraftEngine, GraftError
 from graft_inference.bundle import load_target_model
-from graft_inference.request import end_ids
+from graft_inference.request import ends_of
 from graft_train.config import Config
 from graft_train.data.samples import Sample
 from graft_train.data.target import resolve_device, target_path
@@ -64,7 +64,7 @@ def _references(config: Config, samples: list[Sample]) -> list[torch.Tensor]:
         config.target.tp_plan,
     )
     # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
-    ends = sorted(end_ids(model.generation_config.eos_token_id, tokenizer))
+    ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=0)
     found = []
     for sample in tqdm(samples, "evaluate: references", unit="prompt", disable=not is_main()):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from graft_inference import GraftError
 from graft_inference.files import replace_file
-from graft_inference.request import end_ids
+from graft_inference.request import ends_of
 from graft_inference.target import max_positions
 from graft_train.config import Config
 from graft_train.config.regenerate import RegenerateConfig
@@ -86,7 +86,7 @@ class _Work:
         self.config = config
         path, settings, target_config = target_path(config), config.regenerate, text_config(config)
         tokenizer = load_tokenizer(config)
-        ends = end_ids(_ends_of(path), tokenizer)
+        ends = end_ids(path, tokenizer)
         self.chat = Chat(tokenizer, ends, config.data.chat_template_kwargs, target_config.vocab_size)
         self.max_positions = max_positions(target_config)
         if urls := settings.servers():
@@ -109,12 +109,13 @@ class _Work:
         return make(documents, self.chat, self.config.data, count=count, max_tokens=max_tokens, seed=self.config.seed)
 
 
-def _ends_of(path: Path) -> Any:
-    """The tokens at which the target's generation settings stop, without its weights."""
+def end_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which the target in this directory stops, told without loading its weights."""
     try:
-        return GenerationConfig.from_pretrained(path).eos_token_id
+        of_model = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # it has no such file
-        return AutoConfig.from_pretrained(path).get_text_config().eos_token_id
+        of_model = AutoConfig.from_pretrained(path).get_text_config().eos_token_id
+    return ends_of(of_model, tokenizer)
 
 
 def _preview(config: Config) -> None:

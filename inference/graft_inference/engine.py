@@ -29,7 +29,7 @@ from .policy import Plan, Policy
 from .prefill import prefill
 from .prefix import KeptPrefix
 from .prompts import Prompts
-from .request import Request, Row, end_ids
+from .request import Request, Row, ends_of
 from .retrieval import SuccessorMatrix
 from .round import run_round
 from .self_check import self_check
@@ -176,7 +176,7 @@ class GraftEngine:
             warn_if_elsewhere(bundle.policy, target.device)
             ngrams = bundle.ngrams and bundle.ngrams.to(target.device)
             matrix = bundle.successors.to(target.device)
-            ends = sorted(end_ids(model.generation_config.eos_token_id, tokenizer))
+            ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))
             engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, ngrams=ngrams, **settings)
             if packed and not target.is_split:
                 pack_linears(model)

@@ -254,7 +254,7 @@ def _is_callable(value: Any, name: str) -> bool:
     return callable(getattr(value, name, None))
 
 
-def end_ids(of_model: int | Sequence[int] | None, tokenizer: Any | None) -> set[int]:
+def ends_of(of_model: int | Sequence[int] | None, tokenizer: Any | None) -> set[int]:
     """The tokens that end a sequence: those of the model's generation_config, and the tokenizer's, if there is one."""
     ends: list[int | None] = [of_model] if isinstance(of_model, int | None) else list(of_model)
     ends.append(getattr(tokenizer, "eos_token_id", None))

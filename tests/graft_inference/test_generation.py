@@ -10,7 +10,7 @@ from transformers import BatchEncoding, StoppingCriteria, TextIteratorStreamer
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.bundle import Bundle
-from graft_inference.request import Request, end_ids
+from graft_inference.request import Request, ends_of
 from graft_inference.retrieval import SuccessorMatrix
 from graft_inference.round import draft
 from graft_inference.stats import SOURCES
@@ -64,7 +64,7 @@ def test_every_setting_of_the_models_generation_config_is_followed(name):
     engine = tiny_engine(model)
     engine.tokenizer, engine.eos_token_ids = (
         tiny_tokenizer(),
-        frozenset(end_ids(model.generation_config.eos_token_id, None)),
+        frozenset(ends_of(model.generation_config.eos_token_id, None)),
     )
     for method in ("graft", "autoregressive"):
         assert engine.generate(prompt(9), method=method, **lengths).sequences.tolist() == expected
