@@ -74,8 +74,9 @@ class DraftHeadConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise GraftError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        # RoPE's frequencies are made before any weight is looked at: their number must be a plausible one.
+        if self.head_dim % 2 or self.head_dim > 65536:
+            raise GraftError(f"head_dim={self.head_dim} must be even, for RoPE turns pairs, and at most 65536")
         if type(self.rms_norm_eps) not in (int, float) or not 0 < self.rms_norm_eps < 1:
             raise GraftError(f"rms_norm_eps={self.rms_norm_eps!r} must lie between 0 and 1")
         if type(self.norm_before_residual) is not bool:

@@ -193,6 +193,7 @@ def test_sizes_are_whole_numbers_that_the_tensors_have(saved, name, value):
     [
         ({"num_attention_heads": 3}, "must be a multiple"),
         ({"head_dim": 31}, "must be even"),
+        ({"head_dim": 2**30}, "at most 65536"),
         ({"rms_norm_eps": 2}, "between 0 and 1"),
         ({"rms_norm_eps": "1e-5"}, "between 0 and 1"),
         ({"norm_before_residual": 1}, "true or false"),
