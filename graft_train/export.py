@@ -15,7 +15,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import graft_inference
 from graft_inference import METHODS, GraftError, Policy
-from graft_inference.bundle import describe_target, load_bundle, read_json
+from graft_inference.bundle import describe_target, load_bundle
+from graft_inference.files import read_json
 from graft_train.config import Config
 from graft_train.data.target import load_tokenizer, target_path, text_config
 from graft_train.files import only_one, told, write_json, write_text

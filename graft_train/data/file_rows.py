@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ UNREAD = {
     "binary": "is binary, and neither Parquet nor Arrow: convert it",
 }
 """What no document is made of, and the remedy."""
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HEAD = 4096
 BLANK = re.compile(r"\s*")
 
@@ -131,7 +131,7 @@ def load_dataset(path: str, **options: Any) -> Any:
 
 def _json_kind(file: Path, named_so: bool) -> str | None:
     with _opened(file) as opened:
-        head = opened.read(HEAD).removeprefix(BYTE_ORDER_MARK).lstrip()
+        head = opened.read(HEAD).removeprefix(BOM_UTF8).lstrip()
         if re.match(rb"\[" if named_so else rb'\[\s*(\{\s*["}]|\]\s*\Z)', head):
             return "array"
         if not re.match(rb'\{\s*["}]', head):

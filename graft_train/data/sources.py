@@ -88,7 +88,8 @@ def _asked_rows(file: Path, name: Path) -> Iterator[Row]:
     if any(part.startswith("_") for part in module):
         return
     for record in questions(file, ".".join(module)):
-        yield Row(f"{file}, {record['id']}", partial(dict, **record), partial(dict, **record))
+        read = partial(dict, record)
+        yield Row(f"{file}, {record['id']}", read, read)
 
 
 def _named(file: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from graft_inference import METHODS
-from graft_inference.bundle import read_json
+from graft_inference.files import read_json
 from graft_train.config import Config
 from graft_train.config.evaluation import EvaluateConfig
 from graft_train.data.prompts import prompt_settings

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from graft_inference import GraftEngine, GraftError
-from graft_inference.bundle import read_json
+from graft_inference.files import read_json
 from graft_inference.prompts import is_plain
 from graft_inference.target import max_positions
 from graft_train.config import Config
