@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from graft_inference.errors import GraftError
 from graft_train.data.file_rows import (
@@ -88,7 +89,7 @@ def _asked_rows(file: Path, name: Path) -> Iterator[Row]:
     if any(part.startswith("_") for part in module):
         return
     for record in questions(file, ".".join(module)):
-        read = partial(dict, record)
+        read = partial(dict[str, Any], record)
         yield Row(f"{file}, {record['id']}", read, read)
 
 
