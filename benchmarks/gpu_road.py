@@ -76,13 +76,13 @@ def road(arguments: argparse.Namespace) -> Config:
         ),
         regenerate=RegenerateConfig(samples=6000, held_out=24, max_new_tokens=128, batch=512),
         head=HeadTrainConfig(
-            tapped_layers=[1, 6, 11], draft_vocab_size=8192, unroll_steps=5, epochs=6, batch_tokens=16_384,
+            aux_layer_ids=[1, 6, 11], draft_vocab_size=8192, ttt_steps=5, epochs=6, batch_tokens=16_384,
             batches_per_step=1, optimizer="muon", learning_rate=5e-3, schedule="wsd", decay_share=0.4, max_length=256,
             mixed_precision="no", states="online", measure_every=None, checkpoint_every=10**9, wandb=False,
         ),
         corpus=CorpusConfig(ngrams=False),
         policy=CalibrateConfig(
-            prompts=16, max_new_tokens=96, beam_width=8, max_passes=6, widths=[1, 4, 8, 16, 32, 64],
+            prompts=16, max_new_tokens=96, topk=8, num_steps=6, widths=[1, 4, 8, 16, 32, 64],
             retrieval_depth=6, checkpoints=2, repeats=3,
         ),
         evaluation=EvaluateConfig(prompts=16, max_new_tokens=128, repeats=3),
@@ -100,10 +100,10 @@ def tiny(arguments: argparse.Namespace) -> Config:
     )  # fmt: skip
     config.regenerate = replace(config.regenerate, samples=12, held_out=3, max_new_tokens=8, batch=4)
     config.head = replace(
-        config.head, tapped_layers=None, draft_vocab_size=100, unroll_steps=2, max_steps=2, batch_tokens=128
+        config.head, aux_layer_ids=None, draft_vocab_size=100, ttt_steps=2, max_steps=2, batch_tokens=128
     )
     config.policy = replace(
-        config.policy, prompts=2, max_new_tokens=10, beam_width=3, max_passes=3, widths=[1, 4, 8], retrieval_depth=3,
+        config.policy, prompts=2, max_new_tokens=10, topk=3, num_steps=3, widths=[1, 4, 8], retrieval_depth=3,
         repeats=1, least_rounds=10,
     )  # fmt: skip
     config.evaluation = replace(config.evaluation, prompts=2, max_new_tokens=10, repeats=1)

@@ -49,16 +49,14 @@ def main() -> None:
     run_dir = Path(given["run_dir"])
     others = [argument for argument in sys.argv[1:] if not argument.startswith("run_dir=")]
     results = {name: train(name, overrides, run_dir, others) for name, overrides in rows(run_dir).items()}
-    print("| head | steps | tau in the engine | tau, teacher-forced | acceptance by step | seconds |")
+    print("| head | steps | acceptance in the engine | acceptance, teacher-forced | acceptance by step | seconds |")
     print("|---|---:|---:|---:|---|---:|")
     for name, result in results.items():
-        held_out = result["validation"] or {"tau": float("nan"), "acceptance": []}
+        held_out = result["validation"] or {"acceptance_length": float("nan"), "acceptance": []}
         accepted = " ".join(f"{share:.2f}" for share in held_out["acceptance"])
-        measured = result["measured_tau"]
-        print(
-            f"| {name} | {result['steps']} | {'' if measured is None else f'{measured:.2f}'} | {held_out['tau']:.2f} "
-            f"| {accepted} | {result['seconds']:.0f} |"
-        )
+        measured = result["measured_acceptance_length"]
+        in_engine, forced = "" if measured is None else f"{measured:.2f}", held_out["acceptance_length"]
+        print(f"| {name} | {result['steps']} | {in_engine} | {forced:.2f} | {accepted} | {result['seconds']:.0f} |")
 
 
 if __name__ == "__main__":

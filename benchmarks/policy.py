@@ -66,8 +66,8 @@ def main() -> None:
     engine = load_engine(arguments.run_dir)
     settings = CalibrateConfig(
         max_new_tokens=arguments.tokens,
-        beam_width=4,
-        max_passes=6,
+        topk=4,
+        num_steps=6,
         widths=[1, 2, 4, 6, 8, 10, 12, 16],
         retrieval_depth=6,
         checkpoints=2,
@@ -245,14 +245,14 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines += [
             f"## {run['domain']}, temperature {run['temperature']:g}, {prompts} prompts",
             "",
-            "| plan | passes: rows | tokens/s | tau | over eagle3 | over paper, scaled | over paper, as printed |",
+            "| plan | steps: rows | tokens/s | acceptance | over eagle3 | over paper, scaled | over paper, printed |",
             "|---|---|---:|---:|---:|---:|---:|",
         ]
         by_speed = sorted(run["measured"].items(), key=lambda item: -item[1]["tokens_per_second"])
         for name, found in by_speed:
             ratios = (run["ratios"][base][name] for base in BASELINES)
             cells = " | ".join(f"{middle:.2f} ({low:.2f}-{high:.2f})" for middle, low, high in ratios)
-            speed = f"{found['tokens_per_second']:.0f} | {found['tau']:.2f}"
+            speed = f"{found['tokens_per_second']:.0f} | {found['acceptance_length']:.2f}"
             lines.append(f"| {name} | {run['plans'][name]} | {speed} | {cells} |")
         lines += [
             "",

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from graft_inference import GraftEngine, Plan, Scale, Stage, paper_policy
 from graft_inference.bundle import Bundle, load_successors, load_target_model
 from graft_inference.cuda_graph import waits
-from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
+from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_inference.head_checkpoint import load_head
 from graft_inference.policy import Policy, depth_template
 from graft_inference.retrieval import SuccessorMatrix
@@ -116,7 +116,7 @@ def measure(
         arms |= {f"{name}, captured": (plan, captured) for name, plan in plans.items()}
     costs = {}
     for name, (plan, engine.captured) in arms.items():
-        moved = pass_bytes(engine, len(prompt) + rounds // 2) + head_bytes(engine, plan.max_passes)
+        moved = pass_bytes(engine, len(prompt) + rounds // 2) + head_bytes(engine, plan.num_steps)
         costs[name] = Cost(*count(engine, prompt, plan, rounds), moved, 1e3 * moved / rate)
     # Its hooks wait for the device, which a capture cannot.
     models = ForwardClock(engine) if captured is None else None
@@ -185,7 +185,7 @@ def with_random_head(model: Any) -> GraftEngine:
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
             draft_vocab_size=min(config.vocab_size // 2, DRAFT_VOCABULARY),
-            tapped_layers=default_tapped_layers(config.num_hidden_layers),
+            aux_layer_ids=default_aux_layer_ids(config.num_hidden_layers),
             max_position_embeddings=2048,
         )
     )

@@ -52,17 +52,17 @@ class Shapes:
         length = args.tokens // args.documents
         self.lengths = [length] * args.documents
         answer_L = torch.arange(length) >= length // 4
-        self.answer_S = answer_L.repeat(args.documents)
-        self.layout = make_layout(self.lengths, self.answer_S).to(device)
+        self.loss_mask_S = answer_L.repeat(args.documents)
+        self.layout = make_layout(self.lengths, self.loss_mask_S).to(device)
         self.tokens_S = torch.randint(args.vocab, (length * args.documents,), device=device)
         self.kept_D = torch.randperm(args.vocab)[: args.draft_vocab].sort().values
         count = len(self.tokens_S)
         self.embedding_VH = torch.randn(args.vocab, args.width, device=device)
         self.lm_head_VH = torch.randn(args.vocab, args.width, device=device) * args.width**-0.5
-        taps_SE = torch.randn(count, 3 * args.width, device=device)
+        aux_SE = torch.randn(count, 3 * args.width, device=device)
         final_SH = torch.randn(count, args.width, device=device)
-        self.states = TargetStates(taps_SE, (final_SH @ self.lm_head_VH.T).argmax(-1), final_SH)
-        self.weights = HeadTrainConfig(unroll_steps=args.steps).weights()
+        self.states = TargetStates(aux_SE, (final_SH @ self.lm_head_VH.T).argmax(-1), final_SH)
+        self.weights = HeadTrainConfig(ttt_steps=args.steps).weights()
 
     def head(self) -> DraftHead:
         args = self.args
@@ -75,7 +75,7 @@ class Shapes:
                 head_dim=HEAD_SIZE,
                 vocab_size=args.vocab,
                 draft_vocab_size=args.draft_vocab,
-                tapped_layers=(0, 1, 2),
+                aux_layer_ids=(0, 1, 2),
                 max_position_embeddings=args.tokens + 16,
             )
         )
@@ -110,8 +110,8 @@ def our_step(shapes: Shapes, fast: bool) -> Callable[[], None]:
         taught = taught_positions(layout, states.choice_S, head.t2d, steps)
         weights = coefficients(taught.trained_NK.sum(0)).tolist()
         embedding_SH, logits_SV = shapes.embedding_VH[shapes.tokens_S], states.final_SH @ shapes.lm_head_VH.T
-        outputs = unroll(head, embedding_SH, states.taps_SE, layout, steps, reference_attention)
-        return reference_loss(head, outputs, logits_SV, layout, shapes.answer_S.to(shapes.device), weights)
+        outputs = unroll(head, embedding_SH, states.aux_SE, layout, steps, reference_attention)
+        return reference_loss(head, outputs, logits_SV, layout, shapes.loss_mask_S.to(shapes.device), weights)
 
     def loss() -> Tensor:
         with precision:
@@ -127,7 +127,7 @@ def loss_step(shapes: Shapes, fast: bool) -> Callable[[], None]:
     for output in outputs:
         output.requires_grad_()
     teacher_DH = shapes.lm_head_VH[head.target_ids]
-    answer_S = shapes.answer_S.to(shapes.device)
+    loss_mask_S = shapes.loss_mask_S.to(shapes.device)
 
     def step() -> None:
         if fast:
@@ -138,7 +138,7 @@ def loss_step(shapes: Shapes, fast: bool) -> Callable[[], None]:
             )
         else:
             logits_SV = states.final_SH @ shapes.lm_head_VH.T
-            loss = reference_loss(head, outputs, logits_SV, layout, answer_S, shapes.weights)
+            loss = reference_loss(head, outputs, logits_SV, layout, loss_mask_S, shapes.weights)
         loss.backward()
         head.zero_grad()
         for output in outputs:
@@ -196,10 +196,10 @@ def speculators_step(shapes: Shapes) -> Callable[[], None]:
     def loss() -> Tensor:
         with precision:
             return model(
-                hidden_states=shapes.states.taps_SE[None],
+                hidden_states=shapes.states.aux_SE[None],
                 input_ids=shapes.tokens_S.roll(-1)[None],
                 document_ids=shapes.layout.document_S[None],
-                loss_mask=shapes.answer_S[None].to(shapes.device),
+                loss_mask=shapes.loss_mask_S[None].to(shapes.device),
                 position_ids=shapes.layout.positions_S[None],
                 verifier_last_hidden_states=shapes.states.final_SH.roll(-1, 0)[None],
                 ttt_steps=args.steps,

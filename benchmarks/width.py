@@ -38,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     trained = load_engine(arguments.run)
     settings = CalibrateConfig(
-        max_new_tokens=64, beam_width=4, max_passes=6, widths=[1, 2, 4, 6, 8, 12, 16, 24, 32], retrieval_depth=6,
+        max_new_tokens=64, topk=4, num_steps=6, widths=[1, 2, 4, 6, 8, 12, 16, 24, 32], retrieval_depth=6,
         checkpoints=2, repeats=5, echo=False,
     )  # fmt: skip
     prompts = code_prompts(arguments.run / "target", arguments.prompts)["calibration"]

@@ -244,7 +244,7 @@ def figures(stats: GenerationStats) -> Text:
     counts = {NAMES[source]: count for source, count in stats.accepted.items()}
     counts["target"] += stats.sources.count("prefill")
     sources = [part for name, style in STYLES.items() for part in ((f"{name} {counts[name]}", style), " ")]
-    speed = f"{stats.tokens_per_second:.1f} tokens/s, acceptance length {stats.tau:.2f} | "
+    speed = f"{stats.tokens_per_second:.1f} tokens/s, acceptance length {stats.acceptance_length:.2f} | "
     kept = f"| {stats.reused} kept"
     return Text.assemble((speed, "dim"), *sources, (kept, "dim"), no_wrap=True, overflow="ellipsis")
 

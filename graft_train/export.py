@@ -60,7 +60,7 @@ from graft_inference import GraftEngine
 
 engine = GraftEngine.from_pretrained("{location}", target="{target}")
 out = engine.generate(ids, max_new_tokens=128)  # temperature=, method=, seed=
-print(tokenizer.decode(out.sequences[0]), out.stats.tau)
+print(tokenizer.decode(out.sequences[0]), out.stats.acceptance_length)
 ```
 
     graft-generate {location} --target {target} "import os"
@@ -239,7 +239,7 @@ def _card(bundle: Path, location: str) -> str:
 
 def _evaluation_section(evaluation: dict[str, Any]) -> str:
     lines = [
-        "| method | tokens/s | speed-up (95 %) | tau | equals the target's output |",
+        "| method | tokens/s | speed-up (95 %) | acceptance | equals the target's output |",
         "|---|---:|---:|---:|---|",
     ]
     for name in METHODS:
@@ -248,7 +248,9 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
             same = {True: "yes", False: "**no**"}.get(evaluation["lossless"].get(name), "not checked")
             low, high = found.get("speedup_interval", (found["speedup"],) * 2)
             speedup = f"{found['speedup']:.2f}x ({low:.2f}-{high:.2f})"
-            lines.append(f"| {name} | {found['tokens_per_second']:.1f} | {speedup} | {found['tau']:.2f} | {same} |")
+            lines.append(
+                f"| {name} | {found['tokens_per_second']:.1f} | {speedup} | {found['acceptance_length']:.2f} | {same} |"
+            )
     settings = evaluation.get("settings", {})
     asked = f"{settings['prompts']} {asked_of(settings)}, temperature {settings['temperature']}. " if settings else ""
     return "\n".join([asked + _device_line(evaluation.get("device")), "", *lines, *_category_lines(evaluation)])

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from graft_inference import METHODS
+from graft_inference.fallback import AS_PLANNED, MEASURED
 from graft_inference.files import replace_file
-from graft_inference.governor import AS_PLANNED, MEASURED
 from graft_train.processes import say
 
 COLUMNS = (
@@ -17,7 +17,7 @@ COLUMNS = (
     "tokens/s",
     "speed-up",
     "95 %",
-    "tau",
+    "acceptance",
     "draft",
     "verify",
     "other",
@@ -51,7 +51,7 @@ def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{method['tokens_per_second']:.1f}",
                 f"{method['speedup']:.2f}x",
                 f"{low:.2f}-{high:.2f}",
-                f"{method['tau']:.2f}",
+                f"{method['acceptance_length']:.2f}",
                 f"{phases['draft']:.2f}",
                 f"{phases['verify']:.2f}",
                 f"{phases['graft'] + phases['commit']:.2f}",
@@ -81,7 +81,7 @@ def parts_of(evaluation: dict[str, Any]) -> list[Part]:
     tables = [Part(title, ("tokens", *PARTED), _bucket_rows([found[key] for found in methods])) for title, key in parts]
     if len(categories_of(evaluation)) > 1:
         rows = [_category_row(name, methods) for name in categories_of(evaluation)]
-        tables.insert(0, Part("speed-up and tau by category", ("category", "prompts", *PARTED), rows))
+        tables.insert(0, Part("speed-up and acceptance length by category", ("category", "prompts", *PARTED), rows))
     return tables
 
 
@@ -93,15 +93,15 @@ def categories_of(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _category_row(name: str, methods: list[dict[str, Any]]) -> tuple[str, ...]:
     found = [method["by_category"].get(name) for method in methods]
-    shown = (f"{one['speedup']:.2f}x {one['tau']:.2f}" if one else "-" for one in found)
+    shown = (f"{one['speedup']:.2f}x {one['acceptance_length']:.2f}" if one else "-" for one in found)
     return (name, str(methods[0]["by_category"][name]["prompts"]), *shown)
 
 
 def _bucket_rows(methods: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
     """Of each bucket, what every method accepts in it; one may have had no round there."""
     ends = {bucket["from"]: bucket["to"] for buckets in methods for bucket in buckets}
-    taus = [{bucket["from"]: f"{bucket['tau']:.2f}" for bucket in buckets} for buckets in methods]
-    return [(f"{low}-{ends[low]}", *(tau.get(low, "-") for tau in taus)) for low in sorted(ends)]
+    lengths = [{bucket["from"]: f"{bucket['acceptance_length']:.2f}" for bucket in buckets} for buckets in methods]
+    return [(f"{low}-{ends[low]}", *(length.get(low, "-") for length in lengths)) for low in sorted(ends)]
 
 
 def print_table(evaluation: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
         f"{settings['max_new_tokens']} new tokens each",
         f"- methods interleaved, {settings['repeats']} repeats, median per prompt; intervals by bootstrap over prompts",
         "- tokens/s is decoding alone, prefill apart; speed-up is against autoregressive decoding in the same engine",
-        "- tau: tokens per target pass, bonus token included; draft, verify, other: ms per round",
+        "- acceptance: tokens per target pass, bonus token included; draft, verify, other: ms per round",
         f"- lossless: {lossless}",
         f"- successor matrix: {settings['matrix']}",
     ]
@@ -159,9 +159,9 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     if not settings["temperature"]:
         same = min(method["same_tokens_as_autoregressive"] for method in evaluation["methods"].values())
         facts.append(f"- timed in {settings['dtype']}: the autoregressive tokens on at least {same:.0%} of the prompts")
-    if governed := evaluation["methods"]["graft"]["governed"]:
-        shares = ", ".join(f"{reason} {share:.1%}" for reason, share in _shares(governed).items())
-        facts.append(f"- rounds of graft by what its governor chose: {shares}")
+    if fallback := evaluation["methods"]["graft"]["fallback"]:
+        shares = ", ".join(f"{reason} {share:.1%}" for reason, share in _shares(fallback).items())
+        facts.append(f"- rounds of graft by what its fallback chose: {shares}")
     facts.append(
         f"- {settings['repetition']:.0%} of the answers' 8-token windows repeat earlier text of the same request"
     )
@@ -222,7 +222,7 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
             "drafted": [methods[n]["accepted_per_round"]["drafted"] for n in names],
             "retrieved": [_retrieved(methods[n]) for n in names],
         },
-        "tokens per round (tau)",
+        "tokens per round (acceptance length)",
     )
     shares = {name: _shares(methods[name]["stages"]) for name in names}
     stages = sorted({stage for share in shares.values() for stage in share}, key=_depth)
@@ -255,8 +255,8 @@ def _retrieved(method: dict[str, Any]) -> float:
 
 
 def _narrower(evaluation: dict[str, Any]) -> float:
-    """Share of graft's rounds for which its governor found that the plan did not pay."""
-    shares = _shares(evaluation["methods"]["graft"]["governed"])
+    """Share of graft's rounds for which its fallback found that the plan did not pay."""
+    shares = _shares(evaluation["methods"]["graft"]["fallback"])
     return sum(share for reason, share in shares.items() if reason not in (AS_PLANNED, MEASURED))
 
 

@@ -107,8 +107,8 @@ def counted(samples: list[Sample], prompts: bool) -> list[Counted]:
     earlier: dict[str, Counted] = {}
     for sample in samples:
         if not prompts:
-            answer_S = sample.answer_S.numpy()
-            found.append(Counted(sample, np.append(answer_S[1:], answer_S[-1:])))
+            loss_mask_S = sample.loss_mask_S.numpy()
+            found.append(Counted(sample, np.append(loss_mask_S[1:], loss_mask_S[-1:])))
             continue
         one = Counted(sample, np.ones(len(sample.ids), dtype=bool))
         found.append(one)

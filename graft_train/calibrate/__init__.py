@@ -36,7 +36,7 @@ PUBLISHED = ("eagle3", "paper")
 """Told nothing of the draws' noise, as published."""
 BY_ALL = ", taught by all nodes"
 """Ends the names of plans as `taught_by_all` changes them."""
-TRACED = ("beam_width", "max_passes", "retrieval_depth", "temperature")
+TRACED = ("topk", "num_steps", "retrieval_depth", "temperature")
 """Settings that traces are made with."""
 INPUTS = ("target", "data", "head", "corpus")
 MOST_ECHOED = 32
@@ -133,7 +133,9 @@ def _build(config: Config, out: Path) -> None:
         "prompts": len(prompts),
         "graft_is": graft,
         "predicted": {
-            name: dict(zip(("tokens_per_second", "tau"), replay_of(raced_on, plan).run(plan), strict=True))
+            name: dict(
+                zip(("tokens_per_second", "acceptance_length"), replay_of(raced_on, plan).run(plan), strict=True)
+            )
             for name, plan in plans.items()
         },
         "predicted_when_chosen": {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()},
@@ -302,8 +304,8 @@ def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor],
         engine,
         prompts,
         settings.max_new_tokens,
-        settings.beam_width,
-        settings.max_passes,
+        settings.topk,
+        settings.num_steps,
         settings.retrieval_depth,
         4 * max(settings.widths),
         min(max(settings.widths) - 1, MOST_ECHOED),
@@ -322,8 +324,8 @@ def timer_of(
         engine,
         prompts,
         settings.widths,
-        settings.beam_width,
-        settings.max_passes,
+        settings.topk,
+        settings.num_steps,
         settings.temperature,
         templates[0],
         templates[1] if settings.ngrams else (),

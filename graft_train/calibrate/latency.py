@@ -74,16 +74,16 @@ class RoundTimer:
         engine: GraftEngine,
         prompts: list[Tensor],
         widths: list[int],
-        beam_width: int,
-        max_passes: int,
+        topk: int,
+        num_steps: int,
         temperature: float,
         template: RankPaths,
         ngram_template: RankPaths = (),
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
-        most = 1 + beam_width + (max_passes - 1) * beam_width**2 + len(template)
-        self.widths, self.max_passes = sorted({1, *(width for width in widths if width <= most)}), max_passes
-        self.plans = _forced_plans(self.widths, beam_width, max_passes, template, ngram_template)
+        most = 1 + topk + (num_steps - 1) * topk**2 + len(template)
+        self.widths, self.num_steps = sorted({1, *(width for width in widths if width <= most)}), num_steps
+        self.plans = _forced_plans(self.widths, topk, num_steps, template, ngram_template)
         self.contexts = _contexts(engine, prompts)
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
@@ -144,7 +144,7 @@ class RoundTimer:
                 _rising([typical("verify", "width", width, context=context) for width in self.widths])
                 for context in self.contexts
             ],
-            draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, self.max_passes + 1))]),
+            draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, self.num_steps + 1))]),
             graft_ms=[typical("graft", source, 1) for source in sources],
             commit_ms=[typical("commit", source, 1) for source in sources],
             echo_ms=more(("graft", "commit"), "echo", "passes"),
@@ -155,8 +155,8 @@ class RoundTimer:
 
 def _forced_plans(
     widths: list[int],
-    beam_width: int,
-    max_passes: int,
+    topk: int,
+    num_steps: int,
     template: RankPaths,
     ngram_template: RankPaths,
 ) -> dict[tuple[str, int], Plan]:
@@ -166,17 +166,17 @@ def _forced_plans(
     """
     flat = ((1.0, 0.0),)
     ranks = (0.0,) * (1 + max(path[-1] for path in (*template, *ngram_template)))
-    both = Scale(flat * max_passes, flat * max(map(len, template)), ranks, template)
+    both = Scale(flat * num_steps, flat * max(map(len, template)), ranks, template)
     drafted = replace(both, template=())
-    budget = max(*widths, beam_width + 1)
-    middle = min(beam_width, widths[len(widths) // 2])
+    budget = max(*widths, topk + 1)
+    middle = min(topk, widths[len(widths) // 2])
     plans = {}
     for width in widths:
-        passes = 0 if width <= 1 + len(template) else max_passes
-        plans["width", width] = Plan((Stage(passes, width=width),), beam_width, budget, both)
-    for passes in range(1, max_passes + 1):
-        plans["passes", passes] = Plan((Stage(passes, width=middle),), beam_width, budget, drafted)
-    plans["both", 1] = Plan((Stage(1, width=middle),), beam_width, budget, both)
+        passes = 0 if width <= 1 + len(template) else num_steps
+        plans["width", width] = Plan((Stage(passes, width=width),), topk, budget, both)
+    for passes in range(1, num_steps + 1):
+        plans["passes", passes] = Plan((Stage(passes, width=middle),), topk, budget, drafted)
+    plans["both", 1] = Plan((Stage(1, width=middle),), topk, budget, both)
     if ngram_template:
         longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ranks, ngram_template)
         plans["ngrams", 1] = replace(plans["both", 1], scale=longer, ngrams=True)

@@ -24,7 +24,7 @@ def race(
     timer: RoundTimer | None = None,
     redraws: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Tokens per second and tau of each plan; the order turns with every prompt and repeat.
+    """Tokens per second and acceptance length of each plan; the order turns with every prompt and repeat.
 
     At a temperature every plan continues a prompt by one text, whose seed is the prompt's place, as its trace's is.
 
@@ -34,7 +34,7 @@ def race(
         redraws: each repeat draws another text instead.
 
     Returns:
-        By plan: `tokens_per_second` and `tau` over all prompts, and per prompt `tokens` and `seconds`
+        By plan: `tokens_per_second` and `acceptance_length` over all prompts, and per prompt `tokens` and `seconds`
         (medians over repeats), from which `ratio` makes intervals.
     """
     names = list(plans)
@@ -72,7 +72,7 @@ def _summary(runs: list[list[tuple[int, float, int]]]) -> dict[str, Any]:
     speed = sum(tokens) / sum(seconds) if sum(seconds) else 0.0
     return {
         "tokens_per_second": speed,
-        "tau": emitted / max(rounds, 1),
+        "acceptance_length": emitted / max(rounds, 1),
         "tokens": tokens,
         "seconds": seconds,
     }

@@ -64,7 +64,7 @@ class Replay:
         self.latency = latency
         self.budget = budget
         self.passes = traces.confidence_TP.shape[1]
-        self.beam_width = int((traces.depths_C == 1).sum())
+        self.topk = int((traces.depths_C == 1).sum())
         self.confidence_TP = traces.confidence_TP.numpy()
         self.context_T = traces.context_T.numpy()
         ends = (torch.diff(traces.prompt_T, append=torch.tensor([-1])).nonzero().flatten() + 1).tolist()
@@ -104,7 +104,7 @@ class Replay:
         return Outcome(stage_T, np.choose(stage_T, tokens), np.choose(stage_T, times))
 
     def run(self, plan: Plan) -> tuple[float, float]:
-        """Tokens per second, and tau, over all traced continuations."""
+        """Tokens per second, and acceptance length, over all traced continuations."""
         if plan not in self._runs:
             outcome = self.outcome(plan)
             visited = self.visits(outcome)
@@ -171,9 +171,9 @@ class Replay:
         """Which candidates lie on the continuation itself."""
         traces = self.traces
         true_TC = traces.tokens_TC == traces.truth_TD[:, traces.depths_C - 1]
-        start = self.beam_width
+        start = self.topk
         for _ in range(2, self.passes + 1):
-            end = start + self.beam_width**2
+            end = start + self.topk**2
             true_TC[:, start:end] &= true_TC.gather(1, traces.parents_TC[:, start:end].long())
             start = end
         depths_R = (traces.template_RL >= 0).sum(dim=1)
@@ -192,9 +192,9 @@ class Replay:
         """Keys of the token paths of the drafted candidates, [T, C], and of all retrieved ones, [T, R + E]."""
         traces = self.traces
         keys_TC, keys_TR = traces.tokens_TC.long() + 1, traces.retrieved_TR.long() + 1
-        start = self.beam_width
+        start = self.topk
         for _ in range(2, self.passes + 1):
-            end = start + self.beam_width**2
+            end = start + self.topk**2
             keys_TC[:, start:end] += _spread(keys_TC.gather(1, traces.parents_TC[:, start:end].long()))
             start = end
         for path, row in self._index.items():

@@ -89,28 +89,28 @@ def pieces(settings: CalibrateConfig) -> dict[str, dict[str, Any]]:
 
 
 def ablation(settings: CalibrateConfig, replays: Replays, plan_of: PlanOf) -> dict[str, dict[str, float]]:
-    """Predicted speed and tau of the learned plan without one of its pieces at a time."""
+    """Predicted speed and acceptance length of the learned plan without one of its pieces at a time."""
     found = {}
     for name, change in pieces(settings).items():
         changed = replace(settings, **change)
         plans = [plan_of(kind, changed, replays) for kind in ("learned", "learned_ngrams")[: 1 + changed.ngrams]]
         best = max(replay_of(replays, plan).run(plan) for plan in plans)
-        found[name] = dict(zip(("tokens_per_second", "tau"), best, strict=True))
+        found[name] = dict(zip(("tokens_per_second", "acceptance_length"), best, strict=True))
     return found
 
 
 def frontier(
     settings: CalibrateConfig, replays: Replays, names: Iterable[str], plan_of: PlanOf
 ) -> dict[str, list[dict[str, float]]]:
-    """Predicted speed and tau of the best plan of each kind with some of the widths as its most."""
+    """Predicted speed and acceptance length of the best plan of each kind with some of the widths as its most."""
     points: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     widths = sorted({width for width in settings.widths if width > 1})
     for width in widths[:: -max(1, len(widths) // POINTS)][::-1]:
         narrow = replace(settings, widths=[w for w in settings.widths if w <= width])
         for name in points:
             plan = plan_of(name, narrow, replays)
-            speed, tau = replay_of(replays, plan).run(plan)
-            points[name].append({"width": width, "tokens_per_second": speed, "tau": tau})
+            speed, acceptance_length = replay_of(replays, plan).run(plan)
+            points[name].append({"width": width, "tokens_per_second": speed, "acceptance_length": acceptance_length})
     return points
 
 
@@ -131,7 +131,7 @@ def describe(plan: Plan) -> str:
 
 
 def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, ...]]:
-    """plan, stages, predicted and measured tokens/s, the prediction's error, tau, ratio to eagle3."""
+    """plan, stages, predicted and measured tokens/s, the prediction's error, acceptance length, ratio to eagle3."""
     rows: list[tuple[str, ...]] = []
     for name, plan in plans.items():
         predicted, measured = report["predicted"][name], report["measured"][name]
@@ -145,14 +145,14 @@ def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, .
                 f"{predicted['tokens_per_second']:.0f}",
                 f"{measured['tokens_per_second']:.0f}",
                 f"{error:+.1%}",
-                f"{predicted['tau']:.2f}/{measured['tau']:.2f}",
+                f"{predicted['acceptance_length']:.2f}/{measured['acceptance_length']:.2f}",
                 f"{over[0]:.2f}x ({over[1]:.2f}-{over[2]:.2f})",
             )
         )
     return rows
 
 
-HEADER = ("plan", "passes: rows", "predicted", "measured", "error", "tau", "over eagle3 (95 %)")
+HEADER = ("plan", "passes: rows", "predicted", "measured", "error", "acceptance", "over eagle3 (95 %)")
 
 
 def print_report(report: dict[str, Any], plans: dict[str, Plan]) -> None:
@@ -181,7 +181,8 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "|" + "---|" * len(HEADER),
         *(f"| {' | '.join(row)} |" for row in rows_of(report, plans)),
         "",
-        "Predicted by replay and by latencies timed among the races, measured on the engine; tau predicted/measured.",
+        "Predicted by replay and by latencies timed among the races, measured on the engine; the acceptance length is "
+        "predicted/measured.",
         f"By the latencies it was chosen by, `{report['graft_is']}` was predicted "
         f"{report['predicted_when_chosen'][report['graft_is']]:.0f}: the device had another speed then.",
         "",
@@ -199,10 +200,10 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
         "## Without one piece (predicted)",
         "",
-        "| learned policy | tokens/s | tau |",
+        "| learned policy | tokens/s | acceptance |",
         "|---|---:|---:|",
         *(
-            f"| {name} | {found['tokens_per_second']:.0f} | {found['tau']:.2f} |"
+            f"| {name} | {found['tokens_per_second']:.0f} | {found['acceptance_length']:.2f} |"
             for name, found in report["ablation"].items()
         ),
         "",
@@ -233,7 +234,7 @@ def _times(milliseconds: list[float]) -> str:
 
 
 def draw_frontier(report: dict[str, Any], path: Path) -> None:
-    """Speed against tau: predicted along the widths, measured as stars."""
+    """Speed against acceptance length: predicted along the widths, measured as stars."""
     try:
         import matplotlib
     except ImportError:
@@ -247,7 +248,7 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
     for name, points in report["frontier"].items():
         color = COLORS[name]
         axes.plot(
-            [point["tau"] for point in points],
+            [point["acceptance_length"] for point in points],
             [point["tokens_per_second"] for point in points],
             color=color,
             marker="o",
@@ -257,9 +258,15 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
         )
         measured = report["measured"][name]
         axes.scatter(
-            measured["tau"], measured["tokens_per_second"], color=color, marker="*", s=130, zorder=3, label=name
+            measured["acceptance_length"],
+            measured["tokens_per_second"],
+            color=color,
+            marker="*",
+            s=130,
+            zorder=3,
+            label=name,
         )
-    axes.set(xlabel="acceptance length tau", ylabel="tokens/s")
+    axes.set(xlabel="acceptance length", ylabel="tokens/s")
     axes.set_title("lines: predicted, by widest verification allowed; stars: measured", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -47,7 +47,7 @@ def best_eagle3(replay: Replay, widths: list[int]) -> Plan:
 
 def best_paper(replay: Replay, widths: list[int], most_rank: int) -> Plan:
     """The paper's stages and thresholds, its rows scaled to the width that suits this device best."""
-    plans = [paper_policy(replay.beam_width, width, replay.passes, most_rank).graft for width in widths if width > 1]
+    plans = [paper_policy(replay.topk, width, replay.passes, most_rank).graft for width in widths if width > 1]
     return _fastest(replay, plans)
 
 
@@ -172,14 +172,14 @@ def _possible(replay: Replay, scale: Scale, allowed: Allowed, passes: int) -> li
 
 
 def _most_drafted(replay: Replay, passes: int) -> int:
-    return replay.beam_width + (passes - 1) * replay.beam_width**2 if passes else 0
+    return replay.topk + (passes - 1) * replay.topk**2 if passes else 0
 
 
 def _plan(replay: Replay, stages: tuple[Stage, ...], scale: Scale | None) -> Plan:
     ngrams = replay.ngrams and scale is not None and bool(scale.template)
     return Plan(
         stages,
-        replay.beam_width,
+        replay.topk,
         replay.budget,
         scale,
         learns_accepted=scale is not None,

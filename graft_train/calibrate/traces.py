@@ -121,8 +121,8 @@ def record_traces(
     engine: GraftEngine,
     prompts: list[Tensor],
     max_new_tokens: int,
-    beam_width: int,
-    max_passes: int,
+    topk: int,
+    num_steps: int,
     retrieval_depth: int,
     paths: int,
     echo_depth: int,
@@ -144,7 +144,7 @@ def record_traces(
         texts.append(Text(whole.to(engine.target.device), len(prompt), sampler if shares_noise else None))
     template = likely_paths(engine, texts, retrieval_depth, paths)
     longer = likely_paths(engine, texts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
-    tracer = _Tracer(engine, beam_width, max_passes, template, longer, retrieval_depth, echo_depth, temperature)
+    tracer = _Tracer(engine, topk, num_steps, template, longer, retrieval_depth, echo_depth, temperature)
     parts = []
     for index, text in enumerate(tqdm(texts, desc="calibrate: traces", unit="prompt", disable=not is_main())):
         parts.append(tracer.trace(text, index))
@@ -156,7 +156,7 @@ def record_traces(
         raise GraftError(
             f"the draft head overflows in {engine.target.model.dtype}: choose another target.dtype, or train it again"
         )
-    passes_C = [1] * beam_width + [p for p in range(2, max_passes + 1) for _ in range(beam_width**2)]
+    passes_C = [1] * topk + [p for p in range(2, num_steps + 1) for _ in range(topk**2)]
     padded = [
         torch.tensor([[*path, *[-1] * (retrieval_depth - len(path))] for path in paths])
         .view(-1, retrieval_depth)
@@ -249,8 +249,8 @@ class _Tracer:
     def __init__(
         self,
         engine: GraftEngine,
-        beam_width: int,
-        max_passes: int,
+        topk: int,
+        num_steps: int,
         template: list[tuple[int, ...]],
         longer: list[tuple[int, ...]],
         retrieval_depth: int,
@@ -259,12 +259,12 @@ class _Tracer:
     ) -> None:
         self.engine = engine
         self.target = engine.target
-        self.beam_width = beam_width
-        self.max_passes = max_passes
+        self.topk = topk
+        self.num_steps = num_steps
         self.template = Template(template, self.target.device)
         self.longer = Template(longer, self.target.device)
         self.chain = Template([(0,) * depth for depth in range(1, echo_depth + 1)], self.target.device)
-        self.depth = max(max_passes, retrieval_depth, echo_depth)
+        self.depth = max(num_steps, retrieval_depth, echo_depth)
         self.temperature = temperature
 
     def trace(self, text: Text, index: int) -> dict[str, Tensor]:
@@ -274,11 +274,11 @@ class _Tracer:
         # Once the noise is told, nothing of a draw is chance.
         by_chance = self.temperature and text.sampler is None
         if by_chance:
-            candidates = self.beam_width + (self.max_passes - 1) * self.beam_width**2
+            candidates = self.topk + (self.num_steps - 1) * self.topk**2
             looked_up = len(self.template) + len(self.longer) + len(self.chain)
             cache = self.target.new_cache(length + 1 + candidates + looked_up)
             self.target.prefill(sequence_S[:start], cache)
-        drafter = Drafter(self.engine.head, self.target, self.beam_width, length + self.beam_width * self.max_passes)
+        drafter = Drafter(self.engine.head, self.target, self.topk, length + self.topk * self.num_steps)
         successors = self.engine.successors.clone()
         _learn(successors, sequence_S, whole, slice(0, start))
         ngrams = NgramSource(self.engine.ngrams, successors) if self.engine.ngrams else None
@@ -290,10 +290,10 @@ class _Tracer:
         read = 0  # positions the head has caught up with
         for root in range(start, length - 1):
             noise = text.noise(root, self.depth, self.target.config.vocab_size)
-            draft = drafter.begin(sequence_S[read + 1 : root + 1], whole.taps_NE[read:root], noise)
+            draft = drafter.begin(sequence_S[read + 1 : root + 1], whole.aux_NE[read:root], noise)
             read = root
             confidence = [draft.confidence]
-            while draft.passes < self.max_passes:
+            while draft.passes < self.num_steps:
                 draft = drafter.deepen(draft)
                 confidence.append(draft.confidence)
             root_1 = sequence_S[root : root + 1]

@@ -67,7 +67,7 @@ class EvaluateConfig:
         max_new_tokens: per prompt and method.
         temperature: of the timed runs; losslessness is checked greedily.
         repeats: timed runs of every prompt with every method; the median counts.
-        governed: graft may narrow its tree or stop speculating where it does not pay, as it does by default.
+        fallback: graft may narrow its tree or stop speculating where it does not pay, as it does by default.
         check_lossless: compare every method's greedy tokens in fp32, which takes a target of that size, with
             transformers' own.
     """
@@ -80,7 +80,7 @@ class EvaluateConfig:
     max_new_tokens: int = 512
     temperature: float = 0.0
     repeats: int = 5
-    governed: bool = True
+    fallback: bool = True
     check_lossless: bool = True
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ LOSSES = ("forward_kl", "reverse_kl", "total_variation", "survival")
 POSITIVE = (
     "intermediate_size",
     "draft_vocab_size",
-    "unroll_steps",
+    "ttt_steps",
     "step_decay",
     "epochs",
     "max_steps",
@@ -54,11 +54,11 @@ class HeadTrainConfig:
 
     Attributes:
         init_from: directory or Hub id of a head to go on from; its shape and draft vocabulary then stand.
-        tapped_layers: target layers whose outputs feed the head; None: EAGLE-3's choice for its depth.
+        aux_layer_ids: target layers whose outputs feed the head; None: EAGLE-3's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
         draft_vocab_size: most frequent answer tokens that can be drafted; at most the target's vocabulary.
         norm_before_residual: the head's layer adds what it normalised, not what it read, as some published heads do.
-        unroll_steps: draft steps trained at every position.
+        ttt_steps: draft steps trained at every position.
         step_decay: step k of a draft weighs step_decay**k in the loss.
         step_weights: weights of the steps, one each, in place of those.
         loss: forward_kl, reverse_kl, total_variation, or survival: the forward KL weighted by the probability
@@ -97,11 +97,11 @@ class HeadTrainConfig:
     """
 
     init_from: str | None = None
-    tapped_layers: list[int] | None = None
+    aux_layer_ids: list[int] | None = None
     intermediate_size: int | None = None
     draft_vocab_size: int = 32000
     norm_before_residual: bool = False
-    unroll_steps: int = 7
+    ttt_steps: int = 7
     step_decay: float = 0.8
     step_weights: list[float] | None = None
     loss: str = "forward_kl"
@@ -152,14 +152,14 @@ class HeadTrainConfig:
         for name in ("warmup_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise GraftError(f"head.{name}={getattr(self, name)} is a share of the steps, from 0 to 1")
-        if self.tapped_layers == []:
-            raise GraftError("head.tapped_layers=[] would feed the head nothing; name layers, or leave it null")
+        if self.aux_layer_ids == []:
+            raise GraftError("head.aux_layer_ids=[] would feed the head nothing; name layers, or leave it null")
         if self.states_dtype is not None and self.states != "disk":
             raise GraftError(f"head.states_dtype={self.states_dtype} is for head.states=disk")
         weights = self.weights()
-        if len(weights) != self.unroll_steps or min(weights) < 0 or not any(weights):
+        if len(weights) != self.ttt_steps or min(weights) < 0 or not any(weights):
             raise GraftError(
-                f"head.step_weights={weights} must be head.unroll_steps={self.unroll_steps} weights, "
+                f"head.step_weights={weights} must be head.ttt_steps={self.ttt_steps} weights, "
                 "none negative and not all zero"
             )
 
@@ -179,7 +179,7 @@ class HeadTrainConfig:
         return (
             self.step_weights
             if self.step_weights is not None
-            else [self.step_decay**step for step in range(self.unroll_steps)]
+            else [self.step_decay**step for step in range(self.ttt_steps)]
         )
 
     def decisive(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class CalibrateConfig:
         prompts: calibration prompts traced; none of them was trained on or is evaluated on.
         max_new_tokens: tokens traced per prompt.
         temperature: of the traced continuations; above 0 every node's P(accepted) under the target is traced.
-        beam_width: the head's children per node and nodes per pass.
-        max_passes: most head passes of a round; EAGLE-3 at depth 8 runs 9.
+        topk: the head's children per node and nodes per pass.
+        num_steps: most head passes of a round; EAGLE-3 at depth 8 runs 9.
         widths: rows of one verification that may be chosen, the root included; the last is the budget.
         retrieval_depth: longest retrieved path.
         checkpoints: most places where drafting may stop early.
@@ -41,8 +41,8 @@ class CalibrateConfig:
     prompts: int = 64
     max_new_tokens: int = 256
     temperature: float = 0.0
-    beam_width: int = 10
-    max_passes: int = 9
+    topk: int = 10
+    num_steps: int = 9
     widths: list[int] = field(default_factory=lambda: [1, 8, 16, 32, 64])
     retrieval_depth: int = 9
     checkpoints: int = 3
@@ -61,7 +61,7 @@ class CalibrateConfig:
         if not self.widths or min(self.widths) < 1 or max(self.widths) < 2:
             raise GraftError(f"policy.widths={list(self.widths)} must hold widths from 1, one of them at least 2")
         least = {
-            "prompts": 1, "max_new_tokens": 2, "beam_width": 1, "max_passes": 1, "retrieval_depth": 1,
+            "prompts": 1, "max_new_tokens": 2, "topk": 1, "num_steps": 1, "retrieval_depth": 1,
             "checkpoints": 0, "repeats": 1, "least_rounds": 0,
         }  # fmt: skip
         check_least("policy", self, least)

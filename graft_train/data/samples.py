@@ -58,12 +58,12 @@ class Sample:
         return [token for start, end in self.answers for token in self.ids[start:end]]
 
     @property
-    def answer_S(self) -> Tensor:
+    def loss_mask_S(self) -> Tensor:
         """bool, the tokens of the answers."""
-        answer_S = torch.zeros(len(self.ids), dtype=torch.bool)
+        loss_mask_S = torch.zeros(len(self.ids), dtype=torch.bool)
         for start, end in self.answers:
-            answer_S[start:end] = True
-        return answer_S
+            loss_mask_S[start:end] = True
+        return loss_mask_S
 
     def cut(self, length: int) -> "Sample | None":
         """At most `length` tokens: it ends with the last answer that fits whole. Where not even the first

@@ -80,13 +80,13 @@ class TargetStates:
     """What a target makes of S tokens. Either the final states or the M best logits of each say what it predicts.
 
     Attributes:
-        taps_SE: outputs of the tapped layers, concatenated, before any final norm.
+        aux_SE: outputs of the tapped layers, concatenated, before any final norm.
         choice_S: the target's likeliest next token, over its whole vocabulary, int64.
         final_SH: what the target's lm_head reads, after the final norm.
         top_ids_SM, top_logits_SM: the likeliest tokens, best first, and their logits less the best one's.
     """
 
-    taps_SE: Tensor
+    aux_SE: Tensor
     choice_S: Tensor
     final_SH: Tensor | None = None
     top_ids_SM: Tensor | None = None
@@ -112,7 +112,7 @@ class TappedTarget:
     """A frozen causal LM with taps on some of its layers. Its attention is switched to ours.
 
     Args:
-        tapped_layers: layers whose outputs are kept, 0-based.
+        aux_layer_ids: layers whose outputs are kept, 0-based.
 
     Raises:
         GraftError: a layer the target does not have; layers that look at earlier tokens by other means than
@@ -120,22 +120,22 @@ class TappedTarget:
             a draft vocabulary could be made.
     """
 
-    def __init__(self, model: PreTrainedModel, tapped_layers: tuple[int, ...]) -> None:
+    def __init__(self, model: PreTrainedModel, aux_layer_ids: tuple[int, ...]) -> None:
         self.model = model
-        self.tapped_layers = tapped_layers
+        self.aux_layer_ids = aux_layer_ids
         self.is_parallel = is_parallel(model)
         self.is_shared = is_shared(model)
         self._lm_head: Any = model.get_output_embeddings()
         layers = model.get_decoder().layers
-        if tapped_layers[-1] >= len(layers) or tapped_layers[0] < 0:
-            raise GraftError(f"head.tapped_layers={list(tapped_layers)}: the target has layers 0..{len(layers) - 1}")
+        if aux_layer_ids[-1] >= len(layers) or aux_layer_ids[0] < 0:
+            raise GraftError(f"head.aux_layer_ids={list(aux_layer_ids)}: the target has layers 0..{len(layers) - 1}")
         check_packable(model)
         self._check_logits()
         # Each process embeds the tokens of its own rows, which is no work that all could do together.
         ids_V = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
         self._embeddings_VH = self._embed(ids_V) if self.is_shared else None
         self._taps: dict[int, Tensor] = {}
-        for index in tapped_layers:
+        for index in aux_layer_ids:
             layers[index].register_forward_hook(self._keep(index))
 
     @property
@@ -167,15 +167,15 @@ class TappedTarget:
         # A target spread over several devices ends on another one than it began on.
         device = tokens_S.device
         final_SH = output.last_hidden_state[0].to(device)
-        taps_SE = torch.cat([self._taps[index][0].to(device) for index in self.tapped_layers], dim=-1)
+        aux_SE = torch.cat([self._taps[index][0].to(device) for index in self.aux_layer_ids], dim=-1)
         self._taps.clear()
         if top is None:
             choices = [logits_CV.argmax(dim=-1) for logits_CV in self._project(final_SH)]
-            return TargetStates(taps_SE, torch.cat(choices).to(device), final_SH)
+            return TargetStates(aux_SE, torch.cat(choices).to(device), final_SH)
         best = [logits_CV.float().topk(top, dim=-1) for logits_CV in self._project(final_SH)]
         ids_SM = torch.cat([one.indices for one in best]).to(device)
         logits_SM = torch.cat([one.values - one.values[:, :1] for one in best]).to(device)
-        return TargetStates(taps_SE, ids_SM[:, 0], top_ids_SM=ids_SM, top_logits_SM=logits_SM)
+        return TargetStates(aux_SE, ids_SM[:, 0], top_ids_SM=ids_SM, top_logits_SM=logits_SM)
 
     def embed(self, tokens_S: Tensor) -> Tensor:
         return self._embed(tokens_S) if self._embeddings_VH is None else self._embeddings_VH[tokens_S]

@@ -79,11 +79,11 @@ def _build(config: "Config", out: Path) -> None:
 
     published = published_head(settings.init_from, model) if settings.init_from else None
     shape = published.config if published else head_config(model, settings)
-    target = TappedTarget(model, shape.tapped_layers)
+    target = TappedTarget(model, shape.aux_layer_ids)
     head, covered = _head(published, shape, target, [samples[row] for row in training_rows])
     say(
         f"distill: {len(training_rows)} samples, head of {sum(p.numel() for p in head.parameters()):,} "
-        f"parameters on layers {list(head.config.tapped_layers)}, "
+        f"parameters on layers {list(head.config.aux_layer_ids)}, "
         f"draft vocabulary {len(head.target_ids)} ({covered:.2%} of the answers' tokens)"
     )
     _announce(config, accelerator, head, model, rows, plan, steps)
@@ -92,7 +92,7 @@ def _build(config: "Config", out: Path) -> None:
     prompts = held_out_prompts(target, rows, validation, settings.measure_prompts, settings.measure_tokens)
     if prompts:
         training.measure = partial(
-            measure_tau, accelerator, target, head, prompts, settings.unroll_steps, settings.measure_tokens
+            measure_tau, accelerator, target, head, prompts, settings.ttt_steps, settings.measure_tokens
         )
     progress = Progress(settings, out, accelerator.is_main_process)
     try:
@@ -103,11 +103,11 @@ def _build(config: "Config", out: Path) -> None:
         progress.end()
     if result is not None:
         say(
-            f"distill: {len(validation)} held-out rows: tau {result.tau:.2f} as a chain of "
-            f"{settings.unroll_steps}, acceptance by step " + " ".join(f"{a:.2f}" for a in result.acceptance)
+            f"distill: {len(validation)} held-out rows: acceptance length {result.acceptance_length:.2f} as a chain of "
+            f"{settings.ttt_steps}, acceptance by step " + " ".join(f"{a:.2f}" for a in result.acceptance)
         )
     if measured is not None:
-        say(f"distill: {len(prompts)} held-out prompts decoded with chains: tau {measured:.2f}")
+        say(f"distill: {len(prompts)} held-out prompts decoded with chains: acceptance length {measured:.2f}")
     summary = {
         "steps": steps,
         "samples": len(training_rows),
@@ -115,7 +115,7 @@ def _build(config: "Config", out: Path) -> None:
         "draft_vocabulary": vocabulary_hash(head),
         "validation_samples": len(validation),
         "validation": asdict(result) if result else None,
-        "measured_tau": measured,
+        "measured_acceptance_length": measured,
         "seconds": round(time.perf_counter() - started, 1),
     }
     _finish(training, out, summary)
@@ -165,7 +165,7 @@ def _announce(
     """How full the batches are, and what the training will take."""
     settings = config.head
     tokens = sum(len(rows[row].tokens_S) for batch in plan for row in batch)
-    answered = sum(int(rows[row].answer_S.sum()) for batch in plan for row in batch)
+    answered = sum(int(rows[row].loss_mask_S.sum()) for batch in plan for row in batch)
     say(
         f"distill: {len(plan)} packed rows of {tokens / len(plan):.0f} tokens on average "
         f"({tokens / len(plan) / settings.batch_tokens:.1%} of head.batch_tokens), 0 % padding"

@@ -20,11 +20,11 @@ class Row:
 
     Attributes:
         tokens_S: prompt and answer, or a conversation, int64.
-        answer_S: bool, the tokens of the answer or answers, the end-of-sequence tokens included.
+        loss_mask_S: bool, the tokens of the answer or answers, the end-of-sequence tokens included.
     """
 
     tokens_S: Tensor
-    answer_S: Tensor
+    loss_mask_S: Tensor
 
 
 @dataclass
@@ -84,8 +84,8 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
                 "these answers were regenerated with another target"
             )
         cut += kept is not sample
-        rows.append(Row(torch.tensor(kept.ids, dtype=torch.long), kept.answer_S))
-        mute += not (rows[-1].answer_S[1:-1] & rows[-1].answer_S[2:]).any()
+        rows.append(Row(torch.tensor(kept.ids, dtype=torch.long), kept.loss_mask_S))
+        mute += not (rows[-1].loss_mask_S[1:-1] & rows[-1].loss_mask_S[2:]).any()
     if cut:
         say(f"distill: {cut} of {len(samples)} samples are longer than head.max_length={max_length} and were cut")
     if mute == len(samples):
@@ -150,6 +150,6 @@ def pack(lengths: list[int], order: list[int], batch_tokens: int) -> list[list[i
 
 def collate(rows: list[Row], chosen: list[int], device: torch.device) -> Batch:
     tokens_S = torch.cat([rows[row].tokens_S for row in chosen])
-    answer_S = torch.cat([rows[row].answer_S for row in chosen])
-    layout = make_layout([len(rows[row].tokens_S) for row in chosen], answer_S)
-    return Batch(chosen, tokens_S.to(device), layout.to(device), int(answer_S.sum()))
+    loss_mask_S = torch.cat([rows[row].loss_mask_S for row in chosen])
+    layout = make_layout([len(rows[row].tokens_S) for row in chosen], loss_mask_S)
+    return Batch(chosen, tokens_S.to(device), layout.to(device), int(loss_mask_S.sum()))

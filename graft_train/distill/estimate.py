@@ -13,7 +13,7 @@ from graft_inference.draft_head import DraftHead
 from graft_train.config.head import HeadTrainConfig
 from graft_train.distill.loss import CHUNK
 
-OOM_ADVICE = "lower head.batch_tokens or head.max_length, then head.unroll_steps or head.draft_vocab_size"
+OOM_ADVICE = "lower head.batch_tokens or head.max_length, then head.ttt_steps or head.draft_vocab_size"
 
 
 @dataclass
@@ -48,16 +48,16 @@ def estimate_training(
     Args:
         answered: share of the columns in which a draft starts.
     """
-    config, steps = head.config, settings.unroll_steps
+    config, steps = head.config, settings.ttt_steps
     parameters = sum(parameter.numel() for parameter in head.parameters())
     tokens, columns = settings.batch_tokens, settings.batch_tokens * answered
     compute = 2 if settings.mixed_precision == "bf16" else 4
     hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
     kept = 12 * hidden + 4 * queries + 3 * config.intermediate_size  # activations of one column, by their widths
-    width = (len(config.tapped_layers) + 1) * hidden
-    outside = config.draft_vocab_size * hidden + len(config.tapped_layers) * hidden**2
+    width = (len(config.aux_layer_ids) + 1) * hidden
+    outside = config.draft_vocab_size * hidden + len(config.aux_layer_ids) * hidden**2
     layer = parameters - outside
-    per_batch = 6 * (layer * (tokens + (steps - 1) * columns) + len(config.tapped_layers) * hidden**2 * tokens)
+    per_batch = 6 * (layer * (tokens + (steps - 1) * columns) + len(config.aux_layer_ids) * hidden**2 * tokens)
     per_batch += 6 * config.draft_vocab_size * hidden * columns * steps
     if settings.states == "online":
         per_batch += 2 * target_parameters * tokens
@@ -113,5 +113,5 @@ def naming_what_to_lower(settings: HeadTrainConfig) -> Iterator[None]:
             raise
         raise GraftError(
             f"out of memory with head.batch_tokens={settings.batch_tokens} and "
-            f"head.unroll_steps={settings.unroll_steps}: {OOM_ADVICE}. {str(error).splitlines()[0]}"
+            f"head.ttt_steps={settings.ttt_steps}: {OOM_ADVICE}. {str(error).splitlines()[0]}"
         ) from error

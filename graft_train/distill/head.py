@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from graft_inference import GraftError
 from graft_inference.bundle import resolve
-from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
+from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_inference.head_checkpoint import load_head
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TappedTarget
@@ -29,7 +29,7 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
     if rope["rope_type"] == "default" or rope.get("partial_rotary_factor", 1) != 1:
         # The head turns all of its rows, and frequencies that are scaled for a part would not fit.
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    tapped = settings.tapped_layers
+    tapped = settings.aux_layer_ids
     return DraftHeadConfig(
         hidden_size=target.hidden_size,
         intermediate_size=settings.intermediate_size or target.intermediate_size,
@@ -38,7 +38,7 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
         head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
         vocab_size=target.vocab_size,
         draft_vocab_size=min(settings.draft_vocab_size, target.vocab_size),
-        tapped_layers=tuple(tapped) if tapped else default_tapped_layers(target.num_hidden_layers),
+        aux_layer_ids=tuple(tapped) if tapped else default_aux_layer_ids(target.num_hidden_layers),
         max_position_embeddings=target.max_position_embeddings,
         rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
         rope_parameters=dict(rope),

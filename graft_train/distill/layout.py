@@ -66,18 +66,18 @@ class Layout:
         )
 
 
-def make_layout(lengths: list[int], answer_S: Tensor) -> Layout:
+def make_layout(lengths: list[int], loss_mask_S: Tensor) -> Layout:
     """Lays documents of these lengths side by side.
 
     Args:
-        answer_S: bool, the answers' tokens of all documents, on the CPU.
+        loss_mask_S: bool, the answers' tokens of all documents, on the CPU.
     """
     length_D = torch.tensor(lengths)
     start_D = length_D.cumsum(0) - length_D
     document_S = torch.arange(len(lengths)).repeat_interleave(length_D)
-    positions_S = torch.arange(len(answer_S)) - start_D[document_S]
+    positions_S = torch.arange(len(loss_mask_S)) - start_D[document_S]
     # Both tokens of the pair t+1, t+2 are an answer's, and neither is the first of another document.
-    inner_S = answer_S & (positions_S > 0)
+    inner_S = loss_mask_S & (positions_S > 0)
     columns_C = (inner_S[1:-1] & inner_S[2:]).nonzero().flatten()
     document_C = document_S[columns_C]
     begins_C = torch.ones_like(columns_C, dtype=torch.bool)

@@ -55,7 +55,7 @@ class Distiller(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The loss and `StepSums.stack()` of one batch."""
         dtype = self.head.fc.weight.dtype
-        outputs = unroll(self.head, embedding_SH.to(dtype), states.taps_SE.to(dtype), layout, self.steps)
+        outputs = unroll(self.head, embedding_SH.to(dtype), states.aux_SE.to(dtype), layout, self.steps)
         loss, sums = distillation_loss(self.head, outputs, self._teacher(states), taught, coefficient_K, self.loss)
         return loss, sums.stack()
 
@@ -104,9 +104,9 @@ class Training:
         batch = collate(self.rows, chosen, self.accelerator.device)
         states = self.source(batch)
         if number is not None and self.settings.feature_noise:
-            states.taps_SE = noisy(states.taps_SE, self.settings.feature_noise, self.seed * 1_000_003 + number)
+            states.aux_SE = noisy(states.aux_SE, self.settings.feature_noise, self.seed * 1_000_003 + number)
         kept_V = getattr(self.head, "t2d", None)
-        skip, steps = self.settings.skip_out_of_vocabulary, self.settings.unroll_steps
+        skip, steps = self.settings.skip_out_of_vocabulary, self.settings.ttt_steps
         return Prepared(batch, states, taught_positions(batch.layout, states.choice_S, kept_V, steps, skip))
 
     def prepare_share(self, batches: dict[int, list[int]]) -> list[Prepared]:
@@ -135,7 +135,7 @@ def start_training(
     settings: HeadTrainConfig,
     seed: int = 0,
 ) -> Training:
-    distiller = Distiller(head, target.lm_head_VH, settings.unroll_steps, settings.loss).to(accelerator.device)
+    distiller = Distiller(head, target.lm_head_VH, settings.ttt_steps, settings.loss).to(accelerator.device)
     frequencies: Any = head.rotary_emb.inv_freq.clone()
     wrapped, *optimizers = accelerator.prepare(distiller, *make_optimizers(head, settings))
     # DeepSpeed casts buffers to bf16 too, and RoPE would lose its positions.
@@ -208,7 +208,7 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    sums_6K = torch.zeros(6, settings.unroll_steps, dtype=torch.float64, device=trained_K.device)
+    sums_6K = torch.zeros(6, settings.ttt_steps, dtype=torch.float64, device=trained_K.device)
     for one in prepared:
         last = one is prepared[-1]
         # DeepSpeed takes the optimizer step within the last backward, and asks accelerate which that is.
@@ -237,11 +237,11 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
     return StepSums.unstack(sums_6K), int(accelerator.reduce(tokens, "sum"))
 
 
-def noisy(taps_SE: Tensor, share: float, seed: int) -> Tensor:
+def noisy(aux_SE: Tensor, share: float, seed: int) -> Tensor:
     """Uniform noise up to `share` of each position's root mean square."""
-    generator = torch.Generator(taps_SE.device).manual_seed(seed)
-    noise_SE = torch.rand(taps_SE.shape, generator=generator, device=taps_SE.device, dtype=taps_SE.dtype) * 2 - 1
-    return taps_SE + noise_SE * share * taps_SE.float().square().mean(-1, keepdim=True).sqrt().to(taps_SE.dtype)
+    generator = torch.Generator(aux_SE.device).manual_seed(seed)
+    noise_SE = torch.rand(aux_SE.shape, generator=generator, device=aux_SE.device, dtype=aux_SE.dtype) * 2 - 1
+    return aux_SE + noise_SE * share * aux_SE.float().square().mean(-1, keepdim=True).sqrt().to(aux_SE.dtype)
 
 
 @torch.no_grad()
@@ -249,8 +249,8 @@ def validate(training: Training, chosen: list[int]) -> StepSums:
     """Teacher-forced loss and acceptance on rows that were not trained on. Every process measures all."""
     settings = training.settings
     training.distiller.eval()
-    coefficient_K = torch.ones(settings.unroll_steps, device=training.accelerator.device)
-    sums_6K = torch.zeros(6, settings.unroll_steps, dtype=torch.float64, device=coefficient_K.device)
+    coefficient_K = torch.ones(settings.ttt_steps, device=training.accelerator.device)
+    sums_6K = torch.zeros(6, settings.ttt_steps, dtype=torch.float64, device=coefficient_K.device)
     batches = pack([len(row.tokens_S) for row in training.rows], chosen, settings.batch_tokens)
     for batch in tqdm(batches, desc="validate", leave=False, disable=not training.accelerator.is_main_process):
         sums_6K += training.run(training.prepare(batch), coefficient_K)[1]

@@ -79,7 +79,7 @@ class StepSums:
             loss=(self.loss_K / self.trained_K.clamp(min=1)).tolist(),
             acceptance=(self.matched_K / self.started_K.clamp(min=1)).tolist(),
             conditional_acceptance=(self.chained_K / self.reached_K.clamp(min=1)).tolist(),
-            tau=1 + chain_K.sum().item(),
+            acceptance_length=1 + chain_K.sum().item(),
         )
 
 
@@ -89,13 +89,13 @@ class StepMetrics:
     loss: per trained position, by unroll step; its unit is the loss's.
     acceptance: share of positions where the head's choice is the target's, by unroll step.
     conditional_acceptance: the same, of positions where all earlier steps of the draft match.
-    tau: estimated acceptance length of a greedy chain of K drafts, the bonus token included.
+    acceptance_length: estimated acceptance length of a greedy chain of K drafts, the bonus token included.
     """
 
     loss: list[float]
     acceptance: list[float]
     conditional_acceptance: list[float]
-    tau: float
+    acceptance_length: float
 
 
 def taught_positions(
@@ -257,7 +257,7 @@ def reference_loss(
     outputs: list[Tensor],
     teacher_logits_SV: Tensor,
     layout: Layout,
-    answer_S: Tensor,
+    loss_mask_S: Tensor,
     coefficient_K: list[float],
     name: str = "forward_kl",
     skip_out_of_vocabulary: bool = True,
@@ -268,9 +268,9 @@ def reference_loss(
     inside_C = torch.ones_like(column_C, dtype=torch.bool)
     survived_C = torch.ones_like(column_C, dtype=torch.float32)
     for step, output_CH in enumerate(outputs):
-        next_C = (column_C + 2 + step).clamp(max=len(answer_S) - 1)
-        inside_C = inside_C & (column_C + 2 + step < len(answer_S))
-        inside_C = inside_C & (document_S[next_C] == document_S[column_C]) & answer_S[next_C]
+        next_C = (column_C + 2 + step).clamp(max=len(loss_mask_S) - 1)
+        inside_C = inside_C & (column_C + 2 + step < len(loss_mask_S))
+        inside_C = inside_C & (document_S[next_C] == document_S[column_C]) & loss_mask_S[next_C]
         logits_CV = teacher_logits_SV[next_C - 1]
         teacher_CD = logits_CV[:, head.target_ids].log_softmax(dim=-1)
         logp_CD = head.logits(output_CH).log_softmax(dim=-1)

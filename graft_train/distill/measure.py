@@ -23,7 +23,7 @@ def held_out_prompts(target: TappedTarget, rows: list[Row], chosen: list[int], c
         say(f"distill: the acceptance length in the engine is not measured: {error}")
         return []
     limit = max_positions(target.model.config.get_text_config()) - tokens
-    prompts = [rows[row].tokens_S[: int(rows[row].answer_S.nonzero()[0])] for row in chosen]
+    prompts = [rows[row].tokens_S[: int(rows[row].loss_mask_S.nonzero()[0])] for row in chosen]
     return [prompt for prompt in prompts if 0 < len(prompt) <= limit][:count]
 
 
@@ -36,13 +36,13 @@ def measure_tau(
     Returns:
         Tokens per target pass, the bonus token included, over all prompts.
     """
-    chain = Plan((Stage(passes=steps, drafted=steps),), beam_width=1, budget=steps + 1)
+    chain = Plan((Stage(passes=steps, drafted=steps),), topk=1, budget=steps + 1)
     with whole(head.parameters()):
         # Not a copy of the module, which DeepSpeed has put its hooks on.
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in head.state_dict().items()}
     served = DraftHead.of_tensors(head.config, tensors)
     served = served.to(device=target.model.device, dtype=target.model.dtype).eval()
-    engine_target = Target(target.model, head.config.tapped_layers)
+    engine_target = Target(target.model, head.config.aux_layer_ids)
     nothing = SuccessorMatrix(torch.full((1, 1), -1, device=target.model.device))
     engine = GraftEngine(engine_target, Policy(chain, chain, chain), served, nothing)
     sums = torch.zeros(2, device=accelerator.device)

@@ -54,13 +54,13 @@ class Progress:
             "learning_rate": rate,
             "tokens_per_second": round(tokens / seconds),
         }
-        self.bar.set_postfix(loss=f"{metrics.loss[0]:.3f}", tau=f"{metrics.tau:.2f}")
+        self.bar.set_postfix(loss=f"{metrics.loss[0]:.3f}", acceptance_length=f"{metrics.acceptance_length:.2f}")
         self._write(record)
 
-    def log_measured(self, step: int, tau: float) -> None:
+    def log_measured(self, step: int, acceptance_length: float) -> None:
         """The acceptance length in the engine after a step, in a line of its own."""
         if self.main:
-            self._write({"step": step, "measured_tau": tau})
+            self._write({"step": step, "measured_acceptance_length": acceptance_length})
 
     def _write(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:

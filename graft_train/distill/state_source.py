@@ -33,7 +33,7 @@ StateSource = Callable[[Batch], TargetStates]
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 15
 PARTS = {
-    "taps": "taps_SE",
+    "taps": "aux_SE",
     "choice": "choice_S",
     "final": "final_SH",
     "top_ids": "top_ids_SM",
@@ -105,7 +105,7 @@ def disk_states(
     identity = {
         "target": fingerprint,
         "samples": hash_of(rows),
-        "tapped_layers": list(target.tapped_layers),
+        "aux_layer_ids": list(target.aux_layer_ids),
         "dtype": str(stored).removeprefix("torch."),
         "top_k": top,
     }
@@ -231,7 +231,7 @@ def _stored_bytes(target: TappedTarget, rows: list[Row], dtype: torch.dtype, top
     """Of the states of all rows, token ids as int32."""
     hidden = target.model.config.get_text_config().hidden_size
     predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
-    per_token = len(target.tapped_layers) * hidden * dtype.itemsize + predicted + 4
+    per_token = len(target.aux_layer_ids) * hidden * dtype.itemsize + predicted + 4
     return per_token * sum(len(row.tokens_S) for row in rows)
 
 

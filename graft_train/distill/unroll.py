@@ -16,7 +16,7 @@ from graft_train.distill.layout import Layout
 def unroll(
     head: DraftHead,
     embedding_SH: Tensor,
-    taps_SE: Tensor,
+    aux_SE: Tensor,
     layout: Layout,
     steps: int,
     attention: UnrollAttention | None = None,
@@ -25,7 +25,7 @@ def unroll(
 
     Args:
         embedding_SH: the target's embeddings of the tokens themselves, unshifted.
-        taps_SE: the target's tapped states at the same positions.
+        aux_SE: the target's tapped states at the same positions.
         attention: default: the fastest for the device.
 
     Returns:
@@ -49,7 +49,7 @@ def unroll(
         return torch.zeros_like(query_BQSD).index_copy(2, columns_C, attended_BQCD)
 
     outputs: list[Tensor] = []
-    feature_BCH = head.fuse(taps_SE[None])
+    feature_BCH = head.fuse(aux_SE[None])
     reads = torch.arange(len(embedding_SH), device=columns_C.device)
     for step in range(steps):
         # Column t reads token t+1+step; past the end of its document any embedding will do.

@@ -39,8 +39,8 @@ def _compared(config: Config, samples: list[Sample]) -> dict[str, Any]:
     torch.set_float32_matmul_precision("highest")  # TensorFloat-32 parts passes of other widths on near ties
     references = _references(config, samples)
     gc.collect()
-    # Not governed: each method's own plan is to be checked, whether it pays in fp32 or not.
-    engine = new_engine(config, "float32", governed=False)
+    # Without falling back: each method's own plan is to be checked, whether it pays in fp32 or not.
+    engine = new_engine(config, "float32", fallback=False)
     divergences: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     checked = zip(samples, references, strict=True)
     for sample, expected in tqdm(checked, "evaluate: losslessness", len(samples), unit="prompt", disable=not is_main()):

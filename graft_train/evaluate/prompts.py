@@ -151,7 +151,7 @@ class Answers:
 
     def _new(self, prompt: Sample) -> list[int]:
         if self._engine is None:
-            self._engine = new_engine(self.config, self.config.target.dtype, governed=False)
+            self._engine = new_engine(self.config, self.config.target.dtype, fallback=False)
         ids, tokens = torch.tensor(prompt.prompt_ids), self.config.evaluation.max_new_tokens
         out = self._engine.generate(ids, tokens, method="autoregressive")
         answer: list[int] = out.sequences[0, len(ids) :].tolist()

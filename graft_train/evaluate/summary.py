@@ -29,12 +29,12 @@ def summarize(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any
     phases: Counter[str] = Counter()
     accepted: Counter[str] = Counter()
     stages: Counter[str] = Counter()
-    governed: Counter[str] = Counter()
+    fallback: Counter[str] = Counter()
     for stats in typical:
         phases.update(stats.seconds)
         accepted.update(stats.accepted)
         stages.update(stats.stages)
-        governed.update(stats.governed)
+        fallback.update(stats.fallback)
     prefill = phases.pop("prefill")
     every = [run for prompt in runs for run in prompt]
     wall = sum(run.wall_seconds for run in every)
@@ -43,12 +43,12 @@ def summarize(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any
         "tokens_per_second": _speed(runs),
         "speedup": _speed(runs) / _speed(baseline),
         "speedup_interval": [float(bound) for bound in np.nanpercentile(ratios, [2.5, 97.5])],
-        "tau": sum(stats.emitted - 1 for stats in typical) / rounds,
+        "acceptance_length": sum(stats.emitted - 1 for stats in typical) / rounds,
         "ms_per_round": {name: 1e3 * seconds / rounds for name, seconds in phases.items()},
         "prefill_ms": 1e3 * prefill / len(typical),
         "accepted_per_round": {name: count / rounds for name, count in accepted.items()},
         "stages": dict(sorted(stages.items())),
-        "governed": dict(sorted(governed.items())),
+        "fallback": dict(sorted(fallback.items())),
         "same_tokens_as_autoregressive": sum(same) / len(same),
         "time_outside_phases": 1 - sum(sum(run.stats.seconds.values()) for run in every) / wall,
     }
@@ -66,7 +66,7 @@ def by_category(runs: list[list[Run]], baseline: list[list[Run]], categories: Se
                 "prompts": len(places),
                 "tokens_per_second": _speed(ours),
                 "speedup": _speed(ours) / _speed(theirs),
-                "tau": float(_tokens(ours).sum() / rounds),
+                "acceptance_length": float(_tokens(ours).sum() / rounds),
             }
     return found
 
@@ -102,7 +102,12 @@ def _in_buckets(rounds: list[tuple[int, int]], first: int) -> list[dict[str, Any
         tokens[low] += added
         count[low] += 1
     return [
-        {"from": low, "to": max(first, 2 * low) - 1, "rounds": count[low], "tau": tokens[low] / count[low]}
+        {
+            "from": low,
+            "to": max(first, 2 * low) - 1,
+            "rounds": count[low],
+            "acceptance_length": tokens[low] / count[low],
+        }
         for low in sorted(count)
     ]
 

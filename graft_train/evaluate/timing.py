@@ -31,7 +31,7 @@ class Run:
 def timed(config: Config, samples: list[Sample]) -> dict[str, Any]:
     """The timed runs, by what and where, as JSON values."""
     settings = config.evaluation
-    engine = new_engine(config, config.target.dtype, settings.governed)
+    engine = new_engine(config, config.target.dtype, settings.fallback)
     runs = interleaved(engine, samples, settings, config.seed)
     return {
         "device": describe_device(engine.target.device),
@@ -48,7 +48,7 @@ def interleaved(
     """Timed runs by method, prompt and repeat. The order of methods turns with every prompt and repeat."""
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in samples] for name in METHODS}
     prompts = [torch.tensor(sample.prompt_ids) for sample in samples]
-    for prompt in (min(prompts, key=len), max(prompts, key=len)):  # warms up, the governor too
+    for prompt in (min(prompts, key=len), max(prompts, key=len)):  # warms up, the fallback too
         for name in METHODS:
             engine.generate(prompt, settings.max_new_tokens, settings.temperature, name, seed)
     total = settings.repeats * len(samples) * len(METHODS)
@@ -67,7 +67,7 @@ def interleaved(
     return runs
 
 
-def new_engine(config: Config, dtype: str, governed: bool) -> GraftEngine:
+def new_engine(config: Config, dtype: str, fallback: bool) -> GraftEngine:
     """The run's bundle on its target."""
     device = str(resolve_device(config.target.device))
     bundle = Path(config.run_dir) / "bundle"
@@ -78,7 +78,7 @@ def new_engine(config: Config, dtype: str, governed: bool) -> GraftEngine:
         dtype,
         device_map=config.target.device_map,
         tp_plan=config.target.tp_plan,
-        governed=governed,
+        fallback=fallback,
     )
     # A checkpoint's penalties are not its law; where a sequence ends, the engine knows by now.
     engine.target.model.generation_config = GenerationConfig()
@@ -88,7 +88,7 @@ def new_engine(config: Config, dtype: str, governed: bool) -> GraftEngine:
 def run_of(values: dict[str, Any]) -> Run:
     """What `timed` made JSON values of."""
     stats = values["stats"]
-    counters = {name: Counter(stats[name]) for name in ("stages", "governed")}
+    counters = {name: Counter(stats[name]) for name in ("stages", "fallback")}
     return Run(values["tokens"], GenerationStats(**(stats | counters)), values["wall_seconds"])
 
 

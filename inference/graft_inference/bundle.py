@@ -88,7 +88,7 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
 def _unmeasured(shape: DraftHeadConfig) -> tuple[Policy, SuccessorMatrix]:
     """The paper's policy and an empty matrix, as large as small vocabularies let them be."""
     k = min(PAPER_SUCCESSORS, shape.vocab_size)
-    policy = paper_policy(beam_width=min(PAPER_BEAM, shape.draft_vocab_size), max_rank=k - 1)
+    policy = paper_policy(topk=min(PAPER_BEAM, shape.draft_vocab_size), max_rank=k - 1)
     return policy, SuccessorMatrix.empty(shape.vocab_size, k, torch.device("cpu"))
 
 

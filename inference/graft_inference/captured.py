@@ -179,7 +179,7 @@ class CapturedRounds:
         static.seed_1.fill_(signed(state.sampler.seed))
         static.foresee(state.sampler, state.place)
         if state.drafter is not None and static.drafter is not None:
-            static.drafter.adopt(state.drafter, state.fresh_tokens_A, state.fresh_taps_AE)
+            static.drafter.adopt(state.drafter, state.fresh_tokens_A, state.fresh_aux_AE)
             self._leave_pending(state, static.drafter, 1)
         if state.successors is not None and state.successors is not self._shared:
             assert static.successors is not None
@@ -363,7 +363,7 @@ class CapturedRounds:
     def _leave_pending(self, state: DecodeState, drafter: StaticDrafter, count: int) -> None:
         """So many positions are yet to be read by the head, eagerly too if it comes to that."""
         self._pending = count
-        state.fresh_tokens_A, state.fresh_taps_AE = drafter.tokens_F[:count], drafter.taps_FE[:count]
+        state.fresh_tokens_A, state.fresh_aux_AE = drafter.tokens_F[:count], drafter.aux_FE[:count]
 
 
 def _trees(outputs: list[Tensor]) -> list[DraftTree]:

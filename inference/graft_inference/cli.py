@@ -114,12 +114,12 @@ def summary(stats: GenerationStats) -> str:
     """Two lines for people."""
     stages = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.stages.items()))
     accepted = ", ".join(f"{source} {tokens}" for source, tokens in stats.accepted.items())
-    governed = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.governed.items()))
-    governed = f"; by plan: {governed}" if governed else ""
+    fallback = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.fallback.items()))
+    fallback = f"; by plan: {fallback}" if fallback else ""
     return (
-        f"{stats.emitted} tokens, {stats.tokens_per_second:.1f} tokens/s, tau {stats.tau:.2f}, "
-        f"prefill {stats.seconds['prefill'] * 1e3:.0f} ms\n"
-        f"{stats.rounds} rounds stopped at: {stages or 'none'}; accepted: {accepted}{governed}"
+        f"{stats.emitted} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"acceptance length {stats.acceptance_length:.2f}, prefill {stats.seconds['prefill'] * 1e3:.0f} ms\n"
+        f"{stats.rounds} rounds stopped at: {stages or 'none'}; accepted: {accepted}{fallback}"
     )
 
 

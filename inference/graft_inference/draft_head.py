@@ -40,7 +40,7 @@ class DraftHeadConfig:
     """Shape of a draft head. The head is as wide as its target, whose embeddings it shares.
 
     Attributes:
-        tapped_layers: target layers whose *outputs* feed the head, 0-based and ascending.
+        aux_layer_ids: target layers whose *outputs* feed the head, 0-based and ascending.
         vocab_size: the target's vocabulary, V.
         draft_vocab_size: tokens the head can propose, Vd <= V.
         norm_before_residual: whether the residual is the normed feature (False in EAGLE and SGLang).
@@ -56,7 +56,7 @@ class DraftHeadConfig:
     head_dim: int
     vocab_size: int
     draft_vocab_size: int
-    tapped_layers: tuple[int, ...]
+    aux_layer_ids: tuple[int, ...]
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
@@ -81,11 +81,11 @@ class DraftHeadConfig:
             raise GraftError(f"rms_norm_eps={self.rms_norm_eps!r} must lie between 0 and 1")
         if type(self.norm_before_residual) is not bool:
             raise GraftError(f"norm_before_residual={self.norm_before_residual!r} must be true or false")
-        tapped = self.tapped_layers
+        tapped = self.aux_layer_ids
         if not tapped or not all(type(layer) is int and 0 <= layer <= LARGEST for layer in tapped):
-            raise GraftError(f"tapped_layers={tapped} must be layers of the target, counted from 0")
+            raise GraftError(f"aux_layer_ids={tapped} must be layers of the target, counted from 0")
         if list(tapped) != sorted(set(tapped)):
-            raise GraftError(f"tapped_layers={tapped} must be distinct and ascending")
+            raise GraftError(f"aux_layer_ids={tapped} must be distinct and ascending")
         self.rotary()
 
     def rotary(self) -> LlamaRotaryEmbedding:
@@ -108,7 +108,7 @@ class DraftHeadConfig:
     def llama_config(self) -> LlamaConfig:
         """The flat Llama configuration that the SGLang dialect stores, and that RoPE is built from."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        own = ("tapped_layers", "draft_vocab_size", "norm_before_residual")
+        own = ("aux_layer_ids", "draft_vocab_size", "norm_before_residual")
         return LlamaConfig(
             **{name: value for name, value in values.items() if name not in own},
             num_hidden_layers=1,
@@ -116,7 +116,7 @@ class DraftHeadConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"tapped_layers": list(self.tapped_layers)}
+        return asdict(self) | {"aux_layer_ids": list(self.aux_layer_ids)}
 
 
 class DraftAttention(nn.Module):
@@ -198,7 +198,7 @@ class DraftHead(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own_embeddings else None
-        taps = len(config.tapped_layers)
+        taps = len(config.aux_layer_ids)
         self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -270,9 +270,9 @@ class DraftHead(nn.Module):
                 raise GraftError("d2t and t2d name different draft vocabularies; the checkpoint is corrupt")
         return head.to(weights["lm_head.weight"].dtype)
 
-    def fuse(self, taps_BSE: Tensor) -> Tensor:
+    def fuse(self, aux_BSE: Tensor) -> Tensor:
         """Target's tapped states, concatenated, [B, S, taps*H] -> feature [B, S, H]."""
-        return self.fc(taps_BSE)
+        return self.fc(aux_BSE)
 
     def forward(self, embedding_BSH: Tensor, feature_BSH: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
         """One draft pass: the un-normed output, which is also the next pass's feature. [B, S, H]"""
@@ -308,7 +308,7 @@ def _check_numbers(weights: dict[str, Tensor]) -> None:
             raise GraftError(f"{name} holds NaN or infinity")
 
 
-def default_tapped_layers(num_layers: int) -> tuple[int, int, int]:
+def default_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
     """EAGLE-3's choice (outputs of layers 1, n//2-1, n-4), spread evenly where the target is too shallow.
 
     Raises:

@@ -21,7 +21,7 @@ DEFERRED = 64
 
 @dataclass
 class Layer:
-    """What one head pass proposed: beam_width children of every row it expanded, best first.
+    """What one head pass proposed: topk children of every row it expanded, best first.
 
     Attributes:
         tokens_C, logp_C, paths_C: the children's columns of the tree, by parent.
@@ -118,78 +118,78 @@ class Drafter:
     cache lags the target's tokens by one.
 
     Args:
-        beam_width: children proposed per node, and nodes expanded per pass (EAGLE's top-k).
-        capacity: rows of the cache: committed tokens plus beam_width rows per pass.
+        topk: children proposed per node, and nodes expanded per pass (EAGLE's top-k).
+        capacity: rows of the cache: committed tokens plus topk rows per pass.
 
     Attributes:
         length: positions that were read.
         unread: committed positions that wait for the next `begin`.
     """
 
-    def __init__(self, head: DraftHead, target: Target, beam_width: int, capacity: int) -> None:
+    def __init__(self, head: DraftHead, target: Target, topk: int, capacity: int) -> None:
         self.head = head
         self.target = target
         config = head.config
         self.keys, self.values = allocate((2, 1, config.num_key_value_heads, capacity, config.head_dim), head.fc.weight)
-        self._prepare(beam_width, capacity)
+        self._prepare(topk, capacity)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.length = self.unread = 0
         self._deferred: list[tuple[Tensor, Tensor]] = []
 
-    def _prepare(self, beam_width: int, capacity: int) -> None:
+    def _prepare(self, topk: int, capacity: int) -> None:
         """What is the same in every pass: cos and sin of all positions, and that a row sees itself."""
         weight = self.head.fc.weight
         # No token beyond the limit is ever emitted, and its position must not change the others' frequencies.
         positions_1S = torch.arange(capacity, device=weight.device)[None].clamp(max=self.target.max_positions - 1)
         self.rope = self.head.rotary_emb(weight, positions_1S)
-        self._own_kk = torch.eye(beam_width, dtype=torch.bool, device=weight.device)
-        self.beam_width = beam_width
+        self._own_kk = torch.eye(topk, dtype=torch.bool, device=weight.device)
+        self.topk = topk
 
-    def resume(self, length: int, beam_width: int, capacity: int) -> None:
+    def resume(self, length: int, topk: int, capacity: int) -> None:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
         self.length, self.unread = length, 0
         self._deferred = []
-        self._prepare(beam_width, max(capacity, self.keys.shape[2]))
+        self._prepare(topk, max(capacity, self.keys.shape[2]))
         keys, values = self.keys, self.values
         if capacity > keys.shape[2]:
             self.keys, self.values = allocate((2, 1, keys.shape[1], capacity, keys.shape[3]), keys)
             self.keys[:, :, :length] = keys[:, :, :length]
             self.values[:, :, :length] = values[:, :, :length]
 
-    def read(self, tokens_A: Tensor, taps_AE: Tensor) -> Tensor:
+    def read(self, tokens_A: Tensor, aux_AE: Tensor) -> Tensor:
         """Catches up with newly committed positions; returns the head's outputs there, [A, H].
 
         Args:
             tokens_A: the token after each position.
-            taps_AE: the target's tapped states at these positions.
+            aux_AE: the target's tapped states at these positions.
         """
-        return read_all([self], [(tokens_A, taps_AE)])[0]
+        return read_all([self], [(tokens_A, aux_AE)])[0]
 
-    def begin(self, tokens_A: Tensor, taps_AE: Tensor, noise: Noise | None = None) -> Draft:
+    def begin(self, tokens_A: Tensor, aux_AE: Tensor, noise: Noise | None = None) -> Draft:
         """Catches up as `read` does and proposes the children of the root, which is the last of the tokens.
 
         Args:
             noise: of the draws: the head then proposes what is likeliest to be drawn.
         """
-        return begin_all([self], [(tokens_A, taps_AE)], [noise])[0]
+        return begin_all([self], [(tokens_A, aux_AE)], [noise])[0]
 
     def deepen(self, draft: Draft) -> Draft:
         """One more pass: expands the best of the last one's children."""
         return deepen_all([self], [draft])[0]
 
-    def defer(self, tokens_A: Tensor, taps_AE: Tensor) -> None:
+    def defer(self, tokens_A: Tensor, aux_AE: Tensor) -> None:
         """Keeps newly committed positions for the next `begin`."""
-        self._deferred.append((tokens_A, taps_AE))
+        self._deferred.append((tokens_A, aux_AE))
         self.unread += len(tokens_A)
 
-    def caught_up(self, tokens_A: Tensor, taps_AE: Tensor) -> tuple[Tensor, Tensor]:
+    def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
         """What `read` has to read: these positions, and before them those that were deferred."""
         if self._deferred:
-            self._deferred.append((tokens_A, taps_AE))
-            tokens_A, taps_AE = map(torch.cat, zip(*self._deferred, strict=True))
+            self._deferred.append((tokens_A, aux_AE))
+            tokens_A, aux_AE = map(torch.cat, zip(*self._deferred, strict=True))
             self._deferred = []
         self.unread = 0
-        return tokens_A, taps_AE
+        return tokens_A, aux_AE
 
     def line(self, tokens_A: Tensor) -> "HeadRows":
         """Rows that stand in a line behind what was read; they count as read from now on."""
@@ -204,7 +204,7 @@ class Drafter:
         """The rows of the last pass's children that are expanded; they stand at one position."""
         last = draft.layers[-1]
         visible_kK = torch.cat((last.visible_AK[parent_k], self._own_kk), dim=1)
-        start = visible_kK.shape[1] - self.beam_width
+        start = visible_kK.shape[1] - self.topk
         return HeadRows(self, last.tokens_C[chosen_k], self.length + draft.passes - 1, 1, start, visible_kK)
 
 
@@ -248,7 +248,7 @@ class HeadRows:
 def read_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """`Drafter.read` for several prompts, in one pass of their head."""
     fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
-    feature_AH = drafters[0].head.fuse(_joined([taps_AE for _, taps_AE in fresh]))
+    feature_AH = drafters[0].head.fuse(_joined([aux_AE for _, aux_AE in fresh]))
     return _pass([drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)], feature_AH)
 
 
@@ -277,7 +277,7 @@ def begin_all(
 
 def deepen_all(drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Draft]:
     """`Drafter.deepen` for several prompts of one beam width and one depth, in one pass of their head."""
-    k, depth = drafters[0].beam_width, drafts[0].passes + 1
+    k, depth = drafters[0].topk, drafts[0].passes + 1
     best = [draft.layers[-1].logp_C.topk(k) for draft in drafts]
     parents = [one.indices // k for one in best]
     rows = [
@@ -298,9 +298,9 @@ def deepen_all(drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Dra
 
 
 def propose(
-    head: DraftHead, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int, beam_width: int
+    head: DraftHead, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and target ids of the beam_width likeliest children of each row, [B, k] each.
+    """Log-probabilities and target ids of the topk likeliest children of each row, [B, k] each.
 
     Args:
         hidden: the head's outputs at the rows of each prompt, B in all.
@@ -312,7 +312,7 @@ def propose(
         parts = zip(_parted(logits_BD, [len(part) for part in hidden]), noises, strict=True)
         told = [part if noise is None else noise.foreseen(part, head.target_ids, depth) for part, noise in parts]
         logits_BD = _joined(told)
-    logp_Bk, draft_ids_Bk = logits_BD.log_softmax(dim=-1).topk(beam_width, dim=-1)
+    logp_Bk, draft_ids_Bk = logits_BD.log_softmax(dim=-1).topk(topk, dim=-1)
     # A head that overflows says NaN: its proposals come last, and drafting stops.
     return logp_Bk.nan_to_num_(nan=-torch.inf, neginf=-torch.inf), head.target_ids[draft_ids_Bk]
 
@@ -321,7 +321,7 @@ def _propose(
     drafter: Drafter, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int
 ) -> list[tuple[Tensor, Tensor]]:
     """The same, prompt by prompt."""
-    logp_Bk, tokens_Bk = propose(drafter.head, hidden, noises, depth, drafter.beam_width)
+    logp_Bk, tokens_Bk = propose(drafter.head, hidden, noises, depth, drafter.topk)
     counts = [len(part) for part in hidden]
     return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
 

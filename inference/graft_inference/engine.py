@@ -20,7 +20,7 @@ from .draft_head import DraftHead
 from .drafting import Drafter
 from .echo import Echo
 from .errors import GraftError
-from .governor import Governor, Governors, ladder
+from .fallback import Fallback, Fallbacks, fallback_plans
 from .grafting import Grafter, check_sources
 from .kv_cache import TreeCache
 from .ngrams import NgramSource, NgramTable, RequestNgrams
@@ -61,7 +61,7 @@ class GraftEngine:
             nothing from what is not read again. Memory stays taken.
         ngrams: the corpus's longer contexts, for plans that use them.
         captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
-        governed: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.
+        fallback: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.
             A request's own `plan` and the other methods stay what they are.
     """
 
@@ -78,7 +78,7 @@ class GraftEngine:
         keep_prefix: bool = False,
         ngrams: NgramTable | None = None,
         captured: bool | None = None,
-        governed: bool = True,
+        fallback: bool = True,
     ) -> None:
         if retrieval_scope not in SCOPES:
             raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
@@ -100,8 +100,8 @@ class GraftEngine:
         self.captured: CapturedRounds | None = None
         if captured or (captured is None and is_cuda):
             self.captured = CapturedRounds(target, head, CudaGraphs(target.device))
-        self.governed = governed
-        self.governors: Governors = {}
+        self.fallback = fallback
+        self.fallbacks: Fallbacks = {}
         self._kept: KeptPrefix | None = None
         self._contexts: RequestNgrams | None = None
         self._grafters: dict[Plan, Grafter] = {}
@@ -130,7 +130,7 @@ class GraftEngine:
             device_map: spreads the target over devices, as transformers does; instead of `device`.
             tp_plan: "auto" shares the target out over the processes that torchrun started; all of them must ask the
                 same of their engines.
-            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`, `governed`.
+            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`, `fallback`.
 
         Raises:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
@@ -166,7 +166,7 @@ class GraftEngine:
         Raises:
             GraftError: a family that cannot be served, or a bad setting. The model is left as it was.
         """
-        target = Target(model, bundle.head.config.tapped_layers)
+        target = Target(model, bundle.head.config.aux_layer_ids)
         with target.released_on_failure():
             if check:
                 self_check(target)
@@ -275,10 +275,10 @@ class GraftEngine:
         # Not a decorator: inference mode must not leak to the caller between two tokens.
         with self._lock, torch.inference_mode():
             opened, first = self._prefill(rows, plan, each, logprobs or [None] * len(rows))
-            if self.governed and request.plan is None and request.method == "graft":
+            if self.fallback and request.plan is None and request.method == "graft":
                 for state in opened:
-                    state.ladder = tuple(map(self._grafter, ladder(plan).values()))
-                    state.governors = self.governors.setdefault(plan, {})
+                    state.fallback_plans = tuple(map(self._grafter, fallback_plans(plan).values()))
+                    state.fallbacks = self.fallbacks.setdefault(plan, {})
         with suppress(GeneratorExit):  # the caller has enough: between two tokens everything is in order
             yield from self._rounds(rows, opened, first, request.streamer)
         for state in opened:
@@ -343,7 +343,7 @@ class GraftEngine:
         state = DecodeState(
             plan=plan,
             grafter=self._grafter(plan),
-            ladder=(),
+            fallback_plans=(),
             cache=cache,
             drafter=drafter,
             successors=successors,
@@ -354,7 +354,7 @@ class GraftEngine:
             place=0,
             root_1=prompt_S[-1:],
             fresh_tokens_A=prompt_S[:0],
-            fresh_taps_AE=torch.empty((0, 0), device=self.target.device),
+            fresh_aux_AE=torch.empty((0, 0), device=self.target.device),
             history_S=row.seen_S if row.sampler.needs_history else None,
             tokens=[],
             logprobs=logprobs,
@@ -378,7 +378,7 @@ class GraftEngine:
         """Those of this request, holding what the last one left of the same text."""
         committed = len(prompt_S) + new_tokens
         rows = committed + plan.max_rows
-        head_rows = committed + plan.beam_width * plan.max_passes
+        head_rows = committed + plan.topk * plan.num_steps
         successors = None
         if plan.expands:
             successors = self.successors.clone() if self.retrieval_scope == "request" else self.successors
@@ -387,7 +387,7 @@ class GraftEngine:
             kept, self._kept = self._kept, None
         stats.reused = kept.shared(prompt_S, plan.drafts) if kept else 0
         if kept is None or not stats.reused:
-            drafter = Drafter(self.head, self.target, plan.beam_width, head_rows) if plan.drafts else None
+            drafter = Drafter(self.head, self.target, plan.topk, head_rows) if plan.drafts else None
             return self.target.new_cache(rows), drafter, successors
         if self.retrieval_scope == "request" and plan.expands and kept.successors and kept.continues(prompt_S):
             successors = kept.successors
@@ -395,29 +395,29 @@ class GraftEngine:
 
     def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:
         """One target pass for all of them: the tokens it emits for each, and where each came from."""
-        governor, clock = self._govern(states), states[0].clock
+        fallback, clock = self._govern(states), states[0].clock
         started, captures = clock.now(), self.captured and self.captured.captures
         emitted = self._replayed(states) or run_round(self.target, states)
         # A round that captures a graph is slow once, which is no plan's fault.
-        if governor is not None and captures == (self.captured and self.captured.captures):
-            governor.record(clock.now() - started, sum(len(tokens) for tokens, _ in emitted))
+        if fallback is not None and captures == (self.captured and self.captured.captures):
+            fallback.record(clock.now() - started, sum(len(tokens) for tokens, _ in emitted))
         return emitted
 
-    def _govern(self, states: Sequence[DecodeState]) -> Governor | None:
-        """Gives governed requests their plan of the next round. So many prompts at a time are a case of their own."""
-        rungs = states[0].ladder
-        if not rungs:
+    def _govern(self, states: Sequence[DecodeState]) -> Fallback | None:
+        """Chooses the next round's plan where requests may fall back; each number of prompts is a case of its own."""
+        levels = states[0].fallback_plans
+        if not levels:
             return None
-        governors, size = states[0].governors, len(states).bit_length()
-        if size not in governors:
-            governors[size] = Governor(tuple(ladder(rungs[0].plan)), self.target.agree)
-        governor = governors[size]
-        place, reason = governor.choose(max(state.cache.length for state in states))
+        fallbacks, size = states[0].fallbacks, len(states).bit_length()
+        if size not in fallbacks:
+            fallbacks[size] = Fallback(tuple(fallback_plans(levels[0].plan)), self.target.agree)
+        fallback = fallbacks[size]
+        place, reason = fallback.choose(max(state.cache.length for state in states))
         for state in states:
-            state.grafter = state.ladder[place]
+            state.grafter = state.fallback_plans[place]
             state.plan = state.grafter.plan
-            state.stats.governed[reason] += 1
-        return governor
+            state.stats.fallback[reason] += 1
+        return fallback
 
     def _replayed(self, states: Sequence[DecodeState]) -> list[Emitted] | None:
         """The round from CUDA graphs; None where it has to run eagerly."""

@@ -20,9 +20,9 @@ def check_sources(
     plan: Plan, draft_vocab_size: int, successors: SuccessorMatrix, ngrams: NgramTable | None = None
 ) -> None:
     """Raises GraftError where a plan asks for what the head and the other sources do not have."""
-    if plan.drafts and plan.beam_width > draft_vocab_size:
+    if plan.drafts and plan.topk > draft_vocab_size:
         raise GraftError(
-            f"the plan takes the {plan.beam_width} likeliest tokens of a head that knows {draft_vocab_size}: "
+            f"the plan takes the {plan.topk} likeliest tokens of a head that knows {draft_vocab_size}: "
             "calibrate again with this head"
         )
     if plan.expands and plan.max_rank >= successors.k:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .draft_head import DraftHead, DraftHeadConfig, default_tapped_layers
+from .draft_head import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from .errors import GraftError
 from .files import read_json, read_safetensors, replace_file
 
@@ -147,8 +147,8 @@ def head_config_to_dict(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str
         "rope_parameters": rope,
         "torch_dtype": dtype_name,
         "dtype": dtype_name,
-        "eagle_config": {AUX_IDS: list(config.tapped_layers), "use_aux_hidden_state": True},
-        AUX_IDS: [layer + 1 for layer in config.tapped_layers],
+        "eagle_config": {AUX_IDS: list(config.aux_layer_ids), "use_aux_hidden_state": True},
+        AUX_IDS: [layer + 1 for layer in config.aux_layer_ids],
     }
 
 
@@ -177,7 +177,7 @@ def head_config_from_dict(values: dict[str, Any], target_layers: int | None = No
         head_dim=_given(layer, "head_dim", hidden_size // heads),
         vocab_size=layer["vocab_size"],
         draft_vocab_size=_given(values, "draft_vocab_size", layer["vocab_size"]),
-        tapped_layers=_tapped_layers(values, target_layers),
+        aux_layer_ids=_aux_layer_ids(values, target_layers),
         max_position_embeddings=layer["max_position_embeddings"],
         rms_norm_eps=layer["rms_norm_eps"],
         rope_parameters=_rope(layer),
@@ -260,14 +260,14 @@ def _rope_of(values: dict[str, Any]) -> dict[str, Any]:
     return ({} if kind is None else {"rope_type": "default" if kind == "mrope" else kind}) | rope
 
 
-def _tapped_layers(values: dict[str, Any], target_layers: int | None) -> tuple[int, ...]:
+def _aux_layer_ids(values: dict[str, Any], target_layers: int | None) -> tuple[int, ...]:
     """The layers whose outputs feed the head, from whichever convention the configuration follows."""
     outputs, inputs = (values.get("eagle_config") or {}).get(AUX_IDS), values.get(AUX_IDS)
     given = outputs if outputs is not None else inputs
     if given is None:
         if target_layers is None:
             raise GraftError(f"{AUX_IDS} is missing: which target layers feed the head is unknown")
-        return default_tapped_layers(target_layers)
+        return default_aux_layer_ids(target_layers)
     if not isinstance(given, list) or not all(type(layer) is int for layer in given):
         raise GraftError(f"{AUX_IDS}={given} must be a list of layers")
     tapped = tuple(layer - (outputs is None) for layer in given)

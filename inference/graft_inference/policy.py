@@ -146,7 +146,7 @@ class Plan:
     """
 
     stages: tuple[Stage, ...]
-    beam_width: int = 10
+    topk: int = 10
     budget: int = 64
     scale: Scale | None = None
     drafted_only: bool = False
@@ -161,10 +161,9 @@ class Plan:
             raise GraftError(f"a plan's stages need rising passes, not {passes}")
         if passes[0] == 0 and len(passes) > 1 and not (self.scale and self.retrieves):
             raise GraftError("only a plan that scores retrieved nodes can begin with a stage of 0 passes")
-        if self.beam_width < 1 or self.candidates(passes[-1]) > MAX_CANDIDATES or passes[-1] > MAX_ROWS:
+        if self.topk < 1 or self.candidates(passes[-1]) > MAX_CANDIDATES or passes[-1] > MAX_ROWS:
             raise GraftError(
-                f"{passes[-1]} passes with beam_width={self.beam_width} propose no nodes, or over {MAX_CANDIDATES}: "
-                "lower either"
+                f"{passes[-1]} passes with topk={self.topk} propose no nodes, or over {MAX_CANDIDATES}: lower either"
             )
         if not 0 < self.budget <= MAX_ROWS:
             raise GraftError(f"a budget of {self.budget} rows must lie in 1..{MAX_ROWS}")
@@ -173,7 +172,7 @@ class Plan:
             if stage.drafted > candidates:
                 raise GraftError(
                     f"stage {stage.name} keeps {stage.drafted} drafted nodes, but {stage.passes} passes with "
-                    f"beam_width={self.beam_width} give {candidates}: lower drafted"
+                    f"topk={self.topk} give {candidates}: lower drafted"
                 )
             if stage.rows > self.budget:
                 raise GraftError(
@@ -195,12 +194,12 @@ class Plan:
                 )
         if self.ngrams and not self.expands:
             raise GraftError("a plan that follows n-grams needs a template of retrieved nodes")
-        if self.scale and self.max_passes > len(self.scale.drafted):
-            raise GraftError(f"the scale knows {len(self.scale.drafted)} drafted depths, the plan {self.max_passes}")
+        if self.scale and self.num_steps > len(self.scale.drafted):
+            raise GraftError(f"the scale knows {len(self.scale.drafted)} drafted depths, the plan {self.num_steps}")
 
     def candidates(self, passes: int) -> int:
         """Nodes that so many head passes propose."""
-        return self.beam_width + (passes - 1) * self.beam_width**2 if passes else 0
+        return self.topk + (passes - 1) * self.topk**2 if passes else 0
 
     @property
     def drafts(self) -> bool:
@@ -221,7 +220,7 @@ class Plan:
         return self.expands or self.echoes
 
     @property
-    def max_passes(self) -> int:
+    def num_steps(self) -> int:
         return self.stages[-1].passes
 
     @property
@@ -251,7 +250,7 @@ class Plan:
         """Half the rows and half the head passes; None where there is no half."""
         if self.max_rows < 3:
             return None
-        passes = -(-self.max_passes // 2)
+        passes = -(-self.num_steps // 2)
         stages = [stage for stage in self.stages if stage.passes < passes]
         stages.append(replace(self.stages[-1], passes=passes))
         return replace(self, stages=tuple(map(self._halved, stages)))
@@ -321,7 +320,7 @@ def is_a(value: Any, kind: Any) -> bool:
     return type(value) is kind if kind in (int, bool) else isinstance(value, kind)
 
 
-AUTOREGRESSIVE = Plan((Stage(passes=0),), beam_width=1, budget=1)
+AUTOREGRESSIVE = Plan((Stage(passes=0),), topk=1, budget=1)
 
 
 @dataclass(frozen=True)
@@ -371,7 +370,7 @@ class Policy:
         return cls(**plans, measured_on=measured_on)
 
 
-def paper_policy(beam_width: int = 10, rows: int = 64, max_passes: int = 9, max_rank: int = 7) -> Policy:
+def paper_policy(topk: int = 10, rows: int = 64, num_steps: int = 9, max_rank: int = 7) -> Policy:
     """The paper's settings for Qwen3-8B (thresholds in the middle of its ranges).
 
     It gives only how many retrieved nodes stand at each depth; the paths are ours: the rank-0 chain runs
@@ -379,7 +378,7 @@ def paper_policy(beam_width: int = 10, rows: int = 64, max_passes: int = 9, max_
     and a template is then its prefix.
 
     Args:
-        max_passes: of the last stage; stages that would come after it are left out.
+        num_steps: of the last stage; stages that would come after it are left out.
         max_rank: greatest successor rank that the matrix keeps.
     """
     counts = {
@@ -392,16 +391,16 @@ def paper_policy(beam_width: int = 10, rows: int = 64, max_passes: int = 9, max_
         template = depth_template(depths, max_rank)
         kept = round(drafted * min(rows - 1, 60) / 60)
         retrieved = min(min(rows - 1, 60) - kept, len(template))
-        if passes < max_passes:
-            kept = min(kept, beam_width + (passes - 1) * beam_width**2)
+        if passes < num_steps:
+            kept = min(kept, topk + (passes - 1) * topk**2)
             stages.append(Stage(passes, threshold, kept, retrieved, template))
-    full = Stage(max_passes, drafted=min(rows - 1, 60, beam_width + (max_passes - 1) * beam_width**2))
+    full = Stage(num_steps, drafted=min(rows - 1, 60, topk + (num_steps - 1) * topk**2))
     template = depth_template(counts[1][2], max_rank)
     retrieved = min(rows - 1, round(52 * min(rows - 1, 60) / 60), len(template))
     return Policy(
-        graft=Plan((*stages, full), beam_width, max(rows, 2)),
-        eagle3=Plan((full,), beam_width, max(rows, 2)),
-        retrieve=Plan((Stage(0, 0.0, 0, retrieved, template),), beam_width, max(rows, 2)),
+        graft=Plan((*stages, full), topk, max(rows, 2)),
+        eagle3=Plan((full,), topk, max(rows, 2)),
+        retrieve=Plan((Stage(0, 0.0, 0, retrieved, template),), topk, max(rows, 2)),
         measured_on={"source": "arXiv 2605.20104, not calibrated on this device"},
     )
 

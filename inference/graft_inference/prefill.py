@@ -67,16 +67,16 @@ def _read(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tenso
         state, prompt_S = states[index], prompts[index]
         if state.successors is not None and state.learns:
             state.successors.update(piece_S, output.logits_NV)
-        tokens_A, taps_AE, now = prompt_S[start + 1 : end + 1], output.taps_NE, end - start
+        tokens_A, aux_AE, now = prompt_S[start + 1 : end + 1], output.aux_NE, end - start
         if end == len(prompt_S):
             _draw_first(target, state, output.logits_NV[-1:])
             tokens_A = torch.cat((tokens_A, state.root_1))
             now = now - 1 if len(states) > 1 else 0
         if state.drafter is not None and now:
             drafters.append(state.drafter)
-            fresh.append((tokens_A[:now], taps_AE[:now]))
-            tokens_A, taps_AE = tokens_A[now:], taps_AE[now:].clone()  # not a view, which would keep all of them
-        state.fresh_tokens_A, state.fresh_taps_AE = tokens_A, taps_AE
+            fresh.append((tokens_A[:now], aux_AE[:now]))
+            tokens_A, aux_AE = tokens_A[now:], aux_AE[now:].clone()  # not a view, which would keep all of them
+        state.fresh_tokens_A, state.fresh_aux_AE = tokens_A, aux_AE
     if drafters:
         read_all(drafters, fresh)
 

@@ -54,5 +54,5 @@ class KeptPrefix:
         self.cache.grow(cache_rows)
         if self.drafter is None or not plan.drafts:
             return self.cache, None
-        self.drafter.resume(reused, plan.beam_width, head_rows)
+        self.drafter.resume(reused, plan.topk, head_rows)
         return self.cache, self.drafter

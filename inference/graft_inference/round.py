@@ -156,7 +156,7 @@ def _keep_branch(
         else:
             learn(state.successors, tree, output.logits_NV, acceptance)
     state.fresh_tokens_A = acceptance.emitted_D[:count]
-    state.fresh_taps_AE = output.taps_NE[path_A]
+    state.fresh_aux_AE = output.aux_NE[path_A]
     state.root_1 = state.fresh_tokens_A[-1:]
     state.place += count
     state.read(state.fresh_tokens_A)
@@ -180,7 +180,7 @@ def _retrieve(state: DecodeState, stage: Stage) -> list[DraftTree]:
 
 
 def _fresh(state: DecodeState) -> tuple[Tensor, Tensor]:
-    return state.fresh_tokens_A, state.fresh_taps_AE
+    return state.fresh_tokens_A, state.fresh_aux_AE
 
 
 def _drafter(state: DecodeState) -> Drafter:

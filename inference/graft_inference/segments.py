@@ -32,7 +32,7 @@ def fresh_rows(depth: int) -> int:
 
 def slack_rows(plan: Plan, rows: int, depth: int) -> int:
     """Rows of either cache that a round may write behind the committed ones."""
-    return max(rows, fresh_rows(depth) + plan.beam_width * plan.max_passes)
+    return max(rows, fresh_rows(depth) + plan.topk * plan.num_steps)
 
 
 class Statics:
@@ -83,7 +83,7 @@ class Statics:
         tensors = [self.length_1, self.place_1, self.root_1]
         if self.drafter is not None:
             drafter = self.drafter
-            tensors += [drafter.length_1, drafter.pending_1, drafter.tokens_F, drafter.taps_FE]
+            tensors += [drafter.length_1, drafter.pending_1, drafter.tokens_F, drafter.aux_FE]
         if self.echo is not None:
             tensors += [self.echo.text_S, self.echo.end_1]
         if self.noise_PV is not None:
@@ -142,7 +142,7 @@ class Segments:
         Returns:
             columns of the new layers, then of the retrieved trees, if there are any and they were not given.
         """
-        static, drafter, width = self.static, self._drafter, self.plan.beam_width
+        static, drafter, width = self.static, self._drafter, self.plan.topk
         with static.graphs.aside():
             found = self._retrieve(stage) if retrieved is None else []
         grown = list(layers)
@@ -191,7 +191,7 @@ class Segments:
         if depth:
             self._keep_branch(path_D)
         if self.drafts:
-            self._drafter.append(emitted_D, output.taps_NE[path_D], count_1)
+            self._drafter.append(emitted_D, output.aux_NE[path_D], count_1)
         if logp_N is not None:
             static.logp_D[: depth + 1] = logp_N[path_D]
         if self.echo is not None:

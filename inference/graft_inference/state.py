@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .drafting import Drafter
 from .echo import Echo
-from .governor import Governor
+from .fallback import Fallback
 from .grafting import Grafter
 from .kv_cache import TreeCache
 from .ngrams import NgramSource
@@ -23,15 +23,15 @@ class DecodeState:
 
     Attributes:
         plan, grafter: of this round.
-        ladder: what the engine's governor chooses them from for each round; empty for the same ones throughout.
-        governors: of that ladder, by the bit length of how many prompts are decoded together.
+        fallback_plans: what the engine's fallback chooses them from for each round; empty for the same ones throughout.
+        fallbacks: of that fallback_plans, by the bit length of how many prompts are decoded together.
         ngrams: looked up in the matrix's place where the plan says so; backs off to it.
         echo: this request's own text, where the plan searches it.
         learns: whether the matrix is updated.
         place: tokens emitted so far; what was accepted beyond the request's end counts too.
         noise: of this round's draws; None where nothing is drawn by chance.
         root_1: the last emitted token, not yet in the cache; of a prompt that is not read yet, its own last.
-        fresh_tokens_A, fresh_taps_AE: what the last round committed, or the last piece of the prompt: states and the
+        fresh_tokens_A, fresh_aux_AE: what the last round committed, or the last piece of the prompt: states and the
             token after each.
         retrieved: this round's retrieved candidates by source, once looked up.
         history_S: prompt and emitted tokens, where a logits processor reads them.
@@ -41,7 +41,7 @@ class DecodeState:
 
     plan: Plan
     grafter: Grafter
-    ladder: tuple[Grafter, ...]
+    fallback_plans: tuple[Grafter, ...]
     cache: TreeCache
     drafter: Drafter | None
     successors: SuccessorMatrix | None
@@ -52,7 +52,7 @@ class DecodeState:
     place: int
     root_1: Tensor
     fresh_tokens_A: Tensor
-    fresh_taps_AE: Tensor
+    fresh_aux_AE: Tensor
     history_S: Tensor | None
     tokens: list[int]
     logprobs: list[Tensor] | None
@@ -60,7 +60,7 @@ class DecodeState:
     clock: PhaseClock
     noise: Noise | None = None
     retrieved: list[DraftTree] | None = None
-    governors: dict[int, Governor] = field(default_factory=dict)
+    fallbacks: dict[int, Fallback] = field(default_factory=dict)
 
     def read(self, tokens_A: Tensor) -> None:
         """Tells those who search the request's own text what comes next in it, the prompt first."""

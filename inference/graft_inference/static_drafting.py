@@ -21,7 +21,7 @@ class StaticDrafter:
     Attributes:
         length_1: rows read, [1] int64.
         pending_1: how many of the next two count, [1] int64.
-        tokens_F, taps_FE: committed positions not yet read: the token after each, the target's states there.
+        tokens_F, aux_FE: committed positions not yet read: the token after each, the target's states there.
     """
 
     def __init__(self, head: DraftHead, target: Target, capacity: int, fresh: int) -> None:
@@ -37,17 +37,17 @@ class StaticDrafter:
         self.length_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.pending_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens_F = torch.zeros(fresh, dtype=torch.long, device=device)
-        self.taps_FE = weight.new_zeros(fresh, head.fc.in_features)
+        self.aux_FE = weight.new_zeros(fresh, head.fc.in_features)
 
-    def adopt(self, drafter: Drafter, tokens_A: Tensor, taps_AE: Tensor) -> None:
+    def adopt(self, drafter: Drafter, tokens_A: Tensor, aux_AE: Tensor) -> None:
         """Takes over from a request's own drafter, whose caches are these buffers from now on.
 
         Args:
-            tokens_A, taps_AE: positions that the drafter has not read; all but the last it reads now.
+            tokens_A, aux_AE: positions that the drafter has not read; all but the last it reads now.
         """
-        tokens_A, taps_AE = drafter.caught_up(tokens_A, taps_AE)
+        tokens_A, aux_AE = drafter.caught_up(tokens_A, aux_AE)
         if len(tokens_A) > 1:
-            drafter.read(tokens_A[:-1], taps_AE[:-1])
+            drafter.read(tokens_A[:-1], aux_AE[:-1])
         if drafter.keys.data_ptr() != self.keys.data_ptr():
             self.keys[:, :, : drafter.length] = drafter.keys[:, :, : drafter.length]
             self.values[:, :, : drafter.length] = drafter.values[:, :, : drafter.length]
@@ -55,13 +55,13 @@ class StaticDrafter:
         self.length_1.fill_(drafter.length)
         self.pending_1.fill_(1)
         self.tokens_F[:1] = tokens_A[-1:]
-        self.taps_FE[:1] = taps_AE[-1:]
+        self.aux_FE[:1] = aux_AE[-1:]
 
-    def append(self, tokens_D: Tensor, taps_DE: Tensor, count_1: Tensor) -> None:
+    def append(self, tokens_D: Tensor, aux_DE: Tensor, count_1: Tensor) -> None:
         """Leaves newly committed positions to the next `read`; rows past the count are overwritten later."""
         rows_D = self.pending_1 + self._row_S[: len(tokens_D)]
         self.tokens_F.index_copy_(0, rows_D, tokens_D)
-        self.taps_FE.index_copy_(0, rows_D, taps_DE)
+        self.aux_FE.index_copy_(0, rows_D, aux_DE)
         self.pending_1 += count_1
 
     def read(self, size: int) -> Tensor:
@@ -72,21 +72,21 @@ class StaticDrafter:
         """
         rows_F = self.length_1 + self._row_S[: len(self.tokens_F)]
         causal_FK = self._row_S[:size] <= rows_F[:, None]
-        hidden_FH = self._pass(self.tokens_F, self.head.fuse(self.taps_FE), rows_F, rows_F, causal_FK)
+        hidden_FH = self._pass(self.tokens_F, self.head.fuse(self.aux_FE), rows_F, rows_F, causal_FK)
         hidden_1H = hidden_FH.index_select(0, self.pending_1 - 1)
         self.length_1 += self.pending_1
         self.pending_1.zero_()
         return hidden_1H
 
-    def begin(self, size: int, beam_width: int, noise: Noise | None) -> Layer:
+    def begin(self, size: int, topk: int, noise: Noise | None) -> Layer:
         """Catches up and proposes the children of the root."""
         hidden_1H = self.read(size)
-        logp_1k, tokens_1k = propose(self.head, [hidden_1H], [noise], 1, beam_width)
+        logp_1k, tokens_1k = propose(self.head, [hidden_1H], [noise], 1, topk)
         return Layer.below_root(logp_1k, tokens_1k, hidden_1H, self._row_S[None, :size] < self.length_1)
 
-    def deepen(self, last: Layer, passes: int, beam_width: int, noise: Noise | None) -> Layer:
+    def deepen(self, last: Layer, passes: int, topk: int, noise: Noise | None) -> Layer:
         """Expands the best children of the layer that pass number `passes` proposed."""
-        k, size = beam_width, last.visible_AK.shape[1]
+        k, size = topk, last.visible_AK.shape[1]
         best = last.logp_C.topk(k)
         parent_k = best.indices // k
         rows_k = self.length_1 + (passes - 1) * k + self._row_S[:k]

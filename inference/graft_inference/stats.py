@@ -33,7 +33,7 @@ class GenerationStats:
         captured: rounds that were replayed from CUDA graphs. Their `verify` is acceptance, cache and matrix too, and
             their `commit` what the host adds, and all of a round that captures.
         uncaptured: why others were not, where the engine captures.
-        governed: rounds by the plan that the governor gave them, and why; empty where it had no say.
+        fallback: rounds by the plan that the fallback chose, and why; empty where it had no say.
     """
 
     rounds: int = 0
@@ -45,7 +45,7 @@ class GenerationStats:
     accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
     sources: list[str] = field(default_factory=list)
     stages: Counter[str] = field(default_factory=Counter)
-    governed: Counter[str] = field(default_factory=Counter)
+    fallback: Counter[str] = field(default_factory=Counter)
     prompts: int = 1
 
     @classmethod
@@ -65,7 +65,7 @@ class GenerationStats:
             stages=sum((part.stages for part in parts), Counter()),
             captured=sum(part.captured for part in parts),
             uncaptured=next((part.uncaptured for part in parts if part.uncaptured), None),
-            governed=sum((part.governed for part in parts), Counter()),
+            fallback=sum((part.fallback for part in parts), Counter()),
             prompts=len(parts),
         )
 
@@ -77,7 +77,7 @@ class GenerationStats:
             self.accepted[source] += 1
 
     @property
-    def tau(self) -> float:
+    def acceptance_length(self) -> float:
         """Acceptance length: a prompt's tokens per pass, bonus included, the prefill's token not; 1 for AR."""
         return (self.emitted - self.prompts) / self.rounds if self.rounds else 1.0
 

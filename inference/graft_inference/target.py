@@ -28,7 +28,7 @@ class TargetOutput:
     """What one pass over N tokens yields: logits, and the tapped states concatenated (width 0 without taps)."""
 
     logits_NV: Tensor
-    taps_NE: Tensor
+    aux_NE: Tensor
 
 
 class Target:
@@ -39,22 +39,22 @@ class Target:
 
     Args:
         model: in eval mode; its attention implementation is switched to ours until `release`.
-        tapped_layers: layers whose outputs are kept, 0-based; empty for none.
+        aux_layer_ids: layers whose outputs are kept, 0-based; empty for none.
 
     Raises:
         GraftError: a family whose attention or cache cannot hold a tree.
     """
 
-    def __init__(self, model: PreTrainedModel, tapped_layers: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: PreTrainedModel, aux_layer_ids: tuple[int, ...] = ()) -> None:
         check_supported(model)
         without_plans(model.device)
         self.model = model
         self.config = model.config.get_text_config()
         self._implementation = self.config._attn_implementation
         layers = model.get_decoder().layers
-        if tapped_layers and tapped_layers[-1] >= len(layers):
+        if aux_layer_ids and aux_layer_ids[-1] >= len(layers):
             raise GraftError(
-                f"the head taps layer {tapped_layers[-1]}, but the target has {len(layers)} layers: "
+                f"the head taps layer {aux_layer_ids[-1]}, but the target has {len(layers)} layers: "
                 "this head was trained for another target"
             )
         if getattr(self.config, "attn_logit_softcapping", None) and self._implementation == "sdpa":
@@ -67,9 +67,9 @@ class Target:
         else:
             self._reference = self._implementation
         self._taps: dict[int, Tensor] = {}
-        self._tapped_layers = tapped_layers
+        self._aux_layer_ids = aux_layer_ids
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in tapped_layers]
+        self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in aux_layer_ids]
         with self.released_on_failure():
             model.set_attn_implementation(ATTENTION)
 
@@ -186,7 +186,7 @@ class Target:
         for cache, count in zip(caches, rows, strict=True):
             cache.commit(count)
         logits = output.logits_NV.split(rows if all_logits else 1)
-        return list(map(TargetOutput, logits, output.taps_NE.split(rows)))
+        return list(map(TargetOutput, logits, output.aux_NE.split(rows)))
 
     def verify(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> TargetOutput:
         """One pass over all rows of a tree, each seeing the cache and its own ancestors. Commits nothing."""
@@ -201,7 +201,7 @@ class Target:
         rows = [len(tree) for tree in trees]
         visible = [self._visible(*one) for one in zip(trees, ancestors, caches, strict=True)]
         output = self.forward(torch.cat([tree.tokens_N for tree in trees]), PackedCaches(caches, rows), visible)
-        return list(map(TargetOutput, output.logits_NV.split(rows), output.taps_NE.split(rows)))
+        return list(map(TargetOutput, output.logits_NV.split(rows), output.aux_NE.split(rows)))
 
     def _visible(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> Visibility:
         return Visibility(self.positions(cache.length, tree), cache.length, ancestors_NN)
@@ -242,7 +242,7 @@ class Target:
         logits_NV = output.logits[0].to(tokens_N.device)
         if logits_of is not None and not only:
             logits_NV = logits_NV[logits_of]
-        taps = [self._taps[index][0].to(tokens_N.device) for index in self._tapped_layers]
+        taps = [self._taps[index][0].to(tokens_N.device) for index in self._aux_layer_ids]
         return TargetOutput(logits_NV, torch.cat(taps, dim=-1) if taps else logits_NV.new_empty((len(tokens_N), 0)))
 
 

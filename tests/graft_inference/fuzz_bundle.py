@@ -164,7 +164,7 @@ class Fuzz:
     def _decode(self, bundle: Path, methods: tuple[str, ...] = ("graft", "eagle3", "retrieve")) -> list[Any]:
         """Greedy tokens of every method, and those that one seed draws."""
         loaded = load_bundle(bundle, self.model.config, self.tokenizer)
-        engine = GraftEngine.from_bundle(loaded, self.model, packed=False, check=False, governed=False)
+        engine = GraftEngine.from_bundle(loaded, self.model, packed=False, check=False, fallback=False)
         try:
             greedy = [engine.generate(self.prompt, 10, method=method).sequences.tolist() for method in methods]
             drawn = [engine.generate(self.prompt, 10, 1.0, methods[0], seed=3).sequences.tolist()]

@@ -247,7 +247,7 @@ def test_the_head_reads_a_batch_in_passes_no_larger_than_the_targets(chunk, expe
     engine, read = small_engine(), []
     engine.prefill_chunk = chunk
     fuse = engine.head.fuse
-    engine.head.fuse = lambda taps_AE: read.append(len(taps_AE)) or fuse(taps_AE)
+    engine.head.fuse = lambda aux_AE: read.append(len(aux_AE)) or fuse(aux_AE)
     engine.generate(PROMPTS, 2, pad_token_id=PAD)
     assert read == expected
 
@@ -265,7 +265,7 @@ def test_prompts_read_together_are_those_read_alone(family, all_logits):
             expected = target.prefill(text, cache, all_logits)
             assert len(output.logits_NV) == (len(text) if all_logits else 1)
             torch.testing.assert_close(output.logits_NV, expected.logits_NV, atol=2e-4, rtol=2e-4)
-            torch.testing.assert_close(output.taps_NE, expected.taps_NE, atol=2e-4, rtol=2e-4)
+            torch.testing.assert_close(output.aux_NE, expected.aux_NE, atol=2e-4, rtol=2e-4)
     assert [cache.length for cache in packed] == list(map(len, texts))
 
 
@@ -333,7 +333,7 @@ def test_statistics_of_a_batch_are_the_sum_and_its_time_that_of_the_longest():
     out = small_engine().generate(PROMPTS, 20, pad_token_id=PAD)
     each, stats = out.each, out.stats
     assert (stats.prompts, stats.emitted) == (4, 80)
-    assert stats.tau == 76 / sum(one.rounds for one in each)
+    assert stats.acceptance_length == 76 / sum(one.rounds for one in each)
     # Prompts that are decoded together are under way at the same time: their seconds do not add up.
     assert stats.seconds == {phase: max(one.seconds[phase] for one in each) for phase in stats.seconds}
     assert stats.tokens_per_second == 76 / stats.decode_seconds
@@ -376,7 +376,7 @@ def test_logits_of_packed_trees_are_those_of_each_tree_alone(family):
     expected = [target.verify(*one) for one in zip(trees, ancestors, alone, strict=True)]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.logits_NV, theirs.logits_NV, atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(ours.taps_NE, theirs.taps_NE, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(ours.aux_NE, theirs.aux_NE, atol=2e-3, rtol=1e-3)
     for ours, theirs in zip(packed, alone, strict=True):
         ours.commit_branch(torch.tensor([0, 2]))
         theirs.commit_branch(torch.tensor([0, 2]))

@@ -38,7 +38,7 @@ def bundle(originals, tmp_path):
 
 
 def load(bundle, target):
-    return GraftEngine.from_pretrained(bundle, target, governed=False)
+    return GraftEngine.from_pretrained(bundle, target, fallback=False)
 
 
 def edit_json(path, edit):
@@ -157,9 +157,9 @@ def test_a_directory_in_the_place_of_a_file_is_named(bundle, target, name):
         (lambda g: g["policy"]["graft"].update(budget=4), "over the budget of 4"),
         (lambda g: g["policy"]["graft"].update(budget=1 << 20), "must lie in 1..1024"),
         (lambda g: g["policy"]["graft"].update(budget=12.0), "budget=12.0 .* must be a whole number"),
-        (lambda g: g["policy"]["graft"].update(beam_width=100_000), "or over 65536"),
-        (lambda g: g["policy"]["graft"].update(beam_width=0), "propose no nodes"),
-        (lambda g: g["policy"]["graft"].update(beam_width=True), "beam_width=True .* must be a whole number"),
+        (lambda g: g["policy"]["graft"].update(topk=100_000), "or over 65536"),
+        (lambda g: g["policy"]["graft"].update(topk=0), "propose no nodes"),
+        (lambda g: g["policy"]["graft"].update(topk=True), "topk=True .* must be a whole number"),
         (lambda g: g["policy"]["graft"].update(learns_accepted={}), "learns_accepted={} .* must be true or false"),
         (lambda g: g["policy"]["graft"].update(shares_noise=None), "shares_noise=None .* must be true or false"),
         (lambda g: g["policy"]["graft"].update(ngrams="yes"), "ngrams='yes' .* must be true or false"),
@@ -391,7 +391,7 @@ def test_a_target_split_over_devices_serves(bundle, target, tmp_path):
     """Layers in memory and layers that are fetched from the disk for every pass."""
     places = {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    engine = GraftEngine.from_pretrained(bundle, target, device_map=device_map | places, governed=False)
+    engine = GraftEngine.from_pretrained(bundle, target, device_map=device_map | places, fallback=False)
     assert engine.target.is_split
     whole = load(bundle, target)
     for method in METHODS:

@@ -14,7 +14,7 @@ from graft_inference import METHODS, GenerationStats, GraftError, bucket_cache
 from graft_inference import captured as captured_module
 from graft_inference.bucket_cache import bucket
 from graft_inference.captured import CapturedRounds
-from graft_inference.governor import Governor
+from graft_inference.fallback import Fallback
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs
@@ -347,13 +347,13 @@ def test_a_batch_runs_eagerly_and_says_so():
 
 def test_the_governor_does_not_judge_rounds_that_capture(monkeypatch):
     _, engine = pair()
-    engine.governed, judged, record = True, [], Governor.record
+    engine.fallback, judged, record = True, [], Fallback.record
 
-    def counted(governor, seconds, tokens):
+    def counted(fallback, seconds, tokens):
         judged.append(tokens)
-        record(governor, seconds, tokens)
+        record(fallback, seconds, tokens)
 
-    monkeypatch.setattr(Governor, "record", counted)
+    monkeypatch.setattr(Fallback, "record", counted)
     stats = engine.generate(prompt(9, 0, SMALL), 60).stats
     assert 0 < len(judged) < stats.rounds == stats.captured
     before = len(judged)

@@ -57,7 +57,7 @@ def plain_tree(head, target, tokens, feature, noise=None):
 def test_draft_equals_plain_beam_search(family, chunks, noise):
     model = tiny_model(family)
     head = tiny_head(model)
-    target = Target(model, head.config.tapped_layers)
+    target = Target(model, head.config.aux_layer_ids)
     torch.manual_seed(5)
     tokens = torch.randint(0, 61, (LENGTH,))
     taps = torch.randn(LENGTH, 3 * model.config.hidden_size)

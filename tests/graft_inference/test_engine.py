@@ -482,7 +482,7 @@ def test_a_head_that_was_left_out_catches_up(family):
             elif left_out:
                 stats = GenerationStats()
                 fresh_state, _ = prefilled(engine, torch.tensor(text[:-1]), 20, GREEDY, plan, stats)
-                draft = fresh_state.drafter.begin(fresh_state.fresh_tokens_A, fresh_state.fresh_taps_AE)
+                draft = fresh_state.drafter.begin(fresh_state.fresh_tokens_A, fresh_state.fresh_aux_AE)
                 while draft.passes < stage.passes:
                     draft = fresh_state.drafter.deepen(draft)
                 assert draft.candidates.tokens_N.tolist() == drafted.tokens_N.tolist()
@@ -543,7 +543,7 @@ def test_accepted_tokens_add_up(method):
     stats = small_engine().generate(prompt(5, 0, SMALL), 41, method=method).stats
     assert sum(stats.accepted.values()) == 40
     assert stats.rounds - 1 <= stats.accepted["bonus"] <= stats.rounds
-    assert stats.tau == 40 / stats.rounds
+    assert stats.acceptance_length == 40 / stats.rounds
     if method == "autoregressive":
         assert stats.rounds == 40
 

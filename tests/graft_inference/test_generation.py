@@ -261,7 +261,7 @@ def test_a_prompt_of_32k_tokens_is_read_in_pieces():
     """Its far end is felt: what comes next is the whole text's, and not that of the last piece."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = tiny_model("llama", **sizes, num_hidden_layers=3, max_position_embeddings=40_000, vocab_size=SMALL)
-    head = tiny_head(model, SMALL - 1, tapped_layers=(0, 1, 2), max_position_embeddings=40_000)
+    head = tiny_head(model, SMALL - 1, aux_layer_ids=(0, 1, 2), max_position_embeddings=40_000)
     engine = tiny_engine(model, tiny_policy(0.5), head)
     engine.prefill_chunk = 4096
     ids = prompt(33_000, 1, SMALL)

@@ -21,7 +21,7 @@ def make_head(**changes) -> DraftHead:
         "head_dim": 4,
         "vocab_size": 10,
         "draft_vocab_size": 4,
-        "tapped_layers": (1, 5, 8),
+        "aux_layer_ids": (1, 5, 8),
         "max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
         "norm_before_residual": True,
@@ -117,7 +117,7 @@ def test_flat_config_of_an_older_engine_loads(saved):
     config = load_head(saved).config
     assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
     assert config.norm_before_residual is False
-    assert config.tapped_layers == (1, 5, 8)
+    assert config.aux_layer_ids == (1, 5, 8)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -369,9 +369,9 @@ def test_without_the_key_the_dialects_disagree_about_the_residual(saved):
 def test_what_a_head_taps_follows_from_its_target_where_it_does_not_say(saved):
     """Official EAGLE heads name no layers: outputs of 1, n//2 - 1 and n - 4."""
     edit_config(saved, lambda c: [c.pop(name) for name in ("eagle_config", AUX_IDS)])
-    assert load_head(saved, target_layers=32).config.tapped_layers == (1, 15, 28)
+    assert load_head(saved, target_layers=32).config.aux_layer_ids == (1, 15, 28)
     edit_config(saved, lambda c: c.update({AUX_IDS: [2, 6, 9]}))
-    assert load_head(saved, target_layers=32).config.tapped_layers == (1, 5, 8)
+    assert load_head(saved, target_layers=32).config.aux_layer_ids == (1, 5, 8)
 
 
 @pytest.mark.parametrize("speculators", [False, True])

@@ -74,7 +74,7 @@ def test_a_scale_must_reach_as_deep_as_its_plan():
     with pytest.raises(GraftError, match="knows 1 drafted depths, the plan 2"):
         Plan((Stage(2, width=4),), scale=Scale(drafted=((1.0, 0.0),)))
     with pytest.raises(GraftError, match="only 3 drafted and 0 retrieved candidates"):
-        Plan((Stage(1, width=5),), beam_width=3, scale=Scale(drafted=((1.0, 0.0),)))
+        Plan((Stage(1, width=5),), topk=3, scale=Scale(drafted=((1.0, 0.0),)))
 
 
 def test_prune_of_a_learned_plan_keeps_its_stages():

@@ -221,7 +221,7 @@ def test_the_text_does_not_depend_on_where_rounds_end():
     engine = small_engine()
     runs = []
     for drafted in (1, 3, 9):
-        plan = Plan((Stage(3, drafted=drafted),), beam_width=3)
+        plan = Plan((Stage(3, drafted=drafted),), topk=3)
         runs.append(engine.generate(prompt(5, 0, SMALL), 40, temperature=1.0, seed=4, plan=plan))
     assert len({str(run.sequences.tolist()) for run in runs}) == 1
     assert len({run.stats.rounds for run in runs}) > 1
@@ -369,9 +369,9 @@ PRUNED = Policy(
             Stage(2, 0.4, drafted=5, retrieved=4, template=TEMPLATE),
             Stage(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
         ),
-        beam_width=3,
+        topk=3,
     ),
-    eagle3=Plan((Stage(3, drafted=9),), beam_width=3),
+    eagle3=Plan((Stage(3, drafted=9),), topk=3),
     retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),)),
 )
 LAWS = [

@@ -26,7 +26,7 @@ def test_tree_logits_and_taps_equal_linear_forwards(model, length):
         plain = model(ids, output_hidden_states=True)
         taps = torch.cat([plain.hidden_states[layer + 1][0, -1] for layer in (0, 1)])
         assert torch.allclose(out.logits_NV[row], plain.logits[0, -1], atol=2e-4, rtol=1e-4)
-        assert torch.allclose(out.taps_NE[row][: len(taps)], taps, atol=2e-4, rtol=1e-4)
+        assert torch.allclose(out.aux_NE[row][: len(taps)], taps, atol=2e-4, rtol=1e-4)
 
 
 def test_committed_branch_equals_a_linear_cache(model):

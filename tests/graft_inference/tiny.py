@@ -52,7 +52,7 @@ def tiny_head(model, draft_vocab_size: int = 40, seed: int = 1, **overrides) -> 
         "head_dim": 8,
         "vocab_size": config.vocab_size,
         "draft_vocab_size": draft_vocab_size,
-        "tapped_layers": (0, 1, 3),
+        "aux_layer_ids": (0, 1, 3),
         "max_position_embeddings": 256,
     }
     head = DraftHead(DraftHeadConfig(**(sizes | overrides)))
@@ -74,12 +74,12 @@ def tiny_policy(threshold: float = 0.3) -> Policy:
             Stage(2, threshold, drafted=5, retrieved=4, template=TEMPLATE),
             Stage(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
         ),
-        beam_width=3,
+        topk=3,
         budget=12,
     )
     return Policy(
         graft=graft,
-        eagle3=Plan((Stage(3, drafted=9),), beam_width=3, budget=12),
+        eagle3=Plan((Stage(3, drafted=9),), topk=3, budget=12),
         retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),), budget=12),
     )
 
@@ -99,7 +99,7 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
         Stage(2, threshold, width=10),
         Stage(4, width=12),
     )
-    return Plan(stages, beam_width=3, budget=12, scale=scale, learns_accepted=True)
+    return Plan(stages, topk=3, budget=12, scale=scale, learns_accepted=True)
 
 
 def told_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:
@@ -124,14 +124,14 @@ def prefilled(engine, prompt_S, new_tokens, sampler, plan, stats=None):
 
 
 def tiny_engine(
-    model, policy: Policy | None = None, head: DraftHead | None = None, governed: bool = False
+    model, policy: Policy | None = None, head: DraftHead | None = None, fallback: bool = False
 ) -> GraftEngine:
-    """Not governed unless asked: a governor goes by the time that rounds take, which is no test's business."""
+    """Without falling back unless asked: that goes by the time that rounds take, which is no test's business."""
     head = head or tiny_head(model)
     vocab_size = model.config.vocab_size
     generator = torch.Generator().manual_seed(3)
     ids_VK = torch.rand(vocab_size, vocab_size, generator=generator).argsort(dim=1)[:, :4].to(torch.int32)
     probs_VK = torch.rand(vocab_size, 4, generator=generator).softmax(dim=1).sort(dim=1, descending=True).values.half()
     matrix = SuccessorMatrix(ids_VK, probs_VK)
-    target = Target(model, head.config.tapped_layers)
-    return GraftEngine(target, policy or tiny_policy(), head, matrix, governed=governed)
+    target = Target(model, head.config.aux_layer_ids)
+    return GraftEngine(target, policy or tiny_policy(), head, matrix, fallback=fallback)

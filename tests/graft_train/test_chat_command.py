@@ -60,7 +60,7 @@ def conversation(bundle, *arguments):
 def talk(bundle):
     """One conversation, begun anew by each test; so small a target would soon be left to itself."""
     found = conversation(bundle, "--max-new-tokens", "30")
-    found.engine.governed = False
+    found.engine.fallback = False
     return found
 
 
@@ -88,7 +88,7 @@ def recording(stats, pieces, then=lambda: None):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_line_of_a_pipe_is_a_turn_answered_in_plain_text(bundle, monkeypatch, method):
-    monkeypatch.setattr(chat, "load_engine", partial(chat.load_engine, governed=False))  # which goes by time
+    monkeypatch.setattr(chat, "load_engine", partial(chat.load_engine, fallback=False))  # which goes by time
     turns = ["why not", "and then", "go on"]
     done = piped(bundle, "\n".join(turns), "--method", method, "--max-new-tokens", "20")
     assert done.exit_code == 0

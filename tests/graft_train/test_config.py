@@ -63,7 +63,7 @@ def test_what_the_chat_template_is_told_is_written_on_the_command_line():
     [
         "policy.prompts=0",
         "policy.checkpoints=-1",
-        "policy.max_passes=0",
+        "policy.num_steps=0",
         "evaluation.temperature=-1.0",
         "pretrain_target.steps=0",
         "pretrain_target.heads=3",

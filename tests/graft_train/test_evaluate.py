@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference import round as round_module
-from graft_inference.governor import MEASURED
+from graft_inference.fallback import MEASURED
 from graft_inference.stats import PhaseClock
 from graft_train.config import Config
 from graft_train.config.target import TargetConfig
@@ -47,7 +47,7 @@ def write_run(run_dir: Path, prompt_lengths: tuple[int, ...] = (5, 9, 7)) -> Pat
 
 
 def config_for(run_dir: Path, **settings) -> Config:
-    settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2, "governed": False} | settings
+    settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2, "fallback": False} | settings
     return Config(
         run_dir=str(run_dir),
         target=TargetConfig(dtype="float32", device="cpu"),
@@ -73,13 +73,13 @@ def test_everything_is_measured_and_written(run_dir, capsys):
     for found in evaluation["methods"].values():
         assert set(found["ms_per_round"]) == set(PHASES)
         round_ms = sum(found["ms_per_round"].values())
-        assert found["tokens_per_second"] == pytest.approx(1e3 * found["tau"] / round_ms)
-        assert sum(found["accepted_per_round"].values()) == pytest.approx(found["tau"])
+        assert found["tokens_per_second"] == pytest.approx(1e3 * found["acceptance_length"] / round_ms)
+        assert sum(found["accepted_per_round"].values()) == pytest.approx(found["acceptance_length"])
         assert found["speedup_interval"][0] <= found["speedup"] <= found["speedup_interval"][1]
         assert found["same_tokens_as_autoregressive"] == 1
         assert 0 <= found["time_outside_phases"] < 1
     baseline = evaluation["methods"]["autoregressive"]
-    assert baseline["tau"] == baseline["speedup"] == 1
+    assert baseline["acceptance_length"] == baseline["speedup"] == 1
     assert baseline["stages"] == {"none": 3 * 15}
     assert evaluation["methods"]["graft"]["accepted_per_round"]["matrix"] > 0
     assert {"matrix": 0, "lookup": 0}.items() <= evaluation["methods"]["prune"]["accepted_per_round"].items()
@@ -100,14 +100,14 @@ def test_what_the_governor_chose_is_told(run_dir, capsys, monkeypatch):
     """In a world where every round takes equally long, the first rounds are timed plain and the rest pay."""
     ticks = count()
     monkeypatch.setattr(PhaseClock, "now", lambda clock: float(next(ticks)))
-    evaluation = run_evaluate(run_dir, governed=True)
+    evaluation = run_evaluate(run_dir, fallback=True)
     found = evaluation["methods"]["graft"]
-    assert set(found["governed"]) == {"plan"}, "the warm-up left nothing to be measured"
-    assert sum(found["governed"].values()) == sum(found["stages"].values())
-    assert all(not method["governed"] for name, method in evaluation["methods"].items() if name != "graft")
-    assert "by what its governor chose: plan 100.0%" in (run_dir / "evaluation" / "report.md").read_text()
+    assert set(found["fallback"]) == {"plan"}, "the warm-up left nothing to be measured"
+    assert sum(found["fallback"].values()) == sum(found["stages"].values())
+    assert all(not method["fallback"] for name, method in evaluation["methods"].items() if name != "graft")
+    assert "by what its fallback chose: plan 100.0%" in (run_dir / "evaluation" / "report.md").read_text()
     assert "its plan did not pay" not in capsys.readouterr().out
-    found["governed"] = {"plan": 60, "narrowed": 20, "autoregressive, nothing else pays": 15, MEASURED: 5}
+    found["fallback"] = {"plan": 60, "narrowed": 20, "autoregressive, nothing else pays": 15, MEASURED: 5}
     print_table(evaluation)
     assert "in 35.0% of graft's rounds its plan did not pay" in capsys.readouterr().out
 
@@ -292,7 +292,7 @@ def test_figures_are_sums_over_prompts_of_median_runs():
     assert found["tokens_per_second"] == pytest.approx(10)
     assert found["speedup"] == pytest.approx(2)
     assert found["speedup_interval"] == pytest.approx([2, 2])  # both prompts gained the same
-    assert found["tau"] == pytest.approx(3)
+    assert found["acceptance_length"] == pytest.approx(3)
     assert found["ms_per_round"]["draft"] == pytest.approx(75)
     assert found["ms_per_round"]["verify"] == pytest.approx(225)
     assert found["prefill_ms"] == pytest.approx(50_000)

@@ -137,12 +137,14 @@ def test_categories_positions_and_contexts_are_told(run_dir, capsys):
         for buckets in (found["by_position"], found["by_context"]):
             rounds = sum(bucket["rounds"] for bucket in buckets)
             assert rounds == sum(found["stages"].values())
-            assert sum(bucket["tau"] * bucket["rounds"] for bucket in buckets) == pytest.approx(found["tau"] * rounds)
+            assert sum(bucket["acceptance_length"] * bucket["rounds"] for bucket in buckets) == pytest.approx(
+                found["acceptance_length"] * rounds
+            )
         assert [(bucket["from"], bucket["to"]) for bucket in found["by_position"]] == [(0, 31), (32, 63)]
     told = capsys.readouterr().out
     report, card = (path.read_text() for path in (directory / "report.md", run_dir / "bundle" / "README.md"))
     math = evaluation["methods"]["graft"]["by_category"]["math"]
-    shown = f"{math['speedup']:.2f}x {math['tau']:.2f}"
+    shown = f"{math['speedup']:.2f}x {math['acceptance_length']:.2f}"
     for text in (told, report):
         assert any(line.strip(" |").startswith("math") and shown in line for line in text.splitlines())
         assert "32-63" in text
@@ -235,13 +237,13 @@ def test_acceptance_by_position_and_context():
     samples = [Sample("a", "evaluation", [0] * 124), Sample("b", "evaluation", [0] * 10)]
     found = acceptance(runs, samples)
     assert found["by_position"] == [
-        {"from": 0, "to": 31, "rounds": 34, "tau": (5 + 31) / 34},
-        {"from": 32, "to": 63, "rounds": 1, "tau": 40.0},
-        {"from": 64, "to": 127, "rounds": 1, "tau": 1.0},
+        {"from": 0, "to": 31, "rounds": 34, "acceptance_length": (5 + 31) / 34},
+        {"from": 32, "to": 63, "rounds": 1, "acceptance_length": 40.0},
+        {"from": 64, "to": 127, "rounds": 1, "acceptance_length": 1.0},
     ]
     assert found["by_context"] == [
-        {"from": 0, "to": 127, "rounds": 34, "tau": (3 + 31 + 40 + 1) / 34},
-        {"from": 128, "to": 255, "rounds": 2, "tau": 1.0},
+        {"from": 0, "to": 127, "rounds": 34, "acceptance_length": (3 + 31 + 40 + 1) / 34},
+        {"from": 128, "to": 255, "rounds": 2, "acceptance_length": 1.0},
     ]
 
 
@@ -250,7 +252,7 @@ def test_figures_by_category_are_of_its_prompts_alone():
     runs = [[hand_made(10, 1.0, 5)], [hand_made(20, 4.0, 20)], [hand_made(10, 1.0, 2)], [hand_made(0, 0.0, 0)]]
     baseline = [[hand_made(10, 2.0, 10)], [hand_made(20, 4.0, 20)], [hand_made(10, 2.0, 10)], [hand_made(0, 0.0, 0)]]
     assert by_category(runs, baseline, ["a", "b", "a", "c"]) == {
-        "a": {"prompts": 2, "tokens_per_second": 10.0, "speedup": 2.0, "tau": 20 / 7},
-        "b": {"prompts": 1, "tokens_per_second": 5.0, "speedup": 1.0, "tau": 1.0},
+        "a": {"prompts": 2, "tokens_per_second": 10.0, "speedup": 2.0, "acceptance_length": 20 / 7},
+        "b": {"prompts": 1, "tokens_per_second": 5.0, "speedup": 1.0, "acceptance_length": 1.0},
     }
     assert by_category(runs, baseline, []) == {}

@@ -32,7 +32,7 @@ from ..hub import serve
 
 EVALUATION = {
     "methods": {
-        name: {"tokens_per_second": 123.4, "speedup": 1.5, "speedup_interval": [1.4, 1.6], "tau": 2.5}
+        name: {"tokens_per_second": 123.4, "speedup": 1.5, "speedup_interval": [1.4, 1.6], "acceptance_length": 2.5}
         for name in graft_inference.METHODS
     },
     "lossless": dict.fromkeys(graft_inference.METHODS, True) | {"retrieve": False},

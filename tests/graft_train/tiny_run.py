@@ -49,7 +49,7 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
         regenerate=RegenerateConfig(samples=12, held_out=3, max_new_tokens=8, batch=4),
         head=HeadTrainConfig(
             draft_vocab_size=100,
-            unroll_steps=2,
+            ttt_steps=2,
             max_steps=2,
             batch_tokens=128,
             batches_per_step=1,
@@ -61,8 +61,8 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
         policy=CalibrateConfig(
             prompts=2,
             max_new_tokens=10,
-            beam_width=3,
-            max_passes=3,
+            topk=3,
+            num_steps=3,
             widths=[1, 4, 8],
             retrieval_depth=3,
             repeats=1,

@@ -27,7 +27,7 @@ def test_the_whole_road(tmp_path, capsys):
     assert set(evaluation["methods"]) == set(METHODS)
     assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
     for method in evaluation["methods"].values():
-        assert method["tau"] >= 1
+        assert method["acceptance_length"] >= 1
     assert (tmp_path / "run" / "evaluation" / "report.png").stat().st_size > 10_000
     assert "graft" in (tmp_path / "run" / "bundle" / "README.md").read_text()
 

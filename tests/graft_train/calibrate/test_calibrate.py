@@ -104,9 +104,9 @@ def plans(traces) -> dict[str, Plan]:
 def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, name):
     plan = plans(traces)[name]
     stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
-    tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
-    assert tau > 1.1, "the tiny head must be right now and then for this to mean anything"
-    assert replay.run(plan)[1] == pytest.approx(tau, abs=1e-9)
+    acceptance_length = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
+    assert acceptance_length > 1.1, "the tiny head must be right now and then for this to mean anything"
+    assert replay.run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
     visited = replay.outcome(plan).stage_T[replay.visits(replay.outcome(plan))]
     for index, stage in enumerate(plan.stages):
         assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
@@ -152,9 +152,9 @@ def test_replay_reproduces_rounds_that_know_the_noise_of_draws(engine, prompts, 
     plan = replace(plans(told.of_ngrams() if ngrams else told)[name], shares_noise=True)
     plan = replace(plan, ngrams=ngrams and plan.expands)
     stats = [engine.generate(prompt, NEW, 0.6, plan=plan, seed=seed).stats for seed, prompt in enumerate(prompts)]
-    tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
-    assert tau > 1.1
-    assert Replay(told, LATENCY, BUDGET, plan.ngrams, True).run(plan)[1] == pytest.approx(tau, abs=1e-9)
+    acceptance_length = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
+    assert acceptance_length > 1.1
+    assert Replay(told, LATENCY, BUDGET, plan.ngrams, True).run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
     unaware = [
         engine.generate(prompt, NEW, 0.6, plan=replace(plan, shares_noise=False), seed=seed).stats.rounds
         for seed, prompt in enumerate(prompts)
@@ -169,17 +169,17 @@ def test_replay_reproduces_rounds_with_longer_contexts(engine, prompts, traces, 
     assert longer.template != traces.template
     plan = replace(plans(longer)[name], ngrams=True)
     stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
-    tau = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
-    assert tau > 1.1
-    assert Replay(traces, LATENCY, BUDGET, ngrams=True).run(plan)[1] == pytest.approx(tau, abs=1e-9)
-    assert tau != pytest.approx(Replay(traces, LATENCY, BUDGET).run(plans(traces)[name])[1], abs=1e-9)
+    acceptance_length = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
+    assert acceptance_length > 1.1
+    assert Replay(traces, LATENCY, BUDGET, ngrams=True).run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
+    assert acceptance_length != pytest.approx(Replay(traces, LATENCY, BUDGET).run(plans(traces)[name])[1], abs=1e-9)
 
 
 def test_longer_contexts_cost_what_was_measured(traces):
     longer = Replay(traces, LATENCY, BUDGET, ngrams=True)
     plan = replace(competing(longer.traces, Stage(0, width=8)), ngrams=True)
-    speed, tau = longer.run(plan)
-    assert speed == pytest.approx(1e3 * tau / (0.4 + 0.25 + 0.03 + 1.9))
+    speed, acceptance_length = longer.run(plan)
+    assert speed == pytest.approx(1e3 * acceptance_length / (0.4 + 0.25 + 0.03 + 1.9))
     assert best_learned(longer, replace(fit_scale(longer.traces), echo=()), ALLOWED).ngrams
     assert not best_eagle3(longer, WIDTHS).ngrams
 
@@ -336,11 +336,11 @@ def test_calibration_error_by_hand():
 
 def test_time_is_the_sum_of_the_rounds(traces, replay):
     plan = Plan((Stage(2, drafted=3),), BEAM)
-    speed, tau = replay.run(plan)
-    assert speed == pytest.approx(1e3 * tau / (0.4 + 0.05 + 0.1 + 1.3))
+    speed, acceptance_length = replay.run(plan)
+    assert speed == pytest.approx(1e3 * acceptance_length / (0.4 + 0.05 + 0.1 + 1.3))
     plan = competing(traces, Stage(0, width=8))
-    speed, tau = replay.run(plan)
-    assert speed == pytest.approx(1e3 * tau / (0.1 + 0.2 + 0.03 + 1.9))
+    speed, acceptance_length = replay.run(plan)
+    assert speed == pytest.approx(1e3 * acceptance_length / (0.1 + 0.2 + 0.03 + 1.9))
 
 
 def test_one_disturbed_time_does_not_stand_for_all_wider_passes():
@@ -369,8 +369,8 @@ def test_costly_drafting_is_left_out_and_dear_rows_are_not_taken(traces):
     """With passes at a hundred times the price no plan runs more than one."""
     dear = Replay(traces, replace(LATENCY, draft_ms=[0.0, 0.2, 40.0, 80.0, 120.0]), BUDGET)
     scale = fit_scale(traces)
-    assert best_learned(dear, scale, ALLOWED).max_passes <= 1
-    assert best_eagle3(dear, WIDTHS).max_passes == 1
+    assert best_learned(dear, scale, ALLOWED).num_steps <= 1
+    assert best_eagle3(dear, WIDTHS).num_steps == 1
     steep = Replay(traces, replace(LATENCY, verify_ms=[[1.0, 1.1, 50.0, 100.0, 150.0]] * 2), BUDGET)
     assert (
         steep.run(best_learned(steep, scale, ALLOWED))[0]

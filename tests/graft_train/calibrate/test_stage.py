@@ -51,8 +51,8 @@ def config_for(run_dir: Path, **settings) -> Config:
     sizes = {
         "prompts": 3,
         "max_new_tokens": 16,
-        "beam_width": 3,
-        "max_passes": 2,
+        "topk": 3,
+        "num_steps": 2,
         "widths": [1, 4, 8],
         "retrieval_depth": 2,
         "checkpoints": 1,
@@ -137,7 +137,7 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
         for name in plans:
             speeds[name] += 10.0 * (name.endswith(module.BY_ALL) == by_all_is_faster)
         return {
-            name: {"tokens_per_second": speed, "tau": 1.0, "tokens": [speed], "seconds": [1.0]}
+            name: {"tokens_per_second": speed, "acceptance_length": 1.0, "tokens": [speed], "seconds": [1.0]}
             for name, speed in speeds.items()
         }
 
@@ -245,7 +245,7 @@ def test_latency_alone_needs_traces_of_these_weights(run_dir):
 
 def test_latency_alone_needs_traces_of_these_settings_and_another_dtype_is_another_policy(run_dir):
     calibrate(config_for(run_dir, shared_noise=False))
-    for name, value in {"max_passes": 3, "beam_width": 2, "retrieval_depth": 3, "temperature": 0.5}.items():
+    for name, value in {"num_steps": 3, "topk": 2, "retrieval_depth": 3, "temperature": 0.5}.items():
         with pytest.raises(GraftError, match=rf"traced with another policy\.{name}"):
             calibrate(config_for(run_dir, shared_noise=False, latency_only=True, **{name: value}))
     config = config_for(run_dir, shared_noise=False)
@@ -263,14 +263,14 @@ def test_a_race_goes_over_the_traced_texts(run_dir, temperature):
     compared = 0
     for name, found in report["measured"].items():
         if report["measured_as_predicted"][name] == found["tokens_per_second"] and name != "paper":
-            assert found["tau"] == pytest.approx(report["predicted"][name]["tau"]), name
+            assert found["acceptance_length"] == pytest.approx(report["predicted"][name]["acceptance_length"]), name
             compared += 1
     assert compared >= 2
 
 
 def test_widths_that_no_tree_has_are_left_out_and_others_are_timed(run_dir):
     """Eight rank paths of depth 1 beside 2 + 2 * 4 drafted nodes."""
-    config = config_for(run_dir, retrieval_depth=1, beam_width=2, max_passes=3, widths=[1, 4, 12, 64])
+    config = config_for(run_dir, retrieval_depth=1, topk=2, num_steps=3, widths=[1, 4, 12, 64])
     latency = json.loads((calibrate(config) / "latency.json").read_text())
     assert latency["widths"] == [1, 4, 12]
 

@@ -24,7 +24,7 @@ def test_what_is_appended_is_read_back_by_split(tmp_path):
 def test_answers_and_the_rest():
     assert (TRAIN.prompt_ids, TRAIN.answer_ids) == ([1, 2], [3])
     assert (CHAT.prompt_ids, CHAT.answer_ids) == ([0, 1], [2, 3, 6, 8, 9])
-    assert CHAT.answer_S.long().tolist() == [0, 0, 1, 1, 0, 0, 1, 0, 1, 1]
+    assert CHAT.loss_mask_S.long().tolist() == [0, 0, 1, 1, 0, 0, 1, 0, 1, 1]
     assert (HELD_OUT.prompt_ids, HELD_OUT.answer_ids) == ([4], [])
 
 

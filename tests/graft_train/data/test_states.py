@@ -27,7 +27,7 @@ def test_states_are_those_the_runtime_taps_whatever_stands_beside_them(monkeypat
     for start, end in ((0, 7), (7, 11)):
         with torch.no_grad():
             served = runtime.prefill(tokens_S[start:end], TreeCache(4, 16))
-        torch.testing.assert_close(states.taps_SE[start:end], served.taps_NE, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(states.aux_SE[start:end], served.aux_NE, atol=1e-5, rtol=1e-4)
         assert states.choice_S[end - 1] == served.logits_NV[-1].argmax()
 
 
@@ -41,7 +41,7 @@ def test_final_state_times_lm_head_gives_the_logits():
 
 
 def test_a_layer_that_is_not_there_is_named():
-    with pytest.raises(GraftError, match=r"tapped_layers=\[1, 4\].*0\.\.3"):
+    with pytest.raises(GraftError, match=r"aux_layer_ids=\[1, 4\].*0\.\.3"):
         TappedTarget(tiny(), (1, 4))
 
 

@@ -42,7 +42,7 @@ def tiny_head(kept: list[int] | None = None) -> DraftHead:
             head_dim=4,
             vocab_size=VOCAB,
             draft_vocab_size=len(kept),
-            tapped_layers=(0, 2, 3),
+            aux_layer_ids=(0, 2, 3),
             max_position_embeddings=64,
         )
     )

@@ -61,16 +61,16 @@ def test_rows_lie_side_by_side_without_padding():
 
 def test_all_answers_of_a_conversation_are_masked_and_it_is_cut_at_a_turns_end():
     chat = Sample("chat", "train", [1, 2, 3, 4, 5, 6, 7, 8], [[2, 4], [6, 8]])
-    assert to_rows([chat], 8, VOCAB)[0].answer_S.long().tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert to_rows([chat], 8, VOCAB)[0].loss_mask_S.long().tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
     cut = to_rows([chat], 7, VOCAB)[0]
     assert cut.tokens_S.tolist() == [1, 2, 3, 4]
-    assert cut.answer_S.long().tolist() == [0, 0, 1, 1]
+    assert cut.loss_mask_S.long().tolist() == [0, 0, 1, 1]
 
 
 def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_left_out(capsys):
     sample = answered("long", [1] * 6, samples()[0].answer_ids, {})
     row = to_rows([sample], 8, VOCAB)[0]
-    assert row.answer_S.tolist() == [False] * 6 + [True] * 2
+    assert row.loss_mask_S.tolist() == [False] * 6 + [True] * 2
     assert with_room([sample, samples()[0]], 6) == samples()[:1]
     assert "the prompts of 1 of 2 samples fill head.max_length=6" in capsys.readouterr().out
     with pytest.raises(GraftError, match=r"all 1 samples fill head.max_length=6, the shortest with 6 tokens"):

@@ -44,7 +44,7 @@ from .pair import VOCAB, samples, tiny_head, tiny_target
 
 SETTINGS = {
     "draft_vocab_size": 8,
-    "unroll_steps": 3,
+    "ttt_steps": 3,
     "epochs": 4,
     "batch_tokens": 40,
     "batches_per_step": 2,
@@ -81,7 +81,7 @@ def metrics(head: Path) -> list[dict]:
 def test_a_run_writes_a_head_that_learned(tmp_path):
     directory = distill(make_run(tmp_path, epochs=20))
     head = load_head(directory)
-    assert head.config.tapped_layers == (0, 2, 3)
+    assert head.config.aux_layer_ids == (0, 2, 3)
     assert head.config.draft_vocab_size == len(head.target_ids) == 8
     assert max(head.target_ids) < VOCAB // 3  # the answers' tokens
     curve = metrics(directory)
@@ -89,7 +89,7 @@ def test_a_run_writes_a_head_that_learned(tmp_path):
     assert sum(sum(line["loss"]) for line in curve[-5:]) < 0.9 * sum(sum(line["loss"]) for line in curve[:5])
     summary = json.loads((directory / "training.json").read_text())
     assert summary["validation_samples"] == 3
-    assert summary["validation"]["tau"] >= 1
+    assert summary["validation"]["acceptance_length"] >= 1
     assert summary["coverage"] < 1
     assert {path.name for path in directory.iterdir()} == {
         "config.json",
@@ -102,11 +102,13 @@ def test_a_run_writes_a_head_that_learned(tmp_path):
 
 @pytest.mark.parametrize("taps", [[1], [0, 1, 2, 3]])
 def test_any_number_of_states_may_be_tapped(tmp_path, taps):
-    directory = distill(make_run(tmp_path, tapped_layers=taps, measure_prompts=2, measure_tokens=8))
+    directory = distill(make_run(tmp_path, aux_layer_ids=taps, measure_prompts=2, measure_tokens=8))
     head = load_head(directory)
-    assert head.config.tapped_layers == tuple(taps)
+    assert head.config.aux_layer_ids == tuple(taps)
     assert head.fc.in_features == len(taps) * head.config.hidden_size
-    assert json.loads((directory / "training.json").read_text())["measured_tau"] >= 1  # the engine serves it
+    assert (
+        json.loads((directory / "training.json").read_text())["measured_acceptance_length"] >= 1
+    )  # the engine serves it
 
 
 @pytest.mark.parametrize(("killed_after", "states"), [(2, "online"), (4, "disk"), (8, "memory")])
@@ -187,17 +189,17 @@ def test_a_steps_gradient_is_that_of_the_definition():
     head, target, source, rows = parts()
     batch = collate(rows, [0, 1, 2, 3, 4], torch.device("cpu"))
     states, kept_V = source(batch), torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, head.target_ids, True)
-    answer_S = torch.cat([rows[row].answer_S for row in batch.rows])
-    answers = [range(*span) for span in spans(answer_S.int().tolist())]
+    loss_mask_S = torch.cat([rows[row].loss_mask_S for row in batch.rows])
+    answers = [range(*span) for span in spans(loss_mask_S.int().tolist())]
     # Draft k at t foresees token t + 2 + k, all of it in one answer; the target's choice is read one before.
     foreseen = [[s for answer in answers for s in answer if s > answer[0] + step] for step in range(3)]
     counts = [sum(bool(kept_V[states.choice_S[s - 1]]) for s in places) for places in foreseen]
     assert 0 < counts[2] < counts[1] < counts[0] < len(foreseen[0])
     assert sums.trained_K.tolist() == counts
-    outputs = unroll(head, target.embed(batch.tokens_S), states.taps_SE, batch.layout, 3)
+    outputs = unroll(head, target.embed(batch.tokens_S), states.aux_SE, batch.layout, 3)
     logits_SV = states.final_SH @ target.lm_head_VH.T
     weights = [0.8**step / counts[step] for step in range(3)]
-    reference_loss(head, outputs, logits_SV, batch.layout, answer_S, weights).backward()
+    reference_loss(head, outputs, logits_SV, batch.layout, loss_mask_S, weights).backward()
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -233,7 +235,9 @@ def test_a_batch_of_answers_of_one_token_adds_nothing(monkeypatch):
     before = {name: parameter.clone() for name, parameter in training.head.named_parameters()}
     sums, tokens = train_step(training, {0: [0], 1: [0]}, 1e-3)
     assert tokens == 2
-    assert sums.metrics() == StepMetrics(loss=[0] * 3, acceptance=[0] * 3, conditional_acceptance=[0] * 3, tau=1)
+    assert sums.metrics() == StepMetrics(
+        loss=[0] * 3, acceptance=[0] * 3, conditional_acceptance=[0] * 3, acceptance_length=1
+    )
     assert all(torch.equal(parameter, before[name]) for name, parameter in training.head.named_parameters())
 
 
@@ -270,7 +274,7 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unroll_steps": 0}, "head.unroll_steps=0"),
+        ({"ttt_steps": 0}, "head.ttt_steps=0"),
         ({"learning_rate": -1.0}, "head.learning_rate=-1.0"),
         ({"mixed_precision": "fp16"}, "head.mixed_precision=fp16"),
         ({"resume": "yes"}, "head.resume=yes"),
@@ -279,9 +283,9 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
         ({"states": "cache"}, "head.states=cache"),
         ({"warmup_share": 1.5}, "head.warmup_share=1.5 is a share"),
         ({"decay_share": -0.1}, "head.decay_share=-0.1 is a share"),
-        ({"tapped_layers": []}, r"head.tapped_layers=\[\]"),
+        ({"aux_layer_ids": []}, r"head.aux_layer_ids=\[\]"),
         ({"states_dtype": "bfloat16"}, "head.states_dtype=bfloat16 is for head.states=disk"),
-        ({"step_weights": [1.0]}, r"head.step_weights=\[1.0\] must be head.unroll_steps=7 weights"),
+        ({"step_weights": [1.0]}, r"head.step_weights=\[1.0\] must be head.ttt_steps=7 weights"),
         ({"feature_noise": -0.1}, "head.feature_noise=-0.1"),
         ({"validation_samples": -1}, "head.validation_samples=-1"),
         ({"states_top_k": 0, "states": "disk"}, "head.states_top_k=0 must be positive"),
@@ -298,8 +302,8 @@ def test_impossible_settings_are_named(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tapped_layers": [0, 2, 9]}, r"head.tapped_layers=\[0, 2, 9\].*layers 0\.\.3"),
-        ({"tapped_layers": [2, 0, 3]}, "ascending"),
+        ({"aux_layer_ids": [0, 2, 9]}, r"head.aux_layer_ids=\[0, 2, 9\].*layers 0\.\.3"),
+        ({"aux_layer_ids": [2, 0, 3]}, "ascending"),
         ({"max_length": 3}, "raise head.max_length"),
         ({"batches_per_step": 500}, "lower head.batch_tokens or head.batches_per_step"),
     ],
@@ -510,7 +514,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
 
     def overflowing(*arguments):
         states = run(*arguments)
-        states.taps_SE[0, 0] = float("inf")
+        states.aux_SE[0, 0] = float("inf")
         return states
 
     monkeypatch.setattr(TappedTarget, "states", overflowing)
@@ -555,11 +559,11 @@ def test_options_of_the_training_learn(tmp_path, changes):
 
 
 def test_noise_follows_the_batch_and_is_bounded():
-    taps_SE = torch.randn(50, 8)
-    noise = loop.noisy(taps_SE, 0.1, 7) - taps_SE
-    assert torch.equal(noise, loop.noisy(taps_SE, 0.1, 7) - taps_SE)
-    assert not torch.equal(noise, loop.noisy(taps_SE, 0.1, 8) - taps_SE)
-    share = noise.abs() / taps_SE.square().mean(-1, keepdim=True).sqrt()
+    aux_SE = torch.randn(50, 8)
+    noise = loop.noisy(aux_SE, 0.1, 7) - aux_SE
+    assert torch.equal(noise, loop.noisy(aux_SE, 0.1, 7) - aux_SE)
+    assert not torch.equal(noise, loop.noisy(aux_SE, 0.1, 8) - aux_SE)
+    share = noise.abs() / aux_SE.square().mean(-1, keepdim=True).sqrt()
     assert 0.09 < share.max() <= 0.1001
 
 
@@ -573,20 +577,22 @@ def test_muon_takes_the_matrices_within_and_adamw_the_rest():
 
 
 def test_the_acceptance_length_is_measured_in_the_engine_that_serves(tmp_path):
-    """On the way and at the end; it is the engine's own tau for the saved head."""
+    """On the way and at the end; it is the engine's own acceptance length for the saved head."""
     config = make_run(tmp_path, measure_every=3, measure_tokens=6, measure_prompts=2, epochs=4)
     directory = distill(config)
     steps = len(load_curve(directory))
-    measured = [line["step"] for line in metrics(directory) if "measured_tau" in line]
+    measured = [line["step"] for line in metrics(directory) if "measured_acceptance_length" in line]
     assert measured == list(range(3, steps + 1, 3))
     rows = to_rows(samples(30), 64, VOCAB)
     order, _ = hold_out(samples(30), 3, seed=0)
-    chain = Plan((Stage(passes=3, drafted=3),), beam_width=1, budget=4)
+    chain = Plan((Stage(passes=3, drafted=3),), topk=1, budget=4)
     target = Target(tiny_target(), (0, 2, 3))
     engine = GraftEngine(target, Policy(chain, chain, chain), load_head(directory), SuccessorMatrix(torch.zeros(1, 1)))
-    stats = [engine.generate(rows[row].tokens_S[~rows[row].answer_S], 6, method="eagle3").stats for row in order[:2]]
+    stats = [engine.generate(rows[row].tokens_S[~rows[row].loss_mask_S], 6, method="eagle3").stats for row in order[:2]]
     expected = sum(one.emitted - 1 for one in stats) / sum(one.rounds for one in stats)
-    assert json.loads((directory / "training.json").read_text())["measured_tau"] == pytest.approx(expected)
+    assert json.loads((directory / "training.json").read_text())["measured_acceptance_length"] == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize(

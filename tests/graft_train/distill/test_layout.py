@@ -5,8 +5,8 @@ from graft_train.distill.layout import make_layout
 
 def layout_of(*documents: str):
     """A document is written as p (prompt) and a (answer) tokens."""
-    answer_S = torch.tensor([letter == "a" for document in documents for letter in document])
-    return make_layout([len(document) for document in documents], answer_S)
+    loss_mask_S = torch.tensor([letter == "a" for document in documents for letter in document])
+    return make_layout([len(document) for document in documents], loss_mask_S)
 
 
 def test_drafts_start_right_before_an_answer_and_stop_two_before_its_end():

@@ -71,18 +71,18 @@ def test_out_of_vocabulary_choices_leave_the_loss_but_not_the_metrics(skip):
 def test_empty_mask_gives_zero_and_no_nan():
     loss, sums, gradients = run(torch.zeros(24, dtype=torch.bool))
     assert loss.item() == 0
-    assert sums.metrics().tau == 1
+    assert sums.metrics().acceptance_length == 1
     assert sums.metrics().loss == [0, 0, 0]
     assert not any(gradient.any() for gradient in gradients.values() if gradient is not None)
 
 
-def run(answer_S=ANSWER_S, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl", top=None):
+def run(loss_mask_S=ANSWER_S, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl", top=None):
     """The loss, its sums, and gradients of all head parameters."""
     target, head = TappedTarget(tiny_target(), (0, 2, 3)), tiny_head(kept)
     tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
-    states, layout = target.states(tokens_S, LENGTHS, top), make_layout(LENGTHS, answer_S)
+    states, layout = target.states(tokens_S, LENGTHS, top), make_layout(LENGTHS, loss_mask_S)
     taught = taught_positions(layout, states.choice_S, getattr(head, "t2d", None), 3, skip)
-    outputs = unroll(head, target.embed(tokens_S), states.taps_SE, layout, 3)
+    outputs = unroll(head, target.embed(tokens_S), states.aux_SE, layout, 3)
     if top is None:
         teacher = final_state_teacher(states.final_SH, target.lm_head_VH[head.target_ids])
     else:
@@ -99,7 +99,7 @@ def run_reference(kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forwa
     logits_SV = torch.cat([model(tokens[None]).logits[0] for tokens in tokens_S.split(LENGTHS)])
     logits_SV = logits_SV.masked_fill(logits_SV < logits_SV.sort(descending=True).values[:, top - 1, None], -1e9)
     target, head = TappedTarget(model, (0, 2, 3)), tiny_head(kept)
-    outputs = unroll(head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).taps_SE, LAYOUT, 3)
+    outputs = unroll(head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).aux_SE, LAYOUT, 3)
     loss = reference_loss(head, outputs, logits_SV, LAYOUT, ANSWER_S, list(coefficient), name, skip)
     loss.backward()
     return loss, {parameter: p.grad for parameter, p in head.named_parameters()}
@@ -213,7 +213,7 @@ def test_acceptance_by_hand():
     metrics = sums.metrics()
     assert metrics.acceptance == pytest.approx([1 / 3, 1 / 2])
     assert metrics.conditional_acceptance == pytest.approx([1 / 3, 1])
-    assert metrics.tau == pytest.approx(1 + 1 / 3 + 1 / 2)
+    assert metrics.acceptance_length == pytest.approx(1 + 1 / 3 + 1 / 2)
 
 
 def test_a_chain_breaks_at_its_first_miss():
@@ -236,4 +236,4 @@ def test_sums_add_up_over_batches():
     document_S = LAYOUT.document_S
     parts = [run(ANSWER_S & (document_S == document))[1].stack() for document in range(3)]
     torch.testing.assert_close(sum(parts), whole, atol=1e-5, rtol=1e-5)
-    assert StepSums.unstack(whole).metrics().tau >= 1
+    assert StepSums.unstack(whole).metrics().acceptance_length >= 1

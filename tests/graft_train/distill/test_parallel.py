@@ -39,14 +39,14 @@ def head_of(directory: Path, changes: dict = CHANGES, **how) -> Path:
     return directory / "run" / "head"
 
 
-def measured_tau(head: Path) -> float | None:
-    return json.loads((head / "training.json").read_text())["measured_tau"]
+def measured_acceptance_length(head: Path) -> float | None:
+    return json.loads((head / "training.json").read_text())["measured_acceptance_length"]
 
 
 def assert_same_training(head: Path, alone: Path, tolerance: float) -> None:
     for one, two in zip(load_curve(alone), load_curve(head), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
-    assert measured_tau(head) == measured_tau(alone)
+    assert measured_acceptance_length(head) == measured_acceptance_length(alone)
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(head / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=10 * tolerance, msg=name)
@@ -67,7 +67,7 @@ def test_after_a_kill_the_curve_goes_on_to_the_bit(tmp_path, alone, kill, during
 
 def test_two_processes_train_as_one(tmp_path, alone):
     assert_same_training(head_of(tmp_path, launcher=torchrun(2)), alone, 1e-4)
-    assert measured_tau(alone) is not None
+    assert measured_acceptance_length(alone) is not None
 
 
 def test_a_process_whose_answers_have_one_token_takes_part(tmp_path):

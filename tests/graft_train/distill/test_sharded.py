@@ -10,7 +10,7 @@ from graft_train.distill import distill, state_source
 from .pair import tiny_target
 from .ranks import deepspeed, run_ranks, torchrun
 from .test_distill import make_run
-from .test_parallel import assert_same_training, measured_tau
+from .test_parallel import assert_same_training, measured_acceptance_length
 
 CHANGES = {"max_steps": 4, "measure_every": 2, "measure_prompts": 3, "measure_tokens": 6}
 
@@ -39,7 +39,7 @@ def test_a_target_shared_out_trains_as_one_process(tmp_path, alone, shard, launc
     assert run.returncode == 0, run.stderr[-3000:]
     head = tmp_path / "run" / "head"
     assert_same_training(head, alone, 1e-4)
-    assert measured_tau(alone) is not None
+    assert measured_acceptance_length(alone) is not None
 
 
 @pytest.mark.parametrize(("shard", "launcher"), [(None, torchrun(2)), ("zero3", deepspeed(3, 2))])

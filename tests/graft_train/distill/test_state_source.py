@@ -43,7 +43,7 @@ def batch():
 
 
 def assert_same(got, expected, atol=1e-5):
-    torch.testing.assert_close(got.taps_SE, expected.taps_SE, atol=atol, rtol=atol)
+    torch.testing.assert_close(got.aux_SE, expected.aux_SE, atol=atol, rtol=atol)
     torch.testing.assert_close(got.final_SH, expected.final_SH, atol=atol, rtol=atol)
     assert torch.equal(got.choice_S, expected.choice_S)
 

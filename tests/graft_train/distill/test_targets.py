@@ -103,7 +103,7 @@ def test_every_setting_trains_a_head(name):
     model = tiny(FAMILIES[name]())
     settings = config.head
     shape = head_config(model, settings)
-    assert shape.tapped_layers == TAPPED[name]
+    assert shape.aux_layer_ids == TAPPED[name]
     assert shape.rope_parameters == rope_of(model)
     rows = to_rows(samples(3), settings.max_length, VOCAB)
     batch = collate(rows, [0, 1, 2], torch.device("cpu"))
@@ -111,17 +111,17 @@ def test_every_setting_trains_a_head(name):
     # The target's own attention, one document at a time, is what packing must not change.
     with torch.no_grad():
         natives = [model(row.tokens_S[None], output_hidden_states=True) for row in rows]
-    target = TappedTarget(model, shape.tapped_layers)
+    target = TappedTarget(model, shape.aux_layer_ids)
     states = target.states(batch.tokens_S, batch.layout.lengths)
     expected = torch.cat([native.logits[0] for native in natives])
     torch.testing.assert_close(states.final_SH @ target.lm_head_VH.T, expected, atol=2e-4, rtol=1e-3)
-    first = shape.tapped_layers[0] + 1
+    first = shape.aux_layer_ids[0] + 1
     expected = torch.cat([native.hidden_states[first][0] for native in natives])
-    torch.testing.assert_close(states.taps_SE[:, : shape.hidden_size], expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(states.aux_SE[:, : shape.hidden_size], expected, atol=1e-4, rtol=1e-3)
 
     head = new_head(shape, torch.arange(shape.draft_vocab_size), target.lm_head_VH)
-    taught = taught_positions(batch.layout, states.choice_S, getattr(head, "t2d", None), settings.unroll_steps)
-    outputs = unroll(head, target.embed(batch.tokens_S), states.taps_SE, batch.layout, settings.unroll_steps)
+    taught = taught_positions(batch.layout, states.choice_S, getattr(head, "t2d", None), settings.ttt_steps)
+    outputs = unroll(head, target.embed(batch.tokens_S), states.aux_SE, batch.layout, settings.ttt_steps)
     weights_K = torch.tensor(settings.weights())
     teacher = final_state_teacher(states.final_SH, target.lm_head_VH)
     loss, _ = distillation_loss(head, outputs, teacher, taught, weights_K, settings.loss)

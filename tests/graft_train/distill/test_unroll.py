@@ -86,19 +86,19 @@ def test_the_block_mask_is_built_once_for_all_steps(monkeypatch):
 
     built, create = [], flex.create_block_mask
     monkeypatch.setattr(flex, "create_block_mask", lambda *a, **k: built.append(1) or create(*a, **k))
-    head, embedding_SH, taps_SE = head_inputs()
+    head, embedding_SH, aux_SE = head_inputs()
     layout = make_layout(LENGTHS, ANSWER_S)
     with torch.no_grad():
-        unroll(head, embedding_SH, taps_SE, layout, 3, flex_attention)
+        unroll(head, embedding_SH, aux_SE, layout, 3, flex_attention)
     assert len(built) == 1
 
 
 def test_merged_attention_in_long_documents_is_the_reference():
     """Longer than flash attention's blocks, with a prompt and an answer that end inside one."""
     lengths = [700, 90, 333]
-    answer_S = torch.zeros(sum(lengths), dtype=torch.bool)
-    answer_S[300:700] = answer_S[750:790] = answer_S[1000:1100] = True
-    layout = make_layout(lengths, answer_S)
+    loss_mask_S = torch.zeros(sum(lengths), dtype=torch.bool)
+    loss_mask_S[300:700] = loss_mask_S[750:790] = loss_mask_S[1000:1100] = True
+    layout = make_layout(lengths, loss_mask_S)
     torch.manual_seed(0)
     query = torch.randn(1, 2, len(layout.columns_C), 16, requires_grad=True)
     widths = [sum(lengths), len(layout.columns_C)]
@@ -136,17 +136,17 @@ def test_compiled_flex_attention_is_the_reference(later):
 def head_inputs():
     target, head = TappedTarget(tiny_target(), (0, 2, 3)), tiny_head()
     tokens_S = torch.randint(VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(4))
-    return head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).taps_SE
+    return head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).aux_SE
 
 
 def test_each_document_unrolls_as_if_it_were_alone():
     """Documents before and after it, and the columns in which no draft starts, change nothing."""
-    head, embedding_SH, taps_SE = head_inputs()
-    packed = unroll(head, embedding_SH, taps_SE, LAYOUT, 3)
+    head, embedding_SH, aux_SE = head_inputs()
+    packed = unroll(head, embedding_SH, aux_SE, LAYOUT, 3)
     for document, start in enumerate((0, 6, 14)):
         part = slice(start, start + LENGTHS[document])
         layout = make_layout([LENGTHS[document]], ANSWER_S[part])
-        alone = unroll(head, embedding_SH[part], taps_SE[part], layout, 3, reference_attention)
+        alone = unroll(head, embedding_SH[part], aux_SE[part], layout, 3, reference_attention)
         chosen = LAYOUT.document_S[LAYOUT.columns_C] == document
         for step in range(3):
             # Later steps read past the document's end in columns that no longer count.
@@ -155,10 +155,10 @@ def test_each_document_unrolls_as_if_it_were_alone():
 
 
 def test_step_k_reads_the_token_and_position_k_further_on():
-    head, embedding_SH, taps_SE = head_inputs()
+    head, embedding_SH, aux_SE = head_inputs()
     seen = []
     head.midlayer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    outputs = unroll(head, embedding_SH, taps_SE, LAYOUT, 3)
+    outputs = unroll(head, embedding_SH, aux_SE, LAYOUT, 3)
     columns = LAYOUT.columns_C
     inside = columns[columns < sum(LENGTHS) - 3]
     count = len(inside)
@@ -166,16 +166,16 @@ def test_step_k_reads_the_token_and_position_k_further_on():
         # Token t+1+k beside the head's previous output at t, at RoPE position t+k within the document.
         where = inside if step == 0 else torch.arange(count)
         torch.testing.assert_close(embedding[0, where], embedding_SH[inside + 1 + step])
-        expected = head.fuse(taps_SE)[inside] if step == 0 else outputs[step - 1][:count]
+        expected = head.fuse(aux_SE)[inside] if step == 0 else outputs[step - 1][:count]
         torch.testing.assert_close(feature[0, where], expected)
         position = torch.tensor([[int(column) - START[int(column)] + step for column in inside]])
         torch.testing.assert_close(rope[0][0, where], head.rotary_emb(embedding_SH[None], position)[0][0])
 
 
 def test_a_row_without_drafts_trains_nothing_and_does_not_fail():
-    head, embedding_SH, taps_SE = head_inputs()
+    head, embedding_SH, aux_SE = head_inputs()
     layout = make_layout(LENGTHS, torch.zeros(sum(LENGTHS), dtype=torch.bool))
-    outputs = unroll(head, embedding_SH, taps_SE, layout, 3)
+    outputs = unroll(head, embedding_SH, aux_SE, layout, 3)
     assert [tuple(output.shape) for output in outputs] == [(0, 16)] * 3
     sum(output.sum() for output in outputs).backward()
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())
@@ -186,13 +186,13 @@ def test_unroll_equals_the_chain_that_a_server_drafts():
     model, head = tiny_target(), tiny_head(list(range(VOCAB))).eval()
     tapped = TappedTarget(model, (0, 2, 3))
     tokens_S = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(5))
-    taps_SE = tapped.states(tokens_S, [12]).taps_SE
+    aux_SE = tapped.states(tokens_S, [12]).aux_SE
     start = 6  # the last position whose states the server has
     layout = make_layout([12], torch.arange(12) > start)
-    outputs = unroll(head, tapped.embed(tokens_S), taps_SE, layout, 4)
+    outputs = unroll(head, tapped.embed(tokens_S), aux_SE, layout, 4)
     with torch.no_grad():
-        drafter = Drafter(head, Target(model, (0, 2, 3)), beam_width=1, capacity=32)
-        draft = drafter.begin(tokens_S[1 : start + 2], taps_SE[: start + 1])
+        drafter = Drafter(head, Target(model, (0, 2, 3)), topk=1, capacity=32)
+        draft = drafter.begin(tokens_S[1 : start + 2], aux_SE[: start + 1])
         features = [draft.layers[0].hidden_AH]
         for step in range(1, 4):
             # Force the row's own token into the beam, as teacher forcing does.

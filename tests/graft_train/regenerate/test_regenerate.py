@@ -50,7 +50,7 @@ def test_the_datas_own_answers_become_samples_without_the_target(tmp_path, templ
         for start, end in sample.answers:
             assert words(sample.ids[start - 1 : start]) == "<assistant>"
             assert words(sample.ids[end - 1 : end]) == "<end>"
-        assert row.answer_S.sum() == len(sample.answer_ids)
+        assert row.loss_mask_S.sum() == len(sample.answer_ids)
     assert len(read_samples(path, "evaluation")) == 2
 
 

@@ -1,8 +1,8 @@
 """Never much slower than autoregressive: plans that do not pay are left for narrower ones, and for none at all.
 
 Everything is counted in tokens' worth of autoregressive time. A round that takes longer than its tokens would have
-taken one by one is a loss. Losses come out of a purse that every emitted token feeds a little, so that whatever
-happens n tokens take at most (1 + SHARE) * n + PURSE tokens' worth of time, a first round of every plan, and one
+taken one by one is a loss. Losses come out of a loss_budget that every emitted token feeds a little, so that whatever
+happens n tokens take at most (1 + SHARE) * n + LOSS_BUDGET tokens' worth of time, a first round of every plan, and one
 round more. What a round takes beyond OUTLIER times its plan's median is the machine's doing, and counts for no plan.
 """
 
@@ -16,7 +16,7 @@ from .policy import AUTOREGRESSIVE, Plan
 
 SHARE = 0.02
 """Of the autoregressive time, what may be lost in the long run."""
-GRANT, PURSE = 8.0, 16.0
+GRANT, LOSS_BUDGET = 8.0, 16.0
 """Tokens' worth that may be lost at the start, and at any one time."""
 STAKE, SLACK = 3.0, 16.0
 """What one plan may lose before the next has its turn, and how far earlier gains make up for it."""
@@ -33,17 +33,17 @@ FADE = 0.98
 
 
 @cache
-def ladder(plan: Plan) -> dict[str, Plan]:
+def fallback_plans(plan: Plan) -> dict[str, Plan]:
     """The plan, what it can be narrowed to, and decoding without speculation, by name."""
-    rungs: dict[str, Plan | None] = {AS_PLANNED: plan, "narrowed": plan.narrowed()}
+    levels: dict[str, Plan | None] = {AS_PLANNED: plan, "narrowed": plan.narrowed()}
     if plan.drafts and plan.retrieves:
-        rungs["retrieval alone"] = plan.without_drafting()
-    found = {name: rung for name, rung in rungs.items() if rung is not None}
+        levels["retrieval alone"] = plan.without_drafting()
+    found = {name: level for name, level in levels.items() if level is not None}
     return found | {"autoregressive": AUTOREGRESSIVE}
 
 
 @dataclass
-class Rung:
+class Level:
     """How one plan has done.
 
     Attributes:
@@ -68,20 +68,20 @@ class Rung:
         return 0.0 if self.is_new or not self.spent else self.earned / self.spent
 
 
-class Governor:
+class Fallback:
     """Chooses the plan of each round from what the rounds before it took.
 
     The processes of one tensor-parallel target decide alike because `agree` gives all of them the same times.
 
     Args:
-        rungs: names of the plans, the widest first, the last one without speculation.
+        levels: names of the plans, the widest first, the last one without speculation.
         agree: seconds measured here -> seconds to go by.
     """
 
-    def __init__(self, rungs: Sequence[str], agree: Callable[[float], float] = float) -> None:
-        self.names = tuple(rungs)
-        self.rungs = [Rung() for _ in self.names[:-1]]
-        self.purse = GRANT
+    def __init__(self, levels: Sequence[str], agree: Callable[[float], float] = float) -> None:
+        self.names = tuple(levels)
+        self.levels = [Level() for _ in self.names[:-1]]
+        self.loss_budget = GRANT
         self.emitted = 0
         self._agree = agree
         # Seconds per token of the last plain rounds, by the context's power of two.
@@ -100,7 +100,7 @@ class Governor:
         if self._tokens and self._size != context.bit_length():
             self._settle(self._plain[self._size][-1])
         self._size = context.bit_length()
-        self._chosen, plain = self._best(), len(self.rungs)
+        self._chosen, plain = self._best(), len(self.levels)
         if self._wants_plain():
             self._chosen = plain
             return plain, MEASURED
@@ -111,29 +111,29 @@ class Governor:
         times = self._plain[self._size]
         if not times or sum(map(len, self._plain.values())) < PLAIN_ROUNDS:
             return True
-        if self._chosen == len(self.rungs):
+        if self._chosen == len(self.levels):
             return False
-        sure = self.rungs[self._chosen].standing > SLACK / 2
+        sure = self.levels[self._chosen].standing > SLACK / 2
         loses = self._tokens - self._seconds / times[-1] < -STAKE
         return loses or self._since >= (PLAIN_EVERY if sure else PLAIN_IN_DOUBT)
 
     def _best(self) -> int:
         """The widest plan that pays so far, unless one that is wider still has its turn: the longest rested first."""
-        may = [place for place, rung in enumerate(self.rungs) if self._may(rung)]
-        best = min((place for place in may if not self.rungs[place].is_new), default=len(self.rungs))
+        may = [place for place, level in enumerate(self.levels) if self._may(level)]
+        best = min((place for place in may if not self.levels[place].is_new), default=len(self.levels))
         rested = [place for place in may if place < best]
-        return min(rested, key=lambda place: self.rungs[place].until, default=best)
+        return min(rested, key=lambda place: self.levels[place].until, default=best)
 
-    def _may(self, rung: Rung) -> bool:
-        return self.emitted >= rung.until and self.purse > (STAKE if rung.is_new else 0.0)
+    def _may(self, level: Level) -> bool:
+        return self.emitted >= level.until and self.loss_budget > (STAKE if level.is_new else 0.0)
 
     def record(self, seconds: float, tokens: int) -> None:
         """Tells what the round just chosen took and emitted."""
         seconds = self._agree(seconds)
         self.emitted += tokens
-        self.purse = min(self.purse + SHARE * tokens, PURSE)
+        self.loss_budget = min(self.loss_budget + SHARE * tokens, LOSS_BUDGET)
         times = self._plain[self._size]
-        if self._chosen == len(self.rungs):
+        if self._chosen == len(self.levels):
             found = seconds / tokens
             times.append(min(found, OUTLIER * median(times)) if times else found)
             # The machine may have become slower meanwhile: the rounds between two plain ones are judged by both.
@@ -144,15 +144,15 @@ class Governor:
             self._settle(times[-1])
             self._open = self._chosen
         self._since += 1
-        rung = self.rungs[self._chosen]
-        is_first = not rung.seconds  # nothing says whether it took its usual time
-        rung.seconds.append(seconds)
+        level = self.levels[self._chosen]
+        is_first = not level.seconds  # nothing says whether it took its usual time
+        level.seconds.append(seconds)
         if is_first:
             return
-        seconds = min(seconds, OUTLIER * median(rung.seconds))
-        if rung.is_new:
-            rung.is_new = False
-            self.purse += tokens - seconds / times[-1]
+        seconds = min(seconds, OUTLIER * median(level.seconds))
+        if level.is_new:
+            level.is_new = False
+            self.loss_budget += tokens - seconds / times[-1]
             return
         self._seconds += seconds
         self._tokens += tokens
@@ -162,21 +162,21 @@ class Governor:
         if self._tokens:
             spent, tokens = self._seconds / plain, self._tokens
             self._seconds, self._tokens = 0.0, 0
-            self.purse = min(self.purse + tokens - spent, PURSE)
+            self.loss_budget = min(self.loss_budget + tokens - spent, LOSS_BUDGET)
             self._judge(self._open, spent, tokens)
 
     def _judge(self, place: int, spent: float, tokens: int) -> None:
         """Against autoregressive, or a narrower plan that is faster."""
-        rung = self.rungs[place]
-        rung.spent, rung.earned = FADE * rung.spent + spent, FADE * rung.earned + tokens
-        fallback = max([1.0, *(narrower.speed for narrower in self.rungs[place + 1 :])])
-        rung.standing = min(rung.standing + tokens - spent * fallback, SLACK)
-        if rung.standing >= SLACK:
-            rung.wait = WAIT
-        elif rung.standing < -STAKE:
-            wait = min(2 * rung.wait, LONGEST_WAIT)
-            self.rungs[place] = Rung(wait=wait, until=self.emitted + rung.wait, seconds=rung.seconds)
+        level = self.levels[place]
+        level.spent, level.earned = FADE * level.spent + spent, FADE * level.earned + tokens
+        fallback = max([1.0, *(narrower.speed for narrower in self.levels[place + 1 :])])
+        level.standing = min(level.standing + tokens - spent * fallback, SLACK)
+        if level.standing >= SLACK:
+            level.wait = WAIT
+        elif level.standing < -STAKE:
+            wait = min(2 * level.wait, LONGEST_WAIT)
+            self.levels[place] = Level(wait=wait, until=self.emitted + level.wait, seconds=level.seconds)
 
 
-Governors = dict[Plan, dict[int, Governor]]
-"""By the plan that is governed, looked up once a request, and the bit length of how many prompts are decoded."""
+Fallbacks = dict[Plan, dict[int, Fallback]]
+"""By the plan that may fall back, looked up once a request, and the bit length of how many prompts are decoded."""

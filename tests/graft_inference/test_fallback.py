@@ -1,4 +1,4 @@
-"""In a world whose rounds take a known time, the governor loses little where nothing pays and wins where it does."""
+"""In a world whose rounds take a known time, the fallback loses little where nothing pays and wins where it does."""
 
 import random
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 from graft_inference import GraftEngine, drafting, paper_policy
 from graft_inference import round as round_module
 from graft_inference.drafting import DEFERRED, Drafter, defer_all
-from graft_inference.governor import GRANT, PLAIN_EVERY, PURSE, SHARE, Governor, ladder
+from graft_inference.fallback import GRANT, LOSS_BUDGET, PLAIN_EVERY, SHARE, Fallback, fallback_plans
 from graft_inference.policy import AUTOREGRESSIVE
 from graft_inference.stats import PhaseClock
 from graft_inference.target import Target
@@ -25,11 +25,11 @@ AR = 1.0  # milliseconds, say
 class World:
     """Rounds of every plan: what they cost, in autoregressive rounds, and how many tokens they emit on average."""
 
-    def __init__(self, *rungs: tuple[float, float], seed: int = 0, hiccups: float = 0.0, weather: float = 1.0) -> None:
-        self.rungs = [*rungs, (1.0, 1.0)]
+    def __init__(self, *levels: tuple[float, float], seed: int = 0, hiccups: float = 0.0, weather: float = 1.0) -> None:
+        self.levels = [*levels, (1.0, 1.0)]
         self.draw = random.Random(seed)
         self.hiccups, self.weather = hiccups, weather
-        self.governor = Governor(NAMES[: len(rungs)] + NAMES[-1:])
+        self.fallback = Fallback(NAMES[: len(levels)] + NAMES[-1:])
         self.seconds = 0.0
         self.reasons: Counter[str] = Counter()
 
@@ -37,14 +37,15 @@ class World:
         """Time over the autoregressive one for so many tokens more."""
         started, emitted = self.seconds, 0
         while emitted < tokens:
-            place, reason = self.governor.choose(context + emitted)
-            cost, tau = self.rungs[place]
+            place, reason = self.fallback.choose(context + emitted)
+            cost, acceptance_length = self.levels[place]
             count = 1
-            while tau > 1 and self.draw.random() < 1 - 1 / tau:  # geometric, with mean tau
+            # Geometric, with this mean.
+            while acceptance_length > 1 and self.draw.random() < 1 - 1 / acceptance_length:
                 count += 1
             slow = self.weather if int(self.seconds // 40) % 2 else 1.0
             seconds = cost * slow * AR * self.draw.uniform(0.95, 1.05)
-            self.governor.record(seconds + 30 * AR * (self.draw.random() < self.hiccups), count)
+            self.fallback.record(seconds + 30 * AR * (self.draw.random() < self.hiccups), count)
             self.seconds += seconds
             emitted += count
             self.reasons[reason] += 1
@@ -67,14 +68,14 @@ def test_at_no_time_is_more_lost_than_the_purse_allows(seed):
     world = World((1 + worst, 1.0), (2.0, 1.3), (1.5, 1.2), seed=seed)
     for _ in range(3000):
         world.run(1)
-        allowed = (1 + SHARE) * world.governor.emitted + GRANT + 2 * (1 + worst) + 2.0 + 1.5
+        allowed = (1 + SHARE) * world.fallback.emitted + GRANT + 2 * (1 + worst) + 2.0 + 1.5
         assert world.seconds < 1.03 * allowed  # a plain round is timed with some noise
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("cost", "tau"), [(1.5, 3.0), (3.0, 8.0), (1.2, 1.8)])
-def test_what_pays_stays_and_is_hardly_slowed_down(cost, tau, seed):
-    world = World((cost, tau), (1.1, 1.3), (1.3, 1.5), seed=seed)
+@pytest.mark.parametrize(("cost", "acceptance_length"), [(1.5, 3.0), (3.0, 8.0), (1.2, 1.8)])
+def test_what_pays_stays_and_is_hardly_slowed_down(cost, acceptance_length, seed):
+    world = World((cost, acceptance_length), (1.1, 1.3), (1.3, 1.5), seed=seed)
     world.run(500)  # the first plain rounds
     world.reasons.clear()
     emitted = 6000
@@ -83,7 +84,7 @@ def test_what_pays_stays_and_is_hardly_slowed_down(cost, tau, seed):
     assert world.reasons["plan"] == rounds - plain
     assert rounds // PLAIN_EVERY <= plain <= rounds // PLAIN_EVERY + 8
     # What a plain round takes longer than speculation takes for its one token.
-    assert plain * (1 - cost / tau) * AR < 0.02 * seconds
+    assert plain * (1 - cost / acceptance_length) * AR < 0.02 * seconds
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,7 +120,7 @@ def test_a_narrower_plan_has_its_turn_before_speculation_stops(seed):
 def test_a_faster_narrow_plan_is_not_left_for_a_wide_one_that_pays_less(seed):
     world = World((4.0, 2.0), (1.2, 2.4), (1.2, 1.1), seed=seed)
     world.run(1500)
-    world.rungs[0] = (2.0, 2.2)
+    world.levels[0] = (2.0, 2.2)
     world.reasons.clear()
     world.run(4000)
     assert world.reasons["narrowed"] > 0.8 * sum(world.reasons.values())
@@ -128,29 +129,29 @@ def test_a_faster_narrow_plan_is_not_left_for_a_wide_one_that_pays_less(seed):
 def test_what_turns_good_is_found_again_and_what_turns_bad_is_left():
     world = World((3.0, 1.0), (2.0, 1.0), (1.5, 1.0))
     world.run(3000)
-    world.rungs[0] = (1.5, 3.0)
+    world.levels[0] = (1.5, 3.0)
     world.run(2000)
     assert world.run(2000) < 1.1 * 1.5 / 3.0
-    world.rungs[0] = (3.0, 1.0)
-    assert world.run(2000) < 1 + SHARE + (PURSE + 5) / 2000 + 0.01
+    world.levels[0] = (3.0, 1.0)
+    assert world.run(2000) < 1 + SHARE + (LOSS_BUDGET + 5) / 2000 + 0.01
 
 
 def test_a_plain_round_is_timed_for_each_power_of_two_of_context():
     """A long context makes every round dearer: that is no reason to stop."""
     world = World((1.5, 3.0))
     world.run(300)
-    world.rungs = [(15.0, 3.0), (10.0, 1.0)]
+    world.levels = [(15.0, 3.0), (10.0, 1.0)]
     world.reasons.clear()
     world.run(900, context=16384)
-    world.rungs = [(1.5, 3.0), (1.0, 1.0)]
+    world.levels = [(1.5, 3.0), (1.0, 1.0)]
     world.run(300)
     assert set(world.reasons) == {"plan", "autoregressive, measured"}
 
 
 def test_processes_decide_by_the_same_times():
     """One of them measures nonsense, and is told what the first one measured."""
-    first, told = Governor(NAMES), []
-    second = Governor(NAMES, agree=lambda seconds: told[-1])
+    first, told = Fallback(NAMES), []
+    second = Fallback(NAMES, agree=lambda seconds: told[-1])
     for count in range(500):
         place, reason = first.choose(100 + count)
         assert second.choose(100 + count) == (place, reason)
@@ -159,26 +160,26 @@ def test_processes_decide_by_the_same_times():
         second.record(random.random(), 1)
 
 
-@pytest.mark.parametrize("plan", [paper_policy().graft, paper_policy(rows=12, max_passes=6).graft, learned_plan()])
+@pytest.mark.parametrize("plan", [paper_policy().graft, paper_policy(rows=12, num_steps=6).graft, learned_plan()])
 def test_the_ladder_gets_cheaper_from_rung_to_rung(plan):
-    rungs = ladder(plan)
-    assert tuple(rungs) == NAMES
-    assert rungs["plan"] == plan
-    assert rungs["autoregressive"] == AUTOREGRESSIVE
+    levels = fallback_plans(plan)
+    assert tuple(levels) == NAMES
+    assert levels["plan"] == plan
+    assert levels["autoregressive"] == AUTOREGRESSIVE
     most = max(stage.rows for stage in plan.stages)
-    narrowed = rungs["narrowed"]
+    narrowed = levels["narrowed"]
     assert max(stage.rows for stage in narrowed.stages) <= -(-most // 2) + 1
-    assert narrowed.max_passes == -(-plan.max_passes // 2)
+    assert narrowed.num_steps == -(-plan.num_steps // 2)
     assert (narrowed.scale, narrowed.learns_accepted) == (plan.scale, plan.learns_accepted)
-    alone = rungs["retrieval alone"]
+    alone = levels["retrieval alone"]
     assert not alone.drafts
     assert alone.retrieves
 
 
 def test_a_plan_without_anything_to_narrow_has_no_such_rung():
-    assert tuple(ladder(AUTOREGRESSIVE)) == ("plan", "autoregressive")
-    assert tuple(ladder(paper_policy().eagle3)) == ("plan", "narrowed", "autoregressive")
-    assert tuple(ladder(paper_policy().retrieve)) == ("plan", "narrowed", "autoregressive")
+    assert tuple(fallback_plans(AUTOREGRESSIVE)) == ("plan", "autoregressive")
+    assert tuple(fallback_plans(paper_policy().eagle3)) == ("plan", "narrowed", "autoregressive")
+    assert tuple(fallback_plans(paper_policy().retrieve)) == ("plan", "narrowed", "autoregressive")
 
 
 class FakeTime:
@@ -203,7 +204,7 @@ class FakeTime:
 
 def governed_engine(policy=None) -> GraftEngine:
     model = tiny_model("llama", max_position_embeddings=1024)
-    return tiny_engine(model, policy or paper_policy(8, 32, 5, 3), tiny_head(model), governed=True)
+    return tiny_engine(model, policy or paper_policy(8, 32, 5, 3), tiny_head(model), fallback=True)
 
 
 def test_a_random_head_is_nearly_as_fast_as_autoregressive(monkeypatch):
@@ -211,17 +212,17 @@ def test_a_random_head_is_nearly_as_fast_as_autoregressive(monkeypatch):
     FakeTime(monkeypatch)
     methods = ("graft", "autoregressive")
     found = {method: engine.generate(prompt(9), 600, 1.0, method, seed=0) for method in methods}
-    governed = found["graft"].stats
+    fallback = found["graft"].stats
     assert found["graft"].sequences.tolist() == found["autoregressive"].sequences.tolist()
-    assert governed.decode_seconds < 1.05 * found["autoregressive"].stats.decode_seconds
-    assert sum(governed.governed.values()) == governed.rounds
-    assert governed.governed["plan"]
-    assert governed.governed["narrowed"]
-    assert governed.governed["autoregressive, nothing else pays"] > 400
-    engine.governed = False
+    assert fallback.decode_seconds < 1.05 * found["autoregressive"].stats.decode_seconds
+    assert sum(fallback.fallback.values()) == fallback.rounds
+    assert fallback.fallback["plan"]
+    assert fallback.fallback["narrowed"]
+    assert fallback.fallback["autoregressive, nothing else pays"] > 400
+    engine.fallback = False
     ungoverned = engine.generate(prompt(9), 100, 1.0, seed=0).stats
     assert ungoverned.tokens_per_second < 0.7 * found["autoregressive"].stats.tokens_per_second
-    assert not ungoverned.governed
+    assert not ungoverned.fallback
 
 
 def test_a_batch_with_a_random_head_is_nearly_as_fast_as_autoregressive_ones(monkeypatch):
@@ -230,12 +231,12 @@ def test_a_batch_with_a_random_head_is_nearly_as_fast_as_autoregressive_ones(mon
     batch = [prompt(length)[0] for length in (9, 5, 12, 7)]
     methods = ("graft", "autoregressive")
     found = {method: engine.generate(batch, 600, 1.0, method, seed=0, pad_token_id=0) for method in methods}
-    governed, plain = (found[method].stats for method in methods)
+    fallback, plain = (found[method].stats for method in methods)
     assert found["graft"].sequences.tolist() == found["autoregressive"].sequences.tolist()
-    assert governed.decode_seconds < 1.05 * plain.decode_seconds
-    assert governed.governed["plan"]
-    assert governed.governed["autoregressive, nothing else pays"] > 4 * 450
-    engine.governed = False
+    assert fallback.decode_seconds < 1.05 * plain.decode_seconds
+    assert fallback.fallback["plan"]
+    assert fallback.fallback["autoregressive, nothing else pays"] > 4 * 450
+    engine.fallback = False
     ungoverned = engine.generate(batch, 90, 1.0, seed=0, pad_token_id=0).stats
     assert ungoverned.tokens_per_second < 0.7 * plain.tokens_per_second
 
@@ -249,18 +250,18 @@ def test_baselines_and_a_plan_of_ones_own_stay_what_they_are(monkeypatch, method
         engine.generate(prompt(9), 100, method=method).stats,
         engine.generate(prompt(9), 100, plan=plan).stats,
     ):
-        assert not stats.governed
+        assert not stats.fallback
         assert set(stats.stages) <= {stage.name for stage in plan.stages}
 
 
 @pytest.mark.parametrize("policy", [tiny_policy(0.5), learned_policy(0.5), "ngrams"])
 @pytest.mark.parametrize("scope", ["request", "engine"])
 def test_plans_may_change_from_round_to_round(policy, scope):
-    """Every rung after every other, in one request, with deferred reading and caches of the request's own plan."""
+    """Every level after every other, in one request, with deferred reading and caches of the request's own plan."""
     engine = ngram_engine() if policy == "ngrams" else small_engine(policy=policy)
-    engine.governed, engine.retrieval_scope = True, scope
+    engine.fallback, engine.retrieval_scope = True, scope
 
-    class Restless(Governor):
+    class Restless(Fallback):
         draw = random.Random(0)
 
         def choose(self, context):
@@ -270,14 +271,14 @@ def test_plans_may_change_from_round_to_round(policy, scope):
         def record(self, seconds, tokens):
             pass
 
-    engine.governors[engine.policy.graft] = {1: Restless(tuple(ladder(engine.policy.graft)))}
+    engine.fallbacks[engine.policy.graft] = {1: Restless(tuple(fallback_plans(engine.policy.graft)))}
     accepted: Counter[str] = Counter()
     for seed in range(3):
         input_ids = prompt(3 + seed, seed, SMALL)
         expected = greedy_reference(engine.target.model, input_ids, 120)
         found = engine.generate(input_ids, 120)
         assert found.sequences.tolist() == expected.tolist()
-        assert len(found.stats.governed) == 4
+        assert len(found.stats.fallback) == 4
         accepted.update(found.stats.accepted)
     assert accepted["matrix"] + accepted["lookup"]
     assert accepted["drafted"] or policy == "ngrams"
@@ -287,11 +288,11 @@ def test_requests_that_take_turns_share_a_governor(monkeypatch):
     engine = governed_engine()
     FakeTime(monkeypatch)
     expected = [engine.generate(prompt(length), 60, 1.0, seed=0).sequences[0, length:].tolist() for length in (9, 70)]
-    engine.governors.clear()
+    engine.fallbacks.clear()
     streams = [engine.stream(prompt(length), 60, 1.0, seed=0) for length in (9, 70)]
     assert list(zip(*streams, strict=True)) == list(zip(*expected, strict=True))
-    (governor,) = engine.governors[engine.policy.graft].values()
-    assert governor.emitted >= 118
+    (fallback,) = engine.fallbacks[engine.policy.graft].values()
+    assert fallback.emitted >= 118
 
 
 def test_the_head_leaves_few_positions_unread(monkeypatch):
@@ -313,7 +314,7 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
     target, head = engine.target, engine.head
     tokens = prompt(200)[0]
     with torch.inference_mode():
-        taps = target.prefill(tokens, target.new_cache(200)).taps_NE
+        taps = target.prefill(tokens, target.new_cache(200)).aux_NE
         drafters = [Drafter(head, target, 3, 240) for _ in range(2)]
         for place in range(150):
             defer_all(drafters[:1], [(tokens[place + 1 : place + 2], taps[place : place + 1])])
@@ -329,6 +330,6 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
 def test_the_wide_rungs_fit_the_caches_of_the_plan():
     """Every narrower plan's rows and beams fit what was made for the plan itself."""
     for plan in (paper_policy().graft, paper_policy(4, 16, 6, 3).graft, learned_plan()):
-        for rung in ladder(plan).values():
-            assert max(stage.rows for stage in rung.stages) <= max(stage.rows for stage in plan.stages)
-            assert rung.beam_width * rung.max_passes <= plan.beam_width * plan.max_passes
+        for level in fallback_plans(plan).values():
+            assert max(stage.rows for stage in level.stages) <= max(stage.rows for stage in plan.stages)
+            assert level.topk * level.num_steps <= plan.topk * plan.num_steps

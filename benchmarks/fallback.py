@@ -1,9 +1,9 @@
-"""What the governor costs where speculation pays, and what it saves where it does not.
+"""What the fallback costs where speculation pays, and what it saves where it does not.
 
-    python benchmarks/governor.py --run runs/quickstart
+    python benchmarks/fallback.py --run runs/quickstart
 
-Times, interleaved on the same prompts: a trained pair, governed and not; the same target with a head of random
-weights, a matrix of random successors that never learns and the paper's plan, governed and not; and autoregressive
+Times, interleaved on the same prompts: a trained pair, fallback and not; the same target with a head of random
+weights, a matrix of random successors that never learns and the paper's plan, fallback and not; and autoregressive
 decoding. Speeds are medians; ratios are of the same prompt and repeat, medians with the interquartile range.
 """
 
@@ -24,10 +24,10 @@ from graft_train.data.samples import read_samples
 from graft_train.device import describe_device
 
 RATIOS = (
-    ("trained, governed", "trained"),
-    ("random head, governed", "autoregressive"),
+    ("trained, fallback", "trained"),
+    ("random head, fallback", "autoregressive"),
     ("random head", "autoregressive"),
-    ("trained, governed", "autoregressive"),
+    ("trained, fallback", "autoregressive"),
 )
 
 
@@ -48,9 +48,9 @@ def main() -> None:
     prompts = [torch.tensor(sample.prompt_ids) for sample in samples]
     contestants = {
         "trained": (trained, "graft", False),
-        "trained, governed": (trained, "graft", True),
+        "trained, fallback": (trained, "graft", True),
         "random head": (random, "graft", False),
-        "random head, governed": (random, "graft", True),
+        "random head, fallback": (random, "graft", True),
         "autoregressive": (trained, "autoregressive", False),
     }
     found: dict[str, list[GenerationStats]] = {name: [] for name in contestants}
@@ -58,7 +58,7 @@ def main() -> None:
     for repeat in tqdm(range(arguments.repeats + 1)):
         for prompt in prompts if repeat else prompts[:1]:
             for name in contestants if repeat % 2 else reversed(contestants):
-                engine, method, engine.governed = contestants[name]
+                engine, method, engine.fallback = contestants[name]
                 stats = engine.generate(prompt, arguments.max_new_tokens, method=method).stats
                 if repeat:
                     found[name].append(stats)
@@ -67,7 +67,7 @@ def main() -> None:
     device = describe_device(trained.target.device)
     print(f"{device['name']}, {device['threads']} threads, torch {device['torch']}; {arguments.dtype}; {len(prompts)}")
     for name, runs in found.items():
-        rounds = sum((run.governed for run in runs), Counter[str]())
+        rounds = sum((run.fallback for run in runs), Counter[str]())
         shares = ", ".join(f"{reason} {count / rounds.total():.1%}" for reason, count in rounds.most_common())
         print(f"{name}: {median(run.tokens_per_second for run in runs):.1f} tokens/s  {shares}")
     for ours, theirs in RATIOS:
