@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft_inference.cuda_graph import CudaGraphs
+from graft_inference.decode.cuda_graph import CudaGraphs
 from graft_train.device import describe_device
 
 SLACK = 128

@@ -17,9 +17,9 @@ from round import random_successors
 from tqdm import tqdm
 
 from graft_inference import GenerationStats, GraftEngine, paper_policy
-from graft_inference.draft_head import DraftHead
-from graft_inference.packed_linear import pack_linears
-from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.heads.eagle3.model import DraftHead
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.target.packed_linear import pack_linears
 from graft_train.data.samples import read_samples
 from graft_train.device import describe_device
 

@@ -20,7 +20,7 @@ from benchmarks.one_process import stand_in
 
 stand_in()  # before anything imports accelerate
 
-from graft_inference.retrieval import save_table  # noqa: E402
+from graft_inference.retrieval.successor_matrix import save_table  # noqa: E402
 from graft_train.build_corpus import CorpusConfig, build_corpus, describe_corpus, window_pairs  # noqa: E402
 from graft_train.build_corpus.pairs import windows  # noqa: E402
 from graft_train.build_corpus.runs import sum_pairs  # noqa: E402

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
-from graft_inference.head_checkpoint import load_head
+from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all, timer_of, told_traces, trace
 from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.race import race, ratio

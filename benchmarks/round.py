@@ -28,11 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft_inference import GraftEngine, Plan, Scale, Stage, paper_policy
 from graft_inference.bundle import Bundle, load_successors, load_target_model
-from graft_inference.cuda_graph import waits
-from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_aux_layer_ids
-from graft_inference.head_checkpoint import load_head
-from graft_inference.policy import Policy, depth_template
-from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.decode.cuda_graph import waits
+from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
+from graft_inference.policy.plan import Policy, depth_template
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.device import describe_device
 
 SHAPES = {

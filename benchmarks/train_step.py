@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graft_inference.draft_head import DraftHead, DraftHeadConfig
+from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TargetStates
 from graft_train.device import describe_device

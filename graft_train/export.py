@@ -11,7 +11,6 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers.dynamic_module_utils import get_relative_import_files
 
 import graft_inference
 from graft_inference import METHODS, GraftError, Policy
@@ -20,6 +19,7 @@ from graft_inference.files import read_json
 from graft_train.config import Config
 from graft_train.data.target import load_tokenizer, target_path, text_config
 from graft_train.files import only_one, told, write_json, write_text
+from graft_train.flat_code import flat_modules
 from graft_train.processes import is_main, say
 from graft_train.report import asked_of, categories_of
 from graft_train.stage import RECORD, run_stage
@@ -203,12 +203,12 @@ def _write_code(bundle: Path, location: str) -> None:
     """Writes `custom_generate/`: the runtime's modules, and the one that leads transformers to them."""
     directory = bundle / "custom_generate"
     directory.mkdir(exist_ok=True)
-    source = Path(graft_inference.__file__).parent / "custom_generate.py"
-    for module in {*get_relative_import_files(source)}:
-        shutil.copyfile(module, directory / Path(module).name)
+    modules = flat_modules(Path(graft_inference.__file__).parent, "custom_generate")
+    code = modules.pop("custom_generate")
+    for name, text in modules.items():
+        write_text(directory / f"{name}.py", text)
     with (bundle / "model.safetensors").open("rb") as weights:
         weights_hash = hashlib.file_digest(weights, "sha256").hexdigest()
-    code = source.read_text(encoding="utf-8")
     for name, value in {"BUNDLE": location, "WEIGHTS_SHA256": weights_hash}.items():
         before, after = code.split(f'\n{name} = ""\n')
         code = f"{before}\n{name} = {value!r}\n{after}"

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from graft_inference import METHODS
-from graft_inference.fallback import AS_PLANNED, MEASURED
 from graft_inference.files import replace_file
+from graft_inference.policy.fallback import AS_PLANNED, MEASURED
 from graft_train.processes import say
 
 COLUMNS = (

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from graft_inference.bundle import describe_target, load_successors
 from graft_inference.errors import GraftError
 from graft_inference.files import read_json, read_safetensors
-from graft_inference.retrieval import save_table
+from graft_inference.retrieval.successor_matrix import save_table
 from graft_train.build_corpus.captured import CapturedStates, find_captured
 from graft_train.build_corpus.inspect import inspect_corpus, print_inspection
 from graft_train.build_corpus.pairs import (

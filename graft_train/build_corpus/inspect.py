@@ -12,8 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from graft_inference.bundle import load_ngrams, load_successors, read_safetensors
-from graft_inference.ngrams import LONGEST, ORDERS, NgramSource, NgramTable, context_keys
-from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.retrieval.ngrams import LONGEST, ORDERS, NgramSource, NgramTable, context_keys
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.build_corpus.pairs import counted, is_held_out, join_samples, samples_of, windows
 from graft_train.config.corpus import CorpusConfig
 from graft_train.data.samples import Sample

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from graft_inference.errors import GraftError
-from graft_inference.ngrams import LONGEST, ORDERS, context_keys
-from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.retrieval.ngrams import LONGEST, ORDERS, context_keys
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.build_corpus.runs import ONE, OTHER, SUCCESSOR_BITS
 from graft_train.data.samples import Sample, parse_sample
 

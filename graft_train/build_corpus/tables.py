@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft_inference.ngrams import KEY_BITS, SLOTS, TAG_BITS
+from graft_inference.retrieval.ngrams import KEY_BITS, SLOTS, TAG_BITS
 from graft_train.build_corpus.pairs import NGRAM
 from graft_train.build_corpus.runs import ONE, OTHER, SUCCESSOR_BITS, Block, whole_groups
 

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_policy
 from graft_inference.bundle import Bundle, check_launch, load_ngrams, load_successors
-from graft_inference.head_checkpoint import load_head
-from graft_inference.policy import depth_template
-from graft_inference.target import max_positions
+from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.policy.plan import depth_template
+from graft_inference.target.model import max_positions
 from graft_train.calibrate.latency import Latency, RoundTimer
 from graft_train.calibrate.race import race
 from graft_train.calibrate.replay import Replay, Replays, replay_of, replays_on

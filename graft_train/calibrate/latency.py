@@ -11,8 +11,8 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from graft_inference import GraftEngine, GraftError, Plan, Scale, Stage
-from graft_inference.echo import LONGEST
-from graft_inference.policy import RankPaths
+from graft_inference.policy.plan import RankPaths
+from graft_inference.retrieval.prompt_lookup import LONGEST
 
 ROUNDS = 24
 LONG_CONTEXT = 2048

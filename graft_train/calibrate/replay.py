@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft_inference.policy import Plan, Scale, Stage
+from graft_inference.policy.plan import Plan, Scale, Stage
 from graft_inference.tree import PATH_BASE
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.scale import drafted_scores, echo_scores, fit_scale, retrieved_scores

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft_inference.echo import LONGEST
-from graft_inference.grafting import LEAST, calibrated
-from graft_inference.policy import Scale
+from graft_inference.policy.plan import Scale
+from graft_inference.policy.tree_builder import LEAST, calibrated
+from graft_inference.retrieval.prompt_lookup import LONGEST
 from graft_train.calibrate.traces import Traces
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 1e4)

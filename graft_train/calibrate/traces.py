@@ -19,14 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference import GraftEngine, GraftError
-from graft_inference.drafting import Drafter
-from graft_inference.echo import Echo
+from graft_inference.decode.sampling import Sampler
 from graft_inference.files import replace_file
-from graft_inference.ngrams import LONGEST, NgramSource
-from graft_inference.policy import RankPaths, depth_template
-from graft_inference.retrieval import SuccessorMatrix, Template
-from graft_inference.sampling import Noise, Sampler
-from graft_inference.target import TargetOutput
+from graft_inference.heads.eagle3.drafter import Drafter
+from graft_inference.noise import Noise
+from graft_inference.policy.plan import RankPaths, depth_template
+from graft_inference.retrieval.ngrams import LONGEST, NgramSource
+from graft_inference.retrieval.prompt_lookup import Echo
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix, Template
+from graft_inference.target.model import TargetOutput
 from graft_inference.tree import DraftTree, Source, merge
 from graft_train.processes import is_main
 

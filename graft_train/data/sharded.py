@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from graft_inference.target import is_parallel
+from graft_inference.target.model import is_parallel
 
 
 def is_shared(model: PreTrainedModel) -> bool:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from graft_inference.attention import as_bias, explicit_attention
 from graft_inference.errors import GraftError
-from graft_inference.target import is_parallel
+from graft_inference.target.attention import as_bias, explicit_attention
+from graft_inference.target.model import is_parallel
 from graft_train.config.target import DTYPES
 from graft_train.data.sharded import is_shared, whole
 

@@ -15,8 +15,8 @@ import torch
 from accelerate.utils import set_seed
 
 from graft_inference.errors import GraftError
-from graft_inference.head_checkpoint import save_head
-from graft_inference.target import max_positions
+from graft_inference.heads.eagle3.checkpoint import save_head
+from graft_inference.target.model import max_positions
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.sharded import count_parameters, held_bytes, whole
 from graft_train.data.states import TappedTarget
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from graft_inference.draft_head import DraftHead, DraftHeadConfig
+    from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
     from graft_train.config import Config
 
 __all__ = ["distill"]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from graft_inference import GraftError
-from graft_inference.draft_head import DraftHead
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.distill.parallel import zero_stage
 from graft_train.files import DENIED, sync_tree, write_json
 

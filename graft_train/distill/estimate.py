@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from graft_inference import GraftError
-from graft_inference.draft_head import DraftHead
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.config.head import HeadTrainConfig
 from graft_train.distill.loss import CHUNK
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from graft_inference import GraftError
 from graft_inference.bundle import resolve
-from graft_inference.draft_head import DraftHead, DraftHeadConfig, default_aux_layer_ids
-from graft_inference.head_checkpoint import load_head
+from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TappedTarget
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from graft_inference import GraftError
-from graft_inference.draft_head import DraftHead
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TappedTarget, TargetStates
 from graft_train.distill.batches import Batch, Row, collate, pack, plan_batches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft_inference.draft_head import DraftHead
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.distill.divergence import acceptance, divergence, reference_divergence
 from graft_train.distill.layout import Layout
 

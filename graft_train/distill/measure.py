@@ -5,10 +5,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from graft_inference import GraftEngine, GraftError
-from graft_inference.draft_head import DraftHead
-from graft_inference.policy import Plan, Policy, Stage
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.target import Target, check_supported, max_positions
+from graft_inference.heads.eagle3.model import DraftHead
+from graft_inference.policy.plan import Plan, Policy, Stage
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.target.model import Target, check_supported, max_positions
 from graft_train.data.sharded import whole
 from graft_train.data.states import TappedTarget
 from graft_train.distill.batches import Row

@@ -8,7 +8,7 @@ what a server's draft chain that starts at t would have in its cache.
 import torch
 from torch import Tensor
 
-from graft_inference.draft_head import DraftHead
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.distill.attention import UnrollAttention, fastest_attention
 from graft_train.distill.layout import Layout
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from graft_inference import GraftEngine, GraftError
 from graft_inference.files import read_json
 from graft_inference.prompts import is_plain
-from graft_inference.target import max_positions
+from graft_inference.target.model import max_positions
 from graft_train.config import Config
 from graft_train.config.data import DataConfig
 from graft_train.config.evaluation import SUITES, EvaluateConfig

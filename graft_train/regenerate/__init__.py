@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from graft_inference import GraftError
 from graft_inference.files import replace_file
 from graft_inference.request import ends_of
-from graft_inference.target import max_positions
+from graft_inference.target.model import max_positions
 from graft_train.config import Config
 from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.chat import Chat

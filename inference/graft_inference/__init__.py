@@ -7,7 +7,7 @@ D in `logp_BD` draft vocabulary, H hidden size, E tapped states concatenated, k 
 
 from .engine import GraftEngine
 from .errors import GraftError
-from .policy import METHODS, Plan, Policy, Scale, Stage, paper_policy
+from .policy.plan import METHODS, Plan, Policy, Scale, Stage, paper_policy
 from .request import Request
 from .stats import Generation, GenerationStats
 

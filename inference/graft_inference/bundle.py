@@ -20,14 +20,14 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .draft_head import DraftHead, DraftHeadConfig
 from .errors import GraftError
 from .files import parse_json, read_json, read_safetensors
-from .grafting import check_sources
-from .head_checkpoint import load_head, load_head_config
-from .ngrams import SLOTS, NgramTable
-from .policy import METHODS, Policy, paper_policy
-from .retrieval import SuccessorMatrix
+from .heads.eagle3.checkpoint import load_head, load_head_config
+from .heads.eagle3.model import DraftHead, DraftHeadConfig
+from .policy.plan import METHODS, Policy, paper_policy
+from .policy.tree_builder import check_sources
+from .retrieval.ngrams import SLOTS, NgramTable
+from .retrieval.successor_matrix import SuccessorMatrix
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 """Sizes of the target that a bundle is made for."""

@@ -12,7 +12,7 @@ from .bundle import load_bundle, load_target_model
 from .chat_template import check_template, encode_chat, naming_refusals, opening, template_variables
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
-from .policy import METHODS
+from .policy.plan import METHODS
 from .prompts import check_text, text_ids
 
 

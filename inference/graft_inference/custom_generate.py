@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from .bundle import Bundle, load_bundle, resolve
 from .engine import GraftEngine
 from .errors import GraftError
-from .fallback import Fallbacks
+from .policy.fallback import Fallbacks
 from .preparation import Prepared, prepare
 from .request import Request
 

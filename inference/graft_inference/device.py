@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .policy import Policy
+from .policy.plan import Policy
 
 
 def without_plans(device: torch.device) -> None:

@@ -13,30 +13,30 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
 from .bundle import Bundle, load_bundle, load_target_model
-from .captured import CapturedRounds
-from .cuda_graph import CudaGraphs
+from .decode.captured import CapturedRounds
+from .decode.cuda_graph import CudaGraphs
+from .decode.prefill import prefill
+from .decode.prefix import KeptPrefix
+from .decode.round import run_round
+from .decode.state import DecodeState
+from .decode.verification import Emitted
 from .device import warn_if_elsewhere
-from .draft_head import DraftHead
-from .drafting import Drafter
-from .echo import Echo
 from .errors import GraftError
-from .fallback import Fallback, Fallbacks, fallback_plans
-from .grafting import Grafter, check_sources
-from .kv_cache import TreeCache
-from .ngrams import NgramSource, NgramTable, RequestNgrams
-from .packed_linear import pack_linears
-from .policy import Plan, Policy
-from .prefill import prefill
-from .prefix import KeptPrefix
+from .heads.eagle3.drafter import Drafter
+from .heads.eagle3.model import DraftHead
+from .policy.fallback import Fallback, Fallbacks, fallback_plans
+from .policy.plan import Plan, Policy
+from .policy.tree_builder import Grafter, check_sources
 from .prompts import Prompts
 from .request import Request, Row, ends_of
-from .retrieval import SuccessorMatrix
-from .round import run_round
-from .self_check import self_check
-from .state import DecodeState
+from .retrieval.ngrams import NgramSource, NgramTable, RequestNgrams
+from .retrieval.prompt_lookup import Echo
+from .retrieval.successor_matrix import SuccessorMatrix
 from .stats import Generation, GenerationStats, PhaseClock
-from .target import Target
-from .verification import Emitted
+from .target.kv_cache import TreeCache
+from .target.model import Target
+from .target.packed_linear import pack_linears
+from .target.self_check import self_check
 
 SCOPES = ("request", "engine", "frozen")
 

@@ -13,12 +13,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria
 from transformers.generation import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from .decode.sampling import CONTEXT_FREE, Sampler
 from .errors import GraftError
-from .policy import Plan
+from .policy.plan import Plan
 from .preparation import FROM_MODEL, prepare
 from .prompts import NO_PAD_TOKEN, Prompts, check_vocabulary
-from .sampling import CONTEXT_FREE, Sampler
-from .target import Target
+from .target.model import Target
 
 DEFAULT_NEW_TOKENS = 128
 WHOLE = ("max_new_tokens", "max_length", "min_new_tokens", "top_k", "seed", "pad_token_id")

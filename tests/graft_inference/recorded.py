@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from graft_inference.cuda_graph import CannotCapture, Captured, undone, waits
+from graft_inference.decode.cuda_graph import CannotCapture, Captured, undone, waits
 
 
 class Recording(TorchDispatchMode):

@@ -10,11 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 
 from graft_inference import METHODS, GraftError
-from graft_inference.drafting import Drafter, begin_all, deepen_all, defer_all
-from graft_inference.policy import AUTOREGRESSIVE
-from graft_inference.prefill import passes
-from graft_inference.sampling import Noise, gumbel
-from graft_inference.target import Target
+from graft_inference.decode.prefill import passes
+from graft_inference.heads.eagle3.drafter import Drafter, begin_all, deepen_all, defer_all
+from graft_inference.noise import Noise, gumbel
+from graft_inference.policy.plan import AUTOREGRESSIVE
+from graft_inference.target.model import Target
 
 from .families import FAMILIES, WINDOW, family_model
 from .test_custom_generate import Recorder

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graft_inference import METHODS, GraftEngine, GraftError, packed_linear, paper_policy
+from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
 from graft_inference.bundle import load_bundle, load_ngrams, load_target_model, tokenizer_hash
-from graft_inference.drafting import Drafter
-from graft_inference.head_checkpoint import save_head
+from graft_inference.heads.eagle3.checkpoint import save_head
+from graft_inference.heads.eagle3.drafter import Drafter
+from graft_inference.target import packed_linear
 
 from .test_engine import prompt
 from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
@@ -380,8 +381,8 @@ def test_linear_layers_are_packed_for_every_method_unless_told_otherwise(bundle,
 
 @pytest.mark.parametrize("broken", [True, False])
 def test_the_self_check_runs_at_loading_unless_switched_off(bundle, target, monkeypatch, broken):
-    monkeypatch.setattr("graft_inference.target.Visibility.first_key", lambda *_: int(broken))
-    monkeypatch.setattr("graft_inference.target.Visibility.bias", lambda *_: None)
+    monkeypatch.setattr("graft_inference.target.model.Visibility.first_key", lambda *_: int(broken))
+    monkeypatch.setattr("graft_inference.target.model.Visibility.bias", lambda *_: None)
     with pytest.raises(GraftError, match="LlamaForCausalLM gives other logits under tree attention"):
         load(bundle, target)
     GraftEngine.from_pretrained(bundle, target, check=False)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, NoBadWordsLogitsProcessor
 
-from graft_inference import METHODS, GenerationStats, GraftError, bucket_cache
-from graft_inference import captured as captured_module
-from graft_inference.bucket_cache import bucket
-from graft_inference.captured import CapturedRounds
-from graft_inference.fallback import Fallback
+from graft_inference import METHODS, GenerationStats, GraftError
+from graft_inference.decode import captured as captured_module
+from graft_inference.decode.captured import CapturedRounds
+from graft_inference.policy.fallback import Fallback
+from graft_inference.target import bucket_cache
+from graft_inference.target.bucket_cache import bucket
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from graft_inference import METHODS, bucket_cache
-from graft_inference.cuda_graph import CannotCapture, Captured, CudaGraphs, undone
+from graft_inference import METHODS
+from graft_inference.decode.cuda_graph import CannotCapture, Captured, CudaGraphs, undone
+from graft_inference.target import bucket_cache
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graft_inference import METHODS
-from graft_inference.captured import CapturedRounds
+from graft_inference.decode.captured import CapturedRounds
 from graft_inference.tree import Source, compete
 
 from .recorded import RecordedGraphs

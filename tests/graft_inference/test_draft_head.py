@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from graft_inference.head_checkpoint import load_head, save_head
+from graft_inference.heads.eagle3.checkpoint import load_head, save_head
 
 from .test_head_checkpoint import make_head
 

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList, TopKLogitsWarper
 
-from graft_inference.drafting import Drafter
-from graft_inference.sampling import LEFT_OUT, Noise, gumbel
-from graft_inference.target import Target
+from graft_inference.heads.eagle3.drafter import Drafter
+from graft_inference.noise import LEFT_OUT, Noise, gumbel
+from graft_inference.target.model import Target
 
 from .test_tree import token_path
 from .tiny import tiny_head, tiny_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graft_inference import GraftError, Scale
-from graft_inference.echo import LONGEST, Echo
+from graft_inference.retrieval.prompt_lookup import LONGEST, Echo
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,12 @@ from scipy.stats import chi2
 from transformers import LogitsProcessorList
 
 from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage
-from graft_inference import round as rounds
+from graft_inference.decode import round as rounds
+from graft_inference.decode.sampling import Sampler
+from graft_inference.decode.verification import accept
 from graft_inference.engine import GraftEngine
-from graft_inference.ngrams import NgramSource, NgramTable
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.sampling import Sampler
-from graft_inference.verification import accept
+from graft_inference.retrieval.ngrams import NgramSource, NgramTable
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 
 from .tiny import (
     TEMPLATE,

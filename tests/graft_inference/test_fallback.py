@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graft_inference import GraftEngine, drafting, paper_policy
-from graft_inference import round as round_module
-from graft_inference.drafting import DEFERRED, Drafter, defer_all
-from graft_inference.fallback import GRANT, LOSS_BUDGET, PLAIN_EVERY, SHARE, Fallback, fallback_plans
-from graft_inference.policy import AUTOREGRESSIVE
+from graft_inference import GraftEngine, paper_policy
+from graft_inference.decode import round as round_module
+from graft_inference.heads.eagle3 import drafter as drafting
+from graft_inference.heads.eagle3.drafter import DEFERRED, Drafter, defer_all
+from graft_inference.policy.fallback import GRANT, LOSS_BUDGET, PLAIN_EVERY, SHARE, Fallback, fallback_plans
+from graft_inference.policy.plan import AUTOREGRESSIVE
 from graft_inference.stats import PhaseClock
-from graft_inference.target import Target
+from graft_inference.target.model import Target
 
 from .test_engine import SMALL, greedy_reference, ngram_engine, prompt, small_engine
 from .tiny import learned_plan, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy

@@ -22,9 +22,9 @@ from transformers import (
 
 from graft_inference import METHODS, GraftEngine, GraftError
 from graft_inference.bundle import Bundle
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.self_check import self_check
-from graft_inference.target import Target
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.target.model import Target
+from graft_inference.target.self_check import self_check
 
 from .families import FAMILIES, WINDOW, family_model
 from .test_engine import prompt

@@ -10,9 +10,9 @@ from transformers import BatchEncoding, StoppingCriteria, TextIteratorStreamer
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.bundle import Bundle
+from graft_inference.decode.round import draft
 from graft_inference.request import Request, ends_of
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.round import draft
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.stats import SOURCES
 
 from .test_custom_generate import FOLLOWED, PAD, REFUSED, UNSEEN, Recorder, as_set

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from graft_inference import Stage
-from graft_inference.grafting import Grafter
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.sampling import Noise
+from graft_inference.noise import Noise
+from graft_inference.policy.tree_builder import Grafter
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.tree import DraftTree, Source, child_paths
 
 from .tiny import learned_plan

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graft_inference.draft_head import DraftHead, DraftHeadConfig
 from graft_inference.errors import GraftError
-from graft_inference.head_checkpoint import AUX_IDS, load_head, save_head
+from graft_inference.heads.eagle3.checkpoint import AUX_IDS, load_head, save_head
+from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
 
 
 def make_head(**changes) -> DraftHead:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft_inference import METHODS
-from graft_inference.cuda_graph import waits
+from graft_inference.decode.cuda_graph import waits
 
 from .tiny import learned_policy, tiny_engine, tiny_model, tiny_policy
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from graft_inference.kv_cache import TreeCache
+from graft_inference.target.kv_cache import TreeCache
 
 LAYERS, HEADS, WIDTH = 2, 3, 4
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from graft_inference import GraftError
-from graft_inference.ngrams import LONGEST, ORDERS, NgramSource, NgramTable, RequestNgrams, context_keys
-from graft_inference.policy import depth_template
-from graft_inference.retrieval import SuccessorMatrix, Template
+from graft_inference.policy.plan import depth_template
+from graft_inference.retrieval.ngrams import LONGEST, ORDERS, NgramSource, NgramTable, RequestNgrams, context_keys
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix, Template
 from graft_inference.tree import Source
 from graft_train.build_corpus.pairs import NGRAM
 from graft_train.build_corpus.runs import SUCCESSOR_BITS, sum_pairs

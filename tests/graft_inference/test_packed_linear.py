@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from graft_inference import METHODS, packed_linear
-from graft_inference.packed_linear import pack_linears, packs
+from graft_inference import METHODS
+from graft_inference.target import packed_linear
+from graft_inference.target.packed_linear import pack_linears, packs
 
 from .tiny import tiny_engine, tiny_head, tiny_model
 

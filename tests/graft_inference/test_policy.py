@@ -3,7 +3,7 @@ import json
 import pytest
 
 from graft_inference import GraftError, Plan, Policy, Scale, Stage, paper_policy
-from graft_inference.policy import depth_template
+from graft_inference.policy.plan import depth_template
 
 from .tiny import learned_plan, learned_policy
 

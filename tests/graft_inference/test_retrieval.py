@@ -4,8 +4,8 @@ from safetensors import safe_open
 
 from graft_inference import GraftError
 from graft_inference.bundle import load_successors
-from graft_inference.policy import depth_template
-from graft_inference.retrieval import SuccessorMatrix, Template
+from graft_inference.policy.plan import depth_template
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix, Template
 from graft_inference.tree import Source, child_paths
 
 CPU = torch.device("cpu")

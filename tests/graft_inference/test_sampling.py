@@ -22,10 +22,12 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria
 
-from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage, grafting, sampling
-from graft_inference.sampling import LEFT_OUT, Noise, Sampler, gumbel
+from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage, noise
+from graft_inference.decode.sampling import Sampler
+from graft_inference.decode.verification import accept
+from graft_inference.noise import LEFT_OUT, Noise, gumbel
+from graft_inference.policy import tree_builder as grafting
 from graft_inference.tree import root_tree
-from graft_inference.verification import accept
 
 from .test_engine import SMALL, prompt, small_engine
 from .tiny import TEMPLATE, learned_policy, prefilled, told_policy
@@ -243,7 +245,7 @@ def test_noise_is_gumbel_and_independent_over_places_tokens_and_seeds():
 
 def test_noise_is_finite_for_the_greatest_number_too(monkeypatch):
     for bits in (-1, 2**63 - 1, -(2**63), 0):
-        monkeypatch.setattr(sampling, "_mix", lambda values, bits=bits: torch.full_like(values, bits))
+        monkeypatch.setattr(noise, "_mix", lambda values, bits=bits: torch.full_like(values, bits))
         assert gumbel(0, 0, 1, 3, CPU).isfinite().all()
 
 

@@ -16,16 +16,16 @@ from transformers import (
 )
 
 from graft_inference import METHODS
-from graft_inference.bucket_cache import BucketCache, move
-from graft_inference.cuda_graph import CannotCapture, NoHostReads
-from graft_inference.drafting import Layer
-from graft_inference.echo import Echo
-from graft_inference.grafting import Grafter
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.sampling import Sampler
-from graft_inference.segments import Segments, Statics
-from graft_inference.static_drafting import StaticDrafter
-from graft_inference.target import Target
+from graft_inference.decode.cuda_graph import CannotCapture, NoHostReads
+from graft_inference.decode.sampling import Sampler
+from graft_inference.decode.segments import Segments, Statics
+from graft_inference.heads.eagle3.drafter import Layer
+from graft_inference.heads.eagle3.static_drafter import StaticDrafter
+from graft_inference.policy.tree_builder import Grafter
+from graft_inference.retrieval.prompt_lookup import Echo
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.target.bucket_cache import BucketCache, move
+from graft_inference.target.model import Target
 from graft_inference.tree import DraftTree
 
 from .families import FAMILIES, family_model

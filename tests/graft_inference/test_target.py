@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graft_inference import GraftError
-from graft_inference.target import Target
+from graft_inference.target.model import Target
 
 from .test_tree import random_tree, token_path
 from .tiny import tiny_model

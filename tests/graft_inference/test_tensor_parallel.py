@@ -8,7 +8,7 @@ from pathlib import Path
 
 from graft_inference import METHODS, GraftEngine
 from graft_inference.bundle import load_bundle
-from graft_inference.head_checkpoint import save_head
+from graft_inference.heads.eagle3.checkpoint import save_head
 
 from .test_engine import prompt
 from .tiny import tiny_head, tiny_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graft_inference.retrieval import SuccessorMatrix, Template
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix, Template
 from graft_inference.tree import DraftTree, Source, child_paths, compete, merge, root_tree
 
 PATHS = ((0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0))

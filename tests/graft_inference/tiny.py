@@ -6,11 +6,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from graft_inference import GenerationStats, GraftEngine, Plan, Policy, Scale, Stage
-from graft_inference.draft_head import DraftHead, DraftHeadConfig
-from graft_inference.echo import LONGEST
+from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
 from graft_inference.request import Row
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.target import Target
+from graft_inference.retrieval.prompt_lookup import LONGEST
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.target.model import Target
 
 VOCAB = 61
 SIZES = {

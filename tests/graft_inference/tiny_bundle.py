@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from graft_inference.bundle import describe_target
-from graft_inference.head_checkpoint import save_head
-from graft_inference.ngrams import KEY_BITS, LONGEST, ORDERS, SLOTS, TAG_BITS, context_keys
+from graft_inference.heads.eagle3.checkpoint import save_head
+from graft_inference.retrieval.ngrams import KEY_BITS, LONGEST, ORDERS, SLOTS, TAG_BITS, context_keys
 
 from .tiny import VOCAB, tiny_head, tiny_model, tiny_policy
 

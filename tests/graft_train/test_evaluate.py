@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
-from graft_inference import round as round_module
-from graft_inference.fallback import MEASURED
+from graft_inference.decode import round as round_module
+from graft_inference.policy.fallback import MEASURED
 from graft_inference.stats import PhaseClock
 from graft_train.config import Config
 from graft_train.config.target import TargetConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from graft_inference import GraftError
-from graft_inference.ngrams import LONGEST, ORDERS, context_keys
-from graft_inference.retrieval import SuccessorMatrix
+from graft_inference.retrieval.ngrams import LONGEST, ORDERS, context_keys
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.build_corpus import pairs
 from graft_train.build_corpus.pairs import (
     NGRAM,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graft_inference import GraftError, Plan, Stage, paper_policy
-from graft_inference.ngrams import NgramTable
+from graft_inference.retrieval.ngrams import NgramTable
 from graft_train.calibrate import latency as latency_module
 from graft_train.calibrate import scale as scale_module
 from graft_train.calibrate.latency import Latency

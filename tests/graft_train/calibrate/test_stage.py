@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftEngine, GraftError, Policy
 from graft_inference.device import warn_if_elsewhere
-from graft_inference.head_checkpoint import save_head
+from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_train import calibrate as module
 from graft_train.calibrate import calibrate
 from graft_train.calibrate.latency import RoundTimer

@@ -3,8 +3,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft_inference import GraftError
-from graft_inference.kv_cache import TreeCache
-from graft_inference.target import Target
+from graft_inference.target.kv_cache import TreeCache
+from graft_inference.target.model import Target
 from graft_train.data import states as states_module
 from graft_train.data.states import TappedTarget
 

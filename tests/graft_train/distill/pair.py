@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graft_inference.draft_head import DraftHead, DraftHeadConfig
+from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
 from graft_train.data.samples import Sample, answered
 
 VOCAB, WIDTH = 31, 16

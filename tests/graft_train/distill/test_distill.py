@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftEngine, GraftError
 from graft_inference import bundle as bundle_module
-from graft_inference.head_checkpoint import load_head
-from graft_inference.policy import Plan, Policy, Stage
-from graft_inference.retrieval import SuccessorMatrix
-from graft_inference.target import Target
+from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.policy.plan import Plan, Policy, Stage
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.target.model import Target
 from graft_train import distill as stage_module
 from graft_train.config import Config
 from graft_train.config.head import HeadTrainConfig

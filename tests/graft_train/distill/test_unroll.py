@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from graft_inference.drafting import Drafter
-from graft_inference.target import Target
+from graft_inference.heads.eagle3.drafter import Drafter
+from graft_inference.target.model import Target
 from graft_train.data.states import TappedTarget
 from graft_train.distill.attention import flex_attention, merged_attention, reference_attention
 from graft_train.distill.layout import make_layout

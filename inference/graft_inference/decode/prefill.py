@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .drafting import read_all
+from ..heads.eagle3.drafter import read_all
+from ..target.model import Target
+from ..tree import root_tree
 from .state import DecodeState
-from .target import Target
-from .tree import root_tree
 
 Piece = tuple[int, int, int]
 """Index of a prompt, and where its piece starts and ends."""

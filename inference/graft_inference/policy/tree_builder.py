@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .echo import Echo
-from .errors import GraftError
-from .ngrams import NgramSource, NgramTable
-from .policy import Plan, Stage
-from .retrieval import SuccessorMatrix, Template
-from .sampling import Noise
-from .tree import DraftTree, Source, compete, merge
+from ..errors import GraftError
+from ..noise import Noise
+from ..retrieval.ngrams import NgramSource, NgramTable
+from ..retrieval.prompt_lookup import Echo
+from ..retrieval.successor_matrix import SuccessorMatrix, Template
+from ..tree import DraftTree, Source, compete, merge
+from .plan import Plan, Stage
 
 LEAST = 1e-4
 """Probabilities this close to 0 and 1 count as that close."""

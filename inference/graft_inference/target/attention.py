@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from .errors import GraftError
+from ..errors import GraftError
 
 ATTENTION = "graft_tree"
 

@@ -6,10 +6,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .drafting import Drafter
-from .kv_cache import TreeCache
-from .policy import Plan
-from .retrieval import SuccessorMatrix
+from ..heads.eagle3.drafter import Drafter
+from ..policy.plan import Plan
+from ..retrieval.successor_matrix import SuccessorMatrix
+from ..target.kv_cache import TreeCache
 from .state import DecodeState
 
 

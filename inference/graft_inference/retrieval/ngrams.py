@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import GraftError
-from .retrieval import SuccessorMatrix, Template
-from .sampling import LEAST, Noise
-from .tree import DraftTree
+from ..errors import GraftError
+from ..noise import LEAST, Noise
+from ..tree import DraftTree
+from .successor_matrix import SuccessorMatrix, Template
 
 ORDERS = (3, 2)
 """Lengths of the contexts that are looked up, the longest first."""

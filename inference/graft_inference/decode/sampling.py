@@ -5,13 +5,10 @@ draws (verification.py), so that it is an ancestral sample of the target. The no
 and on the token's place in the output alone. Nodes of one depth therefore share it, which is exact, because
 only one of them is on the path; and the same seed gives the same text whatever tree found it.
 
-For the same reason the noise may be told to whoever proposes tokens. A draft head that adds it to its own scores
-meets the draw wherever both agree, though neither knows what the other will say (Gumbel coupling: Daliri, Musco and
-Suresh, arXiv 2408.07978): a draw from a flat distribution is foreseen as well as its likeliest token.
+For the same reason the noise may be told to whoever proposes tokens (noise.py).
 """
 
 from collections.abc import Set
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -28,8 +25,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from .errors import GraftError
-from .tree import DraftTree, Source
+from ..errors import GraftError
+from ..noise import Noise, gumbel
+from ..tree import DraftTree, Source
 
 TRUNCATING = {
     TopKLogitsWarper,
@@ -46,66 +44,6 @@ CONTEXT_FREE = {SuppressTokensLogitsProcessor, *WARPERS}
 
 AHEAD = 16
 """Places whose noise is made before they are reached."""
-LEAST = 2.0**-24
-"""What is known to be possible is at least so likely; fp16 rounds smaller numbers to zero."""
-MEAN_GUMBEL = 0.5772156649
-"""Of the noise of a token that nobody names."""
-LEFT_OUT = 3.0
-"""Nats taken off a token that the settings would leave out if the head were the target, which may see it otherwise."""
-
-
-@dataclass
-class Noise:
-    """What a round's draws add to the target's scores.
-
-    Attributes:
-        gumbel_PV: by place, from that of the root's child on.
-        temperature: that the scores are divided by.
-        warpers: what else unlikely tokens go through, temperature included, in the order of the request; None where no
-            token is left out.
-    """
-
-    gumbel_PV: Tensor
-    temperature: float
-    warpers: LogitsProcessorList | None = None
-
-    def told(self, scores_MN: Tensor, ids_N: Tensor, depth: int) -> Tensor:
-        """Scores of tokens at that depth of a tree as they will be drawn, if they are the target's.
-
-        Args:
-            scores_MN: log-probabilities, but for a constant of each row.
-            ids_N: the tokens, of all rows or of each.
-        """
-        place_N = ids_N + (depth - 1) * self.gumbel_PV.shape[1]
-        return scores_MN / self.temperature + self.gumbel_PV.view(-1).take(place_N)
-
-    def foreseen(self, logits_BD: Tensor, ids_D: Tensor, depth: int) -> Tensor:
-        """A head's scores as they will be drawn. What top-k, top-p or the like would leave out comes behind the rest.
-
-        Args:
-            logits_BD: over the draft vocabulary.
-            ids_D: that vocabulary.
-        """
-        scores_BD = self.told(logits_BD, ids_D, depth)
-        if self.warpers is None:
-            return scores_BD
-        kept_BD = self.warpers(ids_D[None], logits_BD)  # type: ignore[arg-type]
-        return scores_BD - LEFT_OUT * kept_BD.isneginf()
-
-    def ranked(self, ids_MK: Tensor, probs_MK: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` of these successors that are likeliest to be drawn, and their log-probabilities of it.
-
-        Args:
-            ids_MK: -1 where there is none.
-            probs_MK: of each; what they leave to 1 belongs to tokens that are not named.
-            depth: at which they stand.
-        """
-        none_MK = ids_MK < 0
-        scores_MK = self.told(probs_MK.clamp(min=LEAST).log(), ids_MK.clamp(min=0).long(), depth)
-        rest_M1 = (1 - probs_MK.masked_fill(none_MK, 0.0).sum(dim=1, keepdim=True)).clamp(min=LEAST).log() + MEAN_GUMBEL
-        scores_MK = torch.cat((scores_MK.masked_fill(none_MK, -torch.inf), rest_M1), dim=1)
-        best = scores_MK.log_softmax(dim=1)[:, :-1].topk(count, dim=1)
-        return ids_MK.gather(1, best.indices), best.values
 
 
 class Sampler:
@@ -247,35 +185,3 @@ def _choose(scores_NV: Tensor, noise: Noise | None, depths_N: Tensor) -> Tensor:
 
 def _logprobs(scores_NV: Tensor, tokens_N: Tensor) -> Tensor:
     return scores_NV.float().log_softmax(dim=-1).gather(1, tokens_N[:, None])[:, 0]
-
-
-def gumbel(seed: int | Tensor, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise for consecutive places of the output, [places, V] float32.
-
-    Seed and first place may be int64 tensors of one element, which a captured graph reads anew.
-
-    A pure function of seed, place and token id (counters through the finaliser of SplitMix64, Steele et al.
-    2014), so that a place keeps its noise however the rounds fall. argmax(score + noise) samples
-    softmax(score).
-    """
-    place_P = torch.arange(places, device=device) + place
-    token_V = torch.arange(vocab_size, device=device)
-    key_P = _mix(place_P * signed(0x9E3779B97F4A7C15) + (seed if isinstance(seed, Tensor) else signed(seed)))
-    bits_PV = _mix(key_P[:, None] + token_V * signed(0xD1342543DE82EF95))
-    # The top 32 bits as a number in (0, 1); small ones keep their relative precision in float32.
-    # The largest would round to 1, whose noise is infinite.
-    uniform_PV = ((bits_PV >> 32) + 2**31).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    # -log1p(-u) is exponential, and minus its logarithm Gumbel.
-    return uniform_PV.neg_().log1p_().neg_().log_().neg_()
-
-
-def _mix(bits: Tensor) -> Tensor:
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
-    return bits ^ ((bits >> 31) & (2**33 - 1))
-
-
-def signed(value: int) -> int:
-    """The 64-bit pattern of an integer as a signed one, which is what int64 tensors hold."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .device import event
+from ..device import event
 
 Function = Callable[[], Sequence[Tensor]]
 READS = {"item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2"}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..device import without_plans
+from ..errors import GraftError
+from ..tree import DraftTree
 from .attention import ATTENTION, Visibility
 from .bucket_cache import BucketCache
-from .device import without_plans
-from .errors import GraftError
 from .kv_cache import PackedCaches, TreeCache
-from .tree import DraftTree
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 SWITCHING_ROPE = {"dynamic", "longrope"}

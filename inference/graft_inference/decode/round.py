@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .drafting import Draft, Drafter, begin_all, deepen_all, defer_all
-from .policy import Stage
+from ..heads.eagle3.drafter import Draft, Drafter, begin_all, deepen_all, defer_all
+from ..policy.plan import Stage
+from ..target.model import Target, TargetOutput
+from ..tree import DraftTree, root_tree
 from .state import DecodeState
-from .target import Target, TargetOutput
-from .tree import DraftTree, root_tree
 from .verification import Acceptance, Emitted, accept, learn, of_record, to_record
 
 

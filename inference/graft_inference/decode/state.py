@@ -4,17 +4,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .drafting import Drafter
-from .echo import Echo
-from .fallback import Fallback
-from .grafting import Grafter
-from .kv_cache import TreeCache
-from .ngrams import NgramSource
-from .policy import Plan
-from .retrieval import SuccessorMatrix
-from .sampling import Noise, Sampler
-from .stats import GenerationStats, PhaseClock
-from .tree import DraftTree
+from ..heads.eagle3.drafter import Drafter
+from ..noise import Noise
+from ..policy.fallback import Fallback
+from ..policy.plan import Plan
+from ..policy.tree_builder import Grafter
+from ..retrieval.ngrams import NgramSource
+from ..retrieval.prompt_lookup import Echo
+from ..retrieval.successor_matrix import SuccessorMatrix
+from ..stats import GenerationStats, PhaseClock
+from ..target.kv_cache import TreeCache
+from ..tree import DraftTree
+from .sampling import Sampler
 
 
 @dataclass

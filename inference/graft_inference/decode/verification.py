@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .retrieval import SuccessorMatrix
-from .tree import DraftTree, Source
+from ..retrieval.successor_matrix import SuccessorMatrix
+from ..tree import DraftTree, Source
 
 Emitted = tuple[list[int], list[str]]
 """Tokens that a round emits for one prompt, and where each came from."""

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from ..errors import GraftError
+from ..tree import DraftTree, Source
 from .attention import UntoldError, Visibility
-from .errors import GraftError
-from .target import Target
-from .tree import DraftTree, Source
+from .model import Target
 
 PROMPT = 12
 PARENTS = (0, 0, 0, 1, 2, 3, 4)

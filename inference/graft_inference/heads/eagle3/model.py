@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from .errors import GraftError
+from ...errors import GraftError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query_BQSD, key_BKSD, value_BKSD) of this pass -> attended values BQSD; owns cache and mask."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .errors import GraftError
+from ..errors import GraftError
 
 
 class TreeCacheLayer(CacheLayerMixin):

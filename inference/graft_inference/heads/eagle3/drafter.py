@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .draft_head import DraftHead
-from .kv_cache import allocate
-from .sampling import Noise
-from .target import Target
-from .tree import DraftTree, Source, child_paths, root_tree
+from ...noise import Noise
+from ...target.kv_cache import allocate
+from ...target.model import Target
+from ...tree import DraftTree, Source, child_paths, root_tree
+from .model import DraftHead
 
 DEFERRED = 64
 """Positions that the head leaves unread at most: they hold memory, and the next draft waits for them."""

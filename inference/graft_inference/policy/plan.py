@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise, repeat
 from typing import Any, Self, get_args, get_origin
 
-from .echo import LONGEST
-from .errors import GraftError
+from ..errors import GraftError
+from ..retrieval.prompt_lookup import LONGEST
 
 METHODS = ("graft", "eagle3", "prune", "retrieve", "autoregressive")
 RankPaths = tuple[tuple[int, ...], ...]

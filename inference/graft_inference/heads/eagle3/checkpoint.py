@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .draft_head import DraftHead, DraftHeadConfig, default_aux_layer_ids
-from .errors import GraftError
-from .files import read_json, read_safetensors, replace_file
+from ...errors import GraftError
+from ...files import read_json, read_safetensors, replace_file
+from .model import DraftHead, DraftHeadConfig, default_aux_layer_ids
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

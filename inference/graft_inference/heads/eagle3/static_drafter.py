@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .draft_head import DraftHead
-from .drafting import Drafter, Layer, propose
-from .kv_cache import allocate
-from .sampling import Noise
-from .target import Target
+from ...noise import Noise
+from ...target.kv_cache import allocate
+from ...target.model import Target
+from .drafter import Drafter, Layer, propose
+from .model import DraftHead
 
 
 class StaticDrafter:

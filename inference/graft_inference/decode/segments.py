@@ -10,18 +10,19 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .bucket_cache import BucketCache, BucketVisibility, allocated
+from ..heads.eagle3.drafter import Draft, Layer
+from ..heads.eagle3.static_drafter import StaticDrafter
+from ..noise import Noise
+from ..policy.plan import Plan, Stage
+from ..policy.tree_builder import Grafter
+from ..retrieval.prompt_lookup import Echo
+from ..retrieval.successor_matrix import SuccessorMatrix
+from ..target.bucket_cache import BucketCache, BucketVisibility, allocated
+from ..target.kv_cache import TreeCache
+from ..target.model import Target
+from ..tree import DraftTree, root_tree
 from .cuda_graph import CudaGraphs
-from .drafting import Draft, Layer
-from .echo import Echo
-from .grafting import Grafter
-from .kv_cache import TreeCache
-from .policy import Plan, Stage
-from .retrieval import SuccessorMatrix
-from .sampling import Noise, Sampler
-from .static_drafting import StaticDrafter
-from .target import Target
-from .tree import DraftTree, root_tree
+from .sampling import Sampler
 from .verification import Acceptance, accept, learn, to_record
 
 

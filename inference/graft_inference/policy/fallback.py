@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from statistics import median
 
-from .policy import AUTOREGRESSIVE, Plan
+from .plan import AUTOREGRESSIVE, Plan
 
 SHARE = 0.02
 """Of the autoregressive time, what may be lost in the long run."""

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import GraftError
-from .sampling import LEAST, Noise
-from .tree import PATH_BASE, DraftTree, Source
+from ..errors import GraftError
+from ..noise import LEAST, Noise
+from ..tree import PATH_BASE, DraftTree, Source
 
 RankPath = tuple[int, ...]
 

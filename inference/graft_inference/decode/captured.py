@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .bucket_cache import BucketCache, bucket, move
+from ..errors import GraftError
+from ..heads.eagle3.drafter import Layer
+from ..heads.eagle3.model import DraftHead
+from ..heads.eagle3.static_drafter import StaticDrafter
+from ..noise import signed
+from ..policy.plan import Stage
+from ..retrieval.prompt_lookup import Echo
+from ..retrieval.successor_matrix import SuccessorMatrix
+from ..target.bucket_cache import BucketCache, bucket, move
+from ..target.kv_cache import TreeCache
+from ..target.model import SWITCHING_ROPE, Target, rope_type
+from ..tree import DraftTree
 from .cuda_graph import CannotCapture, Captured, CudaGraphs, Function
-from .draft_head import DraftHead
-from .drafting import Layer
-from .echo import Echo
-from .errors import GraftError
-from .kv_cache import TreeCache
-from .policy import Stage
-from .retrieval import SuccessorMatrix
-from .sampling import Sampler, signed
+from .sampling import Sampler
 from .segments import Segments, Statics, slack_rows
 from .state import DecodeState
-from .static_drafting import StaticDrafter
-from .target import SWITCHING_ROPE, Target, rope_type
-from .tree import DraftTree
 from .verification import Emitted, of_record
 
 CAPTURED_PROCESSORS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}

@@ -1,0 +1,1 @@
+"""The decode loop: a round, verification, sampling, what a request carries."""

@@ -1,0 +1,1 @@
+"""Draft heads, a folder a family."""

@@ -1,0 +1,1 @@
+"""When to stop drafting, and which nodes make the tree."""

@@ -1,0 +1,1 @@
+"""Sources of draft tokens that run no model."""

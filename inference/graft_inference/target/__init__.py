@@ -1,0 +1,1 @@
+"""The target under tree attention, with its caches."""
