@@ -7,20 +7,26 @@ D in `logp_BD` draft vocabulary, H hidden size, E tapped states concatenated, k 
 
 from .engine import GraftEngine
 from .errors import GraftError
-from .policy.plan import METHODS, Plan, Policy, Scale, Stage, paper_policy
+from .policy.acceptance import AcceptanceModel, SourceModel
+from .policy.plan import Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
+from .policy.policy import METHODS, Policy, paper_policy
 from .request import Request
 from .stats import Generation, GenerationStats
 
 __all__ = [
     "METHODS",
+    "AcceptanceModel",
+    "Checkpoint",
     "Generation",
     "GenerationStats",
     "GraftEngine",
     "GraftError",
     "Plan",
     "Policy",
+    "QuotaCheckpoint",
+    "QuotaPlan",
     "Request",
-    "Scale",
-    "Stage",
+    "ScoredPlan",
+    "SourceModel",
     "paper_policy",
 ]

@@ -3,7 +3,6 @@
 config.json, model.safetensors   the draft head, an EAGLE-3 checkpoint
 graft.json                       the policy, and fingerprints of the target
 successors.safetensors           the successor matrix
-ngrams.safetensors               longer contexts, if a plan of the policy uses them
 """
 
 import hashlib
@@ -24,9 +23,8 @@ from .errors import GraftError
 from .files import parse_json, read_json, read_safetensors
 from .heads.eagle3.checkpoint import load_head, load_head_config
 from .heads.eagle3.model import DraftHead, DraftHeadConfig
-from .policy.plan import METHODS, Policy, paper_policy
+from .policy.policy import METHODS, Policy, paper_policy
 from .policy.tree_builder import check_sources
-from .retrieval.ngrams import SLOTS, NgramTable
 from .retrieval.successor_matrix import SuccessorMatrix
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -48,7 +46,6 @@ class Bundle:
     head: DraftHead
     policy: Policy
     successors: SuccessorMatrix
-    ngrams: NgramTable | None = None
 
 
 def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> Bundle:
@@ -77,12 +74,9 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
     head = load_head(directory, layers)
     here = describe_target(made_for["name_or_path"], target_config, tokenizer)
     successors = load_successors(directory / "successors.safetensors", shape.vocab_size, here)
-    ngrams = None
-    if policy.needs_ngrams:
-        ngrams = load_ngrams(directory / "ngrams.safetensors", shape.vocab_size, here)
     for method in METHODS:
-        check_sources(policy.plan(method), shape.draft_vocab_size, successors, ngrams)
-    return Bundle(head, policy, successors, ngrams)
+        check_sources(policy.plan(method), shape.draft_vocab_size, {"matrix": successors})
+    return Bundle(head, policy, successors)
 
 
 def _unmeasured(shape: DraftHeadConfig) -> tuple[Policy, SuccessorMatrix]:
@@ -193,28 +187,6 @@ def load_successors(path: Path, vocab_size: int, made_for: dict[str, Any] | None
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
         raise GraftError(f"{path}: ids names a successor of one token twice; the file is corrupt")
     return SuccessorMatrix(ids, probs, made_for=built_for)
-
-
-def load_ngrams(path: Path, vocab_size: int, made_for: dict[str, Any] | None = None) -> NgramTable:
-    """Reads and checks an n-gram table, see `NgramTable`; arguments and errors as `load_successors`."""
-    tensors, built_for = read_table(path, made_for)
-    if set(tensors) != {"tags", "successors", "counts", "totals"}:
-        raise GraftError(f"{path} must hold tags, successors, counts and totals, not {sorted(tensors)}")
-    buckets = len(tensors["tags"]) if tensors["tags"].dim() else 0
-    k = tensors["successors"].shape[-1] if tensors["successors"].dim() == 3 else 0
-    for name, tensor in tensors.items():
-        shape = (buckets, SLOTS) if name in ("tags", "totals") else (buckets, SLOTS, k)
-        if tensor.dtype != torch.int32 or tensor.shape != shape or 0 in shape:
-            raise GraftError(f"{path}: {name} must be int32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
-    successors = tensors["successors"]
-    if int(successors.min()) < -1 or int(successors.max()) >= vocab_size:
-        raise GraftError(f"{path}: successors must lie in -1..{vocab_size - 1}; the file is corrupt")
-    if min(int(tensors["counts"].min()), int(tensors["totals"].min())) < 0 or int(tensors["tags"].min()) < -1:
-        raise GraftError(f"{path}: counts, totals and tags must not be negative, but for empty tags; it is corrupt")
-    try:
-        return NgramTable(tensors["tags"], successors, tensors["counts"], tensors["totals"], built_for)
-    except GraftError as error:
-        raise GraftError(f"{path}: {error}; build the corpus again") from error
 
 
 def read_table(

@@ -12,7 +12,7 @@ from .bundle import load_bundle, load_target_model
 from .chat_template import check_template, encode_chat, naming_refusals, opening, template_variables
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
-from .policy.plan import METHODS
+from .policy.policy import METHODS
 from .prompts import check_text, text_ids
 
 
@@ -112,14 +112,14 @@ def _check_texts(options: argparse.Namespace) -> None:
 
 def summary(stats: GenerationStats) -> str:
     """Two lines for people."""
-    stages = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.stages.items()))
+    checkpoints = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.checkpoints.items()))
     accepted = ", ".join(f"{source} {tokens}" for source, tokens in stats.accepted.items())
     fallback = ", ".join(f"{name} {rounds}" for name, rounds in sorted(stats.fallback.items()))
     fallback = f"; by plan: {fallback}" if fallback else ""
     return (
         f"{stats.emitted} tokens, {stats.tokens_per_second:.1f} tokens/s, "
         f"acceptance length {stats.acceptance_length:.2f}, prefill {stats.seconds['prefill'] * 1e3:.0f} ms\n"
-        f"{stats.rounds} rounds stopped at: {stages or 'none'}; accepted: {accepted}{fallback}"
+        f"{stats.rounds} rounds stopped at: {checkpoints or 'none'}; accepted: {accepted}{fallback}"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .policy.plan import Policy
+from .policy.policy import Policy
 
 
 def without_plans(device: torch.device) -> None:

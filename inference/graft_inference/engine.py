@@ -19,26 +19,26 @@ from .decode.prefill import prefill
 from .decode.prefix import KeptPrefix
 from .decode.round import run_round
 from .decode.state import DecodeState
-from .decode.verification import Emitted
 from .device import warn_if_elsewhere
 from .errors import GraftError
-from .heads.eagle3.drafter import Drafter
+from .heads.eagle3.drafter import Eagle3Proposer
 from .heads.eagle3.model import DraftHead
 from .policy.fallback import Fallback, Fallbacks, fallback_plans
-from .policy.plan import Plan, Policy
-from .policy.tree_builder import Grafter, check_sources
+from .policy.plan import Plan
+from .policy.policy import Policy
+from .policy.tree_builder import TreeBuilder, builder_of, check_sources
 from .prompts import Prompts
+from .proposer import SCOPES, Opening, TokenSource
 from .request import Request, Row, ends_of
-from .retrieval.ngrams import NgramSource, NgramTable, RequestNgrams
-from .retrieval.prompt_lookup import Echo
+from .retrieval.sources import SOURCES
 from .retrieval.successor_matrix import SuccessorMatrix
+from .speculator import Speculation, Speculator
 from .stats import Generation, GenerationStats, PhaseClock
 from .target.kv_cache import TreeCache
 from .target.model import Target
 from .target.packed_linear import pack_linears
 from .target.self_check import self_check
-
-SCOPES = ("request", "engine", "frozen")
+from .verification import Emitted
 
 
 class GraftEngine:
@@ -53,13 +53,11 @@ class GraftEngine:
         eos_token_ids: generation ends after one of these, and no other.
         tokenizer: the target's, to find stop strings with.
         retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the
-            "engine"; "frozen" teaches it nothing. The longer contexts of a request's own text are known to
-            itself in any case, and to others where they stay in the "engine".
+            "engine"; "frozen" teaches it nothing.
         prefill_chunk: most tokens of prompts that are read in one pass; fewer need less memory.
         keep_prefix: keep the caches of the last request that ended, or whose stream was closed, so that the next turn
             of its chat reads only what is new. Output is the same, though not always the rounds: the matrix learns
             nothing from what is not read again. Memory stays taken.
-        ngrams: the corpus's longer contexts, for plans that use them.
         captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
         fallback: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.
             A request's own `plan` and the other methods stay what they are.
@@ -76,7 +74,6 @@ class GraftEngine:
         retrieval_scope: str = "request",
         prefill_chunk: int = 1024,
         keep_prefix: bool = False,
-        ngrams: NgramTable | None = None,
         captured: bool | None = None,
         fallback: bool = True,
     ) -> None:
@@ -91,20 +88,19 @@ class GraftEngine:
         self.policy = policy
         self.head = head
         self.successors = successors
-        self.ngrams = ngrams
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tokenizer = tokenizer
         self.retrieval_scope = retrieval_scope
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
+        self.speculator = Speculator(Eagle3Proposer(head, target.embed, target.max_positions))
         self.captured: CapturedRounds | None = None
         if captured or (captured is None and is_cuda):
-            self.captured = CapturedRounds(target, head, CudaGraphs(target.device))
+            self.captured = CapturedRounds(target, self.speculator, CudaGraphs(target.device))
         self.fallback = fallback
         self.fallbacks: Fallbacks = {}
         self._kept: KeptPrefix | None = None
-        self._contexts: RequestNgrams | None = None
-        self._grafters: dict[Plan, Grafter] = {}
+        self._builders: dict[Plan, TreeBuilder] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -174,10 +170,9 @@ class GraftEngine:
             if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight, target.embedding_weight):
                 head.embed_tokens = None  # a copy of the target's
             warn_if_elsewhere(bundle.policy, target.device)
-            ngrams = bundle.ngrams and bundle.ngrams.to(target.device)
             matrix = bundle.successors.to(target.device)
             ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))
-            engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, ngrams=ngrams, **settings)
+            engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, **settings)
             if packed and not target.is_split:
                 pack_linears(model)
                 pack_linears(head)
@@ -266,7 +261,7 @@ class GraftEngine:
     ) -> Generator[tuple[int, int], None, None]:
         """Yields tokens as they are accepted, with the index of their prompt."""
         plan = request.plan or self.policy.plan(request.method)
-        check_sources(plan, self.head.config.draft_vocab_size, self.successors, self.ngrams)
+        check_sources(plan, self.head.config.draft_vocab_size, self.tables)
         if request.temperature and request.seed is None and self.target.is_parallel:
             raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
         rows = request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)
@@ -277,7 +272,7 @@ class GraftEngine:
             opened, first = self._prefill(rows, plan, each, logprobs or [None] * len(rows))
             if self.fallback and request.plan is None and request.method == "graft":
                 for state in opened:
-                    state.fallback_plans = tuple(map(self._grafter, fallback_plans(plan).values()))
+                    state.levels = tuple(map(self._builder, fallback_plans(plan).values()))
                     state.fallbacks = self.fallbacks.setdefault(plan, {})
         with suppress(GeneratorExit):  # the caller has enough: between two tokens everything is in order
             yield from self._rounds(rows, opened, first, request.streamer)
@@ -322,7 +317,7 @@ class GraftEngine:
             self._open(row, plan, stats, found, resumes=len(rows) == 1)
             for row, stats, found in zip(rows, each, logprobs, strict=True)
         ]
-        first = prefill(self.target, states, [row.prompt_S for row in rows], self.prefill_chunk)
+        first = prefill(self.target, self.speculator, states, [row.prompt_S for row in rows], self.prefill_chunk)
         for state in states:
             state.clock.mark("prefill")
         return states, first
@@ -335,69 +330,58 @@ class GraftEngine:
         Args:
             resumes: whether a kept prefix may be used, which only one request can.
         """
-        clock = PhaseClock(stats.seconds, self.target.device)
-        prompt_S = row.prompt_S
-        cache, drafter, successors = self._caches(prompt_S, row.new_tokens, plan, stats, resumes)
-        # As many as the cache: the last round may go beyond the request's end.
-        capacity = len(prompt_S) + row.new_tokens + plan.max_rows
-        state = DecodeState(
-            plan=plan,
-            grafter=self._grafter(plan),
-            fallback_plans=(),
-            cache=cache,
-            drafter=drafter,
-            successors=successors,
-            ngrams=self._ngrams(plan, successors),
-            echo=Echo(capacity, self.target.device) if plan.echoes else None,
-            learns=successors is not None and self.retrieval_scope != "frozen",
-            sampler=row.sampler,
-            place=0,
-            root_1=prompt_S[-1:],
-            fresh_tokens_A=prompt_S[:0],
-            fresh_aux_AE=torch.empty((0, 0), device=self.target.device),
-            history_S=row.seen_S if row.sampler.needs_history else None,
-            tokens=[],
-            logprobs=logprobs,
-            stats=stats,
-            clock=clock,
-        )
-        state.read(prompt_S)
-        return state
-
-    def _ngrams(self, plan: Plan, successors: SuccessorMatrix | None) -> NgramSource | None:
-        """This request's source of longer contexts, not yet told any text."""
-        if not plan.ngrams or self.ngrams is None or successors is None:
-            return None
-        if self.retrieval_scope == "engine" and self._contexts is None:
-            self._contexts = RequestNgrams(self.target.device)
-        return NgramSource(self.ngrams, successors, self._contexts)
-
-    def _caches(
-        self, prompt_S: Tensor, new_tokens: int, plan: Plan, stats: GenerationStats, resumes: bool
-    ) -> tuple[TreeCache, Drafter | None, SuccessorMatrix | None]:
-        """Those of this request, holding what the last one left of the same text."""
-        committed = len(prompt_S) + new_tokens
-        rows = committed + plan.max_rows
-        head_rows = committed + plan.topk * plan.num_steps
-        successors = None
-        if plan.expands:
-            successors = self.successors.clone() if self.retrieval_scope == "request" else self.successors
         kept = None
         if resumes:
             kept, self._kept = self._kept, None
+        prompt_S = row.prompt_S
         stats.reused = kept.shared(prompt_S, plan.drafts) if kept else 0
-        if kept is None or not stats.reused:
-            drafter = Drafter(self.head, self.target, plan.topk, head_rows) if plan.drafts else None
-            return self.target.new_cache(rows), drafter, successors
-        if self.retrieval_scope == "request" and plan.expands and kept.successors and kept.continues(prompt_S):
-            successors = kept.successors
-        return *kept.resume(stats.reused, plan, rows, head_rows), successors
+        cache, head = self._caches(prompt_S, row.new_tokens, plan, kept if stats.reused else None)
+        speculation = Speculation(
+            builder=self._builder(plan),
+            head=head,
+            sources=self._sources(prompt_S, row.new_tokens, plan, kept if stats.reused else None),
+            root_1=prompt_S[-1:],
+            fresh_tokens_A=prompt_S[:0],
+            fresh_aux_AE=torch.empty((0, 0), device=self.target.device),
+        )
+        return DecodeState(
+            speculation=speculation,
+            cache=cache,
+            sampler=row.sampler,
+            history_S=row.seen_S if row.sampler.needs_history else None,
+            logprobs=logprobs,
+            stats=stats,
+            clock=PhaseClock(stats.seconds, self.target.device),
+        )
+
+    def _sources(
+        self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
+    ) -> dict[str, TokenSource]:
+        """Those that the plan asks, told the prompt."""
+        # As many as the cache: the last round may go beyond the request's end.
+        capacity = len(prompt_S) + new_tokens + plan.num_draft_tokens
+        left = kept.sources if kept and kept.continues(prompt_S) else {}
+        return {
+            name: SOURCES[name].open(Opening(prompt_S, capacity, self.tables, self.retrieval_scope, left.get(name)))
+            for name in plan.sources
+        }
+
+    def _caches(
+        self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
+    ) -> tuple[TreeCache, Any | None]:
+        """Those of the target and the head, holding what the last request left of the same text."""
+        committed = len(prompt_S) + new_tokens
+        rows, head_rows = committed + plan.num_draft_tokens, committed + plan.topk * plan.num_steps
+        if kept is not None:
+            return kept.resume(kept.shared(prompt_S, plan.drafts), plan, rows, head_rows)
+        head = self.speculator.head.open(plan.topk, head_rows) if plan.drafts else None
+        return self.target.new_cache(rows), head
 
     def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:
         """One target pass for all of them: the tokens it emits for each, and where each came from."""
         fallback, clock = self._govern(states), states[0].clock
         started, captures = clock.now(), self.captured and self.captured.captures
-        emitted = self._replayed(states) or run_round(self.target, states)
+        emitted = self._replayed(states) or run_round(self.target, self.speculator, states)
         # A round that captures a graph is slow once, which is no plan's fault.
         if fallback is not None and captures == (self.captured and self.captured.captures):
             fallback.record(clock.now() - started, sum(len(tokens) for tokens, _ in emitted))
@@ -405,7 +389,7 @@ class GraftEngine:
 
     def _govern(self, states: Sequence[DecodeState]) -> Fallback | None:
         """Chooses the next round's plan where requests may fall back; each number of prompts is a case of its own."""
-        levels = states[0].fallback_plans
+        levels = states[0].levels
         if not levels:
             return None
         fallbacks, size = states[0].fallbacks, len(states).bit_length()
@@ -414,8 +398,7 @@ class GraftEngine:
         fallback = fallbacks[size]
         place, reason = fallback.choose(max(state.cache.length for state in states))
         for state in states:
-            state.grafter = state.fallback_plans[place]
-            state.plan = state.grafter.plan
+            state.speculation.builder = state.levels[place]
             state.stats.fallback[reason] += 1
         return fallback
 
@@ -424,13 +407,18 @@ class GraftEngine:
         if self.captured is None:
             return None
         if len(states) == 1:
-            emitted = self.captured.round(states[0], self.successors)
+            emitted = self.captured.round(states[0], self.tables)
             return None if emitted is None else [emitted]
         for state in states:
             state.stats.uncaptured = "several prompts are decoded together"
         return None
 
-    def _grafter(self, plan: Plan) -> Grafter:
-        if plan not in self._grafters:
-            self._grafters[plan] = Grafter(plan, self.target.device)
-        return self._grafters[plan]
+    def _builder(self, plan: Plan) -> TreeBuilder:
+        if plan not in self._builders:
+            self._builders[plan] = builder_of(plan, self.target.device)
+        return self._builders[plan]
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """What the bundle holds for sources, by name."""
+        return {"matrix": self.successors}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .device import event
+from .retrieval.sources import SOURCES
 
 PHASES = ("prefill", "draft", "graft", "verify", "commit")
-SOURCES = ("drafted", "matrix", "lookup", "bonus")
 
 
 @dataclass
@@ -25,11 +25,10 @@ class GenerationStats:
         reused: tokens of the prompt whose keys and values the previous request left.
         seconds: time by phase, of a GPU its own, which is complete when the generation has ended. `graft` is look-up
             and merging, `commit` acceptance, cache and matrix.
-        accepted: kept tokens of the rounds by source: drafted; retrieved from the matrix (longer contexts included)
-            or by lookup in the request's own text; and bonus (the target's own). What several proposed counts for
-            the first of them.
+        accepted: kept tokens of the rounds by source: drafted; retrieved, by the names of the sources; and bonus (the
+            target's own). What several proposed counts for the first of them.
         sources: of every new token in order, the first one's being "prefill"; of a batch, prompt by prompt.
-        stages: rounds by the stage they stopped at; "none" where no head ran.
+        checkpoints: rounds by the checkpoint they stopped at; "none" where no head ran.
         captured: rounds that were replayed from CUDA graphs. Their `verify` is acceptance, cache and matrix too, and
             their `commit` what the host adds, and all of a round that captures.
         uncaptured: why others were not, where the engine captures.
@@ -42,9 +41,9 @@ class GenerationStats:
     emitted: int = 0
     reused: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
+    accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("drafted", *SOURCES, "bonus"), 0))
     sources: list[str] = field(default_factory=list)
-    stages: Counter[str] = field(default_factory=Counter)
+    checkpoints: Counter[str] = field(default_factory=Counter)
     fallback: Counter[str] = field(default_factory=Counter)
     prompts: int = 1
 
@@ -62,7 +61,7 @@ class GenerationStats:
             seconds=seconds,
             accepted={name: sum(part.accepted[name] for part in parts) for name in parts[0].accepted},
             sources=[source for part in parts for source in part.sources],
-            stages=sum((part.stages for part in parts), Counter()),
+            checkpoints=sum((part.checkpoints for part in parts), Counter()),
             captured=sum(part.captured for part in parts),
             uncaptured=next((part.uncaptured for part in parts if part.uncaptured), None),
             fallback=sum((part.fallback for part in parts), Counter()),

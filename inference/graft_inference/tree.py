@@ -10,18 +10,19 @@ PATH_BASE = 6364136223846793005
 """Odd 64-bit multiplier (Knuth's MMIX): path keys are polynomials of it modulo 2**64."""
 
 
+MAX_NODES = 1024
+"""Of a verification, and of a template: memory grows with their square. Devices pay for 8 to 64."""
+
+
 class Source(IntEnum):
     """Where a node comes from; an EMPTY row only pads the tree to its fixed size and is never accepted.
 
-    What lies above DRAFTED was retrieved: from the successor MATRIX and the longer contexts that back off to it, or
-    by LOOKUP in the request's own text.
+    What lies above DRAFTED was retrieved: retrieval/sources.py numbers its sources.
     """
 
     EMPTY = -1
     ROOT = 0
     DRAFTED = 1
-    MATRIX = 2
-    LOOKUP = 3
 
 
 @dataclass

@@ -31,7 +31,7 @@ PAD = 7
 def done(out, index=0):
     """All that a generation tells of one prompt, but for the time it took."""
     stats = out.each[index]
-    return stats.emitted, stats.rounds, stats.accepted, stats.stages
+    return stats.emitted, stats.rounds, stats.accepted, stats.checkpoints
 
 
 def check_each_as_alone(engine, prompts, seed=None, **options):
@@ -343,12 +343,12 @@ def test_the_head_runs_once_for_all_that_draft():
     engine = small_engine("llama", tiny_policy(0.5))
     calls, rounds, run = [0], [], engine._round
     engine.head.midlayer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    passes = {stage.name: stage.passes for stage in engine.policy.graft.stages}
+    passes = {stage.name: stage.passes for stage in engine.policy.graft.checkpoints}
 
     def counted(states):
-        before, stages = calls[0], [state.stats.stages.copy() for state in states]
+        before, stages = calls[0], [state.stats.checkpoints.copy() for state in states]
         emitted = run(states)
-        reached = [passes[next((s.stats.stages - b).elements())] for s, b in zip(states, stages, strict=True)]
+        reached = [passes[next((s.stats.checkpoints - b).elements())] for s, b in zip(states, stages, strict=True)]
         rounds.append((calls[0] - before, reached))
         return emitted
 
@@ -457,4 +457,4 @@ def test_the_plan_of_a_request_is_that_of_each_prompt():
     engine = small_engine()
     plan = replace(engine.policy.eagle3, learns_accepted=True)
     out = check_each_as_alone(engine, PROMPTS, max_new_tokens=12, plan=plan)
-    assert set(out.stats.stages) == {"d2"}
+    assert set(out.stats.checkpoints) == {"d2"}

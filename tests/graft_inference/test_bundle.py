@@ -68,7 +68,7 @@ def test_loaded_engine_does_what_the_one_in_memory_does(bundle, target, method):
     ours = engine.generate(prompt(9), max_new_tokens=24, method=method)
     theirs = reference.generate(prompt(9), max_new_tokens=24, method=method)
     assert ours.sequences.tolist() == theirs.sequences.tolist()
-    assert (ours.stats.rounds, ours.stats.stages) == (theirs.stats.rounds, theirs.stats.stages)
+    assert (ours.stats.rounds, ours.stats.checkpoints) == (theirs.stats.rounds, theirs.stats.checkpoints)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_directory_in_the_place_of_a_file_is_named(bundle, target, name):
         (lambda g: g["policy"]["graft"].update(breadth=3), "not a plan.*breadth"),
         (lambda g: g["policy"]["graft"]["stages"][0].update(depth=3), "not a plan.*depth"),
         (lambda g: g["policy"]["graft"]["stages"][0].pop("template"), "not a plan.*template"),
-        (lambda g: g["policy"]["graft"].update(stages=7), "not a plan"),
+        (lambda g: g["policy"]["graft"].update(checkpoints=7), "not a plan"),
         (lambda g: g["policy"]["graft"].update(budget=4), "over the budget of 4"),
         (lambda g: g["policy"]["graft"].update(budget=1 << 20), "must lie in 1..1024"),
         (lambda g: g["policy"]["graft"].update(budget=12.0), "budget=12.0 .* must be a whole number"),

@@ -85,7 +85,7 @@ def test_they_stop_where_eager_ones_stop(policy, threshold):
     stages = set()
     for seed in range(2):
         _, out = same(eager, captured, prompt(9, seed, SMALL), 24)
-        stages |= set(out.stats.stages)
+        stages |= set(out.stats.checkpoints)
     assert stages == STOPS[policy, threshold]
 
 
@@ -144,14 +144,14 @@ def test_a_round_reads_once_and_at_each_checkpoint_after_the_first(policy, metho
     _, engine = pair(policy(0.5))
     plan, graphs = engine.policy.plan(method), engine.captured.graphs
     decided = {}
-    for place, stage in enumerate(plan.stages):
-        decided[stage.name] = place + (stage is not plan.stages[-1])
+    for place, stage in enumerate(plan.checkpoints):
+        decided[stage.name] = place + (stage is not plan.checkpoints[-1])
     rounds, run = [], engine.captured.round
 
     def counted(state, shared):
-        before, stages = (graphs.reads, reads.count, graphs.captures), state.stats.stages.copy()
+        before, stages = (graphs.reads, reads.count, graphs.captures), state.stats.checkpoints.copy()
         emitted = run(state, shared)
-        (stage,) = (state.stats.stages - stages).elements()
+        (stage,) = (state.stats.checkpoints - stages).elements()
         assert graphs.captures == before[2]
         rounds.append((graphs.reads - before[0], reads.count - before[1], stage))
         return emitted
@@ -257,7 +257,7 @@ def test_captured_and_eager_rounds_may_alternate():
     expected = eager.generate(prompt(6, 1, SMALL), 40)
     out = captured.generate(prompt(6, 1, SMALL), 40)
     assert out.sequences.tolist() == expected.sequences.tolist()
-    assert out.stats.stages == expected.stats.stages
+    assert out.stats.checkpoints == expected.stats.checkpoints
     assert 0 < out.stats.captured < out.stats.rounds
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graft_inference import GraftError, Scale
+from graft_inference import GraftError
 from graft_inference.retrieval.prompt_lookup import LONGEST, Echo
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ import torch
 from scipy.stats import chi2
 from transformers import LogitsProcessorList
 
-from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage
+from graft_inference import METHODS, GenerationStats, GraftError, Policy, QuotaCheckpoint, QuotaPlan
 from graft_inference.decode import round as rounds
 from graft_inference.decode.sampling import Sampler
-from graft_inference.decode.verification import accept
 from graft_inference.engine import GraftEngine
 from graft_inference.retrieval.ngrams import NgramSource, NgramTable
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.verification import accept
 
 from .tiny import (
     TEMPLATE,
@@ -79,7 +79,7 @@ def test_greedy_output_equals_generate_where_proposals_are_often_right(family, t
             out = engine.generate(input_ids, max_new_tokens=60, method=method)
             assert out.sequences.tolist() == expected.tolist(), method
             if method == "graft":
-                stages += out.stats.stages
+                stages += out.stats.checkpoints
                 rounds += out.stats.rounds
     assert 4 * 59 / rounds > 1.2
     visited = {0.0: {"d3"}, 0.3: {"d1", "d3"}, 0.5: {"d0", "d1", "d3"}, 1.0: {"d0"}}
@@ -125,7 +125,7 @@ def sampled(engine, input_ids, samples, method="graft"):
     for seed in range(samples):
         out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, method=method, seed=seed)
         counts[tuple(out.sequences[0, input_ids.shape[1] :].tolist())] += 1
-        stages += out.stats.stages
+        stages += out.stats.checkpoints
         rounds += out.stats.rounds
     return counts, stages, rounds
 
@@ -165,7 +165,7 @@ def test_greedy_output_of_a_learned_plan_equals_generate(family, threshold):
         for method in ("graft", "prune"):
             out = engine.generate(input_ids, max_new_tokens=60, method=method)
             assert out.sequences.tolist() == expected.tolist(), method
-            stages += out.stats.stages
+            stages += out.stats.checkpoints
     assert "none" in stages, "some rounds left drafting out, and the head caught up afterwards"
     assert len(stages) >= 2
 
@@ -176,7 +176,7 @@ def ngram_engine(family: str = "llama", threshold: float = 0.5, gate: float = 2.
     policy = replace(
         policy,
         graft=replace(policy.graft, ngrams=True),
-        retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),), budget=12, ngrams=True),
+        retrieve=QuotaPlan((QuotaCheckpoint(0, retrieved=8, template=TEMPLATE),), ngrams=True),
     )
     engine = small_engine(family, policy, vocab_size)
     engine.ngrams = NgramTable(*tiny_ngrams(vocab_size).values())
@@ -259,7 +259,7 @@ def test_longer_contexts_need_a_table():
     with pytest.raises(GraftError, match="no n-gram table"):
         engine.generate(prompt(5, 0, SMALL), 5)
     with pytest.raises(GraftError, match="needs a template of retrieved nodes"):
-        Plan((Stage(1, drafted=2),), ngrams=True)
+        QuotaPlan((QuotaCheckpoint(1, drafted=2),), ngrams=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -294,10 +294,10 @@ def test_stream_yields_what_generate_returns(method, temperature):
         streamed.append(token)
         assert stats.emitted == len(streamed)
     assert streamed == expected.sequences[0, 5:].tolist()
-    assert (stats.rounds, stats.accepted, stats.stages) == (
+    assert (stats.rounds, stats.accepted, stats.checkpoints) == (
         expected.stats.rounds,
         expected.stats.accepted,
-        expected.stats.stages,
+        expected.stats.checkpoints,
     )
 
 
@@ -317,7 +317,7 @@ def test_nothing_after_the_end_of_sequence_is_emitted_or_counted(method):
         assert list(engine.stream(input_ids, 60, method=method)) == expected
         assert out.stats.emitted == len(expected)
         assert sum(out.stats.accepted.values()) == len(expected) - 1
-        assert sum(out.stats.stages.values()) == out.stats.rounds
+        assert sum(out.stats.checkpoints.values()) == out.stats.rounds
         overshot |= sum(committed[: out.stats.rounds]) > len(expected) - 1
     if method != "autoregressive":
         assert overshot  # some round went past the end, and it did not show
@@ -376,7 +376,7 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
                     state, first = prefilled(engine, full[:end], 20, GREEDY, engine.policy.plan(method), stats)
                     ((tokens[method], _),) = engine._round([state])
                 assert first == int(full[end])
-                stages[method] = stats.stages
+                stages[method] = stats.checkpoints
             assert stages["graft"] == stages["prune"]
             shared = len(tokens["prune"])
             assert tokens["graft"][:shared] == tokens["prune"]
@@ -428,14 +428,16 @@ def test_no_verification_is_wider_than_its_stage_or_the_budget(monkeypatch, meth
     out = engine.generate(prompt(5, 0, SMALL), 40, method=method)
     assert len(widths) == out.stats.rounds
     assert max(widths) <= plan.budget
-    rows = {stage.name: stage.rows for stage in plan.stages}
-    assert Counter(widths) == sum((Counter({rows[name]: count}) for name, count in out.stats.stages.items()), Counter())
+    rows = {stage.name: stage.rows for stage in plan.checkpoints}
+    assert Counter(widths) == sum(
+        (Counter({rows[name]: count}) for name, count in out.stats.checkpoints.items()), Counter()
+    )
 
 
 @pytest.mark.parametrize("method", ["graft", "prune", "eagle3"])
 def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
     engine = small_engine()
-    passes = {stage.name: stage.passes for stage in engine.policy.plan(method).stages}
+    passes = {stage.name: stage.passes for stage in engine.policy.plan(method).checkpoints}
     calls = 0
 
     def count(*_):
@@ -447,11 +449,11 @@ def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
     stats = GenerationStats()
     before, stages_before = 0, Counter()
     for _ in engine.stream(prompt(5, 0, SMALL), 60, method=method, stats=stats):
-        for name in (stats.stages - stages_before).elements():
+        for name in (stats.checkpoints - stages_before).elements():
             assert calls - before == passes[name]
             seen.add(name)
             before = calls
-        stages_before = stats.stages.copy()
+        stages_before = stats.checkpoints.copy()
     assert seen == set(passes)
 
 
@@ -459,7 +461,7 @@ def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
 def test_methods_without_a_head_never_run_it(method):
     engine = small_engine()
     engine.head.midlayer.register_forward_hook(lambda *_: pytest.fail("the head ran"))
-    assert engine.generate(prompt(5, 0, SMALL), 20, method=method).stats.stages.keys() == {"none"}
+    assert engine.generate(prompt(5, 0, SMALL), 20, method=method).stats.checkpoints.keys() == {"none"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -487,7 +489,7 @@ def test_a_head_that_was_left_out_catches_up(family):
                     draft = fresh_state.drafter.deepen(draft)
                 assert draft.candidates.tokens_N.tolist() == drafted.tokens_N.tolist()
                 return
-            state.stats.stages[stage.name] += 1
+            state.stats.checkpoints[stage.name] += 1
             (tree,) = rounds.graft([state], drafts)
             depth = state.grafter.depths[stage.passes]
             ancestors_NN = tree.ancestors(depth)
@@ -504,7 +506,7 @@ def test_stages_follow_the_heads_confidence():
     for threshold, stage in ((0.0, "d3"), (1.0, "d0")):
         engine = small_engine(policy=tiny_policy(threshold))
         stats = engine.generate(prompt(5, 0, SMALL), 30).stats
-        assert stats.stages == {stage: stats.rounds}
+        assert stats.checkpoints == {stage: stats.rounds}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -514,7 +516,7 @@ def test_requests_are_independent(method):
     runs = []
     for _ in range(2):
         out = engine.generate(prompt(5, 0, SMALL), 40, method=method)
-        runs.append((out.sequences.tolist(), out.stats.rounds, out.stats.accepted, out.stats.stages))
+        runs.append((out.sequences.tolist(), out.stats.rounds, out.stats.accepted, out.stats.checkpoints))
         engine.generate(prompt(9, 1, SMALL), 40, method=method)
         next(engine.stream(prompt(9, 1, SMALL), 40, method=method))  # and one that is given up
     assert runs[0] == runs[1]
@@ -560,7 +562,10 @@ def test_accepted_tokens_add_up(method):
         ({"method": "medusa"}, "unknown method 'medusa': choose one of graft, eagle3"),
         ({"max_new_tokens": 0}, "ask for at least 1"),
         ({"temperature": -0.5}, "temperature=-0.5"),
-        ({"plan": Plan((Stage(0, retrieved=1, template=((4,),)),))}, "rank 4, but the matrix keeps 4 successors"),
+        (
+            {"plan": QuotaPlan((QuotaCheckpoint(0, retrieved=1, template=((4,),)),))},
+            "rank 4, but the matrix keeps 4 successors",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_any_pass(monkeypatch, arguments, message):

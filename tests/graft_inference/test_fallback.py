@@ -167,9 +167,9 @@ def test_the_ladder_gets_cheaper_from_rung_to_rung(plan):
     assert tuple(levels) == NAMES
     assert levels["plan"] == plan
     assert levels["autoregressive"] == AUTOREGRESSIVE
-    most = max(stage.rows for stage in plan.stages)
+    most = max(stage.rows for stage in plan.checkpoints)
     narrowed = levels["narrowed"]
-    assert max(stage.rows for stage in narrowed.stages) <= -(-most // 2) + 1
+    assert max(stage.rows for stage in narrowed.checkpoints) <= -(-most // 2) + 1
     assert narrowed.num_steps == -(-plan.num_steps // 2)
     assert (narrowed.scale, narrowed.learns_accepted) == (plan.scale, plan.learns_accepted)
     alone = levels["retrieval alone"]
@@ -252,7 +252,7 @@ def test_baselines_and_a_plan_of_ones_own_stay_what_they_are(monkeypatch, method
         engine.generate(prompt(9), 100, plan=plan).stats,
     ):
         assert not stats.fallback
-        assert set(stats.stages) <= {stage.name for stage in plan.stages}
+        assert set(stats.checkpoints) <= {stage.name for stage in plan.checkpoints}
 
 
 @pytest.mark.parametrize("policy", [tiny_policy(0.5), learned_policy(0.5), "ngrams"])
@@ -306,8 +306,8 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
         most.extend(drafter.unread for drafter in drafters)
 
     monkeypatch.setattr(round_module, "defer_all", watched)
-    always = replace(learned_plan().stages[0], threshold=-1.0)  # retrieved nodes promise more than that
-    skipping = replace(learned_plan(), stages=(always, *learned_plan().stages[1:]))
+    always = replace(learned_plan().checkpoints[0], threshold=-1.0)  # retrieved nodes promise more than that
+    skipping = replace(learned_plan(), checkpoints=(always, *learned_plan().checkpoints[1:]))
     engine.generate(prompt(9), 900, plan=skipping)
     assert max(most) < DEFERRED
     assert len(most) > 2 * DEFERRED
@@ -332,5 +332,5 @@ def test_the_wide_rungs_fit_the_caches_of_the_plan():
     """Every narrower plan's rows and beams fit what was made for the plan itself."""
     for plan in (paper_policy().graft, paper_policy(4, 16, 6, 3).graft, learned_plan()):
         for level in fallback_plans(plan).values():
-            assert max(stage.rows for stage in level.stages) <= max(stage.rows for stage in plan.stages)
+            assert max(stage.rows for stage in level.checkpoints) <= max(stage.rows for stage in plan.checkpoints)
             assert level.topk * level.num_steps <= plan.topk * plan.num_steps

@@ -250,10 +250,10 @@ def test_a_prompt_read_in_pieces_changes_nothing(method):
         pieces.prefill_chunk = chunk
         ours, expected = (engine.generate(prompt(length, 3, SMALL), 20, method=method) for engine in (pieces, whole))
         assert ours.sequences.tolist() == expected.sequences.tolist()
-        assert (ours.stats.rounds, ours.stats.accepted, ours.stats.stages) == (
+        assert (ours.stats.rounds, ours.stats.accepted, ours.stats.checkpoints) == (
             expected.stats.rounds,
             expected.stats.accepted,
-            expected.stats.stages,
+            expected.stats.checkpoints,
         )
 
 
@@ -396,7 +396,7 @@ def test_every_token_has_its_source(monkeypatch):
 def test_what_others_asked_for_does_not_matter(scope):
     def run(engine):
         out = engine.generate(prompt(5, 0, SMALL), 40)
-        return out.sequences.tolist(), out.stats.rounds, out.stats.accepted, out.stats.stages
+        return out.sequences.tolist(), out.stats.rounds, out.stats.accepted, out.stats.checkpoints
 
     engine = small_engine()
     engine.retrieval_scope = scope

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graft_inference import Stage
+from graft_inference import Checkpoint
 from graft_inference.noise import Noise
 from graft_inference.policy.tree_builder import Grafter
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
@@ -44,13 +44,13 @@ def accepted(slope: float, offset: float, q: float) -> float:
 @pytest.mark.parametrize("told", [False, True])
 def test_both_sources_are_scored_on_one_scale(told):
     """log P = sigmoid(slope * logit(q) + offset), and a rank's where it is retrieved; the better where both name it."""
-    plan = replace(learned_plan(), stages=(Stage(1, width=5),))
+    plan = replace(learned_plan(), checkpoints=(Checkpoint(1, num_draft_tokens=5),))
     plan = replace(plan, scale=replace(plan.scale, template=((0,), (1,), (2,), (3,)), echo=()))
     scale = plan.scale
     noise = Noise(torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), 0.7) if told else None
     grafter = Grafter(plan, CPU)
-    retrieved = grafter.retrieve(plan.stages[0], matrix(), torch.tensor([2]), noise=noise)
-    tree = grafter.tree(plan.stages[0], drafted(), retrieved)
+    retrieved = grafter.retrieve(plan.checkpoints[0], matrix(), torch.tensor([2]), noise=noise)
+    tree = grafter.tree(plan.checkpoints[0], drafted(), retrieved)
     found = {int(tree.tokens_N[row]): float(tree.logp_N[row]) for row in range(1, 5)}
 
     scores = {token: math.log(prob) for token, prob in zip(SUCCESSORS[2], PROBS[2], strict=True)}

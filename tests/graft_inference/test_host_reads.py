@@ -54,15 +54,15 @@ def test_a_round_reads_once_and_at_each_checkpoint_however_many_prompts(policy, 
     engine = tiny_engine(tiny_model("llama"), policy())
     plan = engine.policy.plan(method)
     decided = {}
-    for place, stage in enumerate(plan.stages):
+    for place, stage in enumerate(plan.checkpoints):
         # Every earlier checkpoint, and this one unless it is the last.
-        decided[stage.name] = set(range(place + (stage is not plan.stages[-1])))
+        decided[stage.name] = set(range(place + (stage is not plan.checkpoints[-1])))
     rounds, run = [], engine._round
 
     def counted(states):
-        before, stages = reads.count, [state.stats.stages.copy() for state in states]
+        before, stages = reads.count, [state.stats.checkpoints.copy() for state in states]
         emitted = run(states)
-        reached = [next((state.stats.stages - old).elements()) for state, old in zip(states, stages, strict=True)]
+        reached = [next((state.stats.checkpoints - old).elements()) for state, old in zip(states, stages, strict=True)]
         rounds.append((reads.count - before, reached))
         return emitted
 

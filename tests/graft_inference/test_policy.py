@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from graft_inference import GraftError, Plan, Policy, Scale, Stage, paper_policy
+from graft_inference import Checkpoint, GraftError, Policy, QuotaCheckpoint, QuotaPlan, paper_policy
 from graft_inference.policy.plan import depth_template
 
 from .tiny import learned_plan, learned_policy
@@ -15,7 +15,7 @@ def test_round_trip_through_json():
 
 def test_paper_settings_follow_table_1():
     plan = paper_policy().graft
-    assert [(stage.name, stage.drafted, stage.retrieved) for stage in plan.stages] == [
+    assert [(stage.name, stage.drafted, stage.retrieved) for stage in plan.checkpoints] == [
         ("d0", 8, 52),
         ("d1", 24, 36),
         ("d5", 40, 20),
@@ -37,23 +37,25 @@ def test_depth_template_is_prefix_closed_with_the_given_counts():
 def test_prune_leaves_retrieved_rows_empty():
     prune = paper_policy().plan("prune")
     assert not prune.retrieves
-    assert [stage.threshold for stage in prune.stages] == [stage.threshold for stage in paper_policy().graft.stages]
+    assert [stage.threshold for stage in prune.checkpoints] == [
+        stage.threshold for stage in paper_policy().graft.checkpoints
+    ]
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ((Stage(2), Stage(1)), "rising passes"),
-        ((Stage(1, drafted=11),), "lower drafted"),
-        ((Stage(2, drafted=64),), "over the budget of 64"),
-        ((Stage(1, drafted=2, retrieved=3, template=((0,),)),), "lower retrieved"),
-        ((Stage(0), Stage(1, drafted=2)), "only a plan that scores"),
-        ((Stage(1, width=4),), "a width and a plan's scale belong together"),
+        ((QuotaCheckpoint(2), QuotaCheckpoint(1)), "rising passes"),
+        ((QuotaCheckpoint(1, drafted=11),), "lower drafted"),
+        ((QuotaCheckpoint(2, drafted=64),), "over the budget of 64"),
+        ((QuotaCheckpoint(1, drafted=2, retrieved=3, template=((0,),)),), "lower retrieved"),
+        ((QuotaCheckpoint(0), QuotaCheckpoint(1, drafted=2)), "only a plan that scores"),
+        ((Checkpoint(1, num_draft_tokens=4),), "a width and a plan's scale belong together"),
     ],
 )
 def test_impossible_plans_are_refused(stages, message):
     with pytest.raises(GraftError, match=message):
-        Plan(stages)
+        QuotaPlan(stages)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +67,19 @@ def test_impossible_plans_are_refused(stages, message):
 )
 def test_impossible_stages_are_refused(values, message):
     with pytest.raises(GraftError, match=message):
-        Stage(1, **values)
+        QuotaCheckpoint(1, **values)
 
 
 def test_a_scale_must_reach_as_deep_as_its_plan():
     with pytest.raises(GraftError, match="knows 1 depths, its template has 2"):
         Scale(retrieved=((1.0, 0.0),), ranks=(0.0,), template=((0,), (0, 0)))
     with pytest.raises(GraftError, match="knows 1 drafted depths, the plan 2"):
-        Plan((Stage(2, width=4),), scale=Scale(drafted=((1.0, 0.0),)))
+        QuotaPlan((Checkpoint(2, num_draft_tokens=4),), scale=Scale(drafted=((1.0, 0.0),)))
     with pytest.raises(GraftError, match="only 3 drafted and 0 retrieved candidates"):
-        Plan((Stage(1, width=5),), topk=3, scale=Scale(drafted=((1.0, 0.0),)))
+        QuotaPlan((Checkpoint(1, num_draft_tokens=5),), topk=3, scale=Scale(drafted=((1.0, 0.0),)))
 
 
 def test_prune_of_a_learned_plan_keeps_its_stages():
     plan = learned_plan()
-    assert plan.without_retrieval().stages == plan.stages
+    assert plan.without_retrieval().checkpoints == plan.checkpoints
     assert plan.without_retrieval().drafted_only

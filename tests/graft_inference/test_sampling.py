@@ -22,12 +22,12 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria
 
-from graft_inference import METHODS, GenerationStats, GraftError, Plan, Policy, Stage, noise
+from graft_inference import METHODS, GenerationStats, GraftError, Policy, QuotaCheckpoint, QuotaPlan, noise
 from graft_inference.decode.sampling import Sampler
-from graft_inference.decode.verification import accept
 from graft_inference.noise import LEFT_OUT, Noise, gumbel
 from graft_inference.policy import tree_builder as grafting
 from graft_inference.tree import root_tree
+from graft_inference.verification import accept
 
 from .test_engine import SMALL, prompt, small_engine
 from .tiny import TEMPLATE, learned_policy, prefilled, told_policy
@@ -134,7 +134,7 @@ def test_a_learned_plan_gives_the_text_of_plain_sampling_too(policy):
         )
         out = engine.generate(input_ids, 24, 0.3, seed=seed)
         assert out.sequences.tolist() == expected
-        rounds, tokens, stages = rounds + out.stats.rounds, tokens + 24, stages + out.stats.stages
+        rounds, tokens, stages = rounds + out.stats.rounds, tokens + 24, stages + out.stats.checkpoints
     assert rounds < 0.8 * tokens
     assert len(stages) >= 3
 
@@ -223,7 +223,7 @@ def test_the_text_does_not_depend_on_where_rounds_end():
     engine = small_engine()
     runs = []
     for drafted in (1, 3, 9):
-        plan = Plan((Stage(3, drafted=drafted),), topk=3)
+        plan = QuotaPlan((QuotaCheckpoint(3, drafted=drafted),), topk=3)
         runs.append(engine.generate(prompt(5, 0, SMALL), 40, temperature=1.0, seed=4, plan=plan))
     assert len({str(run.sequences.tolist()) for run in runs}) == 1
     assert len({run.stats.rounds for run in runs}) > 1
@@ -299,7 +299,7 @@ def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeyp
             state, _ = prefilled(engine, input_ids[0], 12, sampler, engine.policy.plan(method), stats)
             for _ in recorded:
                 engine._round([state])
-        stages[str(dict(stats.stages))] += len(samples_S)
+        stages[str(dict(stats.checkpoints))] += len(samples_S)
         tree, logits_NV, place, max_depth = sampler.asked
         assert place == len(emitted)
         ancestors_NN = tree.ancestors(max_depth)
@@ -365,16 +365,16 @@ def check_law(counts, law):
 
 
 PRUNED = Policy(
-    graft=Plan(
+    graft=QuotaPlan(
         (
-            Stage(1, 0.45, drafted=3, retrieved=6, template=TEMPLATE),
-            Stage(2, 0.4, drafted=5, retrieved=4, template=TEMPLATE),
-            Stage(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
+            QuotaCheckpoint(1, 0.45, drafted=3, retrieved=6, template=TEMPLATE),
+            QuotaCheckpoint(2, 0.4, drafted=5, retrieved=4, template=TEMPLATE),
+            QuotaCheckpoint(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
         ),
         topk=3,
     ),
-    eagle3=Plan((Stage(3, drafted=9),), topk=3),
-    retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),)),
+    eagle3=QuotaPlan((QuotaCheckpoint(3, drafted=9),), topk=3),
+    retrieve=QuotaPlan((QuotaCheckpoint(0, retrieved=8, template=TEMPLATE),)),
 )
 LAWS = [
     *product(METHODS, ["plain"]),

@@ -92,8 +92,8 @@ def trees(outputs):
 def test_every_piece_of_every_plan(policy, method):
     pieces = segments(tiny_model("llama"), policy().plan(method), greedy=policy is not told_policy)
     layers, retrieved = [], None
-    for stage in pieces.plan.stages:
-        if stage.passes == 0 and len(pieces.plan.stages) > 1:
+    for stage in pieces.plan.checkpoints:
+        if stage.passes == 0 and len(pieces.plan.checkpoints) > 1:
             retrieved = trees(checked(pieces.look_up, stage))
             checked(pieces.graft, stage, (), retrieved)
             continue
@@ -121,7 +121,7 @@ def test_every_family_verifies(family):
 def test_every_way_to_sample_and_to_learn(policy):
     ways = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1))
     pieces = segments(tiny_model("llama"), policy().graft, ways, greedy=False, logprobs=True)
-    checked(pieces.draft, pieces.plan.stages[-1], (), None)
+    checked(pieces.draft, pieces.plan.checkpoints[-1], (), None)
     checked(pieces.verify, 12, 4)
 
 

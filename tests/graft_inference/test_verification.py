@@ -2,9 +2,9 @@
 
 import torch
 
-from graft_inference.decode.verification import accept, learn
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.tree import DraftTree, Source
+from graft_inference.verification import accept, learn
 
 
 def tree_of(tokens, parents, depths, sources=None):

@@ -5,12 +5,23 @@ from dataclasses import replace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from graft_inference import GenerationStats, GraftEngine, Plan, Policy, Scale, Stage
+from graft_inference import (
+    AcceptanceModel,
+    Checkpoint,
+    GenerationStats,
+    GraftEngine,
+    Policy,
+    QuotaCheckpoint,
+    QuotaPlan,
+    ScoredPlan,
+    SourceModel,
+)
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
 from graft_inference.request import Row
 from graft_inference.retrieval.prompt_lookup import LONGEST
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
+from graft_inference.template import chain
 
 VOCAB = 61
 SIZES = {
@@ -68,38 +79,37 @@ TEMPLATE = ((0,), (1,), (0, 0), (2,), (0, 1), (0, 0, 0), (1, 0), (3,), (0, 0, 0,
 
 def tiny_policy(threshold: float = 0.3) -> Policy:
     """Stops at every stage now and then; drafted and retrieved nodes overlap."""
-    graft = Plan(
+    graft = QuotaPlan(
         (
-            Stage(1, threshold, drafted=3, retrieved=6, template=TEMPLATE),
-            Stage(2, threshold, drafted=5, retrieved=4, template=TEMPLATE),
-            Stage(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
+            QuotaCheckpoint(1, threshold, drafted=3, retrieved=6, template=TEMPLATE),
+            QuotaCheckpoint(2, threshold, drafted=5, retrieved=4, template=TEMPLATE),
+            QuotaCheckpoint(4, drafted=8, retrieved=2, template=TEMPLATE[:4]),
         ),
         topk=3,
-        budget=12,
     )
     return Policy(
         graft=graft,
-        eagle3=Plan((Stage(3, drafted=9),), topk=3, budget=12),
-        retrieve=Plan((Stage(0, retrieved=8, template=TEMPLATE),), budget=12),
+        eagle3=QuotaPlan((QuotaCheckpoint(3, drafted=9),), topk=3),
+        retrieve=QuotaPlan((QuotaCheckpoint(0, retrieved=8, template=TEMPLATE),)),
     )
 
 
-def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> Plan:
+def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> ScoredPlan:
     """Both sources compete, in every way a plan can let them: drafting left out, early stops."""
-    scale = Scale(
+    acceptance = AcceptanceModel(
         drafted=((0.8, -0.1), (0.9, -0.2), (1.0, -0.2), (1.2, -0.3)),
-        retrieved=((0.7, -0.3), (0.7, -0.4), (0.9, -0.5), (1.0, -0.6)),
-        ranks=(0.2, 0.0, -0.1, 0.1),
-        template=TEMPLATE,
-        echo=tuple(tuple(-0.8 / matched * depth for depth in range(1, 6)) for matched in range(1, LONGEST + 1)),
+        sources=(
+            SourceModel("matrix", TEMPLATE, (0.7, 0.7, 0.9, 1.0), ((-0.3, -0.4, -0.5, -0.6),), (0.2, 0.0, -0.1, 0.1)),
+            SourceModel("lookup", chain(5), (), tuple((matched / 6 - 1,) * 5 for matched in range(LONGEST)), (0.0,)),
+        ),
     )
-    stages = (
-        Stage(0, gate, width=8),
-        Stage(1, threshold, width=6),
-        Stage(2, threshold, width=10),
-        Stage(4, width=12),
+    checkpoints = (
+        Checkpoint(0, gate, num_draft_tokens=8),
+        Checkpoint(1, threshold, num_draft_tokens=6),
+        Checkpoint(2, threshold, num_draft_tokens=10),
+        Checkpoint(4, num_draft_tokens=12),
     )
-    return Plan(stages, topk=3, budget=12, scale=scale, learns_accepted=True)
+    return ScoredPlan(checkpoints, topk=3, acceptance=acceptance, learns_accepted=True)
 
 
 def told_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..heads.eagle3.drafter import read_all
+from ..speculator import Speculator
 from ..target.model import Target
 from ..tree import root_tree
 from .state import DecodeState
@@ -14,7 +14,9 @@ Piece = tuple[int, int, int]
 """Index of a prompt, and where its piece starts and ends."""
 
 
-def prefill(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tensor], chunk: int) -> list[int]:
+def prefill(
+    target: Target, speculator: Speculator, states: Sequence[DecodeState], prompts: Sequence[Tensor], chunk: int
+) -> list[int]:
     """Reads what the caches do not hold yet of each prompt, and draws its first token: one host read for all.
 
     The head reads the last piece of a single prompt when it drafts for the first time, so that the first token need not
@@ -27,8 +29,8 @@ def prefill(target: Target, states: Sequence[DecodeState], prompts: Sequence[Ten
     """
     spans = [(state.cache.length, len(prompt_S)) for state, prompt_S in zip(states, prompts, strict=True)]
     for pieces in passes(spans, chunk):
-        _read(target, states, prompts, pieces)
-    first = torch.cat([state.root_1 for state in states]).tolist()
+        _read(target, speculator, states, prompts, pieces)
+    first = torch.cat([state.speculation.root_1 for state in states]).tolist()
     for state, token in zip(states, first, strict=True):
         state.tokens.append(token)
     return first
@@ -58,37 +60,42 @@ def passes(spans: Sequence[tuple[int, int]], chunk: int) -> Iterator[list[Piece]
         waiting = left
 
 
-def _read(target: Target, states: Sequence[DecodeState], prompts: Sequence[Tensor], pieces: list[Piece]) -> None:
+def _read(
+    target: Target,
+    speculator: Speculator,
+    states: Sequence[DecodeState],
+    prompts: Sequence[Tensor],
+    pieces: list[Piece],
+) -> None:
     """One pass of the target over these pieces, and one of the head over what is not left to the first draft."""
     tokens = [prompts[index][start:end] for index, start, end in pieces]
-    outputs = target.prefill_all(tokens, [states[index].cache for index, _, _ in pieces], states[0].learns)
-    drafters, fresh = [], []
+    caches = [states[index].cache for index, _, _ in pieces]
+    outputs = target.prefill_all(tokens, caches, states[0].speculation.learns)
+    heads, fresh = [], []
     for (index, start, end), piece_S, output in zip(pieces, tokens, outputs, strict=True):
         state, prompt_S = states[index], prompts[index]
-        if state.successors is not None and state.learns:
-            state.successors.update(piece_S, output.logits_NV)
+        request = state.speculation
+        request.read(piece_S, output.logits_NV)
         tokens_A, aux_AE, now = prompt_S[start + 1 : end + 1], output.aux_NE, end - start
         if end == len(prompt_S):
             _draw_first(target, state, output.logits_NV[-1:])
-            tokens_A = torch.cat((tokens_A, state.root_1))
+            tokens_A = torch.cat((tokens_A, request.root_1))
             now = now - 1 if len(states) > 1 else 0
-        if state.drafter is not None and now:
-            drafters.append(state.drafter)
+        if request.head is not None and now:
+            heads.append(request.head)
             fresh.append((tokens_A[:now], aux_AE[:now]))
             tokens_A, aux_AE = tokens_A[now:], aux_AE[now:].clone()  # not a view, which would keep all of them
-        state.fresh_tokens_A, state.fresh_aux_AE = tokens_A, aux_AE
-    if drafters:
-        read_all(drafters, fresh)
+        request.fresh_tokens_A, request.fresh_aux_AE = tokens_A, aux_AE
+    if heads:
+        speculator.head.read(heads, fresh)
 
 
 def _draw_first(target: Target, state: DecodeState, logits_1V: Tensor) -> None:
     """The token behind the prompt, which becomes the first round's root."""
+    request = state.speculation
     noise = state.sampler.noise(0, 1, target.config.vocab_size, target.device)
-    tree, wanted = root_tree(state.root_1), state.logprobs is not None
-    state.root_1, logp_1 = state.sampler.draw(tree, logits_1V, noise, 0, state.history_S, wanted)
-    state.place = 1
-    if state.logprobs is not None and logp_1 is not None:
-        state.logprobs.append(logp_1)
-    if state.history_S is not None:
-        state.history_S = torch.cat((state.history_S, state.root_1))
-    state.read(state.root_1)
+    tree, wanted = root_tree(request.root_1), state.logprobs is not None
+    request.root_1, logp_1 = state.sampler.draw(tree, logits_1V, noise, 0, state.history_S, wanted)
+    state.emit(request.root_1, logp_1)
+    for source in request.sources.values():
+        source.extend(request.root_1)

@@ -4,8 +4,9 @@ They do what the engine's eager round does, which is their reference. Lengths an
 read by whole buckets, of which masks hide what is not valid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +14,17 @@ from torch import Tensor
 from ..heads.eagle3.drafter import Draft, Layer
 from ..heads.eagle3.static_drafter import StaticDrafter
 from ..noise import Noise
-from ..policy.plan import Plan, Stage
-from ..policy.tree_builder import Grafter
-from ..retrieval.prompt_lookup import Echo
-from ..retrieval.successor_matrix import SuccessorMatrix
+from ..policy.plan import Plan
+from ..policy.tree_builder import ScoredBuilder, TreeBuilder
+from ..proposer import TokenSource
+from ..speculator import Speculation, retrieve
 from ..target.bucket_cache import BucketCache, BucketVisibility, allocated
 from ..target.kv_cache import TreeCache
 from ..target.model import Target
 from ..tree import DraftTree, root_tree
+from ..verification import accept, to_record
 from .cuda_graph import CudaGraphs
 from .sampling import Sampler
-from .verification import Acceptance, accept, learn, to_record
 
 
 def fresh_rows(depth: int) -> int:
@@ -47,8 +48,8 @@ class Statics:
     Attributes:
         length_1, place_1, root_1, seed_1: int64, what a request calls so.
         tree: what is verified next.
-        drafter, successors, echo, noise_PV: None until a request needs them; the matrix is that of a request alone,
-            the noise that of the next round's draws.
+        drafter, noise_PV: None until a request needs them; the noise is that of the next round's draws.
+        sources: by name, once a request needed them: those that hold what is a request's alone.
         record: host memory that segments write to: what a draft told, then what a verification did.
     """
 
@@ -62,8 +63,7 @@ class Statics:
         self.logp_D = torch.zeros(depth + 1, device=device)
         self.record = graphs.host(2 + 2 * (depth + 1))
         self.drafter: StaticDrafter | None = None
-        self.successors: SuccessorMatrix | None = None
-        self.echo: Echo | None = None
+        self.sources: dict[str, TokenSource] = {}
         self.noise_PV: Tensor | None = None
 
     @property
@@ -79,17 +79,15 @@ class Statics:
             if noise is not None:
                 self.noise_PV.copy_(noise.gumbel_PV)
 
-    def changing(self, successors: SuccessorMatrix | None) -> list[Tensor]:
-        """What segments change for good, this matrix included; keys and values past the lengths do not count."""
+    def changing(self, sources: Iterable[TokenSource]) -> list[Tensor]:
+        """What segments change for good, these sources included; keys and values past the lengths do not count."""
         tensors = [self.length_1, self.place_1, self.root_1]
         if self.drafter is not None:
             drafter = self.drafter
             tensors += [drafter.length_1, drafter.pending_1, drafter.tokens_F, drafter.aux_FE]
-        if self.echo is not None:
-            tensors += [self.echo.text_S, self.echo.end_1]
         if self.noise_PV is not None:
             tensors.append(self.noise_PV)
-        return tensors + (successors.tensors if successors is not None else [])
+        return tensors + [tensor for source in sources for tensor in source.tensors]
 
 
 def columns(value: DraftTree | Layer) -> list[Tensor]:
@@ -109,8 +107,7 @@ class Segments:
     Attributes:
         size: of the bucket.
         cache: the target's, so far.
-        successors: looked up and, if `learns`, taught.
-        echo: the request's own text, where it is searched.
+        sources: asked and taught, by name.
         drafts: whether the head is kept up to date.
         logprobs: whether those of emitted tokens are wanted.
     """
@@ -118,41 +115,44 @@ class Segments:
     static: Statics
     target: Target
     plan: Plan
-    grafter: Grafter
+    builder: TreeBuilder
     sampler: Sampler
     size: int
     cache: BucketCache
-    successors: SuccessorMatrix | None
-    echo: Echo | None
-    learns: bool
+    sources: Mapping[str, TokenSource]
     drafts: bool
     logprobs: bool
 
-    def look_up(self, stage: Stage) -> list[Tensor]:
-        """A first stage without the head: what was retrieved, and to the host whether that is enough."""
-        retrieved = self._retrieve(stage)
-        self._say(self.grafter.skips_drafting(stage, retrieved))
+    @property
+    def request(self) -> Speculation:
+        """The request as the speculator knows it."""
+        nothing = self.static.root_1[:0]
+        noise = self._noise
+        return Speculation(self.builder, None, self.sources, self.static.root_1, nothing, nothing, noise)
+
+    def look_up(self, checkpoint: Any) -> list[Tensor]:
+        """A first checkpoint without the head: what was retrieved, and to the host whether that is enough."""
+        retrieved = retrieve(self.request, checkpoint)
+        assert isinstance(self.builder, ScoredBuilder)
+        self._say(self.builder.skips_drafting(checkpoint, retrieved))
         return flat(retrieved)
 
-    def _retrieve(self, stage: Stage) -> list[DraftTree]:
-        return self.grafter.retrieve(stage, self.successors, self.static.root_1, self.echo, self._shared_noise)
-
-    def draft(self, stage: Stage, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
-        """The passes up to a stage, and to the host whether to stop there; what this stage retrieves, meanwhile.
+    def draft(self, checkpoint: Any, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
+        """The steps up to a checkpoint, and to the host whether to stop there; what it retrieves, meanwhile.
 
         Returns:
             columns of the new layers, then of the retrieved trees, if there are any and they were not given.
         """
         static, drafter, width = self.static, self._drafter, self.plan.topk
         with static.graphs.aside():
-            found = self._retrieve(stage) if retrieved is None else []
+            found = retrieve(self.request, checkpoint) if retrieved is None else []
         grown = list(layers)
         if not grown:
             grown.append(drafter.begin(self.size, width, self._shared_noise))
-        while len(grown) < stage.passes:
+        while len(grown) < checkpoint.steps:
             grown.append(drafter.deepen(grown[-1], len(grown), width, self._shared_noise))
-        if stage is not self.plan.stages[-1]:
-            self._say(Draft(static.root_1, grown).confidence <= stage.threshold)
+        if checkpoint is not self.plan.checkpoints[-1]:
+            self._say(Draft(static.root_1, grown).confidence <= checkpoint.threshold)
         static.graphs.join()
         return flat(grown[len(layers) :]) + flat(found)
 
@@ -161,15 +161,15 @@ class Segments:
         self._drafter.read(self.size)
         return []
 
-    def graft(self, stage: Stage, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
+    def graft(self, checkpoint: Any, layers: Sequence[Layer], retrieved: list[DraftTree] | None) -> list[Tensor]:
         """The tree to verify."""
         static = self.static
         drafted = Draft(static.root_1, list(layers)).candidates if layers else root_tree(static.root_1)
         if retrieved is None:
-            retrieved = self._retrieve(stage)
-        tree = self.grafter.tree(stage, drafted, retrieved)
+            retrieved = retrieve(self.request, checkpoint)
+        tree = self.builder.build(checkpoint, drafted, retrieved)
         for kept, column in zip(columns(static.tree), columns(tree), strict=True):
-            kept[: stage.rows].copy_(column)
+            kept[: checkpoint.num_draft_tokens].copy_(column)
         return []
 
     def verify(self, rows: int, depth: int) -> list[Tensor]:
@@ -187,7 +187,7 @@ class Segments:
         output = self.target.forward(tree.tokens_N, cache, visible)
         drawn_N, logp_N = self.sampler.draw(tree, output.logits_NV, self._noise, depth, None, self.logprobs)
         acceptance = accept(tree, ancestors_NN, drawn_N, depth)
-        self._learn(tree, output.logits_NV, acceptance)
+        self.request.observe(tree, output.logits_NV, output.aux_NE, acceptance)
         count_1, path_D, emitted_D = acceptance.count[None], acceptance.path_D, acceptance.emitted_D
         if depth:
             self._keep_branch(path_D)
@@ -195,8 +195,6 @@ class Segments:
             self._drafter.append(emitted_D, output.aux_NE[path_D], count_1)
         if logp_N is not None:
             static.logp_D[: depth + 1] = logp_N[path_D]
-        if self.echo is not None:
-            self.echo.read(emitted_D, count_1)
         static.root_1.copy_(emitted_D.index_select(0, count_1 - 1))
         static.length_1 += count_1
         static.place_1 += count_1
@@ -213,20 +211,6 @@ class Segments:
         for buffer in static.buffers:
             buffer.index_copy_(2, to_D, buffer.index_select(2, from_D))
 
-    def _learn(self, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:
-        if self.successors is None or not self.learns:
-            return
-        if not self.plan.learns_accepted:
-            learn(self.successors, tree, logits_NV, acceptance)
-            return
-        # The root takes the place of what is missing: before itself, where it changes nothing.
-        missing = len(acceptance.path_D) - acceptance.count
-        row_D = torch.arange(len(acceptance.path_D), device=logits_NV.device) - missing
-        row_D = acceptance.path_D[row_D.clamp(min=0)]
-        self.successors.update(tree.tokens_N[row_D], logits_NV[row_D])
-        if self.successors.learned_V is not None:
-            self.successors.learned_V.index_add_(0, tree.tokens_N[:1], -missing[None])
-
     @property
     def _noise(self) -> Noise | None:
         if self.sampler.greedy:
@@ -236,7 +220,7 @@ class Segments:
 
     @property
     def _shared_noise(self) -> Noise | None:
-        return self._noise if self.plan.shares_noise else None
+        return self.request.shared_noise
 
     @property
     def _drafter(self) -> StaticDrafter:

@@ -36,7 +36,7 @@ FADE = 0.98
 def fallback_plans(plan: Plan) -> dict[str, Plan]:
     """The plan, what it can be narrowed to, and decoding without speculation, by name."""
     levels: dict[str, Plan | None] = {AS_PLANNED: plan, "narrowed": plan.narrowed()}
-    if plan.drafts and plan.retrieves:
+    if plan.drafts and plan.sources:
         levels["retrieval alone"] = plan.without_drafting()
     found = {name: level for name, level in levels.items() if level is not None}
     return found | {"autoregressive": AUTOREGRESSIVE}

@@ -1,143 +1,129 @@
-"""From the candidates of both sources to the tree that is verified, as a plan says."""
+"""From the candidates of head and sources to the tree that is verified, as a plan says."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import GraftError
 from ..noise import Noise
-from ..retrieval.ngrams import NgramSource, NgramTable
-from ..retrieval.prompt_lookup import Echo
-from ..retrieval.successor_matrix import SuccessorMatrix, Template
-from ..tree import DraftTree, Source, compete, merge
-from .plan import Plan, Stage
-
-LEAST = 1e-4
-"""Probabilities this close to 0 and 1 count as that close."""
+from ..proposer import TokenSource
+from ..retrieval.sources import SOURCES, number_of
+from ..template import Template
+from ..tree import DraftTree, compete, merge
+from .acceptance import SourceScorer, step_scores
+from .plan import Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 
 
-def check_sources(
-    plan: Plan, draft_vocab_size: int, successors: SuccessorMatrix, ngrams: NgramTable | None = None
-) -> None:
-    """Raises GraftError where a plan asks for what the head and the other sources do not have."""
+def check_sources(plan: Plan, draft_vocab_size: int, tables: dict[str, Any]) -> None:
+    """Raises GraftError where a plan asks for what the head and the sources do not have."""
     if plan.drafts and plan.topk > draft_vocab_size:
         raise GraftError(
             f"the plan takes the {plan.topk} likeliest tokens of a head that knows {draft_vocab_size}: "
             "calibrate again with this head"
         )
-    if plan.expands and plan.max_rank >= successors.k:
-        raise GraftError(
-            f"the plan's templates use successor rank {plan.max_rank}, but the matrix keeps {successors.k} "
-            "successors: calibrate again with this corpus"
-        )
-    if plan.expands and plan.scale and successors.probs_VK is None:
-        raise GraftError("the plan scores retrieved nodes, but the matrix keeps no probabilities: build it again")
-    if plan.ngrams and (ngrams is None or successors.probs_VK is None):
-        raise GraftError(
-            "the plan follows longer contexts, but the engine has no n-gram table or its matrix no probabilities: "
-            "build the corpus with corpus.ngrams=true"
-        )
+    for name in plan.sources:
+        has, asked = SOURCES[name].most_ranks(tables), plan.most_ranks(name)
+        if asked > has:
+            raise GraftError(
+                f"the plan asks the source {name} for {asked} guesses after a token, but it keeps {has}: "
+                "calibrate again with this corpus"
+            )
+        if isinstance(plan, ScoredPlan) and not SOURCES[name].can_score(tables):
+            raise GraftError(
+                f"the plan scores what {name} retrieves, but its table keeps no probabilities: build it again"
+            )
 
 
-class Grafter:
-    """A plan's templates and scale, ready on the device."""
+class TreeBuilder:
+    """Makes the trees of one plan: what is retrieved, and which nodes are verified. `builder_of` chooses its kind.
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    Attributes:
+        depths: bound on the depth of a tree, by the steps of its checkpoint.
+    """
+
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.scale = plan.scale
-        # By passes, which tell a plan's stages apart and hash faster than templates.
-        self.depths = {stage.passes: plan.depth(stage) for stage in plan.stages}
+        # By steps, which tell a plan's checkpoints apart and hash faster than templates.
+        self.depths = {checkpoint.steps: plan.depth(checkpoint) for checkpoint in plan.checkpoints}
         self.max_depth = max(self.depths.values())
-        if self.scale is None:
-            self._templates = {stage.passes: Template(list(stage.template), device) for stage in plan.stages}
-            return
-        shared = Template(list(self.scale.template), device)
-        self._templates = {stage.passes: shared for stage in plan.stages}
-        retrieved = [(1.0, 0.0)]
-        for path in self.scale.template:
-            slope, offset = self.scale.retrieved[len(path) - 1]
-            retrieved.append((slope, offset + self.scale.ranks[path[-1]]))
-        self._retrieved_T2 = torch.tensor(retrieved, device=device)
-        # A root's slope and offset are never used.
-        self._drafted_D2 = torch.tensor([(1.0, 0.0), *self.scale.drafted], device=device)
-        chain = [(0,) * depth for depth in range(1, self.scale.echo_depth + 1)]
-        self._chain = Template(chain, device, Source.LOOKUP)
-        # Where nothing matched, nothing is proposed; the root stands first.
-        nothing = [-torch.inf] * self.scale.echo_depth
-        self._echo_ME = torch.tensor([[0.0, *row] for row in (nothing, *self.scale.echo)], device=device)
-        self._zero = torch.zeros((), device=device)
 
     def retrieve(
-        self,
-        stage: Stage,
-        successors: SuccessorMatrix | NgramSource | None,
-        root_1: Tensor,
-        echo: Echo | None = None,
-        noise: Noise | None = None,
+        self, checkpoint: Any, sources: Mapping[str, TokenSource], root_1: Tensor, noise: Noise | None
     ) -> list[DraftTree]:
-        """The candidates that each source has for this stage; scored by `logp_N` where the plan has a scale.
+        """The candidates that each source has for this checkpoint.
 
         Args:
             noise: what the sources are told of the draws.
         """
-        trees = []
-        template = self._templates[stage.passes]
-        if successors is not None and len(template) > 1:
-            tree = successors.expand(root_1, template, noise)
-            trees.append(tree)
-            if self.scale:
-                step_T = step_scores(self._retrieved_T2, tree).masked_fill_(tree.sources_N == Source.EMPTY, -torch.inf)
-                tree.logp_N = torch.where(template.lineage_TT, step_T, self._zero).sum(dim=1)
-        if echo is not None and self.plan.echoes:
-            trees.append(self._repeated(echo, root_1))
-        return trees
+        raise NotImplementedError
 
-    def _repeated(self, echo: Echo, root_1: Tensor) -> DraftTree:
-        """What the request's own text says, as a chain."""
-        tokens_E, length_1 = echo.find(len(self._chain) - 1)
-        tree = self._chain.tree(torch.cat((root_1, tokens_E)), None)
-        tree.logp_N = self._echo_ME.index_select(0, length_1)[0]
-        return tree
+    def build(self, checkpoint: Any, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
+        """The best nodes, as many as the checkpoint verifies.
 
-    def skips_drafting(self, stage: Stage, retrieved: list[DraftTree]) -> Tensor:
+        Args:
+            drafted: the root and every node the head proposed.
+            retrieved: what `retrieve` found.
+        """
+        raise NotImplementedError
+
+
+class QuotaBuilder(TreeBuilder):
+    """The paper's trees: the head's best nodes, and below the same root the first new ones of the template."""
+
+    def __init__(self, plan: QuotaPlan, device: torch.device) -> None:
+        super().__init__(plan)
+        number = number_of("matrix")
+        self._templates = {one.steps: Template(one.template, device, number) for one in plan.checkpoints}
+
+    def retrieve(
+        self, checkpoint: QuotaCheckpoint, sources: Mapping[str, TokenSource], root_1: Tensor, noise: Noise | None
+    ) -> list[DraftTree]:
+        template = self._templates[checkpoint.steps]
+        if len(template) == 1 or "matrix" not in sources:
+            return []
+        return [sources["matrix"].propose(root_1, template, noise).tree]
+
+    def build(self, checkpoint: QuotaCheckpoint, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
+        best = drafted.best(checkpoint.drafted)
+        return merge(best, retrieved[0], checkpoint.retrieved) if retrieved else best
+
+
+class ScoredBuilder(TreeBuilder):
+    """Nodes of all sources compete by their P(accepted)."""
+
+    def __init__(self, plan: ScoredPlan, device: torch.device) -> None:
+        super().__init__(plan)
+        self._scorers = {model.name: SourceScorer(model, device) for model in plan.acceptance.sources if model.template}
+        # A root's slope and offset are never used.
+        self._drafted_D2 = torch.tensor([(1.0, 0.0), *plan.acceptance.drafted], device=device)
+
+    def retrieve(
+        self, checkpoint: Checkpoint, sources: Mapping[str, TokenSource], root_1: Tensor, noise: Noise | None
+    ) -> list[DraftTree]:
+        """Their `logp_N` is log P(accepted)."""
+        return [
+            scorer.score(sources[name].propose(root_1, scorer.template, noise))
+            for name, scorer in self._scorers.items()
+            if name in sources
+        ]
+
+    def skips_drafting(self, checkpoint: Checkpoint, retrieved: list[DraftTree]) -> Tensor:
         """Whether what was retrieved promises so many tokens that the head is not asked, [1] bool.
 
         The source that promises most speaks: they foresee the same tokens.
         """
         promises = torch.stack([tree.logp_N.exp().sum() for tree in retrieved])
-        return promises.amax(dim=0, keepdim=True) > stage.threshold
+        return promises.amax(dim=0, keepdim=True) > checkpoint.threshold
 
-    def tree(self, stage: Stage, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
-        """The best nodes, as many as the stage verifies.
-
-        Args:
-            drafted: every node the head proposed.
-            retrieved: what `retrieve` found.
-        """
-        if self.scale is None:
-            best = drafted.best(stage.drafted)
-            return merge(best, retrieved[0], stage.retrieved) if retrieved else best
+    def build(self, checkpoint: Checkpoint, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
         step_N = step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted)
-        own_N = drafted.path_sums(step_N, stage.passes)
-        tree = compete([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)], stage.rows)
-        if self.plan.drafted_only:
-            tree.sources_N = tree.sources_N.masked_fill(tree.sources_N > Source.DRAFTED, Source.EMPTY)
-        return tree
+        own_N = drafted.path_sums(step_N, checkpoint.steps)
+        scores = [own_N, *(tree.logp_N for tree in retrieved)]
+        return compete([drafted, *retrieved], scores, checkpoint.num_draft_tokens)
 
 
-def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:
-    """log P(accepted | parent accepted) of each row, see `Scale`; 0 for the root."""
-    step_N = calibrated(table_N2, tree.logp_N - tree.logp_N.index_select(0, tree.parents_N))
-    step_N[0] = 0.0
-    return step_N
-
-
-def calibrated(table_N2: Tensor, step_logp_N: Tensor) -> Tensor:
-    """log P(accepted | parent accepted) from log-probabilities of steps, -inf where one is no number.
-
-    Args:
-        table_N2: slope and offset of each.
-    """
-    logit_N = torch.logit(step_logp_N.exp(), eps=LEAST)
-    scores_N = F.logsigmoid(torch.addcmul(table_N2[..., 1], table_N2[..., 0], logit_N))
-    return scores_N.nan_to_num_(nan=-torch.inf)
+def builder_of(plan: Plan, device: torch.device) -> TreeBuilder:
+    """The builder of a plan's kind."""
+    return ScoredBuilder(plan, device) if isinstance(plan, ScoredPlan) else QuotaBuilder(plan, device)  # type: ignore[arg-type]

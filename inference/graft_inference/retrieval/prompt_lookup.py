@@ -1,13 +1,19 @@
-"""Retrieval from a request's own text: what followed the last time it ran as it does now."""
+"""Prompt lookup: what followed the last time the request's own text ran as it does now."""
+
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from ..noise import Noise
+from ..proposer import Opening, Proposal, TokenSource
+from ..template import Template
 
 LONGEST = 12
 """Matched tokens that are told apart; a longer match counts as this."""
 
 
-class Echo:
+class PromptLookup(TokenSource):
     """The text of one request, prompt and output, and its end's longest earlier match in it.
 
     Prompt lookup (Saxena 2023) with the length of the match as evidence: what P(accepted) is read from. Found by
@@ -16,6 +22,9 @@ class Echo:
     Args:
         capacity: tokens the text may have.
     """
+
+    name = "lookup"
+    kinds = LONGEST
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         # -1 stands before the text, where a match may not begin, and behind it, where none may end.
@@ -26,23 +35,31 @@ class Echo:
         self._windows_LW = self.text_S.unfold(0, len(self._place_W), 1)
         self._weight_L1 = torch.arange(1, LONGEST + 1, dtype=torch.uint8, device=device)[:, None]
 
-    def read(self, tokens_A: Tensor, count_1: Tensor | None = None) -> None:
-        """Tells the text: first the whole prompt, then the tokens each round emitted; int64.
+    @classmethod
+    def open(cls, opening: Opening) -> Self:
+        source = cls(opening.capacity, opening.device)
+        source.extend(opening.tokens_S)
+        return source
 
-        Args:
-            count_1: how many of them count; None: all.
-        """
+    def propose(self, root_1: Tensor, template: Template, noise: Noise | None) -> Proposal:
+        """What followed the longest match; its length is the evidence."""
+        tokens_D, length_1 = self.find(len(template) - 1)
+        return Proposal(template.tree(torch.cat((root_1, tokens_D)), None), length_1)
+
+    def extend(self, tokens_A: Tensor, count_1: Tensor | None = None) -> None:
         row_A = self._place_W[1 : len(tokens_A) + 1]
         if count_1 is not None:
             tokens_A = torch.where(row_A <= count_1, tokens_A, -1)
         self.text_S.index_copy_(0, self.end_1 + row_A, tokens_A.to(torch.int32))
         self.end_1 += len(tokens_A) if count_1 is None else count_1
 
-    def adopt(self, other: "Echo") -> None:
-        """Takes over a text of at most as many tokens."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.text_S, self.end_1]
+
+    def adopt(self, other: Self) -> None:
         self.text_S.fill_(-1)
-        self.text_S[: len(other.text_S)] = other.text_S
-        self.end_1.copy_(other.end_1)
+        super().adopt(other)
 
     def find(self, count: int) -> tuple[Tensor, Tensor]:
         """What followed the longest match of the text's end, of equals the latest.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -13,116 +13,9 @@ from torch.nn import functional as F
 
 from ..errors import GraftError
 from ..noise import LEAST, Noise
-from ..tree import PATH_BASE, DraftTree, Source
-
-RankPath = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Level:
-    """The nodes of one depth, as rows of the template.
-
-    Attributes:
-        ranks: of each node among its parent's successors.
-        parents: place of each node's parent among the nodes of the level above; of the root, 0.
-        flat: place of each node in [distinct parents, ranks up to the template's greatest], flattened.
-        above: place of each distinct parent among the nodes of the level above; of the root, 0.
-        parents_above: place of their parents among the distinct parents of the level above; of the root's, 0.
-    """
-
-    ranks: Tensor
-    parents: Tensor
-    flat: Tensor
-    above: Tensor
-    parents_above: Tensor
-
-
-class Template:
-    """A prefix-closed list of rank paths, by priority: which retrieved nodes a tree gets.
-
-    The path (0, 2) is the third successor of the root's first successor.
-
-    Args:
-        rank_paths: parents before children; an empty list is a template of the root alone.
-        source: of its nodes.
-
-    Raises:
-        GraftError: a path stands before its parent, or twice.
-    """
-
-    def __init__(self, rank_paths: list[RankPath], device: torch.device, source: Source = Source.MATRIX) -> None:
-        rows: dict[RankPath, int] = {(): 0}
-        for path in rank_paths:
-            if path[:-1] not in rows or path in rows:
-                raise GraftError(f"template path {list(path)} needs its parent before it, and to be there once")
-            rows[path] = len(rows)
-        paths = list(rows)
-
-        def column(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
-
-        self.parents_T = column([rows[path[:-1]] for path in paths])
-        self.depths_T = column([len(path) for path in paths])
-        self.max_rank = max((path[-1] for path in rank_paths), default=-1)
-        self.levels, by_level = [], [0]
-        above: list[RankPath] = [()]
-        above_inner = [0]
-        for depth in range(1, max(map(len, paths)) + 1):
-            level = [path for path in paths if len(path) == depth]
-            inner = sorted({rows[path[:-1]] for path in level})
-            self.levels.append(
-                Level(
-                    ranks=column([path[-1] for path in level]),
-                    parents=column([above.index(path[:-1]) for path in level]),
-                    flat=column([inner.index(rows[path[:-1]]) * (self.max_rank + 1) + path[-1] for path in level]),
-                    above=column([above.index(paths[row]) for row in inner]),
-                    parents_above=column([above_inner.index(rows[paths[row][:-1]]) for row in inner]),
-                )
-            )
-            above, above_inner = level, inner
-            by_level += [rows[path] for path in level]
-        self.by_level_T = column(by_level).argsort()  # place of each row among the levels, one after the other
-        powers = torch.zeros((len(paths), len(paths)), dtype=torch.long)
-        for path in rank_paths:
-            for depth in range(1, len(path) + 1):
-                power = pow(PATH_BASE, len(path) - depth, 1 << 64)
-                powers[rows[path], rows[path[:depth]]] = power - (power >> 63 << 64)
-        self.powers_TT = powers.to(device)
-        self.lineage_TT = (powers != 0).to(device)
-        self._sources_T = column([Source.ROOT, *[source] * len(rank_paths)])
-
-    def __len__(self) -> int:
-        return len(self.parents_T)
-
-    def found(self, tokens_L: Tensor, steps_L: Tensor | None) -> DraftTree:
-        """The retrieved tree of what was found, level by level, the root first.
-
-        Args:
-            tokens_L: int64, -1 where nothing was found. What hangs below that was not found either.
-            steps_L: log-probability of each after its parent; None: not scored.
-        """
-        tokens_T = tokens_L.index_select(0, self.by_level_T)
-        tokens_T.masked_fill_((self.lineage_TT & (tokens_T < 0)).any(dim=1), -1)
-        if steps_L is None:
-            return self.tree(tokens_T, None)
-        step_T = steps_L.index_select(0, self.by_level_T)
-        return self.tree(tokens_T, step_T.masked_fill_(tokens_T < 0, -torch.inf))
-
-    def tree(self, tokens_T: Tensor, step_logp_T: Tensor | None) -> DraftTree:
-        """The retrieved tree of these tokens.
-
-        Args:
-            tokens_T: int64, -1 where nothing was found.
-            step_logp_T: log-probability of each node after its parent; None: not scored, all 0.
-        """
-        sources_T = self._sources_T.masked_fill(tokens_T < 0, Source.EMPTY)
-        if step_logp_T is None:
-            logp_T = torch.zeros_like(tokens_T, dtype=torch.float32)
-        else:
-            logp_T = torch.where(self.lineage_TT, step_logp_T, 0.0).sum(dim=1)
-        # child_paths level by level, as the polynomial that it is.
-        paths_T = (self.powers_TT * (tokens_T + 1)).sum(dim=1)
-        return DraftTree(tokens_T.clamp(min=0), self.parents_T, self.depths_T, logp_T, sources_T, paths_T)
+from ..proposer import Opening, Proposal, TokenSource
+from ..template import Template
+from ..tree import DraftTree
 
 
 @dataclass
@@ -218,7 +111,7 @@ class SuccessorMatrix:
             return noise.ranked(ids_MK, probs_MK, depth, count)
         return ids_MK[:, :count], probs_MK[:, :count].clamp(min=LEAST).log()
 
-    def update(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
+    def update(self, tokens_M: Tensor, logits_MV: Tensor, weight_M: Tensor | None = None) -> None:
         """M[x] <- argtopk p(. | path to x) for every token the target has just read (Graft Eq. 12).
 
         The paper leaves conflicts open: where a token occurs twice, its later row wins.
@@ -226,6 +119,7 @@ class SuccessorMatrix:
         Args:
             tokens_M: tokens just read by the target, int64.
             logits_MV: its logits after each of them.
+            weight_M: observations that each row counts for; None: one.
         """
         top = logits_MV.topk(self.k, dim=-1)
         row_M = torch.arange(len(tokens_M), device=tokens_M.device)
@@ -235,7 +129,7 @@ class SuccessorMatrix:
             seen_MK = (top.values.float() - logits_MV.float().logsumexp(dim=-1, keepdim=True)).exp()[last_M]
             # A target that overflows leaves no trace of it in later requests.
             self.probs_VK[tokens_M] = seen_MK.nan_to_num_(nan=0.0).to(self.probs_VK.dtype)
-            self.learned_V.index_add_(0, tokens_M, torch.ones_like(tokens_M))
+            self.learned_V.index_add_(0, tokens_M, torch.ones_like(tokens_M) if weight_M is None else weight_M)
         self.ids_VK[tokens_M] = ids_MK
 
     def save(self, path: str | Path) -> None:
@@ -250,6 +144,53 @@ class SuccessorMatrix:
             raise GraftError("this matrix keeps no probabilities, so there is nothing to merge: build the corpus again")
         tensors = {"ids": self.ids_VK, "probs": self.probs_VK, "counts": self.learned_V}
         save_table(Path(path), tensors, self.made_for)
+
+
+class MatrixSource(TokenSource):
+    """The matrix as one request has it.
+
+    Args:
+        learns: whether it is taught; what it learns stays in the matrix.
+        is_shared: whether the matrix is the engine's.
+    """
+
+    name = "matrix"
+
+    def __init__(self, matrix: SuccessorMatrix, learns: bool = True, is_shared: bool = False) -> None:
+        self.matrix = matrix
+        self.learns = learns
+        self.is_shared = is_shared
+
+    @classmethod
+    def open(cls, opening: Opening) -> Self:
+        matrix: SuccessorMatrix = opening.tables["matrix"]
+        if opening.scope != "request":
+            return cls(matrix, opening.scope != "frozen", is_shared=True)
+        return cls(opening.kept.matrix if isinstance(opening.kept, cls) else matrix.clone())
+
+    @classmethod
+    def most_ranks(cls, tables: dict[str, Any]) -> int:
+        return tables["matrix"].k
+
+    @classmethod
+    def can_score(cls, tables: dict[str, Any]) -> bool:
+        return tables["matrix"].probs_VK is not None
+
+    def propose(self, root_1: Tensor, template: Template, noise: Noise | None) -> Proposal:
+        return Proposal(self.matrix.expand(root_1, template, noise))
+
+    def learn(self, tokens_M: Tensor, logits_MV: Tensor, weight_M: Tensor | None = None) -> None:
+        self.matrix.update(tokens_M, logits_MV, weight_M)
+
+    def ranked(self, tokens_D: Tensor, noise: Noise | None) -> Tensor:
+        if noise is None:
+            return self.matrix.ids_VK[tokens_D]
+        rows = enumerate(tokens_D.split(1), 1)
+        return torch.cat([self.matrix.successors_of(row_1, self.matrix.k, noise, depth)[0] for depth, row_1 in rows])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.matrix.tensors
 
 
 def save_table(path: Path, tensors: dict[str, Tensor], made_for: dict[str, Any] | None) -> None:

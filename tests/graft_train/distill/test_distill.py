@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from graft_inference import GraftEngine, GraftError
 from graft_inference import bundle as bundle_module
 from graft_inference.heads.eagle3.checkpoint import load_head
-from graft_inference.policy.plan import Plan, Policy, Stage
+from graft_inference.policy.plan import Policy
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
 from graft_train import distill as stage_module
@@ -585,7 +585,7 @@ def test_the_acceptance_length_is_measured_in_the_engine_that_serves(tmp_path):
     assert measured == list(range(3, steps + 1, 3))
     rows = to_rows(samples(30), 64, VOCAB)
     order, _ = hold_out(samples(30), 3, seed=0)
-    chain = Plan((Stage(passes=3, drafted=3),), topk=1, budget=4)
+    chain = QuotaPlan((QuotaCheckpoint(steps=3, drafted=3),), topk=1)
     target = Target(tiny_target(), (0, 2, 3))
     engine = GraftEngine(target, Policy(chain, chain, chain), load_head(directory), SuccessorMatrix(torch.zeros(1, 1)))
     stats = [engine.generate(rows[row].tokens_S[~rows[row].loss_mask_S], 6, method="eagle3").stats for row in order[:2]]

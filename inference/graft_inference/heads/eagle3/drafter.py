@@ -1,6 +1,6 @@
 """From draft head to scored candidate nodes, one pass at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from ...noise import Noise
 from ...target.kv_cache import allocate
-from ...target.model import Target
 from ...tree import DraftTree, Source, child_paths, root_tree
 from .model import DraftHead
 
@@ -76,7 +75,7 @@ class Draft:
     noise: Noise | None = None
 
     @property
-    def passes(self) -> int:
+    def steps(self) -> int:
         """Head passes run."""
         return len(self.layers)
 
@@ -90,7 +89,7 @@ class Draft:
         """The root and every node proposed so far."""
         root = root_tree(self.root_1)
         width = len(self.layers[0].tokens_C)
-        depths_N, sources_N = _depths_and_sources(width, self.passes, self.root_1.device)
+        depths_N, sources_N = _depths_and_sources(width, self.steps, self.root_1.device)
         # The root is its own parent once, not `width` times.
         parents_A = torch.cat([root.parents_N, *(layer.parents_A for layer in self.layers)])
         return DraftTree(
@@ -104,9 +103,9 @@ class Draft:
 
 
 @cache
-def _depths_and_sources(width: int, passes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of the candidates that so many passes propose; the same for every draft."""
-    depths = [0] + [1] * width + [depth for depth in range(2, passes + 1) for _ in range(width**2)]
+def _depths_and_sources(width: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the candidates that so many steps propose; the same for every draft."""
+    depths = [0] + [1] * width + [depth for depth in range(2, steps + 1) for _ in range(width**2)]
     sources = [Source.ROOT] + [Source.DRAFTED] * (len(depths) - 1)
     return torch.tensor(depths, device=device), torch.tensor(sources, device=device)
 
@@ -118,6 +117,7 @@ class Drafter:
     cache lags the target's tokens by one.
 
     Args:
+        max_positions: of the target.
         topk: children proposed per node, and nodes expanded per pass (EAGLE's top-k).
         capacity: rows of the cache: committed tokens plus topk rows per pass.
 
@@ -126,21 +126,21 @@ class Drafter:
         unread: committed positions that wait for the next `begin`.
     """
 
-    def __init__(self, head: DraftHead, target: Target, topk: int, capacity: int) -> None:
+    def __init__(self, head: DraftHead, max_positions: int, topk: int, capacity: int) -> None:
         self.head = head
-        self.target = target
+        self.max_positions = max_positions
         config = head.config
         self.keys, self.values = allocate((2, 1, config.num_key_value_heads, capacity, config.head_dim), head.fc.weight)
         self._prepare(topk, capacity)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.length = self.unread = 0
-        self._deferred: list[tuple[Tensor, Tensor]] = []
+        self.deferred: list[tuple[Tensor, Tensor]] = []
 
     def _prepare(self, topk: int, capacity: int) -> None:
         """What is the same in every pass: cos and sin of all positions, and that a row sees itself."""
         weight = self.head.fc.weight
         # No token beyond the limit is ever emitted, and its position must not change the others' frequencies.
-        positions_1S = torch.arange(capacity, device=weight.device)[None].clamp(max=self.target.max_positions - 1)
+        positions_1S = torch.arange(capacity, device=weight.device)[None].clamp(max=self.max_positions - 1)
         self.rope = self.head.rotary_emb(weight, positions_1S)
         self._own_kk = torch.eye(topk, dtype=torch.bool, device=weight.device)
         self.topk = topk
@@ -148,7 +148,7 @@ class Drafter:
     def resume(self, length: int, topk: int, capacity: int) -> None:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
         self.length, self.unread = length, 0
-        self._deferred = []
+        self.deferred = []
         self._prepare(topk, max(capacity, self.keys.shape[2]))
         keys, values = self.keys, self.values
         if capacity > keys.shape[2]:
@@ -156,38 +156,12 @@ class Drafter:
             self.keys[:, :, :length] = keys[:, :, :length]
             self.values[:, :, :length] = values[:, :, :length]
 
-    def read(self, tokens_A: Tensor, aux_AE: Tensor) -> Tensor:
-        """Catches up with newly committed positions; returns the head's outputs there, [A, H].
-
-        Args:
-            tokens_A: the token after each position.
-            aux_AE: the target's tapped states at these positions.
-        """
-        return read_all([self], [(tokens_A, aux_AE)])[0]
-
-    def begin(self, tokens_A: Tensor, aux_AE: Tensor, noise: Noise | None = None) -> Draft:
-        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens.
-
-        Args:
-            noise: of the draws: the head then proposes what is likeliest to be drawn.
-        """
-        return begin_all([self], [(tokens_A, aux_AE)], [noise])[0]
-
-    def deepen(self, draft: Draft) -> Draft:
-        """One more pass: expands the best of the last one's children."""
-        return deepen_all([self], [draft])[0]
-
-    def defer(self, tokens_A: Tensor, aux_AE: Tensor) -> None:
-        """Keeps newly committed positions for the next `begin`."""
-        self._deferred.append((tokens_A, aux_AE))
-        self.unread += len(tokens_A)
-
     def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
         """What `read` has to read: these positions, and before them those that were deferred."""
-        if self._deferred:
-            self._deferred.append((tokens_A, aux_AE))
-            tokens_A, aux_AE = map(torch.cat, zip(*self._deferred, strict=True))
-            self._deferred = []
+        if self.deferred:
+            self.deferred.append((tokens_A, aux_AE))
+            tokens_A, aux_AE = map(torch.cat, zip(*self.deferred, strict=True))
+            self.deferred = []
         self.unread = 0
         return tokens_A, aux_AE
 
@@ -205,7 +179,7 @@ class Drafter:
         last = draft.layers[-1]
         visible_kK = torch.cat((last.visible_AK[parent_k], self._own_kk), dim=1)
         start = visible_kK.shape[1] - self.topk
-        return HeadRows(self, last.tokens_C[chosen_k], self.length + draft.passes - 1, 1, start, visible_kK)
+        return HeadRows(self, last.tokens_C[chosen_k], self.length + draft.steps - 1, 1, start, visible_kK)
 
 
 @dataclass
@@ -245,56 +219,109 @@ class HeadRows:
         return cos_1SD, sin_1SD
 
 
-def read_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """`Drafter.read` for several prompts, in one pass of their head."""
-    fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
-    feature_AH = drafters[0].head.fuse(_joined([aux_AE for _, aux_AE in fresh]))
-    return _pass([drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)], feature_AH)
+class Eagle3Proposer:
+    """An EAGLE-3 head, for all requests of an engine.
 
+    Args:
+        embed: the target's embeddings, tokens [...] -> [..., H].
+        max_positions: of the target.
+    """
 
-def defer_all(drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Keeps newly committed positions of several prompts for their next `begin`: a round that does not draft."""
-    for drafter, one in zip(drafters, fresh, strict=True):
-        drafter.defer(*one)
-    full = [drafter for drafter in drafters if drafter.unread >= DEFERRED]
-    if full:
-        read_all(full, [drafter._deferred.pop() for drafter in full])
+    def __init__(self, head: DraftHead, embed: Callable[[Tensor], Tensor], max_positions: int) -> None:
+        self.head = head
+        self.embed = embed
+        self.max_positions = max_positions
 
+    def open(self, topk: int, capacity: int) -> Drafter:
+        """A request's part."""
+        return Drafter(self.head, self.max_positions, topk, capacity)
 
-def begin_all(
-    drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]], noises: Sequence[Noise | None]
-) -> list[Draft]:
-    """`Drafter.begin` for several prompts, in one pass of their head."""
-    hidden = [hidden_AH[-1:] for hidden_AH in read_all(drafters, fresh)]
-    drafts = []
-    for drafter, (tokens_A, _), noise, hidden_1H, (logp_1k, tokens_1k) in zip(
-        drafters, fresh, noises, hidden, _propose(drafters[0], hidden, noises, 1), strict=True
-    ):
-        visible_1K = torch.ones((1, drafter.length), dtype=torch.bool, device=tokens_A.device)
-        drafts.append(Draft(tokens_A[-1:], [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)], noise))
-    return drafts
+    def read(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Catches up with newly committed positions; returns the head's outputs there, [A, H] of each request.
 
+        Args:
+            fresh: the token after each position, and the target's auxiliary states at these positions.
+        """
+        fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
+        feature_AH = self.head.fuse(_joined([aux_AE for _, aux_AE in fresh]))
+        return self._pass(
+            [drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)], feature_AH
+        )
 
-def deepen_all(drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Draft]:
-    """`Drafter.deepen` for several prompts of one beam width and one depth, in one pass of their head."""
-    k, depth = drafters[0].topk, drafts[0].passes + 1
-    best = [draft.layers[-1].logp_C.topk(k) for draft in drafts]
-    parents = [one.indices // k for one in best]
-    rows = [
-        drafter.branches(draft, one.indices, parent_k)
-        for drafter, draft, one, parent_k in zip(drafters, drafts, best, parents, strict=True)
-    ]
-    features = [draft.layers[-1].hidden_AH[parent_k] for draft, parent_k in zip(drafts, parents, strict=True)]
-    hidden = _pass(rows, _joined(features))
-    deeper = []
-    for draft, one, part, hidden_kH, (logp_kk, tokens_kk) in zip(
-        drafts, best, rows, hidden, _propose(drafters[0], hidden, [draft.noise for draft in drafts], depth), strict=True
-    ):
-        first_row = 1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])
-        visible_kK: Any = part.visible_AK
-        layer = draft.layers[-1].below(one, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
-        deeper.append(Draft(draft.root_1, [*draft.layers, layer], draft.noise))
-    return deeper
+    def defer(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
+        for drafter, one in zip(drafters, fresh, strict=True):
+            drafter.deferred.append(one)
+            drafter.unread += len(one[0])
+        full = [drafter for drafter in drafters if drafter.unread >= DEFERRED]
+        if full:
+            self.read(full, [drafter.deferred.pop() for drafter in full])
+
+    def begin(
+        self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]], noises: Sequence[Noise | None]
+    ) -> list[Draft]:
+        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens.
+
+        Args:
+            noises: of the draws: the head then proposes what is likeliest to be drawn.
+        """
+        hidden = [hidden_AH[-1:] for hidden_AH in self.read(drafters, fresh)]
+        drafts = []
+        for drafter, (tokens_A, _), noise, hidden_1H, (logp_1k, tokens_1k) in zip(
+            drafters, fresh, noises, hidden, self._propose(drafters[0].topk, hidden, noises, 1), strict=True
+        ):
+            visible_1K = torch.ones((1, drafter.length), dtype=torch.bool, device=tokens_A.device)
+            drafts.append(Draft(tokens_A[-1:], [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)], noise))
+        return drafts
+
+    def deepen(self, drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Draft]:
+        """One more pass: expands the best of the last one's children, of drafts of one `topk` and one depth."""
+        k, depth = drafters[0].topk, drafts[0].steps + 1
+        best = [draft.layers[-1].logp_C.topk(k) for draft in drafts]
+        parents = [one.indices // k for one in best]
+        rows = [
+            drafter.branches(draft, one.indices, parent_k)
+            for drafter, draft, one, parent_k in zip(drafters, drafts, best, parents, strict=True)
+        ]
+        features = [draft.layers[-1].hidden_AH[parent_k] for draft, parent_k in zip(drafts, parents, strict=True)]
+        hidden = self._pass(rows, _joined(features))
+        deeper = []
+        for draft, one, part, hidden_kH, (logp_kk, tokens_kk) in zip(
+            drafts,
+            best,
+            rows,
+            hidden,
+            self._propose(drafters[0].topk, hidden, [draft.noise for draft in drafts], depth),
+            strict=True,
+        ):
+            first_row = 1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])
+            visible_kK: Any = part.visible_AK
+            layer = draft.layers[-1].below(one, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
+            deeper.append(Draft(draft.root_1, [*draft.layers, layer], draft.noise))
+        return deeper
+
+    def _propose(
+        self, topk: int, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The same, prompt by prompt."""
+        logp_Bk, tokens_Bk = propose(self.head, hidden, noises, depth, topk)
+        counts = [len(part) for part in hidden]
+        return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
+
+    def _pass(self, rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
+        """Runs the layer over the rows of all prompts, one behind the other: its outputs at each one's, [rows, H]."""
+        counts = [len(part.tokens_A) for part in rows]
+
+        def attend(*query_key_value: Tensor) -> Tensor:
+            if len(rows) == 1:
+                return rows[0].attend(*query_key_value)
+            parts = zip(rows, *(tensor.split(counts, dim=2) for tensor in query_key_value), strict=True)
+            return torch.cat([part.attend(*tensors) for part, *tensors in parts], dim=2)
+
+        embed = self.head.embed_tokens or self.embed
+        embedding_1SH = embed(_joined([part.tokens_A for part in rows])[None]).to(feature_AH.dtype)
+        hidden_1SH = self.head.midlayer(embedding_1SH, feature_AH[None], _rope(rows), attend)
+        return _parted(hidden_1SH[0], counts)
 
 
 def propose(
@@ -315,32 +342,6 @@ def propose(
     logp_Bk, draft_ids_Bk = logits_BD.log_softmax(dim=-1).topk(topk, dim=-1)
     # A head that overflows says NaN: its proposals come last, and drafting stops.
     return logp_Bk.nan_to_num_(nan=-torch.inf, neginf=-torch.inf), head.target_ids[draft_ids_Bk]
-
-
-def _propose(
-    drafter: Drafter, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int
-) -> list[tuple[Tensor, Tensor]]:
-    """The same, prompt by prompt."""
-    logp_Bk, tokens_Bk = propose(drafter.head, hidden, noises, depth, drafter.topk)
-    counts = [len(part) for part in hidden]
-    return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
-
-
-def _pass(rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
-    """Runs the layer over the rows of all prompts, one behind the other: its outputs at each one's, [rows, H]."""
-    head, target = rows[0].drafter.head, rows[0].drafter.target
-    counts = [len(part.tokens_A) for part in rows]
-
-    def attend(*query_key_value: Tensor) -> Tensor:
-        if len(rows) == 1:
-            return rows[0].attend(*query_key_value)
-        parts = zip(rows, *(tensor.split(counts, dim=2) for tensor in query_key_value), strict=True)
-        return torch.cat([part.attend(*tensors) for part, *tensors in parts], dim=2)
-
-    embed = head.embed_tokens or target.embed
-    embedding_1SH = embed(_joined([part.tokens_A for part in rows])[None]).to(feature_AH.dtype)
-    hidden_1SH = head.midlayer(embedding_1SH, feature_AH[None], _rope(rows), attend)
-    return _parted(hidden_1SH[0], counts)
 
 
 def _rope(rows: list[HeadRows]) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,7 @@ from torch.nn import functional as F
 
 from ...noise import Noise
 from ...target.kv_cache import allocate
-from ...target.model import Target
-from .drafter import Drafter, Layer, propose
-from .model import DraftHead
+from .drafter import Drafter, Eagle3Proposer, Layer, propose
 
 
 class StaticDrafter:
@@ -24,15 +22,15 @@ class StaticDrafter:
         tokens_F, aux_FE: committed positions not yet read: the token after each, the target's states there.
     """
 
-    def __init__(self, head: DraftHead, target: Target, capacity: int, fresh: int) -> None:
-        self.head = head
-        self.target = target
+    def __init__(self, proposer: Eagle3Proposer, capacity: int, fresh: int) -> None:
+        self.proposer = proposer
+        self.head = head = proposer.head
         config, weight = head.config, head.fc.weight
         device = weight.device
         self.keys, self.values = allocate((2, 1, config.num_key_value_heads, capacity, config.head_dim), weight)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self._row_S = torch.arange(capacity, device=device)
-        positions_1S = self._row_S[None].clamp(max=target.max_positions - 1)
+        positions_1S = self._row_S[None].clamp(max=proposer.max_positions - 1)
         self._rope = [table[0] for table in head.rotary_emb(weight, positions_1S)]
         self.length_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.pending_1 = torch.zeros(1, dtype=torch.long, device=device)
@@ -47,7 +45,7 @@ class StaticDrafter:
         """
         tokens_A, aux_AE = drafter.caught_up(tokens_A, aux_AE)
         if len(tokens_A) > 1:
-            drafter.read(tokens_A[:-1], aux_AE[:-1])
+            self.proposer.read([drafter], [(tokens_A[:-1], aux_AE[:-1])])
         if drafter.keys.data_ptr() != self.keys.data_ptr():
             self.keys[:, :, : drafter.length] = drafter.keys[:, :, : drafter.length]
             self.values[:, :, : drafter.length] = drafter.values[:, :, : drafter.length]
@@ -84,18 +82,18 @@ class StaticDrafter:
         logp_1k, tokens_1k = propose(self.head, [hidden_1H], [noise], 1, topk)
         return Layer.below_root(logp_1k, tokens_1k, hidden_1H, self._row_S[None, :size] < self.length_1)
 
-    def deepen(self, last: Layer, passes: int, topk: int, noise: Noise | None) -> Layer:
-        """Expands the best children of the layer that pass number `passes` proposed."""
+    def deepen(self, last: Layer, steps: int, topk: int, noise: Noise | None) -> Layer:
+        """Expands the best children of the layer that pass number `steps` proposed."""
         k, size = topk, last.visible_AK.shape[1]
         best = last.logp_C.topk(k)
         parent_k = best.indices // k
-        rows_k = self.length_1 + (passes - 1) * k + self._row_S[:k]
+        rows_k = self.length_1 + (steps - 1) * k + self._row_S[:k]
         visible_kK = last.visible_AK[parent_k] | (self._row_S[:size] == rows_k[:, None])
-        positions_k = (self.length_1 + passes - 1).expand(k)
+        positions_k = (self.length_1 + steps - 1).expand(k)
         tokens_k = last.tokens_C[best.indices]
         hidden_kH = self._pass(tokens_k, last.hidden_AH[parent_k], rows_k, positions_k, visible_kK)
-        logp_kk, tokens_kk = propose(self.head, [hidden_kH], [noise], passes + 1, k)
-        first_row = 1 if passes == 1 else 1 + k + (passes - 2) * k**2
+        logp_kk, tokens_kk = propose(self.head, [hidden_kH], [noise], steps + 1, k)
+        first_row = 1 if steps == 1 else 1 + k + (steps - 2) * k**2
         return last.below(best, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
 
     def _pass(
@@ -113,7 +111,7 @@ class StaticDrafter:
             attended = F.scaled_dot_product_attention(folded, keys, values, mask_AK.repeat(self.groups, 1))
             return attended.reshape(query_BQSD.shape)
 
-        embed = self.head.embed_tokens or self.target.embed
+        embed = self.head.embed_tokens or self.proposer.embed
         embedding_BSH = embed(tokens_A[None]).to(feature_AH.dtype)
         cos_1SD, sin_1SD = (table.index_select(0, positions_A)[None] for table in self._rope)
         return self.head.midlayer(embedding_BSH, feature_AH[None], (cos_1SD, sin_1SD), attend)[0]

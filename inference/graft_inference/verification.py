@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..retrieval.successor_matrix import SuccessorMatrix
-from ..tree import DraftTree, Source
+from .retrieval.sources import name_of
+from .tree import DraftTree, Source
 
 Emitted = tuple[list[int], list[str]]
 """Tokens that a round emits for one prompt, and where each came from."""
@@ -64,19 +64,37 @@ def of_record(record: Sequence[int]) -> Emitted:
     count, depths = record[0], len(record) // 2
     # Emitted token i is the node at depth i + 1; the last one is nobody's proposal.
     sources = record[2 + depths : 1 + depths + count]
-    return list(record[1 : 1 + count]), [*(Source(source).name.lower() for source in sources), "bonus"]
+    return list(record[1 : 1 + count]), [*map(name_of, sources), "bonus"]
 
 
-def learn(successors: SuccessorMatrix, tree: DraftTree, logits_NV: Tensor, acceptance: Acceptance) -> None:
-    """Every verified node updates the matrix; accepted nodes win conflicts, then those earlier in the tree.
+Taught = tuple[Tensor, Tensor, Tensor | None]
+"""Rows of a tree, the tokens there and how many observations each counts for (None: one), as sources learn them."""
+
+
+def accepted_rows(tree: DraftTree, acceptance: Acceptance, count: int | None) -> Taught:
+    """The root and the accepted nodes.
+
+    Args:
+        count: how many, where the host knows; else the root also takes the place of what is missing, before itself,
+            where it changes nothing.
+    """
+    if count is not None:
+        path_A = acceptance.path_D[:count]
+        return path_A, tree.tokens_N[path_A], None
+    depths = len(acceptance.path_D)
+    row_D = torch.arange(depths, device=acceptance.path_D.device) - (depths - acceptance.count)
+    path_D = acceptance.path_D[row_D.clamp(min=0)]
+    return path_D, tree.tokens_N[path_D], (row_D >= 0).long()
+
+
+def every_row(tree: DraftTree, acceptance: Acceptance, count: int | None) -> Taught:
+    """Every verified node (Graft Eq. 12); accepted nodes win conflicts, then those earlier in the tree.
 
     Empty rows pose as the root, which outranks them.
     """
-    row_N = torch.arange(len(tree), device=logits_NV.device)
+    row_N = torch.arange(len(tree), device=tree.tokens_N.device)
     empty_N = tree.sources_N == Source.EMPTY
     rank_N = acceptance.accepted_N * 2 * len(tree) - row_N - empty_N * 2 * len(tree)
     order_N = rank_N.argsort()
     tokens_N = torch.where(empty_N, tree.tokens_N[0], tree.tokens_N)
-    successors.update(tokens_N[order_N], logits_NV[order_N])
-    if successors.learned_V is not None:
-        successors.learned_V.index_add_(0, tree.tokens_N[:1], -empty_N.sum()[None])
+    return order_N, tokens_N[order_N], (~empty_N[order_N]).long()

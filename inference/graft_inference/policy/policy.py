@@ -1,0 +1,84 @@
+"""A plan for each method, as a bundle holds them in `graft.json`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from ..errors import GraftError
+from ..template import depth_template
+from .plan import AUTOREGRESSIVE, Plan, QuotaCheckpoint, QuotaPlan
+
+PLANNED = ("graft", "eagle3", "retrieve")
+METHODS = (*PLANNED, "autoregressive")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Plans for the methods that need one, and what they were measured on.
+
+    Attributes:
+        graft: head and sources.
+        eagle3: the head alone.
+        retrieve: the sources alone.
+        measured_on: device, versions, latencies and data behind the plans; for people.
+    """
+
+    graft: Plan
+    eagle3: Plan
+    retrieve: Plan
+    measured_on: dict[str, Any] = field(default_factory=dict)
+
+    def plan(self, method: str) -> Plan:
+        """The plan of one of METHODS."""
+        if method not in METHODS:
+            raise GraftError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        return AUTOREGRESSIVE if method == "autoregressive" else getattr(self, method)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).to_dict() for name in PLANNED} | {"measured_on": self.measured_on}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        known = {*PLANNED, "measured_on"}
+        if set(values) != known:
+            raise GraftError(f"graft.json must hold exactly {sorted(known)}, not {sorted(values)}")
+        plans = {name: Plan.from_dict(values[name]) for name in PLANNED}
+        measured_on = values["measured_on"]
+        if not isinstance(measured_on, dict) or not isinstance(measured_on.get("device"), dict | None):
+            raise GraftError(f"measured_on={measured_on!r} must be an object, and its device one or null")
+        return cls(**plans, measured_on=measured_on)
+
+
+def paper_policy(topk: int = 10, num_draft_tokens: int = 64, num_steps: int = 9, max_rank: int = 7) -> Policy:
+    """The paper's settings for Qwen3-8B (thresholds in the middle of its ranges).
+
+    It gives only how many retrieved nodes stand at each depth; the paths are ours: the rank-0 chain runs
+    to the full depth and lower ranks get fewer descendants. Fewer nodes than 64 scale both sources' shares,
+    and a template is then its prefix.
+
+    Args:
+        num_steps: of the last checkpoint; those that would come after it are left out.
+        max_rank: greatest successor rank that the matrix keeps.
+    """
+    counts = {
+        1: (0.135, 8, (8, 10, 8, 6, 5, 4, 4, 4, 3)),
+        2: (0.14, 24, (6, 7, 5, 4, 4, 3, 3, 2, 2)),
+        6: (0.485, 40, (4, 3, 3, 2, 2, 2, 2, 1, 1)),
+    }
+    room = min(num_draft_tokens - 1, 60)
+    checkpoints = []
+    for steps, (threshold, drafted, depths) in counts.items():
+        template = depth_template(depths, max_rank)
+        kept = round(drafted * room / 60)
+        retrieved = min(room - kept, len(template))
+        if steps < num_steps:
+            kept = min(kept, topk + (steps - 1) * topk**2)
+            checkpoints.append(QuotaCheckpoint(steps, threshold, kept, retrieved, template))
+    full = QuotaCheckpoint(num_steps, drafted=min(room, topk + (num_steps - 1) * topk**2))
+    template = depth_template(counts[1][2], max_rank)
+    retrieved = min(num_draft_tokens - 1, round(52 * room / 60), len(template))
+    return Policy(
+        graft=QuotaPlan((*checkpoints, full), topk),
+        eagle3=QuotaPlan((full,), topk),
+        retrieve=QuotaPlan((QuotaCheckpoint(0, 0.0, 0, retrieved, template),), topk),
+        measured_on={"source": "arXiv 2605.20104, not calibrated on this device"},
+    )

@@ -1,0 +1,175 @@
+"""The seam between the speculator and what proposes draft tokens: a draft head, and sources that run no model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from .noise import Noise
+from .template import Template
+from .tree import DraftTree
+
+SCOPES = ("request", "engine", "frozen")
+"""How long a source keeps what a request taught it: for that request, as long as the engine, or not at all."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a source may look at when a request begins.
+
+    Attributes:
+        tokens_S: the prompt.
+        capacity: most tokens of prompt and output.
+        tables: what the bundle holds for sources, by name.
+        scope: one of SCOPES.
+        kept: the same source of the last request, if this one is a later turn of its text.
+    """
+
+    tokens_S: Tensor
+    capacity: int
+    tables: dict[str, Any]
+    scope: str = "request"
+    kept: "TokenSource | None" = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_S.device
+
+
+@dataclass
+class Proposal:
+    """The nodes of a template that a source proposes.
+
+    Attributes:
+        tree: its `logp_N` is the source's own cumulative log-probability; 0 where it has none.
+        evidence_1: which kind of evidence it goes by, 1 to `kinds`, or 0 if it proposes nothing; [1] int64. None where
+            it has probabilities instead.
+    """
+
+    tree: DraftTree
+    evidence_1: Tensor | None = None
+
+
+class TokenSource:
+    """A source of draft tokens that runs no model, for one request. Nothing in it waits for the device.
+
+    `retrieval/sources.py` lists the classes; what else there is to know of a source follows from this one: it is
+    traced, calibrated, priced and served by these methods alone.
+
+    Attributes:
+        name: in plans, traces and statistics.
+        kinds: of evidence, which its proposals are told apart by; 0: they carry probabilities.
+        learns: whether it looks at the target's logits (`learn`).
+        is_shared: whether its tensors are those of all requests of the engine.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[int] = 0
+    learns: bool = False
+    is_shared: bool = False
+
+    @classmethod
+    def open(cls, opening: Opening) -> Self:
+        """The source of one request, told its prompt."""
+        raise NotImplementedError
+
+    @classmethod
+    def most_ranks(cls, tables: dict[str, Any]) -> int:
+        """Guesses that it has after one token, so that templates ask for no more."""
+        return 1
+
+    @classmethod
+    def can_score(cls, tables: dict[str, Any]) -> bool:
+        """Whether its proposals carry what P(accepted) is read from."""
+        return True
+
+    def propose(self, root_1: Tensor, template: Template, noise: Noise | None) -> Proposal:
+        """What may follow the root.
+
+        Args:
+            root_1: the last emitted token.
+            noise: of the draws, where the plan shares it: what is likeliest to be drawn is wanted.
+        """
+        raise NotImplementedError
+
+    def extend(self, tokens_A: Tensor, count_1: Tensor | None = None) -> None:
+        """The request's text goes on.
+
+        Args:
+            count_1: how many of the tokens count; None: all.
+        """
+
+    def learn(self, tokens_M: Tensor, logits_MV: Tensor, weight_M: Tensor | None = None) -> None:
+        """The target's logits after tokens that it has read; where a token occurs twice, its later row counts.
+
+        Args:
+            weight_M: 0 for a row that repeats another to keep the shape, else 1; None: all 1.
+        """
+
+    def ranked(self, tokens_D: Tensor, noise: Noise | None) -> Tensor | None:
+        """Its guesses after each token of a path below the root, best first, [D, ranks]; None where it has but one.
+
+        Calibration chooses templates by it.
+        """
+        return None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that `extend` and `learn` change."""
+        return []
+
+    def adopt(self, other: Self) -> None:
+        """Takes over what another of its kind holds, which has room for no more."""
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine[: len(theirs)].copy_(theirs)
+
+
+class Draft(Protocol):
+    """What a head has proposed so far in a round."""
+
+    @property
+    def steps(self) -> int:
+        """Head passes run."""
+
+    @property
+    def confidence(self) -> Tensor:
+        """How sure the head is of its deepest nodes (Graft Eq. 6), 0-d."""
+
+    @property
+    def candidates(self) -> DraftTree:
+        """The root and every node proposed so far; `logp_N` is cumulative."""
+
+
+class HeadProposer(Protocol):
+    """A draft head as the speculator asks it: for several requests at once, in one pass of the head.
+
+    A request's own part of it (caches, what is not read yet) is opaque here: `open` makes it.
+    """
+
+    def open(self, topk: int, capacity: int) -> Any:
+        """A request's part.
+
+        Args:
+            topk: children proposed per node, and nodes expanded per pass.
+            capacity: rows of its cache.
+        """
+
+    def begin(
+        self, states: Sequence[Any], fresh: Sequence[tuple[Tensor, Tensor]], noises: Sequence[Noise | None]
+    ) -> Sequence[Any]:
+        """Reads newly committed positions and proposes the children of the root, the last of the tokens.
+
+        Args:
+            fresh: of each request, the token after each position, [A], and the target's states there, [A, E].
+        """
+
+    def deepen(self, states: Sequence[Any], drafts: Sequence[Any]) -> Sequence[Any]:
+        """One pass more, of drafts of one depth."""
+
+    def read(self, states: Sequence[Any], fresh: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Reads newly committed positions, without proposing anything."""
+
+    def defer(self, states: Sequence[Any], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keeps newly committed positions for the next `begin`: of a round that does not draft."""

@@ -1,0 +1,183 @@
+"""From proposers and a policy to the next tree: what an engine embeds. There is no target in it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise import Noise
+from .policy.tree_builder import ScoredBuilder, TreeBuilder
+from .proposer import HeadProposer, TokenSource
+from .tree import DraftTree, root_tree
+from .verification import Acceptance, accepted_rows, every_row
+
+Chosen = tuple[Any, DraftTree]
+"""The checkpoint at which drafting stopped, and a tree."""
+
+
+@dataclass
+class Speculation:
+    """What the speculator keeps of one request from round to round.
+
+    Attributes:
+        builder: of the plan of this round.
+        head: the head's part; None where no plan of the request drafts.
+        sources: that the plan asks, by name.
+        root_1: the last emitted token, which the target has not read yet; of a prompt that is not read yet, its own
+            last.
+        fresh_tokens_A, fresh_aux_AE: what the head has not been told: the tokens after the positions that the last
+            round committed (or the last piece of the prompt), and the target's auxiliary states there.
+        noise: of this round's draws; None where nothing is drawn by chance.
+        retrieved: this round's candidates by source, once looked up.
+    """
+
+    builder: TreeBuilder
+    head: Any | None
+    sources: Mapping[str, TokenSource]
+    root_1: Tensor
+    fresh_tokens_A: Tensor
+    fresh_aux_AE: Tensor
+    noise: Noise | None = None
+    retrieved: list[DraftTree] | None = field(default=None)
+
+    @property
+    def shared_noise(self) -> Noise | None:
+        """What of it those who propose tokens are told."""
+        return self.noise if self.builder.plan.shares_noise else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether a source looks at the target's logits."""
+        return any(source.learns for source in self.sources.values())
+
+    def read(self, tokens_S: Tensor, logits_SV: Tensor) -> None:
+        """The target has read a piece of the prompt."""
+        for source in self.sources.values():
+            if source.learns:
+                source.learn(tokens_S, logits_SV)
+
+    def observe(
+        self, tree: DraftTree, logits_NV: Tensor, aux_NE: Tensor, acceptance: Acceptance, count: int | None = None
+    ) -> None:
+        """What the target says of a tree: teaches the sources, and is kept for the head.
+
+        Args:
+            count: accepted nodes, where the host knows; else all shapes are those of the greatest depth, and the head
+                is told by the caller.
+        """
+        if self.learns:
+            taught = accepted_rows if self.builder.plan.learns_accepted else every_row
+            rows_M, tokens_M, weight_M = taught(tree, acceptance, count)
+            for source in self.sources.values():
+                if source.learns:
+                    source.learn(tokens_M, logits_NV[rows_M], weight_M)
+        emitted_A = acceptance.emitted_D[:count]
+        for source in self.sources.values():
+            source.extend(emitted_A, None if count is not None else acceptance.count[None])
+        if count is not None:
+            self.fresh_tokens_A, self.fresh_aux_AE = emitted_A, aux_NE[acceptance.path_D[:count]]
+            self.root_1 = emitted_A[-1:]
+
+    @property
+    def fresh(self) -> tuple[Tensor, Tensor]:
+        return self.fresh_tokens_A, self.fresh_aux_AE
+
+
+class Speculator:
+    """Makes the next trees of several requests; those that draft share the passes of the head.
+
+    Every decision is one host read for all requests that face it.
+    """
+
+    def __init__(self, head: HeadProposer) -> None:
+        self.head = head
+
+    def next_trees(self, requests: Sequence[Speculation]) -> list[Chosen]:
+        """The tree to verify of each request, and the checkpoint at which its drafting stopped."""
+        return self.build(requests, self.draft(requests))
+
+    def draft(self, requests: Sequence[Speculation]) -> list[Chosen]:
+        """Drafts from checkpoint to checkpoint until the head is unsure; the steps after that never run.
+
+        Returns:
+            Of each request, the checkpoint at which it stopped, and the root with every node that the head proposed.
+        """
+        found: list[Chosen] = [(one.builder.plan.checkpoints[0], root_tree(one.root_1)) for one in requests]
+        asked = self._asked(requests)
+        if not asked:
+            return found
+        parts = [requests[index] for index in asked]
+        begun = self.head.begin(
+            [one.head for one in parts], [one.fresh for one in parts], [one.shared_noise for one in parts]
+        )
+        drafts = dict(zip(asked, begun, strict=True))
+        while True:
+            for index, checkpoint in _stops(requests, drafts).items():
+                found[index] = (checkpoint, drafts.pop(index).candidates)
+            if not drafts:
+                return found
+            deeper = self.head.deepen([requests[index].head for index in drafts], list(drafts.values()))
+            drafts = dict(zip(drafts, deeper, strict=True))
+
+    def build(self, requests: Sequence[Speculation], drafts: Sequence[Chosen]) -> list[Chosen]:
+        """The best nodes of head and sources."""
+        trees = []
+        for one, (checkpoint, drafted) in zip(requests, drafts, strict=True):
+            if one.retrieved is None:
+                one.retrieved = retrieve(one, checkpoint)
+            trees.append((checkpoint, one.builder.build(checkpoint, drafted, one.retrieved)))
+        return trees
+
+    def _asked(self, requests: Sequence[Speculation]) -> list[int]:
+        """Which requests' heads are to draft. What the others committed waits until theirs is asked again."""
+        asked: list[int] = []
+        waiting: list[int] = []
+        skips = {}
+        for index, one in enumerate(requests):
+            plan, one.retrieved = one.builder.plan, None
+            if one.head is None:
+                continue
+            if plan.drafts and not plan.checkpoints[0].steps:
+                one.retrieved = retrieve(one, plan.checkpoints[0])
+                if one.retrieved:
+                    assert isinstance(one.builder, ScoredBuilder)
+                    skips[index] = one.builder.skips_drafting(plan.checkpoints[0], one.retrieved)
+            (asked if plan.drafts else waiting).append(index)
+        for index, (skip,) in zip(skips, read_records(list(skips.values())), strict=True):
+            if skip:
+                asked.remove(index)
+                waiting.append(index)
+        self.head.defer([requests[index].head for index in waiting], [requests[index].fresh for index in waiting])
+        return asked
+
+
+def retrieve(request: Speculation, checkpoint: Any) -> list[DraftTree]:
+    """What the sources propose."""
+    return request.builder.retrieve(checkpoint, request.sources, request.root_1, request.shared_noise)
+
+
+def _stops(requests: Sequence[Speculation], drafts: dict[int, Any]) -> dict[int, Any]:
+    """Which drafts end after this step, and at which checkpoint: at the last one, or where the head is unsure."""
+    stops, unsure = {}, {}
+    for index, one in drafts.items():
+        checkpoints = requests[index].builder.plan.checkpoints
+        for checkpoint in checkpoints:
+            if checkpoint.steps == one.steps:
+                stops[index] = checkpoint
+                if checkpoint is not checkpoints[-1]:
+                    unsure[index] = (one.confidence <= checkpoint.threshold)[None]
+    for index, (stop,) in zip(unsure, read_records(list(unsure.values())), strict=True):
+        if not stop:
+            del stops[index]
+    return stops
+
+
+def read_records(records: list[Tensor]) -> list[list[Any]]:
+    """Records of one dimension, in one host read; none where there is no record."""
+    if not records:
+        return []
+    values = iter((records[0] if len(records) == 1 else torch.cat(records)).tolist())
+    return [list(islice(values, len(record))) for record in records]
