@@ -83,7 +83,7 @@ def road(arguments: argparse.Namespace) -> Config:
         corpus=CorpusConfig(ngrams=False),
         policy=CalibrateConfig(
             prompts=16, max_new_tokens=96, topk=8, num_steps=6, widths=[1, 4, 8, 16, 32, 64],
-            retrieval_depth=6, checkpoints=2, repeats=3,
+            retrieval_depth=6, checkpoints=2, minutes=3,
         ),
         evaluation=EvaluateConfig(prompts=16, max_new_tokens=128, repeats=3),
     )  # fmt: skip
@@ -104,7 +104,7 @@ def tiny(arguments: argparse.Namespace) -> Config:
     )
     config.policy = replace(
         config.policy, prompts=2, max_new_tokens=10, topk=3, num_steps=3, widths=[1, 4, 8], retrieval_depth=3,
-        repeats=1, least_rounds=10,
+        minutes=0.01, least_rounds=10,
     )  # fmt: skip
     config.evaluation = replace(config.evaluation, prompts=2, max_new_tokens=10, repeats=1)
     return config

@@ -25,10 +25,11 @@ from transformers import AutoTokenizer
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
 from graft_inference.heads.eagle3.checkpoint import load_head
-from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all, timer_of, told_traces, trace
-from graft_train.calibrate.latency import RoundTimer
-from graft_train.calibrate.race import race, ratio
-from graft_train.calibrate.replay import Replays, replay_of, replays_on
+from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all
+from graft_train.calibrate.measure import timer_of, told_traces, trace
+from graft_train.calibrate.pace import Pace
+from graft_train.calibrate.race import Track, distinct, full_race, ratio
+from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.report import calibration, describe, pieces
 from graft_train.calibrate.traces import Traces
 from graft_train.config.data import DataConfig
@@ -152,7 +153,8 @@ def measure(
     found = []
     for name, one in learned.items():
         plans = contenders(settings, learned, name, ablate)
-        raced = race_distinct(engine, domains[name]["evaluation"], plans, settings, repeats, redraws=True)
+        track = track_of(engine, settings, domains[name]["evaluation"], redraws=True)
+        raced = race_distinct(track, plans, repeats)
         found.append(
             {
                 "domain": name,
@@ -160,10 +162,8 @@ def measure(
                 "plans": {plan: describe(plans[plan]) for plan in plans},
                 "measured": raced,
                 "ratios": {base: {plan: ratio(raced[plan], raced[base]) for plan in plans} for base in BASELINES},
-                "predicted": {kind: replay_of(one.raced_on, plan).run(plan)[0] for kind, plan in one.plans.items()},
-                "predicted_when_chosen": {
-                    kind: replay_of(one.replays, plan).run(plan)[0] for kind, plan in one.plans.items()
-                },
+                "predicted": {kind: speed / one.slowness for kind, speed in one.predicted.items()},
+                "predicted_when_chosen": one.predicted,
                 "measured_on_calibration": one.tokens_per_second,
                 "calibration_error": calibration(told_traces(one.traces, settings.shared_noise)),
                 "latency_ms": one.replays[False, False].latency.to_dict(),
@@ -179,44 +179,48 @@ class Learned:
     Attributes:
         traces: by whether the noise of draws is told.
         replays: with the latencies that the plans were chosen by.
-        raced_on: the same with latencies timed among the races of the plans.
+        predicted: tokens per second of the plans by these latencies.
+        slowness: what the device took while the plans raced, over these latencies.
         tokens_per_second: of the plans, on these same prompts.
     """
 
     traces: dict[bool, Traces]
     replays: Replays
-    raced_on: Replays
     plans: dict[str, Plan]
+    predicted: dict[str, float]
+    slowness: float
     tokens_per_second: dict[str, float]
 
 
 def learn_on(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor], repeats: int) -> Learned:
-    """The plans, and the device timed again while they race: a shared machine has another speed minutes later."""
+    """The plans, and how slow the device is while they race: a shared machine has another speed minutes later."""
     noises = (False, True) if settings.temperature else (False,)
     traces = {told: trace(settings, engine, prompts, told) for told in noises}
     timer = timer_of(settings, engine, prompts, traces)
     replays = replay_sources(settings, traces, timer.latency())
     plans = learn(settings, replays)
-    raced = race_distinct(engine, prompts, plans, settings, repeats, timer)
-    raced_on = replays_on(replays, timer.latency())
+    predicted = {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()}
+    pace = Pace(timer)
+    raced = race_distinct(track_of(engine, settings, prompts, pace), plans, repeats)
     speeds = {name: found["tokens_per_second"] for name, found in raced.items()}
-    return Learned(traces, replays, raced_on, plans, speeds)
+    return Learned(traces, replays, plans, predicted, pace.factor, speeds)
 
 
-def race_distinct(
+def track_of(
     engine: GraftEngine,
-    prompts: list[Tensor],
-    plans: dict[str, Plan],
     settings: CalibrateConfig,
-    repeats: int,
-    timer: RoundTimer | None = None,
+    prompts: list[Tensor],
+    pace: Pace | None = None,
     redraws: bool = False,
-) -> dict[str, dict[str, Any]]:
+) -> Track:
+    return Track(engine, prompts, settings.max_new_tokens, settings.temperature, pace, redraws)
+
+
+def race_distinct(track: Track, plans: dict[str, Plan], repeats: int) -> dict[str, dict[str, Any]]:
     """Plans that came out equal are raced once, under the first one's name."""
-    names = {plan: name for name, plan in reversed(plans.items())}
-    distinct = {name: plan for name, plan in plans.items() if names[plan] == name}
-    raced = race(engine, prompts, distinct, settings.max_new_tokens, settings.temperature, repeats, timer, redraws)
-    return {name: raced[names[plan]] for name, plan in plans.items()}
+    runs_as = distinct(plans)
+    raced = full_race(track, {name: plan for name, plan in plans.items() if runs_as[name] == name}, repeats)
+    return {name: raced[runs_as[name]] for name in plans}
 
 
 def contenders(settings: CalibrateConfig, learned: dict[str, Learned], domain: str, ablate: bool) -> dict[str, Plan]:
@@ -256,7 +260,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | {run['plans'][name]} | {speed} | {cells} |")
         lines += [
             "",
-            "Tokens/s on the calibration prompts, predicted by latencies timed among the races and measured:",
+            "Tokens/s on the calibration prompts, predicted by the latency table and the device's pace in the race, "
+            "and measured:",
             "",
         ]
         for name, predicted in run["predicted"].items():

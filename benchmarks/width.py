@@ -19,7 +19,8 @@ from round import with_random_head
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from graft_inference import Plan
-from graft_train.calibrate import plan_of, replay_sources, timer_of, trace
+from graft_train.calibrate import plan_of, replay_sources
+from graft_train.calibrate.measure import timer_of, trace
 from graft_train.calibrate.replay import Replay, replay_of
 from graft_train.calibrate.report import describe
 from graft_train.config.policy import CalibrateConfig
@@ -39,7 +40,7 @@ def main() -> None:
     trained = load_engine(arguments.run)
     settings = CalibrateConfig(
         max_new_tokens=64, topk=4, num_steps=6, widths=[1, 2, 4, 6, 8, 12, 16, 24, 32], retrieval_depth=6,
-        checkpoints=2, repeats=5, echo=False,
+        checkpoints=2, echo=False,
     )  # fmt: skip
     prompts = code_prompts(arguments.run / "target", arguments.prompts)["calibration"]
     traces = {False: trace(settings, trained, prompts)}

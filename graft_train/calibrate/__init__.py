@@ -1,32 +1,46 @@
 """`calibrate`: learns when to stop drafting and what to verify, from traces and this device's latencies."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from math import hypot
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_policy
 from graft_inference.bundle import Bundle, check_launch, load_ngrams, load_successors
 from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_inference.policy.plan import depth_template
 from graft_inference.target.model import max_positions
+from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency, RoundTimer
-from graft_train.calibrate.race import race
-from graft_train.calibrate.replay import Replay, Replays, replay_of, replays_on
-from graft_train.calibrate.report import ablation, calibration, draw_frontier, frontier, print_report, to_markdown
+from graft_train.calibrate.measure import load_traces, record_missing, timer_of, told_traces
+from graft_train.calibrate.pace import Pace
+from graft_train.calibrate.race import Track, distinct, race
+from graft_train.calibrate.replay import Replay, Replays, replay_of
+from graft_train.calibrate.report import (
+    CONTRADICTS,
+    ablation,
+    calibration,
+    draw_frontier,
+    frontier,
+    print_report,
+    to_markdown,
+)
+from graft_train.calibrate.results import Forecast, found_of, race_of
 from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
-from graft_train.calibrate.traces import Traces, record_traces
+from graft_train.calibrate.standings import ERROR, Standings
+from graft_train.calibrate.traces import Traces
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig
 from graft_train.data.samples import check_room, read_samples
 from graft_train.data.target import load_target, load_tokenizer, text_config
 from graft_train.device import describe_device
 from graft_train.files import only_one, told, write_json, write_text
-from graft_train.processes import barrier, is_main, of_main, say
+from graft_train.processes import is_main, say
 from graft_train.stage import fingerprints_of, run_stage
 
 PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
@@ -39,10 +53,10 @@ BY_ALL = ", taught by all nodes"
 TRACED = ("topk", "num_steps", "retrieval_depth", "temperature")
 """Settings that traces are made with."""
 INPUTS = ("target", "data", "head", "corpus")
-MOST_ECHOED = 32
-"""Tokens that the request's own text may add to a tree."""
 SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams", "paper")
 """What the learned policy must not be slower than, the learned plans themselves first."""
+Speeds = Mapping[str, tuple[bool, float]]
+"""By plan: whether it was never dropped, and tokens per second."""
 
 
 def calibrate(config: Config) -> Path:
@@ -97,54 +111,84 @@ def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
 
 
 def _build(config: Config, out: Path) -> None:
-    settings = config.policy
+    settings, budget = config.policy, Budget(60 * config.policy.minutes)
     prompts = _prompts(config)
     engine = _engine(config)
     made_of = _made_of(config)
-    for shares_noise, name in _trace_files(settings).items():
-        if not (out / name).exists():  # else an interrupted run left it
-            traced = trace(settings, engine, prompts, shares_noise)
-            if is_main():
-                traced.save(out / name, made_of)
-            barrier()
-    traces = _load_traces(settings, out, made_of)
+    record_missing(settings, engine, prompts, out, made_of)
+    traces = load_traces(settings, out, made_of)
     _check_enough(settings, len(traces[False]))
+    prompts = prompts[: int(traces[False].prompt_T.max()) + 1]
     timer = timer_of(settings, engine, prompts, traces)
-    latency = of_main(timer.latency())
-    replays = replay_sources(settings, traces, latency)
+    replays = replay_sources(settings, traces, timer.latency())
     plans = learn(settings, replays)
+    report = _report(settings, engine, traces, timer, replays, plans) if is_main() else {}
     racers = plans | taught_by_all(plans)
-    measured = of_main(
-        race(engine, prompts, racers, settings.max_new_tokens, settings.temperature, settings.repeats, timer)
-    )
+    runs_as = distinct(racers)
+    forecasts = {name: Forecast.of(replay_of(replays, plan), plan) for name, plan in plans.items()}
+    forecasts |= {name: forecasts[name.removesuffix(BY_ALL)] for name in racers}
+    pace = Pace(timer)
+    track = Track(engine, prompts, settings.max_new_tokens, settings.temperature, pace)
+    contestants = {name: racers[name] for name in racers if runs_as[name] == name}
+    # Latencies that are not known well foretell badly.
+    error = hypot(ERROR, timer.error)
+    foretold = {name: forecasts[name].seconds_P for name in contestants}
+    standings = race(track, contestants, Standings(foretold, error), budget)
     if not is_main():
         return
-    raced_on = replays_on(replays, timer.latency())
-    raced = {name: found["tokens_per_second"] for name, found in measured.items()}
-    faster = {name: _faster(raced, name, f"{name}{BY_ALL}") for name in plans}
-    replayed = {name: raced[name] for name in plans}
-    plans = {name: racers[racer] for name, racer in faster.items()}
-    measured = {name: measured[racer] for name, racer in faster.items()}
-    speeds = {name: raced[racer] for name, racer in faster.items()}
-    graft = _fastest(speeds, settings.kind)
-    report = {
+    found = {name: found_of(standings, runs_as[name], forecasts[name]) for name in racers}
+    _write_raced(config, out, timer.latency(), racers, found, report | {"race": race_of(standings, pace)})
+
+
+def _report(
+    settings: CalibrateConfig,
+    engine: GraftEngine,
+    traces: dict[bool, Traces],
+    timer: RoundTimer,
+    replays: Replays,
+    plans: dict[str, Plan],
+) -> dict[str, Any]:
+    """What is known before the race."""
+    return {
         "device": describe_device(engine.target.device),
         "positions": len(traces[False]),
-        "prompts": len(prompts),
-        "graft_is": graft,
-        "predicted": {
-            name: dict(
-                zip(("tokens_per_second", "acceptance_length"), replay_of(raced_on, plan).run(plan), strict=True)
-            )
-            for name, plan in plans.items()
-        },
+        "prompts": len(traces[False].prompt_T.unique()),
         "predicted_when_chosen": {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()},
-        "measured": measured,
-        "measured_as_predicted": replayed,
         "calibration_error": calibration(told_traces(traces, settings.shared_noise)),
         "ablation": ablation(settings, replays, plan_of),
         "frontier": frontier(settings, replays, plans, plan_of),
-        "latency_ms": latency.to_dict(),
+        "latency_ms": timer.latency().to_dict(),
+        "latency_contradicts": timer.contradicts(),
+    }
+
+
+def _write_raced(
+    config: Config,
+    out: Path,
+    latency: Latency,
+    racers: dict[str, Plan],
+    found: dict[str, dict[str, Any]],
+    report: dict[str, Any],
+) -> None:
+    """Chooses by what the race found of the racers, and writes everything."""
+    names = report["predicted_when_chosen"]
+    # Who dropped out is behind those who are left, whatever its few laps say.
+    raced = {name: (one["left"], one["weighed"]) for name, one in found.items()}
+    faster = {name: _faster(raced, name, f"{name}{BY_ALL}") for name in names}
+    plans = {name: racers[racer] for name, racer in faster.items()}
+    speeds = {name: raced[racer] for name, racer in faster.items()}
+    report |= {
+        "graft_is": _fastest(speeds, config.policy.kind),
+        "predicted": {
+            name: {
+                "tokens_per_second": speed / report["race"]["slowness"],
+                "acceptance_length": found[name]["tau_foretold"],
+            }
+            for name, speed in names.items()
+        },
+        "measured": {name: found[racer] for name, racer in faster.items()},
+        # A matrix taught by all nodes is raced, not replayed.
+        "measured_as_predicted": {name: found[name]["tokens_per_second"] for name in names},
     }
     draw_frontier(report, out / "frontier.png")
     write_text(out / "report.md", to_markdown(report, plans))
@@ -165,7 +209,7 @@ def taught_by_all(plans: dict[str, Plan]) -> dict[str, Plan]:
     }
 
 
-def _faster(speeds: dict[str, float], *names: str) -> str:
+def _faster(speeds: Speeds, *names: str) -> str:
     """The fastest of those names that were timed."""
     return max((name for name in names if name in speeds), key=speeds.__getitem__)
 
@@ -173,20 +217,24 @@ def _faster(speeds: dict[str, float], *names: str) -> str:
 def _renew(config: Config, directory: Path) -> Path:
     """Measures this device and chooses anew from the traces that are there; nothing is traced or raced."""
     settings = config.policy
-    traces = _load_traces(settings, directory, _made_of(config))
+    traces = load_traces(settings, directory, _made_of(config))
     engine = _engine(config)
-    latency = timer_of(settings, engine, _prompts(config), traces).latency()
+    timer = timer_of(settings, engine, _prompts(config), traces)
+    latency = timer.latency()
     if not is_main():
         return directory
     replays = replay_sources(settings, traces, latency)
     plans = learn(settings, replays)
-    speeds = {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()}
+    predicted = {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()}
+    speeds = {name: (True, speed) for name, speed in predicted.items()}
     report = {
         "device": describe_device(engine.target.device),
         "positions": len(traces[False]),
         "graft_is": _fastest(speeds, settings.kind),
-        "predicted": speeds,
+        "predicted": predicted,
     }
+    if timer.contradicts():
+        say(CONTRADICTS)
     with told(directory), only_one(directory, waits=True):
         _write(config, directory, latency, plans, speeds, report)
     say(
@@ -196,29 +244,10 @@ def _renew(config: Config, directory: Path) -> Path:
     return directory
 
 
-def _fastest(speeds: dict[str, float], kind: str) -> str:
+def _fastest(speeds: Speeds, kind: str) -> str:
     """The plan of a kind; the learned one is never slower than a method it has in it, as far as this device tells."""
     names = {"learned": SPECIAL_CASES, "retrieve_only": ("retrieve_only", "retrieve_ngrams")}.get(kind, (kind,))
     return _faster(speeds, *names)
-
-
-def _trace_files(settings: CalibrateConfig) -> dict[bool, str]:
-    """Traces by whether the noise of draws is told; at temperature 0 there is none."""
-    files = {False: "traces.safetensors"}
-    if settings.temperature and settings.shared_noise:
-        files[True] = "traces-shared-noise.safetensors"
-    return files
-
-
-def _load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, Any]) -> dict[bool, Traces]:
-    return {
-        shares_noise: Traces.load(directory / name, made_of) for shares_noise, name in _trace_files(settings).items()
-    }
-
-
-def told_traces(traces: dict[bool, Traces], shares_noise: bool) -> Traces:
-    """Those of plans that say so; where nothing was traced with the noise told, telling it makes no difference."""
-    return traces.get(shares_noise, traces[False])
 
 
 def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latency: Latency) -> Replays:
@@ -245,7 +274,7 @@ def _write(
     out: Path,
     latency: Latency,
     plans: dict[str, Plan],
-    speeds: dict[str, float],
+    speeds: Speeds,
     report: dict[str, Any],
 ) -> None:
     write_json(out / "latency.json", latency.to_dict())
@@ -296,41 +325,3 @@ def _engine(config: Config) -> GraftEngine:
     target = load_target(config, "tp" if config.target.tp_plan else None)
     bundle = Bundle(head, paper_policy(), successors, ngrams)
     return GraftEngine.from_bundle(bundle, target, tokenizer=load_tokenizer(config))
-
-
-def trace(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], shares_noise: bool = False) -> Traces:
-    """Traces of these prompts, with room for more retrieved nodes than any plan verifies."""
-    return record_traces(
-        engine,
-        prompts,
-        settings.max_new_tokens,
-        settings.topk,
-        settings.num_steps,
-        settings.retrieval_depth,
-        4 * max(settings.widths),
-        min(max(settings.widths) - 1, MOST_ECHOED),
-        settings.temperature,
-        shares_noise,
-    )
-
-
-def timer_of(
-    settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: dict[bool, Traces]
-) -> RoundTimer:
-    """Has timed this device, with the templates that plans would look up."""
-    told = told_traces(traces, settings.shared_noise)
-    templates = [part.template[: 2 * max(settings.widths)] for part in (told, told.of_ngrams())]
-    timer = RoundTimer(
-        engine,
-        prompts,
-        settings.widths,
-        settings.topk,
-        settings.num_steps,
-        settings.temperature,
-        templates[0],
-        templates[1] if settings.ngrams else (),
-    )
-    total = settings.repeats * len(timer.samples)
-    for _ in tqdm(timer.steps(settings.repeats), "calibrate: latencies", total, unit="run", disable=not is_main()):
-        pass
-    return timer

@@ -1,21 +1,29 @@
 """What a round costs on this device, by phase, against head passes, verified rows and context."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
+from scipy.stats import sem
 from torch import Tensor
 
 from graft_inference import GraftEngine, GraftError, Plan, Scale, Stage
 from graft_inference.policy.plan import RankPaths
 from graft_inference.retrieval.prompt_lookup import LONGEST
+from graft_train.calibrate.budget import Budget
+from graft_train.processes import of_main
 
-ROUNDS = 24
-LONG_CONTEXT = 2048
+SAMPLE, WARM_UP = 12, 2
+"""Tokens of one sample, and of the run of each plan that comes before them, without CUDA graphs."""
+MOST_SAMPLES = 32
+SURE, SURE_SAMPLES = 0.02, 3
+"""Standard error of a plan's mean, relative to it, at which it needs no more samples, of which there are some."""
+FALL = 0.05
+"""More work that takes less time by this share, and by three standard errors, contradicts."""
 
 
 @dataclass
@@ -63,10 +71,8 @@ class RoundTimer:
 
     Args:
         temperature: of the draws, which take longer than the likeliest tokens do.
-        template, ngram_template: rank paths looked up in the matrix and by longer contexts; none: not timed.
-
-    Attributes:
-        repeats: of every plan so far, forgotten ones included.
+        templates: rank paths looked up in the matrix and by longer contexts; none: not timed.
+        longest: tokens of the longest text that plans will meet.
     """
 
     def __init__(
@@ -77,42 +83,64 @@ class RoundTimer:
         topk: int,
         num_steps: int,
         temperature: float,
-        template: RankPaths,
-        ngram_template: RankPaths = (),
+        templates: tuple[RankPaths, RankPaths],
+        longest: int,
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
-        most = 1 + topk + (num_steps - 1) * topk**2 + len(template)
+        most = 1 + topk + (num_steps - 1) * topk**2 + len(templates[0])
         self.widths, self.num_steps = sorted({1, *(width for width in widths if width <= most)}), num_steps
-        self.plans = _forced_plans(self.widths, topk, num_steps, template, ngram_template)
-        self.contexts = _contexts(engine, prompts)
+        self.plans = _forced_plans(self.widths, topk, num_steps, *templates)
+        self.contexts = _contexts(prompts, min(longest, engine.target.max_positions - SAMPLE))
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
         self.samples: dict[tuple[str, tuple[str, int]], list[dict[str, float]]] = {run: [] for run in runs}
         if engine.captured is not None:
             # Graphs go where a deeper tree or a longer text comes: the deepest and the longest first.
-            longest = self.contexts.get("long", prompts[0])
-            engine.generate(longest, ROUNDS, temperature, plan=self.plans["echo", 1], seed=0)
-        self.repeats = -1
-        for _ in self.steps(1):
-            pass  # a warm-up, which is not counted
+            text = self.contexts.get("long", prompts[0])
+            engine.generate(text, SAMPLE, temperature, plan=self.plans["echo", 1], seed=0)
+        for run in runs:
+            self.timed(run, 0, WARM_UP if engine.captured is None else SAMPLE)
 
-    def steps(self, repeats: int) -> Iterator[None]:
-        """Times every plan so many times more, one with each step, so that other work may be done in between."""
-        for _ in range(repeats):
-            self.repeats += 1
-            for context, key in self.samples if self.repeats % 2 else reversed(self.samples):
-                prompt = self.contexts["long"] if context == "long" else self.prompts[self.repeats % len(self.prompts)]
-                plan = self.plans[key]
-                stats = self.engine.generate(prompt, ROUNDS, self.temperature, plan=plan, seed=self.repeats).stats
-                if self.repeats and stats.rounds:
-                    milliseconds = {name: 1e3 * seconds / stats.rounds for name, seconds in stats.seconds.items()}
-                    self.samples[context, key].append(milliseconds)
-                yield
+    def fill(self, budget: Budget) -> None:
+        """Samples all plans in turn until each one's mean is known or the budget is spent, but each of them once."""
+        for number in range(MOST_SAMPLES):
+            if all(map(_is_sure, self.samples.values())):
+                return
+            for run in self.samples if number % 2 else reversed(self.samples):
+                missing = not self.samples[run] and number < len(self.prompts)
+                if missing or (self.samples[run] and budget.left > 0):
+                    found = self.timed(run, number)
+                    self.samples[run] += [found] if found else []
+
+    def timed(self, run: tuple[str, tuple[str, int]], number: int, tokens: int = SAMPLE) -> dict[str, float] | None:
+        """Milliseconds per round by phase, once; None where the target ended the prompt at once.
+
+        Args:
+            number: whose turn it is among the prompts, and the seed.
+        """
+        context, key = run
+        prompt = self.contexts["long"] if context == "long" else self.prompts[number % len(self.prompts)]
+        stats = self.engine.generate(prompt, tokens, self.temperature, plan=self.plans[key], seed=number).stats
+        if not stats.rounds:
+            return None
+        found: dict[str, float] = of_main({name: 1e3 * time / stats.rounds for name, time in stats.seconds.items()})
+        return found
 
     def forget(self) -> None:
-        """The table begins anew, as of a device whose speed has changed."""
+        """The table begins anew."""
         for found in self.samples.values():
             found.clear()
+
+    @property
+    def error(self) -> float:
+        """Standard error of a plan's mean, relative to it: that of most plans (their median)."""
+        return median(_error(list(map(whole_ms, found))) for found in self.samples.values())
+
+    def contradicts(self) -> bool:
+        """Whether more rows or more passes took less time, by more than noise explains."""
+        rising = [("verify", [(context, ("width", width)) for width in self.widths]) for context in self.contexts]
+        rising.append(("draft", [("short", ("passes", passes)) for passes in range(1, self.num_steps + 1)]))
+        return any(_falls([self.samples[run] for run in runs], phase) for phase, runs in rising)
 
     def latency(self) -> Latency:
         """The table of what was timed since it was last forgotten.
@@ -123,7 +151,7 @@ class RoundTimer:
         if not all(self.samples.values()):
             raise GraftError(
                 "the device could not be timed, because the prompts that were to do so ended with their first token: "
-                "raise policy.repeats, or take prompts that the target continues"
+                "take prompts that the target continues"
             )
 
         def typical(phase: str, *key: str | int, context: str = "short") -> float:
@@ -193,16 +221,39 @@ def _rising(times: list[float]) -> list[float]:
     return isotonic_regression(times).x.tolist()
 
 
-def _contexts(engine: GraftEngine, prompts: list[Tensor]) -> dict[str, Tensor]:
-    """A prompt as they are, and a long one put together from many, if the target can take it."""
-    longest = min(LONG_CONTEXT, engine.target.max_positions - ROUNDS)
+def _contexts(prompts: list[Tensor], longest: int) -> dict[str, Tensor]:
+    """A prompt as they are, and a text as long as they grow, put together from many, where that is much longer."""
     text = torch.cat(prompts)
     text = text.repeat(-(-longest // len(text)))[:longest]
     short = {"short": prompts[0]}
-    return short | {"long": text} if longest > 2 * max(map(len, prompts)) else short
+    return short | {"long": text} if longest > 2 * median(map(len, prompts)) else short
+
+
+def whole_ms(sample: dict[str, float]) -> float:
+    """Of one round, all phases together."""
+    return sum(sample.values()) - sample["prefill"]
 
 
 def _relative_spread(samples: list[dict[str, float]]) -> float:
-    totals = [sum(sample.values()) - sample["prefill"] for sample in samples]
-    low, middle, high = np.percentile(totals, [25, 50, 75])
+    low, middle, high = np.percentile(list(map(whole_ms, samples)), [25, 50, 75])
     return float((high - low) / middle)
+
+
+def _error(times: list[float]) -> float:
+    """Standard error of the mean, relative to it. Of a single time it is unknown, and taken to be FALL."""
+    return float(sem(times) / np.mean(times)) if len(times) > 1 else FALL
+
+
+def _is_sure(samples: list[dict[str, float]]) -> bool:
+    return len(samples) >= SURE_SAMPLES and _error(list(map(whole_ms, samples))) < SURE
+
+
+def _falls(series: list[list[dict[str, float]]], phase: str) -> bool:
+    """Whether any of a series that ought to rise lies below one before it."""
+    times = [[sample[phase] for sample in samples] for samples in series if samples]
+    means = [float(np.mean(found)) for found in times]
+    errors = [_error(found) * mean for found, mean in zip(times, means, strict=True)]
+    return any(
+        means[less] - means[more] > max(FALL * means[more], 3 * float(np.hypot(errors[less], errors[more])))
+        for less, more in combinations(range(len(times)), 2)
+    )

@@ -1,5 +1,6 @@
 """Plans on the real engine, interleaved."""
 
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -8,71 +9,112 @@ from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference import GraftEngine, Plan
-from graft_train.calibrate.latency import RoundTimer
-from graft_train.processes import is_main
+from graft_train.calibrate.budget import Budget
+from graft_train.calibrate.pace import Pace
+from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
+from graft_train.processes import is_main, of_main
 
 BOOTSTRAP = 2000
+WARM_UP = 8
+"""Tokens of every plan before the first lap, without CUDA graphs."""
+RUNS_PER_PROBE = 3
 
 
-def race(
-    engine: GraftEngine,
-    prompts: list[Tensor],
-    plans: dict[str, Plan],
-    max_new_tokens: int,
-    temperature: float,
-    repeats: int,
-    timer: RoundTimer | None = None,
-    redraws: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Tokens per second and acceptance length of each plan; the order turns with every prompt and repeat.
+@dataclass
+class Track:
+    """What plans run over.
 
     At a temperature every plan continues a prompt by one text, whose seed is the prompt's place, as its trace's is.
 
+    Attributes:
+        pace: is asked for the device's speed after every few runs.
+        redraws: each time that a prompt comes round it is continued by another text.
+    """
+
+    engine: GraftEngine
+    prompts: list[Tensor]
+    max_new_tokens: int
+    temperature: float
+    pace: Pace | None = None
+    redraws: bool = False
+
+    def warm_up(self, plans: dict[str, Plan]) -> None:
+        """Runs every plan a little; where rounds become CUDA graphs, so far that most of them have been captured."""
+        tokens = WARM_UP if self.engine.captured is None else self.max_new_tokens
+        for plan in plans.values():
+            self.engine.generate(self.prompts[0], tokens, self.temperature, plan=plan, seed=0)
+
+    def lap(self, number: int, plans: dict[str, Plan]) -> Lap:
+        """Runs every plan over the prompt whose turn it is; the order turns too. All processes get the same times."""
+        place, names = number % len(self.prompts), list(plans)
+        turn = number // 2 % len(names)
+        order = names[turn:] + names[:turn]
+        seed = number if self.redraws else place
+        runs = {}
+        for count, name in enumerate(reversed(order) if number % 2 else order, start=number * len(names)):
+            stats = self.engine.generate(
+                self.prompts[place], self.max_new_tokens, self.temperature, plan=plans[name], seed=seed
+            ).stats
+            runs[name] = Run(*of_main((stats.emitted - 1, stats.decode_seconds, stats.rounds)))
+            if self.pace and not count % RUNS_PER_PROBE:
+                self.pace.probe()
+        return Lap(place, runs)
+
+
+def race(track: Track, plans: dict[str, Plan], standings: Standings, budget: Budget) -> Standings:
+    """Laps until one plan is left or another lap would overdraw the budget; see `Standings` for who drops out.
+
     Args:
-        timer: begins its table anew and times the device after every run, and every plan of its own as often as it
-            has before: what slows down the racing plans slows down these latencies too.
-        redraws: each repeat draws another text instead.
+        plans: no two of them alike.
+        standings: of these plans, before the first lap.
+        budget: overdrawn for the first LEAST_LAPS laps alone.
+    """
+    track.warm_up(plans)
+    number, lap_seconds = 0, 0.0
+    with tqdm(desc="calibrate: race", unit="lap", disable=not is_main()) as bar:
+        while len(standings.laps) < LEAST_LAPS or (len(standings.left) > 1 and budget.left > lap_seconds):
+            before = budget.left
+            standings.add(track.lap(number, {name: plans[name] for name in standings.left}))
+            lap_seconds = before - budget.left
+            number += 1
+            bar.set_postfix_str(f"{len(standings.left)} plans left")
+            bar.update()
+    return standings
+
+
+def full_race(track: Track, plans: dict[str, Plan], repeats: int) -> dict[str, dict[str, Any]]:
+    """Tokens per second and acceptance length of each plan over all prompts, each of them so often, with nobody dropped.
 
     Returns:
-        By plan: `tokens_per_second` and `acceptance_length` over all prompts, and per prompt `tokens` and `seconds`
-        (medians over repeats), from which `ratio` makes intervals.
+        By plan: `tokens_per_second`, `acceptance_length`, and per prompt `tokens` and `seconds`, from which `ratio` makes intervals.
     """
-    names = list(plans)
-    found: dict[str, list[list[tuple[int, float, int]]]] = {name: [[] for _ in prompts] for name in names}
-    runs = repeats * len(prompts) * len(names)
-    timings = max(runs, timer.repeats * len(timer.samples)) if timer else 0
-    steps = timer.steps(-(-timings // len(timer.samples))) if timer else iter(())
-    if timer:
-        timer.forget()
-    due = iter(np.diff(np.arange(runs + 1) * timings // runs))
-    for name in names:  # warm-up
-        engine.generate(prompts[0], max_new_tokens, temperature, plan=plans[name], seed=0)
-    with tqdm(total=runs, desc="calibrate: race", unit="run", disable=not is_main()) as bar:
-        for repeat in range(repeats):
-            for index, prompt in enumerate(prompts):
-                turn = (index + repeat) % len(names)
-                order = names[turn:] + names[:turn]
-                for name in order if repeat % 2 else reversed(order):
-                    seed = index + redraws * repeat * len(prompts)
-                    stats = engine.generate(prompt, max_new_tokens, temperature, plan=plans[name], seed=seed).stats
-                    found[name][index].append((stats.emitted - 1, stats.decode_seconds, stats.rounds))
-                    bar.update()
-                    for _ in range(next(due)):
-                        next(steps)
-    return {name: _summary(found[name]) for name in names}
+    track.warm_up(plans)
+    total = repeats * len(track.prompts)
+    laps = [track.lap(number, plans) for number in tqdm(range(total), "race", unit="lap", disable=not is_main())]
+    return {name: summary(laps, name) for name in plans}
 
 
-def _summary(runs: list[list[tuple[int, float, int]]]) -> dict[str, Any]:
-    # At a temperature, repeats emit other tokens: the time per token is what repeats share.
-    tokens = [sum(run[0] for run in prompt) / len(prompt) for prompt in runs]
-    per_token = [median(run[1] / max(run[0], 1) for run in prompt) for prompt in runs]
+def distinct(plans: dict[str, Plan]) -> dict[str, str]:
+    """The first name of each plan's likes: what came out equal runs once."""
+    first = {plan: name for name, plan in reversed(plans.items())}
+    return {name: first[plan] for name, plan in plans.items()}
+
+
+def summary(laps: list[Lap], name: str) -> dict[str, Any]:
+    """Of the laps of one plan; of a prompt's laps the median time per token and the mean of tokens count.
+
+    At a temperature that redraws, laps of a prompt emit other tokens: the time per token is what they share.
+    """
+    runs: dict[int, list[Run]] = {}
+    for lap in laps:
+        runs.setdefault(lap.place, []).append(lap.runs[name])
+    tokens = [sum(run.tokens for run in prompt) / len(prompt) for prompt in runs.values()]
+    per_token = [median(run.seconds / max(run.tokens, 1) for run in prompt) for prompt in runs.values()]
     seconds = [count * time for count, time in zip(tokens, per_token, strict=True)]
-    rounds = sum(run[2] for prompt in runs for run in prompt)
-    emitted = sum(run[0] for prompt in runs for run in prompt)
-    speed = sum(tokens) / sum(seconds) if sum(seconds) else 0.0
+    rounds = [sum(run.rounds for run in prompt) / len(prompt) for prompt in runs.values()]
     return {
-        "tokens_per_second": speed,
-        "acceptance_length": emitted / max(rounds, 1),
+        "tokens_per_second": sum(tokens) / sum(seconds) if sum(seconds) else 0.0,
+        "acceptance_length": sum(tokens) / max(sum(rounds), 1),
         "tokens": tokens,
         "seconds": seconds,
     }

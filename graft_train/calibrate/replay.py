@@ -1,9 +1,7 @@
 """Replays plans over traces, without the models."""
 
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
 
 import numpy as np
 import torch
@@ -82,12 +80,6 @@ class Replay:
     def fitted(self) -> Scale:
         """The scale fitted to these traces."""
         return fit_scale(self.traces)
-
-    def on(self, latency: Latency) -> Self:
-        """The same traces on a device of these latencies; what was looked at is not looked at again."""
-        other = copy(self)
-        other.latency, other._runs = latency, {}
-        return other
 
     def outcome(self, plan: Plan) -> Outcome:
         """Every position as the root of a round of this plan.
@@ -255,11 +247,6 @@ Replays = dict[tuple[bool, bool], Replay]
 def replay_of(replays: Replays, plan: Plan) -> Replay:
     """The one whose traces show what this plan meets."""
     return replays[plan.shares_noise, plan.ngrams]
-
-
-def replays_on(replays: Replays, latency: Latency) -> Replays:
-    """All of them on a device of these latencies."""
-    return {key: replay.on(latency) for key, replay in replays.items()}
 
 
 def _spread(keys: Tensor) -> Tensor:

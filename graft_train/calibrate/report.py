@@ -12,7 +12,6 @@ from rich.table import Table
 
 from graft_inference import Plan
 from graft_inference.files import replace_file
-from graft_train.calibrate.race import ratio
 from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.scale import calibration_error, drafted_scores, echo_scores, fit_scale, retrieved_scores
 from graft_train.calibrate.traces import Traces
@@ -34,6 +33,12 @@ PIECES: dict[str, dict[str, Any]] = {
     "no longer contexts": {"ngrams": False},
     "no shared noise": {"shared_noise": False},
 }
+UNSTEADY = 0.1
+"""Variation of the same work's time within a race from which on its figures are not to be trusted."""
+CONTRADICTS = (
+    "the latency table contradicts itself: more work was timed as faster, twice. Something else runs on this machine; "
+    "calibrate again when it is idle"
+)
 COLORS = {
     "eagle3": "#64748b",
     "prune_only": "#0f766e",
@@ -131,13 +136,13 @@ def describe(plan: Plan) -> str:
 
 
 def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, ...]]:
-    """plan, stages, predicted and measured tokens/s, the prediction's error, acceptance length, ratio to eagle3."""
+    """plan, stages, predicted and measured tokens/s, the prediction's error, acceptance length, laps, ratio to the fastest."""
     rows: list[tuple[str, ...]] = []
     for name, plan in plans.items():
         predicted, measured = report["predicted"][name], report["measured"][name]
         # A matrix taught by all nodes is raced, not predicted: the error is of the form that was replayed.
         error = predicted["tokens_per_second"] / report["measured_as_predicted"][name] - 1
-        over = ratio(measured, report["measured"]["eagle3"])
+        over = measured["over_fastest"]
         rows.append(
             (
                 name,
@@ -146,19 +151,46 @@ def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, .
                 f"{measured['tokens_per_second']:.0f}",
                 f"{error:+.1%}",
                 f"{predicted['acceptance_length']:.2f}/{measured['acceptance_length']:.2f}",
+                f"{measured['laps']}" + ("" if measured["left"] else ", out"),
                 f"{over[0]:.2f}x ({over[1]:.2f}-{over[2]:.2f})",
             )
         )
     return rows
 
 
-HEADER = ("plan", "passes: rows", "predicted", "measured", "error", "acceptance", "over eagle3 (95 %)")
+HEADER = (
+    "plan",
+    "passes: rows",
+    "predicted",
+    "measured",
+    "error",
+    "acceptance_length",
+    "laps",
+    "of the fastest (95 %)",
+)
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """How far the figures can be trusted, one sentence or two each."""
+    race = report["race"]
+    left = [name for name in race["left"] if name != race["fastest"]]
+    found = [f"The race took {race['laps']} laps; {race['fastest']} was the fastest."]
+    if left:
+        found.append(f"Its minutes ended before these could be told from it: {'; '.join(left)}.")
+    if race["variation"] > UNSTEADY:
+        found.append(
+            f"These figures cannot be trusted: within the race the time of the same work varied by "
+            f"{race['variation']:.0%}. Calibrate again on an idle machine, or raise policy.minutes for more laps."
+        )
+    if report["latency_contradicts"]:
+        found.append(f"{CONTRADICTS[0].upper()}{CONTRADICTS[1:]}.")
+    return found
 
 
 def print_report(report: dict[str, Any], plans: dict[str, Plan]) -> None:
-    """The stages of a plan do not fit beside its figures in a terminal: they come below."""
+    """Stages and laps do not fit beside a plan's figures in a terminal: stages come below."""
     table = Table(title="plans on the calibration prompts, tokens/s", box=SIMPLE_HEAD, pad_edge=False)
-    shown = [index for index, column in enumerate(HEADER) if column != "passes: rows"]
+    shown = [index for index, column in enumerate(HEADER) if column not in ("passes: rows", "laps")]
     for index in shown:
         table.add_column(HEADER[index], justify="right" if index else "left", no_wrap=True)
     for row in rows_of(report, plans):
@@ -166,6 +198,8 @@ def print_report(report: dict[str, Any], plans: dict[str, Plan]) -> None:
     Console().print(table)
     for name, plan in plans.items():
         print(f"  {name}: {describe(plan)}")
+    for note in notes(report):
+        print(note)
     print(f"graft is {report['graft_is']}")
 
 
@@ -181,10 +215,12 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "|" + "---|" * len(HEADER),
         *(f"| {' | '.join(row)} |" for row in rows_of(report, plans)),
         "",
-        "Predicted by replay and by latencies timed among the races, measured on the engine; the acceptance length is "
-        "predicted/measured.",
-        f"By the latencies it was chosen by, `{report['graft_is']}` was predicted "
-        f"{report['predicted_when_chosen'][report['graft_is']]:.0f}: the device had another speed then.",
+        "Speeds are over all prompts: predicted by replay and the latency table, measured by the replay corrected by "
+        "the laps of the race. A plan drops out when it cannot win any more; its ratio to the fastest is of the laps "
+        f"that both ran. acceptance_length: of the prompts of those laps, predicted/measured. During the race the device took "
+        f"{report['race']['slowness']:.2f} times as long as for the table, which the predictions include.",
+        "",
+        *notes(report),
         "",
         "## Calibration error",
         "",

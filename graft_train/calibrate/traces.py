@@ -129,10 +129,12 @@ def record_traces(
     echo_depth: int,
     temperature: float = 0.0,
     shares_noise: bool = False,
+    positions: int | None = None,
 ) -> Traces:
     """Traces a continuation of each prompt ([length] int64).
 
     Args:
+        positions: once there are so many, no further prompt is traced.
         shares_noise: whether head and retrieval are told the noise of the draws, as plans say by the same name.
         paths: nodes looked up in each source at every position: the rank paths that lead to the truth most often.
         echo_depth: tokens taken from the text's own repetitions.
@@ -143,6 +145,8 @@ def record_traces(
         whole = engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
         sampler = Sampler.of(temperature, index)
         texts.append(Text(whole.to(engine.target.device), len(prompt), sampler if shares_noise else None))
+        if positions is not None and sum(len(text.tokens_S) - text.start - 1 for text in texts) >= positions:
+            break
     template = likely_paths(engine, texts, retrieval_depth, paths)
     longer = likely_paths(engine, texts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
     tracer = _Tracer(engine, topk, num_steps, template, longer, retrieval_depth, echo_depth, temperature)

@@ -24,7 +24,8 @@ class CalibrateConfig:
         widths: rows of one verification that may be chosen, the root included; the last is the budget.
         retrieval_depth: longest retrieved path.
         checkpoints: most places where drafting may stop early.
-        repeats: timed repetitions of each latency and of each finalist.
+        minutes: most time that calibration takes: two fifths for traces, of fewer prompts where all take longer, one
+            for latencies, the rest for the race; overdrawn only by what a choice cannot do without.
         least_rounds: traced positions below which nothing is fitted.
         calibrated: fit P(accepted); false takes each source's own probabilities as they are.
         learned_template: look up the rank paths most often accepted; false takes hand-made ones.
@@ -46,7 +47,7 @@ class CalibrateConfig:
     widths: list[int] = field(default_factory=lambda: [1, 8, 16, 32, 64])
     retrieval_depth: int = 9
     checkpoints: int = 3
-    repeats: int = 5
+    minutes: float = 10.0
     least_rounds: int = 500
     calibrated: bool = True
     learned_template: bool = True
@@ -62,8 +63,10 @@ class CalibrateConfig:
             raise GraftError(f"policy.widths={list(self.widths)} must hold widths from 1, one of them at least 2")
         least = {
             "prompts": 1, "max_new_tokens": 2, "topk": 1, "num_steps": 1, "retrieval_depth": 1,
-            "checkpoints": 0, "repeats": 1, "least_rounds": 0,
+            "checkpoints": 0, "least_rounds": 0,
         }  # fmt: skip
         check_least("policy", self, least)
+        if not self.minutes > 0:
+            raise GraftError(f"policy.minutes={self.minutes} must be more than 0")
         if self.temperature < 0:
             raise GraftError(f"policy.temperature={self.temperature}: 0 is greedy, more samples")

@@ -65,7 +65,7 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
             num_steps=3,
             widths=[1, 4, 8],
             retrieval_depth=3,
-            repeats=1,
+            minutes=0.01,
             least_rounds=10,
         ),
         evaluation=EvaluateConfig(prompts=2, max_new_tokens=10, repeats=2),

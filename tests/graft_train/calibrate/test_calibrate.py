@@ -70,6 +70,15 @@ def replay(traces):
     return Replay(traces, LATENCY, BUDGET)
 
 
+@pytest.mark.parametrize(("positions", "prompts_traced"), [(1, 1), (NEW - 1, 1), (NEW, 2), (10_000, 3)])
+def test_no_further_prompt_is_traced_once_there_are_enough_positions(
+    engine, prompts, traces, positions, prompts_traced
+):
+    few = record_traces(engine, prompts, NEW, BEAM, 2, retrieval_depth=2, paths=6, echo_depth=4, positions=positions)
+    assert few.prompt_T.unique().tolist() == list(range(prompts_traced))
+    assert torch.equal(few.truth_TD[:, :2], traces.truth_TD[traces.prompt_T < prompts_traced, :2])
+
+
 def competing(traces, *stages, **changes) -> Plan:
     return Plan(stages, BEAM, BUDGET, **{"scale": fit_scale(traces), "learns_accepted": True} | changes)
 
@@ -449,7 +458,7 @@ def test_a_threshold_lies_between_measures_and_takes_equal_ones_together():
     assert _threshold(np.full(4, 2.0), np.ones(4)) is None
 
 
-def test_a_replay_on_other_latencies_keeps_the_tau_and_changes_the_speed(traces, replay):
+def test_a_device_that_takes_twice_as_long_has_the_same_tau_and_half_the_speed(traces, replay):
     plan = plans(traces)["everything"]
     before = replay.run(plan)
     twice = replace(LATENCY, **{
@@ -457,7 +466,7 @@ def test_a_replay_on_other_latencies_keeps_the_tau_and_changes_the_speed(traces,
         [2 * t for t in value] if isinstance(value, list) else 2 * value
         for name, value in LATENCY.to_dict().items() if name.endswith("_ms")
     })  # fmt: skip
-    assert replay.on(twice).run(plan) == (pytest.approx(before[0] / 2), before[1])
+    assert Replay(traces, twice, BUDGET).run(plan) == (pytest.approx(before[0] / 2), before[1])
     assert replay.run(plan) == before
 
 

@@ -5,7 +5,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,9 +13,10 @@ from graft_inference import GraftEngine, GraftError, Policy
 from graft_inference.device import warn_if_elsewhere
 from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_train import calibrate as module
-from graft_train.calibrate import calibrate
+from graft_train.calibrate import calibrate, measure
 from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.race import ratio
+from graft_train.calibrate.standings import Lap, Run
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig
 from graft_train.config.target import TargetConfig
@@ -56,8 +56,8 @@ def config_for(run_dir: Path, **settings) -> Config:
         "widths": [1, 4, 8],
         "retrieval_depth": 2,
         "checkpoints": 1,
-        "repeats": 1,
-        "least_rounds": 20,
+        "minutes": 0.001,  # what a choice cannot do without
+        "least_rounds": 31,  # of three prompts
     }
     target = TargetConfig(dtype="float32", device="cpu")
     return Config(run_dir=str(run_dir), threads=1, target=target, policy=CalibrateConfig(**(sizes | settings)))
@@ -87,8 +87,9 @@ def test_everything_is_learned_measured_and_written(run_dir):
     policy_dir = calibrate(config_for(run_dir))
     report = json.loads((policy_dir / "report.json").read_text())
     assert set(report["measured"]) == set(report["predicted"]) == set(report["frontier"]) == set(PLANS)
-    fastest = max(PLANS, key=lambda name: report["measured"][name]["tokens_per_second"] * (name != "paper"))
-    assert report["graft_is"] == fastest
+    best = max(PLANS, key=lambda name: (report["measured"][name]["left"], report["measured"][name]["weighed"]))
+    assert report["graft_is"] == best
+    assert report["race"]["fastest"].partition(",")[0] in {best, *(set(PLANS) - set(report["race"]["left"]))}
     assert report["ablation"].keys() >= {"all", "no calibration"}
     assert set(report["predicted_when_chosen"]) == set(PLANS)
     assert all(
@@ -105,8 +106,13 @@ def test_everything_is_learned_measured_and_written(run_dir):
 
 
 def test_at_a_temperature_learned_plans_know_the_noise_of_draws_and_published_ones_do_not(run_dir, monkeypatch):
-    raced, race = {}, module.race
-    monkeypatch.setattr(module, "race", lambda *given: raced.update(given[2]) or race(*given))
+    raced, taught_by_all = {}, module.taught_by_all
+
+    def noted(plans):
+        raced.update(plans | taught_by_all(plans))
+        return taught_by_all(plans)
+
+    monkeypatch.setattr(module, "taught_by_all", noted)
     directory = calibrate(config_for(run_dir, temperature=0.8))
     told = {name: plan.shares_noise for name, plan in raced.items()}
     assert told == {name: not name.startswith(module.PUBLISHED) for name in raced}
@@ -131,15 +137,19 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
     """Only of plans that look something up: for others it is the same."""
     raced = {}
 
-    def rigged(engine, prompts, plans, *_):
+    def rigged(track, plans, standings, budget):
         raced.update(plans)
-        speeds = {name: 100.0 * (name.startswith("retrieve_only") + 1) for name in plans}
-        for name in plans:
-            speeds[name] += 10.0 * (name.endswith(module.BY_ALL) == by_all_is_faster)
-        return {
-            name: {"tokens_per_second": speed, "acceptance_length": 1.0, "tokens": [speed], "seconds": [1.0]}
-            for name, speed in speeds.items()
-        }
+        foretold = standings.foretold
+        for number in range(3):
+            place, runs = number % len(track.prompts), {}
+            for name in standings.left:
+                speed = 100.0 * (name.startswith("retrieve_only") + 1)
+                speed += 10.0 * (name.endswith(module.BY_ALL) == by_all_is_faster)
+                # So long for each token of its prompts, whatever its replay says.
+                share = foretold[name][place] / foretold[name].sum()
+                runs[name] = Run(15, 45 * share / speed, 10)
+            standings.add(Lap(place, runs))
+        return standings
 
     # Whatever the device took: looking up costs nothing, so that plans do it.
     timed = RoundTimer.latency
@@ -159,26 +169,51 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
     assert policy.graft == policy.retrieve
     assert policy.graft.learns_accepted == (not by_all_is_faster)
     assert set(report["measured"]) == set(PLANS)
-    assert report["measured"]["retrieve_only"]["tokens_per_second"] == 210.0
+    assert report["measured"]["retrieve_only"]["tokens_per_second"] == pytest.approx(210.0)
     # What the replay foretold is held against the form that it replayed.
-    assert report["measured_as_predicted"]["retrieve_only"] == (200.0 if by_all_is_faster else 210.0)
+    expected = 200.0 if by_all_is_faster else 210.0
+    assert report["measured_as_predicted"]["retrieve_only"] == pytest.approx(expected)
     assert ("matrix taught by all nodes" in (directory / "report.md").read_text()) == by_all_is_faster
 
 
 def test_an_interrupted_run_does_not_trace_again(run_dir, monkeypatch):
-    monkeypatch.setattr(module, "RoundTimer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(measure, "RoundTimer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         calibrate(config_for(run_dir))
     monkeypatch.undo()
-    monkeypatch.setattr(module, "record_traces", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr(measure, "record_traces", lambda *_: pytest.fail("traced again"))
     assert (calibrate(config_for(run_dir)) / "policy.json").exists()
+
+
+def test_an_interrupted_run_traces_the_same_prompts_with_the_noise_told(run_dir, monkeypatch):
+    """However much time is left by then: plans of both kinds are compared over the same text."""
+    settings = {"temperature": 0.8, "least_rounds": 20}
+    record_traces = measure.record_traces
+
+    def interrupted(*given):
+        shares_noise = given[9]
+        if shares_noise:
+            raise KeyboardInterrupt
+        return record_traces(*given)
+
+    monkeypatch.setattr(measure, "record_traces", interrupted)
+    monkeypatch.setattr(measure, "affordable", lambda *_: 20)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config_for(run_dir, **settings))
+    monkeypatch.setattr(measure, "record_traces", record_traces)
+    monkeypatch.setattr(measure, "affordable", lambda *_: pytest.fail("asked again"))
+    directory = calibrate(config_for(run_dir, **settings))
+    plain, shared = (load_file(directory / name) for name in ("traces.safetensors", "traces-shared-noise.safetensors"))
+    assert torch.equal(plain["truth_TD"], shared["truth_TD"])
+    assert plain["prompt_T"].unique().tolist() == [0, 1]
+    assert json.loads((directory / "report.json").read_text())["prompts"] == 2
 
 
 def test_latency_alone_is_measured_again_without_traces_or_race(run_dir, monkeypatch):
     directory = calibrate(config_for(run_dir))
     before = json.loads((directory / "latency.json").read_text())
-    for name in ("record_traces", "race"):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(measure, "record_traces", lambda *_: pytest.fail("it traced"))
+    monkeypatch.setattr(module, "race", lambda *_: pytest.fail("it raced"))
     assert calibrate(config_for(run_dir, latency_only=True)) == directory
     assert json.loads((directory / "latency.json").read_text()) != before
     Policy.from_dict(json.loads((directory / "policy.json").read_text()))
@@ -186,9 +221,9 @@ def test_latency_alone_is_measured_again_without_traces_or_race(run_dir, monkeyp
 
 def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
     """Drawing costs more than taking the likeliest token: what is timed draws, from seeds that can be drawn again."""
-    config = config_for(run_dir, temperature=0.7, repeats=2)
+    config = config_for(run_dir, temperature=0.7)
     engine, prompts = module._engine(config), module._prompts(config)
-    traces = {False: module.trace(config.policy, engine, prompts)}
+    traces = {False: measure.trace(config.policy, engine, prompts)}
     generate, asked = engine.generate, []
 
     def recorded(prompt, tokens, temperature, **options):
@@ -196,39 +231,15 @@ def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
         return generate(prompt, tokens, temperature, **options)
 
     monkeypatch.setattr(engine, "generate", recorded)
-    module.timer_of(config.policy, engine, prompts, traces)
-    assert set(asked) == {(0.7, 0), (0.7, 1), (0.7, 2)}
-
-
-@pytest.mark.parametrize("repeats", [2, 40])
-def test_a_race_times_the_device_evenly_among_its_runs(run_dir, monkeypatch, repeats):
-    config = config_for(run_dir, repeats=3)
-    engine, prompts = module._engine(config), module._prompts(config)
-    timer = module.timer_of(config.policy, engine, prompts, {False: module.trace(config.policy, engine, prompts)})
-    before = timer.latency()
-    raced, happened, generate = {"eagle3": engine.policy.eagle3}, [], engine.generate
-
-    def noted(*given, plan, **options):
-        happened.append(plan == raced["eagle3"])
-        return generate(*given, plan=plan, **options)
-
-    monkeypatch.setattr(engine, "generate", noted)
-    module.race(engine, prompts, raced, 4, 0.0, repeats, timer)
-    runs, warm_up = repeats * len(prompts), 1
-    timings = np.diff(np.flatnonzero([*happened[warm_up:], True])) - 1
-    assert happened[0]
-    assert len(timings) == runs
-    assert timings.sum() == max(runs, 3 * len(timer.samples))
-    assert timings.max() - timings.min() <= 1
-    # The table is of what was timed among the runs alone.
-    assert timer.latency().verify_ms != before.verify_ms
-    assert sum(map(len, timer.samples.values())) == timings.sum()
+    timer = module.timer_of(config.policy, engine, prompts, traces)
+    timer.timed(("short", ("width", 4)), 2)
+    assert set(asked) == {(0.7, 0), (0.7, 2)}
 
 
 def test_prompts_that_end_at_once_time_nothing(run_dir):
     config = config_for(run_dir)
     engine, prompts = module._engine(config), module._prompts(config)
-    traces = {False: module.trace(config.policy, engine, prompts)}
+    traces = {False: measure.trace(config.policy, engine, prompts)}
     engine.eos_token_ids = frozenset(range(engine.target.config.vocab_size))
     with pytest.raises(GraftError, match="ended with their first token"):
         module.timer_of(config.policy, engine, prompts, traces).latency()
@@ -257,9 +268,7 @@ def test_latency_alone_needs_traces_of_these_settings_and_another_dtype_is_anoth
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_race_goes_over_the_traced_texts(run_dir, temperature):
     """So that a prediction is of the same rounds, and differs in their time alone."""
-    report = json.loads(
-        (calibrate(config_for(run_dir, temperature=temperature, repeats=2)) / "report.json").read_text()
-    )
+    report = json.loads((calibrate(config_for(run_dir, temperature=temperature)) / "report.json").read_text())
     compared = 0
     for name, found in report["measured"].items():
         if report["measured_as_predicted"][name] == found["tokens_per_second"] and name != "paper":
@@ -326,7 +335,12 @@ def test_too_few_rounds_are_told_before_anything_runs(run_dir, monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"kind": "best"}, "policy.kind=best is unknown"), ({"widths": [1]}, "one of them at least 2")],
+    [
+        ({"kind": "best"}, "policy.kind=best is unknown"),
+        ({"widths": [1]}, "one of them at least 2"),
+        ({"minutes": 0.0}, r"policy\.minutes=0\.0 must be more than 0"),
+        ({"minutes": float("nan")}, r"policy\.minutes=nan must be more than 0"),
+    ],
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(GraftError, match=message):

@@ -1,0 +1,135 @@
+"""What is measured of a pair on a device before plans are chosen: traces and the latency table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from graft_inference import GraftEngine
+from graft_train.calibrate.budget import TABLE, TRACES, Budget
+from graft_train.calibrate.latency import RoundTimer
+from graft_train.calibrate.traces import Traces, record_traces
+from graft_train.config.policy import CalibrateConfig
+from graft_train.processes import barrier, is_main, say
+
+MOST_ECHOED = 32
+"""Tokens that the request's own text may add to a tree."""
+
+
+def record_missing(
+    settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], out: Path, made_of: dict[str, Any]
+) -> None:
+    """Writes the files of traces that no interrupted run has left: of as many prompts as the minutes allow.
+
+    All files are of the same prompts.
+    """
+    files = trace_files(settings)
+    found = {shares_noise: out / name for shares_noise, name in files.items() if (out / name).exists()}
+    if len(found) == len(files):
+        return
+    if found:
+        positions = len(Traces.load(next(iter(found.values())), made_of))
+    else:
+        positions = affordable(settings, engine, prompts)
+    for shares_noise, name in files.items():
+        if shares_noise not in found:
+            traced = trace(settings, engine, prompts, shares_noise, positions)
+            if is_main():
+                traced.save(out / name, made_of)
+            barrier()
+
+
+def affordable(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor]) -> int:
+    """Positions that can be traced in their share of the minutes, but never fewer than are needed.
+
+    Told by the first prompt, which is traced for nothing else.
+    """
+    budget = Budget(60 * TRACES * settings.minutes)
+    tried = len(trace(settings, engine, prompts, positions=1))
+    seconds = budget.spent * len(trace_files(settings)) / tried
+    positions = max(settings.least_rounds, int(budget.left / seconds))
+    most = len(prompts) * (settings.max_new_tokens - 1)
+    say(f"calibrate: tracing takes about {min(most, positions) * seconds / 60:.1f} minutes")
+    if positions < most:
+        say(
+            f"calibrate: policy.minutes={settings.minutes:g} leaves time to trace about {positions} of up to {most} "
+            "positions; raise it to trace all prompts"
+        )
+    return positions
+
+
+def trace(
+    settings: CalibrateConfig,
+    engine: GraftEngine,
+    prompts: list[Tensor],
+    shares_noise: bool = False,
+    positions: int | None = None,
+) -> Traces:
+    """Traces of these prompts, with room for more retrieved nodes than any plan verifies.
+
+    Args:
+        positions: once there are so many, no further prompt is traced.
+    """
+    return record_traces(
+        engine,
+        prompts,
+        settings.max_new_tokens,
+        settings.topk,
+        settings.num_steps,
+        settings.retrieval_depth,
+        4 * max(settings.widths),
+        min(max(settings.widths) - 1, MOST_ECHOED),
+        settings.temperature,
+        shares_noise,
+        positions,
+    )
+
+
+def trace_files(settings: CalibrateConfig) -> dict[bool, str]:
+    """Traces by whether the noise of draws is told; at temperature 0 there is none."""
+    files = {False: "traces.safetensors"}
+    if settings.temperature and settings.shared_noise:
+        files[True] = "traces-shared-noise.safetensors"
+    return files
+
+
+def load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, Any]) -> dict[bool, Traces]:
+    return {
+        shares_noise: Traces.load(directory / name, made_of) for shares_noise, name in trace_files(settings).items()
+    }
+
+
+def told_traces(traces: Mapping[bool, Traces], shares_noise: bool) -> Traces:
+    """Those of plans that say so; where nothing was traced with the noise told, telling it makes no difference."""
+    return traces.get(shares_noise, traces[False])
+
+
+def timer_of(
+    settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: Mapping[bool, Traces]
+) -> RoundTimer:
+    """Has timed this device, with the templates that plans would look up, in the table's share of the minutes.
+
+    A table that contradicts itself is made anew, once.
+    """
+    told = told_traces(traces, settings.shared_noise)
+    matrix, longer = (part.template[: 2 * max(settings.widths)] for part in (told, told.of_ngrams()))
+    share = 60 * TABLE * settings.minutes
+    budget = Budget(share)
+    timer = RoundTimer(
+        engine,
+        prompts,
+        settings.widths,
+        settings.topk,
+        settings.num_steps,
+        settings.temperature,
+        (matrix, longer if settings.ngrams else ()),
+        int(told.context_T.max()) + 1,
+    )
+    say(f"calibrate: timing {len(timer.samples)} plans")
+    timer.fill(budget)
+    if timer.contradicts():
+        say("calibrate: the latency table contradicts itself, and is made again")
+        timer.forget()
+        timer.fill(Budget(share))
+    return timer

@@ -1,0 +1,46 @@
+"""How fast the device is while plans race, as against when its latency table was made."""
+
+from itertools import cycle
+
+import numpy as np
+
+from graft_train.calibrate.latency import RoundTimer, whole_ms
+
+
+class Pace:
+    """Samples plain decoding and the widest verification in turn, always the same work.
+
+    The one waits for memory most, the other for arithmetic.
+
+    Attributes:
+        milliseconds: of a round, by rows: every sample.
+    """
+
+    def __init__(self, timer: RoundTimer) -> None:
+        self.timer = timer
+        self.milliseconds: dict[int, list[float]] = {timer.widths[0]: [], timer.widths[-1]: []}
+        self._turns = cycle(self.milliseconds)
+
+    def probe(self) -> None:
+        """One more sample; of a prompt that ends at once there is none."""
+        rows = next(self._turns)
+        found = self.timer.timed(("short", ("width", rows)), 0)
+        if found:
+            self.milliseconds[rows].append(whole_ms(found))
+
+    @property
+    def factor(self) -> float:
+        """The table's times this often are those of the race; 1 where nothing was sampled."""
+        slowness = [
+            np.log(time / np.median(list(map(whole_ms, self.timer.samples["short", ("width", rows)]))))
+            for rows, times in self.milliseconds.items()
+            for time in times
+        ]
+        return float(np.exp(np.mean(slowness))) if slowness else 1.0
+
+    @property
+    def variation(self) -> float:
+        """Interquartile range over median: how much the same work's time varied within the race."""
+        relative = [float(time / np.median(times)) for times in self.milliseconds.values() for time in times]
+        low, high = np.percentile(relative or [1.0], [25, 75])
+        return float(high - low)
