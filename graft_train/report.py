@@ -135,7 +135,7 @@ def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str
 
 
 def to_markdown(evaluation: dict[str, Any]) -> str:
-    """The table, how it was measured, and the stages at which rounds stopped."""
+    """The table, how it was measured, and the checkpoints at which rounds stopped."""
     settings = evaluation["settings"]
     low, high = settings["prompt_tokens"]
     graphs = "CUDA graphs (where a round has one, verify includes other)" if settings["graphs"] else "no graphs"
@@ -153,7 +153,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
         f"- lossless: {lossless}",
         f"- successor matrix: {settings['matrix']}",
     ]
-    stages = [f"- {name}: {_stages(evaluation['methods'][name]['stages'])}" for name in METHODS]
+    checkpoints = [f"- {name}: {_shown(evaluation['methods'][name]['checkpoints'])}" for name in METHODS]
     outside = max(abs(method["time_outside_phases"]) for method in evaluation["methods"].values())
     facts.append(f"- wall time outside the phases: at most {outside:.1%}")
     if not settings["temperature"]:
@@ -180,7 +180,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     ]
     table = _markdown(COLUMNS, rows_of(evaluation))
     return "\n".join(
-        ["# Evaluation", "", *table, "", "## How", "", *facts, "", *parts, "## Rounds by stage", "", *stages, ""]
+        ["# Evaluation", "", *table, "", "## How", "", *facts, "", *parts, "## Rounds by checkpoint", "", *checkpoints, ""]
     )
 
 
@@ -224,12 +224,12 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
         },
         "tokens per round (acceptance length)",
     )
-    shares = {name: _shares(methods[name]["stages"]) for name in names}
-    stages = sorted({stage for share in shares.values() for stage in share}, key=_depth)
+    shares = {name: _shares(methods[name]["checkpoints"]) for name in names}
+    checkpoints = sorted({one for share in shares.values() for one in share}, key=_depth)
     _stacked(
         stopped,
         names,
-        {stage: [100 * shares[name].get(stage, 0.0) for name in names] for stage in stages},
+        {one: [100 * shares[name].get(one, 0.0) for name in names] for one in checkpoints},
         "% of rounds by stage",
     )
     speed.invert_yaxis()  # and, shared, every other one's
@@ -266,15 +266,15 @@ def _twins(settings: dict[str, Any]) -> list[str]:
     return [name for name in METHODS if name != "graft" and plans[name] == plans["graft"]]
 
 
-def _stages(stages: dict[str, int]) -> str:
-    shares = _shares(stages)
+def _shown(checkpoints: dict[str, int]) -> str:
+    shares = _shares(checkpoints)
     return ", ".join(f"{name} {shares[name]:.0%}" for name in sorted(shares, key=_depth))
 
 
-def _shares(stages: dict[str, int]) -> dict[str, float]:
+def _shares(checkpoints: dict[str, int]) -> dict[str, float]:
     """Part of the rounds that stopped at each stage."""
-    total = sum(stages.values())
-    return {name: count / total for name, count in stages.items()}
+    total = sum(checkpoints.values())
+    return {name: count / total for name, count in checkpoints.items()}
 
 
 def _depth(stage: str) -> int:

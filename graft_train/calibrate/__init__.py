@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft_inference import GraftEngine, GraftError, Plan, Policy, Scale, paper_policy
-from graft_inference.bundle import Bundle, check_launch, load_ngrams, load_successors
+from graft_inference import AcceptanceModel, GraftEngine, GraftError, Plan, Policy, paper_policy
+from graft_inference.bundle import Bundle, check_launch, load_successors
 from graft_inference.heads.eagle3.checkpoint import load_head
-from graft_inference.policy.plan import depth_template
 from graft_inference.target.model import max_positions
 from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency, RoundTimer
@@ -22,7 +21,6 @@ from graft_train.calibrate.race import Track, distinct, race
 from graft_train.calibrate.replay import Replay, Replays, replay_of
 from graft_train.calibrate.report import (
     CONTRADICTS,
-    ablation,
     calibration,
     draw_frontier,
     frontier,
@@ -30,7 +28,6 @@ from graft_train.calibrate.report import (
     to_markdown,
 )
 from graft_train.calibrate.results import Forecast, found_of, race_of
-from graft_train.calibrate.scale import raw_scale
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.standings import ERROR, Standings
 from graft_train.calibrate.traces import Traces
@@ -43,9 +40,7 @@ from graft_train.files import only_one, told, write_json, write_text
 from graft_train.processes import is_main, say
 from graft_train.stage import fingerprints_of, run_stage
 
-PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
-NGRAM_PLANS = ("retrieve_ngrams", "learned_ngrams")
-"""`retrieve_only` and `learned` once more, with longer contexts."""
+PLANS = ("eagle3", "draft_only", "retrieve_only", "paper", "learned")
 PUBLISHED = ("eagle3", "paper")
 """Told nothing of the draws' noise, as published."""
 BY_ALL = ", taught by all nodes"
@@ -53,8 +48,8 @@ BY_ALL = ", taught by all nodes"
 TRACED = ("topk", "num_steps", "retrieval_depth", "temperature")
 """Settings that traces are made with."""
 INPUTS = ("target", "data", "head", "corpus")
-SPECIAL_CASES = ("learned", "learned_ngrams", "eagle3", "prune_only", "retrieve_only", "retrieve_ngrams", "paper")
-"""What the learned policy must not be slower than, the learned plans themselves first."""
+SPECIAL_CASES = ("learned", "eagle3", "draft_only", "retrieve_only", "paper")
+"""What the learned policy must not be slower than, the learned plan itself first."""
 Speeds = Mapping[str, tuple[bool, float]]
 """By plan: whether it was never dropped, and tokens per second."""
 
@@ -77,37 +72,31 @@ def calibrate(config: Config) -> Path:
 
 
 def learn(settings: CalibrateConfig, replays: Replays) -> dict[str, Plan]:
-    """The best plan of each of PLANS, and of NGRAM_PLANS where longer contexts may be used, by replay."""
-    names = PLANS + NGRAM_PLANS if settings.ngrams else PLANS
-    return {name: plan_of(name, settings, replays) for name in names}
+    """The best plan of each of PLANS, by replay."""
+    return {name: plan_of(name, settings, replays) for name in PLANS}
 
 
 def plan_of(name: str, settings: CalibrateConfig, replays: Replays) -> Plan:
-    """The best plan of one of PLANS or NGRAM_PLANS under these settings."""
-    replay = replays[settings.shared_noise and name not in PUBLISHED, name in NGRAM_PLANS]
-    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints, settings.retrieve_first)
-    scale = _scale(settings, replay)
+    """The best plan of one of PLANS under these settings."""
+    replay = replays[name not in PUBLISHED and True in replays]
+    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints)
     match name:
         case "eagle3":
             return best_eagle3(replay, settings.widths)
         case "paper":
-            return best_paper(replay, settings.widths, max(max(path) for path in replay.traces.template))
-        case "prune_only":
-            return best_learned(replay, replace(scale, template=(), echo=()), allowed)
-        case "retrieve_only" | "retrieve_ngrams":
-            return best_learned(replay, replace(scale, drafted=()), allowed)
-    return best_learned(replay, scale, allowed)
+            most = max(max(path) for path in replay.traces.sources["matrix"].template)
+            return best_paper(replay, settings.widths, most)
+    model = looked_up(replay.fitted, 2 * max(settings.widths))
+    if name == "draft_only":
+        model = replace(model, sources=())
+    if name == "retrieve_only":
+        model = replace(model, drafted=())
+    return best_learned(replay, model, allowed)
 
 
-def _scale(settings: CalibrateConfig, replay: Replay) -> Scale:
-    traces = replay.traces
-    scale = replay.fitted if settings.calibrated else raw_scale(traces)
-    # Twice the widest tree: what both sources propose leaves room for more.
-    paths = traces.template[: 2 * max(settings.widths)]
-    if not settings.learned_template:
-        known, depth = set(traces.template), max(map(len, traces.template))
-        paths = tuple(path for path in depth_template((4,) * depth) if path in known)
-    return replace(scale, template=paths, echo=scale.echo if settings.echo else ())
+def looked_up(model: AcceptanceModel, most: int) -> AcceptanceModel:
+    """The model with the likeliest paths of each source: twice the widest tree, as proposers may say the same."""
+    return replace(model, sources=tuple(replace(source, template=source.template[:most]) for source in model.sources))
 
 
 def _build(config: Config, out: Path) -> None:
@@ -120,7 +109,7 @@ def _build(config: Config, out: Path) -> None:
     _check_enough(settings, len(traces[False]))
     prompts = prompts[: int(traces[False].prompt_T.max()) + 1]
     timer = timer_of(settings, engine, prompts, traces)
-    replays = replay_sources(settings, traces, timer.latency())
+    replays = replays_of(settings, traces, timer.latency())
     plans = learn(settings, replays)
     report = _report(settings, engine, traces, timer, replays, plans) if is_main() else {}
     racers = plans | taught_by_all(plans)
@@ -154,8 +143,7 @@ def _report(
         "positions": len(traces[False]),
         "prompts": len(traces[False].prompt_T.unique()),
         "predicted_when_chosen": {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()},
-        "calibration_error": calibration(told_traces(traces, settings.shared_noise)),
-        "ablation": ablation(settings, replays, plan_of),
+        "calibration_error": calibration(told_traces(traces)),
         "frontier": frontier(settings, replays, plans, plan_of),
         "latency_ms": timer.latency().to_dict(),
         "latency_contradicts": timer.contradicts(),
@@ -182,7 +170,7 @@ def _write_raced(
         "predicted": {
             name: {
                 "tokens_per_second": speed / report["race"]["slowness"],
-                "acceptance_length": found[name]["tau_foretold"],
+                "acceptance_length": found[name]["acceptance_foretold"],
             }
             for name, speed in names.items()
         },
@@ -205,7 +193,7 @@ def taught_by_all(plans: dict[str, Plan]) -> dict[str, Plan]:
     return {
         f"{name}{BY_ALL}": replace(plan, learns_accepted=False)
         for name, plan in plans.items()
-        if plan.learns_accepted and plan.expands
+        if plan.learns_accepted and "matrix" in plan.sources
     }
 
 
@@ -223,7 +211,7 @@ def _renew(config: Config, directory: Path) -> Path:
     latency = timer.latency()
     if not is_main():
         return directory
-    replays = replay_sources(settings, traces, latency)
+    replays = replays_of(settings, traces, latency)
     plans = learn(settings, replays)
     predicted = {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()}
     speeds = {name: (True, speed) for name, speed in predicted.items()}
@@ -246,27 +234,16 @@ def _renew(config: Config, directory: Path) -> Path:
 
 def _fastest(speeds: Speeds, kind: str) -> str:
     """The plan of a kind; the learned one is never slower than a method it has in it, as far as this device tells."""
-    names = {"learned": SPECIAL_CASES, "retrieve_only": ("retrieve_only", "retrieve_ngrams")}.get(kind, (kind,))
-    return _faster(speeds, *names)
+    return _faster(speeds, *(SPECIAL_CASES if kind == "learned" else (kind,)))
 
 
-def replay_sources(settings: CalibrateConfig, traces: dict[bool, Traces], latency: Latency) -> Replays:
-    """Replays with the matrix, and with longer contexts where they may be used and were traced.
+def replays_of(settings: CalibrateConfig, traces: dict[bool, Traces], latency: Latency) -> Replays:
+    """A replay of each file of traces.
 
     Args:
-        traces: by whether the noise of draws is told, see `told_traces`.
+        traces: by whether the noise of draws is told.
     """
-    if settings.ngrams and not traces[False].ngrams_TG.shape[1]:
-        raise GraftError(
-            "policy.ngrams=true, but these traces hold no longer contexts: delete the policy directory and run "
-            "graft calibrate without policy.latency_only"
-        )
-    budget = max(settings.widths)
-    return {
-        (shares_noise, ngrams): Replay(told_traces(traces, shares_noise), latency, budget, ngrams, shares_noise)
-        for shares_noise in (False, True)
-        for ngrams in (False, True)[: 1 + settings.ngrams]
-    }
+    return {told: Replay(part, latency, max(settings.widths), told) for told, part in traces.items()}
 
 
 def _write(
@@ -280,8 +257,7 @@ def _write(
     write_json(out / "latency.json", latency.to_dict())
     names = ("device", "positions", "prompts", "graft_is", "predicted", "measured")
     measured_on = {name: report[name] for name in names if name in report} | {"dtype": config.target.dtype}
-    retrieve = plans[_fastest(speeds, "retrieve_only")]
-    policy = Policy(plans[report["graft_is"]], plans["eagle3"], retrieve, measured_on)
+    policy = Policy(plans[report["graft_is"]], plans["eagle3"], plans["retrieve_only"], measured_on)
     write_json(out / "policy.json", policy.to_dict())
 
 
@@ -314,14 +290,7 @@ def _engine(config: Config) -> GraftEngine:
     run_dir = Path(config.run_dir)
     head = load_head(run_dir / "head")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
-    longer = run_dir / "corpus" / "ngrams.safetensors"
-    if config.policy.ngrams and not longer.exists():
-        raise GraftError(
-            f"policy.ngrams=true, but {longer} is missing: run graft build_corpus with corpus.ngrams=true, or set "
-            "policy.ngrams=false"
-        )
-    ngrams = load_ngrams(longer, head.config.vocab_size) if config.policy.ngrams else None
     check_launch(config.target.tp_plan, config.target.device_map)
     target = load_target(config, "tp" if config.target.tp_plan else None)
-    bundle = Bundle(head, paper_policy(), successors, ngrams)
+    bundle = Bundle(head, paper_policy(), successors)
     return GraftEngine.from_bundle(bundle, target, tokenizer=load_tokenizer(config))

@@ -11,9 +11,9 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import sem
 from torch import Tensor
 
-from graft_inference import GraftEngine, GraftError, Plan, Scale, Stage
-from graft_inference.policy.plan import RankPaths
-from graft_inference.retrieval.prompt_lookup import LONGEST
+from graft_inference import AcceptanceModel, Checkpoint, GraftEngine, GraftError, Plan, ScoredPlan, SourceModel
+from graft_inference.retrieval.sources import SOURCES
+from graft_inference.template import RankPaths
 from graft_train.calibrate.budget import Budget
 from graft_train.processes import of_main
 
@@ -34,11 +34,10 @@ class Latency:
         widths: rows of a verification that were timed: of those asked for, what a tree can have.
         contexts: tokens in the cache at which they were timed.
         verify_ms: one target pass, [contexts][widths].
-        draft_ms: the head at 0, 1, 2, ... passes.
-        graft_ms: choosing the tree without retrieved candidates, with the matrix's, and with those of longer contexts.
-        commit_ms: acceptance and keeping its result without teaching the matrix, with, and n-grams besides.
-            Both end after two where there are no longer contexts.
-        echo_ms: searching the request's own text, and remembering it.
+        draft_ms: the head at 0, 1, 2, ... steps.
+        build_ms: choosing the tree, without retrieved candidates.
+        commit_ms: acceptance and keeping its result, without sources.
+        source_ms: what each source adds, by name: it proposes, observes and is scored.
         read_ms: foreseeing what was retrieved, and one more host read, to leave out drafting.
         spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
     """
@@ -47,20 +46,19 @@ class Latency:
     contexts: list[int]
     verify_ms: list[list[float]]
     draft_ms: list[float]
-    graft_ms: list[float]
-    commit_ms: list[float]
-    echo_ms: float
+    build_ms: float
+    commit_ms: float
+    source_ms: dict[str, float]
     read_ms: float
     spread: list[float]
 
-    def round_ms(self, plan: Plan, stage: Stage, context_T: np.ndarray) -> np.ndarray:
-        """Cost of rounds that stop at this stage, [T]."""
-        expanded, learned = plan.expands + plan.ngrams, plan.expands + plan.ngrams
-        asks_first = plan.scale is not None and len(plan.stages) > 1 and not plan.stages[0].passes
-        fixed = self.draft_ms[stage.passes] + self.graft_ms[expanded] + self.commit_ms[learned]
-        fixed += self.echo_ms * plan.echoes
-        by_context = [np.interp(stage.rows, self.widths, times) for times in self.verify_ms]
-        return fixed + asks_first * self.read_ms + np.interp(context_T, self.contexts, by_context)
+    def round_ms(self, plan: Plan, checkpoint: Any, context_T: np.ndarray) -> np.ndarray:
+        """Cost of rounds that stop at this checkpoint, [T]."""
+        asks_first = len(plan.checkpoints) > 1 and not plan.checkpoints[0].steps
+        fixed = self.draft_ms[checkpoint.steps] + self.build_ms + self.commit_ms
+        fixed += sum(self.source_ms[name] for name in plan.sources) + asks_first * self.read_ms
+        by_context = [np.interp(checkpoint.num_draft_tokens, self.widths, times) for times in self.verify_ms]
+        return fixed + np.interp(context_T, self.contexts, by_context)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +69,7 @@ class RoundTimer:
 
     Args:
         temperature: of the draws, which take longer than the likeliest tokens do.
-        templates: rank paths looked up in the matrix and by longer contexts; none: not timed.
+        templates: rank paths that each source is asked for, by its name.
         longest: tokens of the longest text that plans will meet.
     """
 
@@ -83,13 +81,13 @@ class RoundTimer:
         topk: int,
         num_steps: int,
         temperature: float,
-        templates: tuple[RankPaths, RankPaths],
+        templates: dict[str, RankPaths],
         longest: int,
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
-        most = 1 + topk + (num_steps - 1) * topk**2 + len(templates[0])
+        most = 1 + topk + (num_steps - 1) * topk**2 + sum(map(len, templates.values()))
         self.widths, self.num_steps = sorted({1, *(width for width in widths if width <= most)}), num_steps
-        self.plans = _forced_plans(self.widths, topk, num_steps, *templates)
+        self.plans = _forced_plans(self.widths, topk, num_steps, templates)
         self.contexts = _contexts(prompts, min(longest, engine.target.max_positions - SAMPLE))
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
@@ -97,7 +95,7 @@ class RoundTimer:
         if engine.captured is not None:
             # Graphs go where a deeper tree or a longer text comes: the deepest and the longest first.
             text = self.contexts.get("long", prompts[0])
-            engine.generate(text, SAMPLE, temperature, plan=self.plans["echo", 1], seed=0)
+            engine.generate(text, SAMPLE, temperature, plan=self.plans["gate", 1], seed=0)
         for run in runs:
             self.timed(run, 0, WARM_UP if engine.captured is None else SAMPLE)
 
@@ -137,9 +135,9 @@ class RoundTimer:
         return median(_error(list(map(whole_ms, found))) for found in self.samples.values())
 
     def contradicts(self) -> bool:
-        """Whether more rows or more passes took less time, by more than noise explains."""
+        """Whether more nodes or more steps took less time, by more than noise explains."""
         rising = [("verify", [(context, ("width", width)) for width in self.widths]) for context in self.contexts]
-        rising.append(("draft", [("short", ("passes", passes)) for passes in range(1, self.num_steps + 1)]))
+        rising.append(("draft", [("short", ("steps", steps)) for steps in range(1, self.num_steps + 1)]))
         return any(_falls([self.samples[run] for run in runs], phase) for phase, runs in rising)
 
     def latency(self) -> Latency:
@@ -160,7 +158,7 @@ class RoundTimer:
         def more(phases: tuple[str, ...], name: str, than: str) -> float:
             return max(0.0, sum(typical(phase, name, 1) - typical(phase, than, 1) for phase in phases))
 
-        sources = [source for source in ("passes", "both", "ngrams") if (source, 1) in self.plans]
+        sources = [name for name in SOURCES if (name, 1) in self.plans]
         spreads = [_relative_spread(found) for found in self.samples.values()]
         return Latency(
             widths=self.widths,
@@ -172,48 +170,60 @@ class RoundTimer:
                 _rising([typical("verify", "width", width, context=context) for width in self.widths])
                 for context in self.contexts
             ],
-            draft_ms=_rising([0.0, *(typical("draft", "passes", p) for p in range(1, self.num_steps + 1))]),
-            graft_ms=[typical("graft", source, 1) for source in sources],
-            commit_ms=[typical("commit", source, 1) for source in sources],
-            echo_ms=more(("graft", "commit"), "echo", "passes"),
-            read_ms=more(("draft", "graft"), "gate", "both"),
+            draft_ms=_rising([0.0, *(typical("draft", "steps", step) for step in range(1, self.num_steps + 1))]),
+            build_ms=typical("graft", "steps", 1),
+            commit_ms=typical("commit", "steps", 1),
+            source_ms={name: more(("graft", "commit"), name, "steps") for name in sources},
+            read_ms=more(("draft", "graft"), "gate", sources[0]),
             spread=[median(spreads), max(spreads)],
         )
 
 
 def _forced_plans(
-    widths: list[int],
-    topk: int,
-    num_steps: int,
-    template: RankPaths,
-    ngram_template: RankPaths,
+    widths: list[int], topk: int, num_steps: int, templates: dict[str, RankPaths]
 ) -> dict[tuple[str, int], Plan]:
-    """Plans that leave no choice: of every width, of every number of passes, and with every overhead.
+    """Plans that leave no choice: of every width, of every number of steps, and with every source.
 
     All share the noise of draws, which takes longer than not to.
     """
-    flat = ((1.0, 0.0),)
-    ranks = (0.0,) * (1 + max(path[-1] for path in (*template, *ngram_template)))
-    both = Scale(flat * num_steps, flat * max(map(len, template)), ranks, template)
-    drafted = replace(both, template=())
-    budget = max(*widths, topk + 1)
+    drafted = ((1.0, 0.0),) * num_steps
+    models = {name: flat_model(name, template) for name, template in templates.items()}
     middle = min(topk, widths[len(widths) // 2])
-    plans = {}
+    plans: dict[tuple[str, int], ScoredPlan] = {}
+
+    def force(key: tuple[str, int], steps: int, width: int, *sources: SourceModel) -> None:
+        plans[key] = ScoredPlan(
+            (Checkpoint(steps, num_draft_tokens=width),),
+            topk,
+            learns_accepted=True,
+            shares_noise=True,
+            acceptance=AcceptanceModel(drafted, sources),
+        )
+
+    retrieved = sum(map(len, templates.values()))
     for width in widths:
-        passes = 0 if width <= 1 + len(template) else num_steps
-        plans["width", width] = Plan((Stage(passes, width=width),), topk, budget, both)
-    for passes in range(1, num_steps + 1):
-        plans["passes", passes] = Plan((Stage(passes, width=middle),), topk, budget, drafted)
-    plans["both", 1] = Plan((Stage(1, width=middle),), topk, budget, both)
-    if ngram_template:
-        longer = Scale(both.drafted, flat * max(map(len, ngram_template)), ranks, ngram_template)
-        plans["ngrams", 1] = replace(plans["both", 1], scale=longer, ngrams=True)
-    rows = tuple(-0.1 * depth for depth in range(1, budget))
-    plans["echo", 1] = replace(plans["passes", 1], scale=replace(drafted, echo=(rows,) * LONGEST))
+        force(("width", width), 0 if width <= 1 + retrieved else num_steps, width, *models.values())
+    for steps in range(1, num_steps + 1):
+        force(("steps", steps), steps, middle)
+    for name, model in models.items():
+        force((name, 1), 1, middle, model)
+    first, template = next(iter(templates.items()))
+    asked = plans[first, 1]
     # Nothing promises so much: the head is asked all the same.
-    gate = Stage(0, 1e9, width=min(middle, 1 + len(template)))
-    plans["gate", 1] = replace(plans["both", 1], stages=(gate, *plans["both", 1].stages))
-    return {key: replace(plan, shares_noise=True) for key, plan in plans.items()}
+    gate = Checkpoint(0, 1e9, min(middle, 1 + len(template)))
+    plans["gate", 1] = replace(asked, checkpoints=(gate, *asked.checkpoints))
+    return dict(plans)
+
+
+def flat_model(name: str, template: RankPaths) -> SourceModel:
+    """A source whose candidates all have an even chance, or the probability that it gives them."""
+    depths, kinds = max(map(len, template)), SOURCES[name].kinds
+    slopes = () if kinds else (1.0,) * depths
+    return SourceModel(name, template, slopes, ((0.0,) * depths,) * max(1, kinds), (0.0,) * _ranks(template))
+
+
+def _ranks(template: RankPaths) -> int:
+    return 1 + max(path[-1] for path in template)
 
 
 def _rising(times: list[float]) -> list[float]:

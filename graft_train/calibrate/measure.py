@@ -13,9 +13,6 @@ from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import barrier, is_main, say
 
-MOST_ECHOED = 32
-"""Tokens that the request's own text may add to a tree."""
-
 
 def record_missing(
     settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], out: Path, made_of: dict[str, Any]
@@ -34,7 +31,7 @@ def record_missing(
         positions = affordable(settings, engine, prompts)
     for shares_noise, name in files.items():
         if shares_noise not in found:
-            traced = trace(settings, engine, prompts, shares_noise, positions)
+            traced = record_traces(engine, prompts, settings, shares_noise, positions)
             if is_main():
                 traced.save(out / name, made_of)
             barrier()
@@ -46,7 +43,7 @@ def affordable(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Ten
     Told by the first prompt, which is traced for nothing else.
     """
     budget = Budget(60 * TRACES * settings.minutes)
-    tried = len(trace(settings, engine, prompts, positions=1))
+    tried = len(record_traces(engine, prompts, settings, positions=1))
     seconds = budget.spent * len(trace_files(settings)) / tried
     positions = max(settings.least_rounds, int(budget.left / seconds))
     most = len(prompts) * (settings.max_new_tokens - 1)
@@ -59,37 +56,10 @@ def affordable(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Ten
     return positions
 
 
-def trace(
-    settings: CalibrateConfig,
-    engine: GraftEngine,
-    prompts: list[Tensor],
-    shares_noise: bool = False,
-    positions: int | None = None,
-) -> Traces:
-    """Traces of these prompts, with room for more retrieved nodes than any plan verifies.
-
-    Args:
-        positions: once there are so many, no further prompt is traced.
-    """
-    return record_traces(
-        engine,
-        prompts,
-        settings.max_new_tokens,
-        settings.topk,
-        settings.num_steps,
-        settings.retrieval_depth,
-        4 * max(settings.widths),
-        min(max(settings.widths) - 1, MOST_ECHOED),
-        settings.temperature,
-        shares_noise,
-        positions,
-    )
-
-
 def trace_files(settings: CalibrateConfig) -> dict[bool, str]:
     """Traces by whether the noise of draws is told; at temperature 0 there is none."""
     files = {False: "traces.safetensors"}
-    if settings.temperature and settings.shared_noise:
+    if settings.temperature:
         files[True] = "traces-shared-noise.safetensors"
     return files
 
@@ -100,9 +70,9 @@ def load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, A
     }
 
 
-def told_traces(traces: Mapping[bool, Traces], shares_noise: bool) -> Traces:
-    """Those of plans that say so; where nothing was traced with the noise told, telling it makes no difference."""
-    return traces.get(shares_noise, traces[False])
+def told_traces(traces: Mapping[bool, Traces]) -> Traces:
+    """Those of learned plans, which share the noise; at temperature 0, where there is none, the only ones."""
+    return traces.get(True, traces[False])
 
 
 def timer_of(
@@ -112,8 +82,8 @@ def timer_of(
 
     A table that contradicts itself is made anew, once.
     """
-    told = told_traces(traces, settings.shared_noise)
-    matrix, longer = (part.template[: 2 * max(settings.widths)] for part in (told, told.of_ngrams()))
+    told, most = told_traces(traces), 2 * max(settings.widths)
+    templates = {name: source.template[:most] for name, source in told.sources.items()}
     share = 60 * TABLE * settings.minutes
     budget = Budget(share)
     timer = RoundTimer(
@@ -123,7 +93,7 @@ def timer_of(
         settings.topk,
         settings.num_steps,
         settings.temperature,
-        (matrix, longer if settings.ngrams else ()),
+        templates,
         int(told.context_T.max()) + 1,
     )
     say(f"calibrate: timing {len(timer.samples)} plans")

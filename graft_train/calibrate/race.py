@@ -83,10 +83,11 @@ def race(track: Track, plans: dict[str, Plan], standings: Standings, budget: Bud
 
 
 def full_race(track: Track, plans: dict[str, Plan], repeats: int) -> dict[str, dict[str, Any]]:
-    """Tokens per second and acceptance length of each plan over all prompts, each of them so often, with nobody dropped.
+    """Speed and acceptance length of each plan over all prompts, each of them so often, with nobody dropped.
 
     Returns:
-        By plan: `tokens_per_second`, `acceptance_length`, and per prompt `tokens` and `seconds`, from which `ratio` makes intervals.
+        By plan: `tokens_per_second`, `acceptance_length`, and per prompt `tokens` and `seconds`, from which `ratio`
+        makes intervals.
     """
     track.warm_up(plans)
     total = repeats * len(track.prompts)

@@ -10,10 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from graft_inference import Plan
+from graft_inference import Plan, QuotaCheckpoint, ScoredPlan
 from graft_inference.files import replace_file
+from graft_train.calibrate.fit import calibration_error, drafted_scores, fit_acceptance, source_scores
 from graft_train.calibrate.replay import Replays, replay_of
-from graft_train.calibrate.scale import calibration_error, drafted_scores, echo_scores, fit_scale, retrieved_scores
 from graft_train.calibrate.traces import Traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import say
@@ -23,16 +23,6 @@ POINTS = 4
 """Widths at which the frontier is drawn."""
 WORTH = 0.02
 """Calibration is judged on nodes that claim at least this; the many hopeless ones would flatter it."""
-PIECES: dict[str, dict[str, Any]] = {
-    "all": {},
-    "no calibration": {"calibrated": False},
-    "no learned template": {"learned_template": False},
-    "no early stop": {"checkpoints": 0},
-    "always drafts": {"retrieve_first": False},
-    "no echo": {"echo": False},
-    "no longer contexts": {"ngrams": False},
-    "no shared noise": {"shared_noise": False},
-}
 UNSTEADY = 0.1
 """Variation of the same work's time within a race from which on its figures are not to be trusted."""
 CONTRADICTS = (
@@ -41,33 +31,29 @@ CONTRADICTS = (
 )
 COLORS = {
     "eagle3": "#64748b",
-    "prune_only": "#0f766e",
+    "draft_only": "#0f766e",
     "retrieve_only": "#7c3aed",
     "paper": "#ca8a04",
     "learned": "#c2410c",
-    "retrieve_ngrams": "#db2777",
-    "learned_ngrams": "#0284c7",
 }
 
 
 def calibration(traces: Traces) -> dict[str, dict[str, float]]:
-    """Expected calibration error by source, raw and fitted; fitted on every other prompt, judged on the rest.
+    """Expected calibration error by proposer, raw and fitted; fitted on every other prompt, judged on the rest.
 
-    An echo's word is that everything goes on as it did.
+    The word of a source that goes by evidence is that all it proposes is accepted.
     """
     prompts = traces.prompt_T.unique()
     fitted, judged = prompts[::2], prompts[1::2]
     if not len(judged):
         return {}
-    found = {}
-    for part, name in ((traces, "retrieved"), (traces.of_ngrams(), "longer contexts")):
-        if part.retrieved_TR.shape[1]:
-            scores = retrieved_scores(part, fit_scale(part, fitted))
-            found[name] = _errors(part, judged, part.retrieved_logp_TR, scores, part.reach_TR)
-    scale = fit_scale(traces, fitted)
-    found["drafted"] = _errors(traces, judged, traces.logp_TC, drafted_scores(traces, scale), traces.reach_TC)
-    claimed_TE = torch.where(traces.matched_T[:, None] > 0, torch.zeros_like(traces.echo_reach_TE), -torch.inf)
-    found["echo"] = _errors(traces, judged, claimed_TE, echo_scores(traces, scale), traces.echo_reach_TE)
+    model = fit_acceptance(traces, fitted)
+    drafted = _errors(traces, judged, traces.logp_TC, drafted_scores(traces, model), traces.reach_TC)
+    found = {"drafted": drafted}
+    for one in model.sources:
+        source = traces.sources[one.name]
+        claimed_TR = source.logp_TR.masked_fill(source.tokens_TR < 0, -torch.inf)
+        found[one.name] = _errors(traces, judged, claimed_TR, source_scores(source, one), source.reach_TR)
     return found
 
 
@@ -82,26 +68,6 @@ def _errors(
             return {}
         errors |= {name: calibration_error(logp_TN[kept_TN].exp(), reach_TN[kept_TN]), "nodes": int(kept_TN.sum())}
     return errors
-
-
-def pieces(settings: CalibrateConfig) -> dict[str, dict[str, Any]]:
-    """What may be taken away of what is there; where nothing is drawn by chance, there is no noise to tell."""
-
-    def is_there(name: str) -> bool:
-        return bool(getattr(settings, name)) and (settings.temperature > 0 or name != "shared_noise")
-
-    return {name: change for name, change in PIECES.items() if all(map(is_there, change))}
-
-
-def ablation(settings: CalibrateConfig, replays: Replays, plan_of: PlanOf) -> dict[str, dict[str, float]]:
-    """Predicted speed and acceptance length of the learned plan without one of its pieces at a time."""
-    found = {}
-    for name, change in pieces(settings).items():
-        changed = replace(settings, **change)
-        plans = [plan_of(kind, changed, replays) for kind in ("learned", "learned_ngrams")[: 1 + changed.ngrams]]
-        best = max(replay_of(replays, plan).run(plan) for plan in plans)
-        found[name] = dict(zip(("tokens_per_second", "acceptance_length"), best, strict=True))
-    return found
 
 
 def frontier(
@@ -120,23 +86,21 @@ def frontier(
 
 
 def describe(plan: Plan) -> str:
-    """Passes, thresholds and rows of each stage, and what is retrieved from, in one line."""
-    looked_up = "n-grams" if plan.ngrams else "matrix"
-    if plan.scale and not plan.learns_accepted:
-        looked_up += " taught by all nodes"
-    asked = ((looked_up, plan.expands), ("echo", plan.echoes))
-    sources = ", ".join(name for name, is_asked in asked if is_asked)
+    """Steps, thresholds and nodes of each checkpoint, and which sources are asked, in one line."""
+    asked = ", ".join(plan.sources)
+    if isinstance(plan, ScoredPlan) and "matrix" in plan.sources and not plan.learns_accepted:
+        asked += ", taught by all nodes"
     parts = []
-    for stage in plan.stages:
-        last = stage is plan.stages[-1]
-        rule = "" if last else f" if <= {stage.threshold:.2f}" if stage.passes else f" if > {stage.threshold:.2f}"
-        rows = stage.width or f"1+{stage.drafted}+{stage.retrieved}"
-        parts.append(f"{stage.passes}{rule}: {rows}")
-    return "; ".join(parts) + (f" ({sources})" if sources else "")
+    for one in plan.checkpoints:
+        last = one is plan.checkpoints[-1]
+        rule = "" if last else f" if <= {one.threshold:.2f}" if one.steps else f" if > {one.threshold:.2f}"
+        nodes = f"1+{one.drafted}+{one.retrieved}" if isinstance(one, QuotaCheckpoint) else one.num_draft_tokens
+        parts.append(f"{one.steps}{rule}: {nodes}")
+    return "; ".join(parts) + (f" ({asked})" if asked else "")
 
 
 def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, ...]]:
-    """plan, stages, predicted and measured tokens/s, the prediction's error, acceptance length, laps, ratio to the fastest."""
+    """A row of HEADER for each plan."""
     rows: list[tuple[str, ...]] = []
     for name, plan in plans.items():
         predicted, measured = report["predicted"][name], report["measured"][name]
@@ -160,11 +124,11 @@ def rows_of(report: dict[str, Any], plans: dict[str, Plan]) -> list[tuple[str, .
 
 HEADER = (
     "plan",
-    "passes: rows",
+    "steps: nodes",
     "predicted",
     "measured",
     "error",
-    "acceptance_length",
+    "acceptance",
     "laps",
     "of the fastest (95 %)",
 )
@@ -188,9 +152,9 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 
 def print_report(report: dict[str, Any], plans: dict[str, Plan]) -> None:
-    """Stages and laps do not fit beside a plan's figures in a terminal: stages come below."""
+    """Checkpoints and laps do not fit beside a plan's figures in a terminal: the former come below."""
     table = Table(title="plans on the calibration prompts, tokens/s", box=SIMPLE_HEAD, pad_edge=False)
-    shown = [index for index, column in enumerate(HEADER) if column not in ("passes: rows", "laps")]
+    shown = [index for index, column in enumerate(HEADER) if column not in ("steps: nodes", "laps")]
     for index in shown:
         table.add_column(HEADER[index], justify="right" if index else "left", no_wrap=True)
     for row in rows_of(report, plans):
@@ -217,7 +181,7 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
         "Speeds are over all prompts: predicted by replay and the latency table, measured by the replay corrected by "
         "the laps of the race. A plan drops out when it cannot win any more; its ratio to the fastest is of the laps "
-        f"that both ran. acceptance_length: of the prompts of those laps, predicted/measured. During the race the device took "
+        "that both ran. Acceptance is of the prompts of those laps, predicted/measured. During the race the device took "
         f"{report['race']['slowness']:.2f} times as long as for the table, which the predictions include.",
         "",
         *notes(report),
@@ -234,28 +198,18 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
             if error
         ),
         "",
-        "## Without one piece (predicted)",
-        "",
-        "| learned policy | tokens/s | acceptance |",
-        "|---|---:|---:|",
-        *(
-            f"| {name} | {found['tokens_per_second']:.0f} | {found['acceptance_length']:.2f} |"
-            for name, found in report["ablation"].items()
-        ),
-        "",
         "## Latency, ms",
         "",
-        f"| context | {' | '.join(f'{width} rows' for width in latency['widths'])} |",
+        f"| context | {' | '.join(f'{width} nodes' for width in latency['widths'])} |",
         "|---|" + "---:|" * len(latency["widths"]),
         *(
             f"| {context} | {' | '.join(f'{time:.2f}' for time in times)} |"
             for context, times in zip(latency["contexts"], latency["verify_ms"], strict=True)
         ),
         "",
-        f"Head passes 0, 1, ...: {_times(latency['draft_ms'])}. Without retrieval, with the matrix and with longer "
-        f"contexts, choosing the tree takes {_times(latency['graft_ms'])}, acceptance and commit "
-        f"{_times(latency['commit_ms'])}; one more host read {latency['read_ms']:.2f}, the search of "
-        f"the request's own text {latency['echo_ms']:.2f}. "
+        f"Draft steps 0, 1, ...: {_times(latency['draft_ms'])}. Choosing the tree takes {latency['build_ms']:.2f}, "
+        f"acceptance and commit {latency['commit_ms']:.2f}; {_sources(latency['source_ms'])}; one more host read "
+        f"{latency['read_ms']:.2f}. "
         f"Interquartile range over median of a round: {latency['spread'][0]:.0%} typically, "
         f"{latency['spread'][1]:.0%} at most.",
         "",
@@ -263,6 +217,10 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _sources(milliseconds: dict[str, float]) -> str:
+    return ", ".join(f"the source {name} {time:.2f} more" for name, time in milliseconds.items())
 
 
 def _times(milliseconds: list[float]) -> str:

@@ -33,8 +33,8 @@ def found_of(standings: Standings, racer: str, forecast: Forecast) -> dict[str, 
     """What a race found of one plan.
 
     `tokens_per_second` over all prompts: what the replay foretells, corrected by the laps that the plan ran. `weighed`:
-    corrected as far as their noise allows, by which plans are chosen. `acceptance_length` and `tau_foretold` of the prompts that it
-    ran. `over_fastest`: its measured speed over the fastest plan's and the 95 % interval.
+    corrected as far as their noise allows, by which plans are chosen. `acceptance_length` and `acceptance_foretold` are
+    of the prompts that it ran. `over_fastest`: its measured speed over the fastest plan's and the 95 % interval.
     """
     laps, tokens = standings.ran(racer), forecast.tokens_P.sum()
     places = sorted({lap.place for lap in laps})
@@ -42,7 +42,7 @@ def found_of(standings: Standings, racer: str, forecast: Forecast) -> dict[str, 
         "tokens_per_second": float(tokens / standings.seconds(racer)),
         "weighed": float(tokens / standings.seconds(standings.leader) * np.exp(standings.lead(racer)[0])),
         "acceptance_length": summary(laps, racer)["acceptance_length"],
-        "tau_foretold": float(forecast.tokens_P[places].sum() / forecast.rounds_P[places].sum()),
+        "acceptance_foretold": float(forecast.tokens_P[places].sum() / forecast.rounds_P[places].sum()),
         "laps": len(laps),
         "left": racer in standings.left,
         "over_fastest": np.exp(standings.ratio(racer)).tolist(),

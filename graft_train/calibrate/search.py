@@ -4,12 +4,12 @@ Tokens per second is a ratio of sums. Dinkelbach: at the best ratio r, the best 
 earn the most tokens - r * time; a better plan gives a better r, and so on until it stands still.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graft_inference import Plan, Scale, Stage, paper_policy
+from graft_inference import AcceptanceModel, Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan, paper_policy
 from graft_train.calibrate.replay import Replay
 
 THRESHOLDS = 40
@@ -24,7 +24,7 @@ class Allowed:
     """What a plan may use.
 
     Attributes:
-        widths: rows of a verification.
+        widths: nodes of a verification.
         checkpoints: most places where drafting may stop early.
         retrieve_first: may leave out drafting.
     """
@@ -35,53 +35,54 @@ class Allowed:
 
 
 def best_eagle3(replay: Replay, widths: list[int]) -> Plan:
-    """The best tree of drafted nodes alone: passes and rows, tuned as well as Graft's."""
+    """The best tree of drafted nodes alone: steps and rows, tuned as well as Graft's."""
     plans = [
-        _plan(replay, (Stage(passes, drafted=width - 1),), None)
-        for passes in range(1, replay.passes + 1)
+        QuotaPlan((QuotaCheckpoint(steps, drafted=width - 1),), replay.topk, shares_noise=replay.shares_noise)
+        for steps in range(1, replay.num_steps + 1)
         for width in widths
-        if 1 < width <= 1 + _most_drafted(replay, passes)
+        if 1 < width <= 1 + _most_drafted(replay, steps)
     ]
     return _fastest(replay, plans)
 
 
 def best_paper(replay: Replay, widths: list[int], most_rank: int) -> Plan:
-    """The paper's stages and thresholds, its rows scaled to the width that suits this device best."""
-    plans = [paper_policy(replay.topk, width, replay.passes, most_rank).graft for width in widths if width > 1]
+    """The paper's checkpoints and thresholds, its nodes scaled to the width that suits this device best."""
+    plans = [paper_policy(replay.topk, width, replay.num_steps, most_rank).graft for width in widths if width > 1]
     return _fastest(replay, plans)
 
 
-def best_learned(replay: Replay, scale: Scale, allowed: Allowed) -> Plan:
+def best_learned(replay: Replay, model: AcceptanceModel, allowed: Allowed) -> Plan:
     """The best competing plan: where drafting stops, at what confidence, and how wide a tree is.
 
-    Every number of passes may be the last. For each, the stages before it are found from the last to the
+    Every number of steps may be the last. For each, the checkpoints before it are found from the last to the
     first (optimal stopping): a round stops at a checkpoint if what its tree is worth there exceeds what
     going on is worth, on average over all positions with as little confidence.
     """
-    lasts = range(0, replay.passes + 1) if scale.drafted else [0]
-    found = (_converged(replay, part, allowed, last) for part in _sources(scale) for last in lasts)
+    lasts = range(0, replay.num_steps + 1) if model.drafted else [0]
+    found = (_converged(replay, part, allowed, last) for part in _sources(model) for last in lasts)
     plans = [plan for plan in found if plan]
-    if scale.drafted and (scale.template or scale.echo):
-        # One row, and nothing asked: where no candidate of either source is worth its row.
-        plans.append(_plan(replay, (Stage(0, width=1),), Scale()))
+    if model.drafted and model.sources:
+        # One node, and nothing asked: where no candidate is worth its place.
+        plans.append(_plan(replay, (Checkpoint(0),), AcceptanceModel()))
     return _fastest(replay, plans)
 
 
-def _sources(scale: Scale) -> list[Scale]:
-    """All retrieved sources together, and without some: one that adds too little costs its look-up."""
-    if scale.template and scale.echo:
-        return [scale, replace(scale, template=()), replace(scale, echo=())]
-    return [scale]
+def _sources(model: AcceptanceModel) -> list[AcceptanceModel]:
+    """All sources together, and without each of them: one that adds too little costs its look-up."""
+    if len(model.sources) < 2:
+        return [model]
+    fewer = [replace(model, sources=tuple(one for one in model.sources if one is not out)) for out in model.sources]
+    return [model, *fewer]
 
 
-def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int) -> Plan | None:
-    widths = _possible(replay, scale, allowed, last)
+def _converged(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: int) -> Plan | None:
+    widths = _possible(replay, model, allowed, last)
     if not widths:
         return None
-    plan = _fastest(replay, [_plan(replay, (Stage(last, width=width),), scale) for width in widths])
+    plan = _fastest(replay, [_plan(replay, (Checkpoint(last, num_draft_tokens=width),), model) for width in widths])
     speed = replay.run(plan)[0]
     for _ in range(4):
-        better = _improved(replay, scale, allowed, last, plan, speed / 1e3)
+        better = _improved(replay, model, allowed, last, plan, speed / 1e3)
         better = _simplified(replay, better, allowed.checkpoints)
         better_speed = replay.run(better)[0]
         if better_speed <= speed * 1.001:
@@ -90,36 +91,36 @@ def _converged(replay: Replay, scale: Scale, allowed: Allowed, last: int) -> Pla
     return plan
 
 
-def _improved(replay: Replay, scale: Scale, allowed: Allowed, last: int, plan: Plan, rate: float) -> Plan:
+def _improved(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: int, plan: Plan, rate: float) -> Plan:
     """The plan that earns the most tokens - rate * ms, where the rounds of `plan` begin."""
     outcome = replay.outcome(plan)
     weight_T = np.bincount(
         np.concatenate([replay.visits(outcome, first) for first in range(STARTS)]), minlength=len(replay.traces)
     ).astype(float)
     stop_T = np.ones(len(weight_T), dtype=bool)
-    stages: list[Stage] = []
+    checkpoints: list[Checkpoint] = []
     value_T = np.zeros(len(weight_T))
-    first = 0 if last == 0 or (allowed.retrieve_first and (scale.template or scale.echo)) else 1
-    for passes in range(last, first - 1, -1):
-        measure_T = replay.promise(scale) if passes == 0 else -replay.confidence_TP[:, passes - 1]
-        if passes == last:
-            stage, value_T = _best_stage(replay, scale, allowed, passes, rate, weight_T)
-            stages = [stage]
+    first = 0 if last == 0 or (allowed.retrieve_first and model.sources) else 1
+    for steps in range(last, first - 1, -1):
+        measure_T = replay.promise(model) if steps == 0 else -replay.confidence_TP[:, steps - 1]
+        if steps == last:
+            one, value_T = _best_checkpoint(replay, model, allowed, steps, rate, weight_T)
+            checkpoints = [one]
             continue
-        if not _possible(replay, scale, allowed, passes):
+        if not _possible(replay, model, allowed, steps):
             continue  # so early a tree has fewer rows than any width
         found = None
         for _ in range(2):  # the width that suits the rounds that stop here, then who stops, and again
-            stage, here_T = _best_stage(replay, scale, allowed, passes, rate, weight_T * stop_T)
+            one, here_T = _best_checkpoint(replay, model, allowed, steps, rate, weight_T * stop_T)
             found = _threshold(measure_T, weight_T * (here_T - value_T))
             if found is None:
                 break
             stop_T = measure_T > found
         if found is not None:
-            stages.insert(0, replace(stage, threshold=found if passes == 0 else -found))
+            checkpoints.insert(0, replace(one, threshold=found if steps == 0 else -found))
             value_T = np.where(stop_T, here_T, value_T)
         stop_T = np.ones_like(stop_T)
-    return _plan(replay, tuple(stages), scale)
+    return _plan(replay, tuple(checkpoints), model)
 
 
 def _threshold(measure_T: np.ndarray, gain_T: np.ndarray) -> float | None:
@@ -138,55 +139,48 @@ def _threshold(measure_T: np.ndarray, gain_T: np.ndarray) -> float | None:
     return float(falling_T[best] + falling_T[best + 1]) / 2 if sums_T[best] > 0 else None
 
 
-def _best_stage(
-    replay: Replay, scale: Scale, allowed: Allowed, passes: int, rate: float, weight_T: np.ndarray
-) -> tuple[Stage, np.ndarray]:
-    """The stage of so many passes worth most to these positions, and what it is worth at each."""
-    stages = [Stage(passes, width=width) for width in _possible(replay, scale, allowed, passes)]
+def _best_checkpoint(
+    replay: Replay, model: AcceptanceModel, allowed: Allowed, steps: int, rate: float, weight_T: np.ndarray
+) -> tuple[Checkpoint, np.ndarray]:
+    """The checkpoint of so many steps worth most to these positions, and what it is worth at each."""
+    checkpoints = [Checkpoint(steps, num_draft_tokens=width) for width in _possible(replay, model, allowed, steps)]
     worth = []
-    for stage in stages:
-        outcome = replay.outcome(_plan(replay, (stage,), scale))
+    for one in checkpoints:
+        outcome = replay.outcome(_plan(replay, (one,), model))
         worth.append(outcome.tokens_T - rate * outcome.ms_T)
     best = int(np.argmax([value_T @ weight_T for value_T in worth]))
-    return stages[best], worth[best]
+    return checkpoints[best], worth[best]
 
 
 def _simplified(replay: Replay, plan: Plan, checkpoints: int) -> Plan:
     """Without checkpoints that gain nothing by themselves, and with at most so many."""
-    while len(plan.stages) > 1:
+    while len(plan.checkpoints) > 1:
         shorter = [
-            replace(plan, stages=(*plan.stages[:index], *plan.stages[index + 1 :]))
-            for index in range(len(plan.stages) - 1)
+            replace(plan, checkpoints=(*plan.checkpoints[:index], *plan.checkpoints[index + 1 :]))
+            for index in range(len(plan.checkpoints) - 1)
         ]
         candidate = _fastest(replay, shorter)
-        early = sum(stage.passes > 0 for stage in plan.stages[:-1])
+        early = sum(checkpoint.steps > 0 for checkpoint in plan.checkpoints[:-1])
         if early <= checkpoints and replay.run(candidate)[0] * 1.001 < replay.run(plan)[0]:
             break
         plan = candidate
     return plan
 
 
-def _possible(replay: Replay, scale: Scale, allowed: Allowed, passes: int) -> list[int]:
-    drafted = _most_drafted(replay, passes) if scale.drafted else 0
-    return [width for width in allowed.widths if 1 < width <= 1 + drafted + scale.candidates]
+def _possible(replay: Replay, model: AcceptanceModel, allowed: Allowed, steps: int) -> list[int]:
+    drafted = _most_drafted(replay, steps) if model.drafted else 0
+    return [width for width in allowed.widths if 1 < width <= 1 + drafted + model.candidates]
 
 
-def _most_drafted(replay: Replay, passes: int) -> int:
-    return replay.topk + (passes - 1) * replay.topk**2 if passes else 0
+def _most_drafted(replay: Replay, steps: int) -> int:
+    return replay.topk + (steps - 1) * replay.topk**2 if steps else 0
 
 
-def _plan(replay: Replay, stages: tuple[Stage, ...], scale: Scale | None) -> Plan:
-    ngrams = replay.ngrams and scale is not None and bool(scale.template)
-    return Plan(
-        stages,
-        replay.topk,
-        replay.budget,
-        scale,
-        learns_accepted=scale is not None,
-        ngrams=ngrams,
-        shares_noise=replay.shares_noise,
+def _plan(replay: Replay, checkpoints: tuple[Checkpoint, ...], model: AcceptanceModel) -> ScoredPlan:
+    return ScoredPlan(
+        checkpoints, replay.topk, learns_accepted=True, shares_noise=replay.shares_noise, acceptance=model
     )
 
 
-def _fastest(replay: Replay, plans: Iterator[Plan] | list[Plan]) -> Plan:
+def _fastest(replay: Replay, plans: Iterable[Plan]) -> Plan:
     return max(plans, key=lambda plan: replay.run(plan)[0])

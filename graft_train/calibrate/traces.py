@@ -1,14 +1,13 @@
 """What every policy would have met: one record for each position of the target's own continuations.
 
-The matrix of a position has learned from the text before it, as in a request whose plan learns from
-accepted tokens alone. All else that a round looks at depends on the text alone too. So any plan can be
-replayed without the models.
+The sources of a position have learned from the text before it, as in a request whose plan learns from accepted tokens
+alone. All else that a round looks at depends on the text alone too. So any plan can be replayed without the models.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,56 @@ from tqdm import tqdm
 from graft_inference import GraftEngine, GraftError
 from graft_inference.decode.sampling import Sampler
 from graft_inference.files import replace_file
-from graft_inference.heads.eagle3.drafter import Drafter
 from graft_inference.noise import Noise
-from graft_inference.policy.plan import RankPaths, depth_template
-from graft_inference.retrieval.ngrams import LONGEST, NgramSource
-from graft_inference.retrieval.prompt_lookup import Echo
-from graft_inference.retrieval.successor_matrix import SuccessorMatrix, Template
+from graft_inference.proposer import Opening, Proposal, TokenSource
+from graft_inference.retrieval.sources import SOURCES, number_of
 from graft_inference.target.model import TargetOutput
+from graft_inference.template import RankPaths, Template, chain, depth_template
 from graft_inference.tree import DraftTree, Source, merge
+from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import is_main
+
+MOST_CHAINED = 32
+"""Tokens that a source with one guess after a token may add to a tree."""
+
+
+@dataclass
+class SourceTraces:
+    """What one source proposed at T positions: R candidates, the nodes of a template.
+
+    Attributes:
+        tokens_TR: token of each rank path, -1 where it proposed none.
+        logp_TR: their cumulative log-probability in the source; 0 where it has none.
+        evidence_T: the kind of evidence it went by (`Proposal.evidence_1`); 0 where it has probabilities.
+        reach_TR: P(accepted) under the target, that is of all tokens on the path; at temperature 0, and where the noise
+            of the draws is told, whether they are those that follow.
+        template_RL: the rank paths, padded with -1.
+    """
+
+    tokens_TR: Tensor
+    logp_TR: Tensor
+    evidence_T: Tensor
+    reach_TR: Tensor
+    template_RL: Tensor
+
+    @property
+    def template(self) -> RankPaths:
+        return tuple(tuple(rank for rank in path if rank >= 0) for path in self.template_RL.tolist())
 
 
 @dataclass
 class Traces:
-    """T positions, P head passes, C drafted, R, G and E retrieved candidates (roots left out), D depths.
+    """T positions, P draft steps, C drafted candidates, D depths.
 
     Attributes:
         prompt_T: which prompt a position belongs to; positions of a prompt stand in order.
         context_T: tokens before the root.
         truth_TD: the tokens that follow the root; -1 past the end of the continuation.
-        confidence_TP: the head's confidence after 1..P passes (Graft Eq. 6).
-        tokens_TC, parents_TC, logp_TC: the drafted nodes of all passes; parent -1 is the root.
-        depths_C: pass that proposed each.
-        retrieved_TR: token of each rank path; -1 where the matrix has none.
-        retrieved_logp_TR: their cumulative log-probability in the matrix.
-        template_RL: the rank paths, padded with -1.
-        ngrams_TG, ngrams_logp_TG, ngrams_template_GL: the same three for longer contexts (`NgramSource`); G is 0
-            where the corpus has none.
-        echo_TE, matched_T: what followed the longest earlier match of the text's end, and its length; 0: none.
-        reach_TC, reach_TR, ngrams_reach_TG, echo_reach_TE: P(accepted) under the target, that is of all tokens on the
-            path; at temperature 0, and where the noise of the draws is told, whether they are those that follow.
+        confidence_TP: the head's confidence after 1..P steps (Graft Eq. 6).
+        tokens_TC, parents_TC, logp_TC: the drafted nodes of all steps; parent -1 is the root.
+        depths_C: step that proposed each.
+        reach_TC: P(accepted), as in `SourceTraces`.
+        sources: by name, in the order of SOURCES.
     """
 
     prompt_T: Tensor
@@ -61,41 +80,20 @@ class Traces:
     parents_TC: Tensor
     logp_TC: Tensor
     depths_C: Tensor
-    retrieved_TR: Tensor
-    retrieved_logp_TR: Tensor
-    template_RL: Tensor
     reach_TC: Tensor
-    reach_TR: Tensor
-    ngrams_TG: Tensor
-    ngrams_logp_TG: Tensor
-    ngrams_template_GL: Tensor
-    ngrams_reach_TG: Tensor
-    echo_TE: Tensor
-    matched_T: Tensor
-    echo_reach_TE: Tensor
+    sources: dict[str, SourceTraces]
 
     def __len__(self) -> int:
         return len(self.prompt_T)
 
-    @property
-    def template(self) -> RankPaths:
-        return tuple(tuple(rank for rank in path if rank >= 0) for path in self.template_RL.tolist())
-
-    def of_ngrams(self) -> "Traces":
-        """With the retrieved candidates of longer contexts in the place of the matrix's."""
-        return replace(
-            self,
-            retrieved_TR=self.ngrams_TG,
-            retrieved_logp_TR=self.ngrams_logp_TG,
-            template_RL=self.ngrams_template_GL,
-            reach_TR=self.ngrams_reach_TG,
-        )
-
     def save(self, path: Path, made_of: dict[str, Any]) -> None:
         """Writes the traces and what they were made of: fingerprints of target, head, corpus and data, and settings."""
-        tensors = {column.name: getattr(self, column.name).contiguous() for column in fields(self)}
+        tensors = {name: getattr(self, name) for name in COLUMNS}
+        for source, traced in self.sources.items():
+            tensors |= {f"{source}.{one.name}": getattr(traced, one.name) for one in fields(SourceTraces)}
         metadata = {"made_of": json.dumps(made_of, sort_keys=True)}
-        replace_file(path, lambda aside: save_file(tensors, aside, metadata))
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        replace_file(path, lambda aside: save_file(whole, aside, metadata))
 
     @classmethod
     def load(cls, path: Path, made_of: dict[str, Any]) -> "Traces":
@@ -112,44 +110,42 @@ class Traces:
                     f"{path} was traced with another {name} ({recorded.get(name)}, now {expected}): delete "
                     f"{path.parent} and run graft calibrate without policy.latency_only"
                 )
-        if set(tensors) != {column.name for column in fields(cls)}:
+        parts = [one.name for one in fields(SourceTraces)]
+        if set(tensors) != {*COLUMNS, *(f"{source}.{part}" for source in SOURCES for part in parts)}:
             raise GraftError(f"{path} is not a file of traces; delete {path.parent} and run graft calibrate")
-        return cls(**tensors)
+        sources = {source: SourceTraces(*(tensors.pop(f"{source}.{part}") for part in parts)) for source in SOURCES}
+        return cls(**tensors, sources=sources)
+
+
+COLUMNS = [column.name for column in fields(Traces) if column.name != "sources"]
 
 
 @torch.inference_mode()
 def record_traces(
     engine: GraftEngine,
     prompts: list[Tensor],
-    max_new_tokens: int,
-    topk: int,
-    num_steps: int,
-    retrieval_depth: int,
-    paths: int,
-    echo_depth: int,
-    temperature: float = 0.0,
+    settings: CalibrateConfig,
     shares_noise: bool = False,
     positions: int | None = None,
 ) -> Traces:
-    """Traces a continuation of each prompt ([length] int64).
+    """Traces a continuation of each prompt ([length] int64), with room for more retrieved nodes than a plan verifies.
 
     Args:
+        shares_noise: whether head and sources are told the noise of the draws, as plans say by the same name.
         positions: once there are so many, no further prompt is traced.
-        shares_noise: whether head and retrieval are told the noise of the draws, as plans say by the same name.
-        paths: nodes looked up in each source at every position: the rank paths that lead to the truth most often.
-        echo_depth: tokens taken from the text's own repetitions.
     """
     bar = tqdm(prompts, desc="calibrate: continuations", unit="prompt", disable=not is_main())
-    texts = []
+    texts: list[Text] = []
     for index, prompt in enumerate(bar):
-        whole = engine.generate(prompt, max_new_tokens, temperature, "autoregressive", seed=index).sequences[0]
-        sampler = Sampler.of(temperature, index)
+        whole = engine.generate(
+            prompt, settings.max_new_tokens, settings.temperature, "autoregressive", seed=index
+        ).sequences[0]
+        sampler = Sampler.of(settings.temperature, index)
         texts.append(Text(whole.to(engine.target.device), len(prompt), sampler if shares_noise else None))
         if positions is not None and sum(len(text.tokens_S) - text.start - 1 for text in texts) >= positions:
             break
-    template = likely_paths(engine, texts, retrieval_depth, paths)
-    longer = likely_paths(engine, texts, retrieval_depth, paths, ngrams=True) if engine.ngrams else []
-    tracer = _Tracer(engine, topk, num_steps, template, longer, retrieval_depth, echo_depth, temperature)
+    templates = {name: likely_paths(engine, texts, name, settings) for name in SOURCES}
+    tracer = _Tracer(engine, templates, settings)
     parts = []
     for index, text in enumerate(tqdm(texts, desc="calibrate: traces", unit="prompt", disable=not is_main())):
         parts.append(tracer.trace(text, index))
@@ -161,14 +157,15 @@ def record_traces(
         raise GraftError(
             f"the draft head overflows in {engine.target.model.dtype}: choose another target.dtype, or train it again"
         )
-    passes_C = [1] * topk + [p for p in range(2, num_steps + 1) for _ in range(topk**2)]
-    padded = [
-        torch.tensor([[*path, *[-1] * (retrieval_depth - len(path))] for path in paths])
-        .view(-1, retrieval_depth)
-        .long()
-        for paths in (template, longer)
-    ]
-    return Traces(**columns, depths_C=torch.tensor(passes_C), template_RL=padded[0], ngrams_template_GL=padded[1])
+    sources = {}
+    for name, template in templates.items():
+        longest = max(map(len, template), default=1)
+        padded = [[*path, *[-1] * (longest - len(path))] for path in template]
+        own = {one.name: columns.pop(f"{name}.{one.name}") for one in fields(SourceTraces)[:-1]}
+        sources[name] = SourceTraces(**own, template_RL=torch.tensor(padded).view(-1, longest).long())
+    k, steps = settings.topk, settings.num_steps
+    depths_C = torch.tensor([1] * k + [step for step in range(2, steps + 1) for _ in range(k**2)])
+    return Traces(**columns, depths_C=depths_C, sources=sources)
 
 
 @dataclass
@@ -190,167 +187,132 @@ class Text:
             return None
         return self.sampler.noise(root + 1 - self.start, places, vocab_size, self.tokens_S.device)
 
+    def open(self, engine: GraftEngine, name: str, whole: TargetOutput, room: int = 0) -> TokenSource:
+        """A source as it is when the prompt has been read.
 
-def likely_paths(
-    engine: GraftEngine, texts: list[Text], depth: int, count: int, ngrams: bool = False
-) -> list[tuple[int, ...]]:
-    """The rank paths that lead to the truth most often, and short hand-made ones behind them if that is few.
+        Args:
+            whole: what the target says of the text.
+            room: tokens beyond the text.
+        """
+        prompt_S = self.tokens_S[: self.start]
+        source = SOURCES[name].open(Opening(prompt_S, len(self.tokens_S) + room, engine.tables))
+        if source.learns:
+            source.learn(prompt_S, whole.logits_NV[: self.start])
+        return source
+
+
+def likely_paths(engine: GraftEngine, texts: list[Text], name: str, settings: CalibrateConfig) -> RankPaths:
+    """The rank paths of a source that lead to the truth most often, and hand-made ones behind them if that is few.
 
     A path leads to it no more often than its parent, so any prefix of the list is closed under parents. Ranks
     are those of the source as a request has it by then: what was just read has its likeliest successor first.
     """
+    ranks = SOURCES[name].most_ranks(engine.tables)
+    if ranks == 1:
+        return chain(min(max(settings.widths) - 1, MOST_CHAINED))
+    count, depth = 4 * max(settings.widths), settings.retrieval_depth
     counts: Counter[tuple[int, ...]] = Counter()
     for text in texts:
-        counts.update(_true_prefixes(engine, text, depth, ngrams))
+        counts.update(_true_prefixes(engine, text, name, depth))
     ranked = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:count]
     known = set(ranked)
-    for hand_made in depth_template((engine.successors.k,) + (4,) * (depth - 1), engine.successors.k - 1):
+    for hand_made in depth_template((ranks,) + (4,) * (depth - 1), ranks - 1):
         if hand_made not in known and len(ranked) < count and (len(hand_made) == 1 or hand_made[:-1] in known):
             ranked.append(hand_made)
             known.add(hand_made)
-    return ranked
+    return tuple(ranked)
 
 
-def _by_depth(
-    likeliest: Callable[[Tensor, int, Noise, int], tuple[Tensor, Tensor]], rows_D: Tensor, count: int, noise: Noise
-) -> Tensor:
-    """The ranked successors of each row of a path, the first at depth 1."""
-    return torch.cat(
-        [likeliest(rows_D[depth - 1 : depth], count, noise, depth)[0] for depth in range(1, len(rows_D) + 1)]
-    )
-
-
-def _true_prefixes(engine: GraftEngine, text: Text, depth: int, ngrams: bool) -> Iterator[tuple[int, ...]]:
+def _true_prefixes(engine: GraftEngine, text: Text, name: str, depth: int) -> Iterator[tuple[int, ...]]:
     """At every position as root, the rank path along the text that follows, and every prefix of it."""
-    sequence_S, start, vocab_size = text.tokens_S, text.start, engine.target.config.vocab_size
+    sequence_S, vocab_size = text.tokens_S, engine.target.config.vocab_size
     whole = engine.target.prefill(sequence_S, engine.target.new_cache(len(sequence_S)))
-    successors = engine.successors.clone()
-    _learn(successors, sequence_S, whole, slice(0, start))
-    source = NgramSource(engine.ngrams, successors) if ngrams and engine.ngrams else None
-    if source:
-        source.read(sequence_S[:start])
-    padded_S = torch.cat((sequence_S.new_full((LONGEST - 1,), -1), sequence_S))
-    for root in range(start, len(sequence_S) - 1):
+    source = text.open(engine, name, whole)
+    for root in range(text.start, len(sequence_S) - 1):
         path_D = sequence_S[root : root + depth + 1]
-        noise = text.noise(root, depth, vocab_size)
-        if source:
-            source.read(path_D[:1])
-            windows_DC = padded_S[root : root + len(path_D) + LONGEST - 2].unfold(0, LONGEST, 1)
-        if noise is None:
-            ids_DK = source.successors_of(windows_DC, source.k)[0] if source else successors.ids_VK[path_D[:-1]]
-        elif source:
-            ids_DK = _by_depth(source.successors_of, windows_DC, source.k, noise)
-        else:
-            ids_DK = _by_depth(successors.successors_of, path_D[:-1], successors.k, noise)
+        source.extend(path_D[:1])
+        ids_DK = source.ranked(path_D[:-1], text.noise(root, depth, vocab_size))
+        assert ids_DK is not None, f"{name} has several guesses after a token, but does not rank them"
         found_D, rank_D = (ids_DK == path_D[1:, None]).to(torch.uint8).max(dim=1)
         path = rank_D[: int(found_D.cumprod(0).sum())].tolist()
         yield from (tuple(path[:length]) for length in range(1, len(path) + 1))
-        _learn(successors, sequence_S, whole, slice(root, root + 1))
+        if source.learns:
+            source.learn(sequence_S[root : root + 1], whole.logits_NV[root : root + 1])
 
 
 class _Tracer:
     """Plays every position of a continuation as the root of a round."""
 
-    def __init__(
-        self,
-        engine: GraftEngine,
-        topk: int,
-        num_steps: int,
-        template: list[tuple[int, ...]],
-        longer: list[tuple[int, ...]],
-        retrieval_depth: int,
-        echo_depth: int,
-        temperature: float,
-    ) -> None:
-        self.engine = engine
-        self.target = engine.target
-        self.topk = topk
-        self.num_steps = num_steps
-        self.template = Template(template, self.target.device)
-        self.longer = Template(longer, self.target.device)
-        self.chain = Template([(0,) * depth for depth in range(1, echo_depth + 1)], self.target.device)
-        self.depth = max(num_steps, retrieval_depth, echo_depth)
-        self.temperature = temperature
+    def __init__(self, engine: GraftEngine, templates: Mapping[str, RankPaths], settings: CalibrateConfig) -> None:
+        self.engine, self.target = engine, engine.target
+        self.topk, self.num_steps, self.temperature = settings.topk, settings.num_steps, settings.temperature
+        device = self.target.device
+        self.templates = {name: Template(paths, device, number_of(name)) for name, paths in templates.items()}
+        deepest = max((len(path) for paths in templates.values() for path in paths), default=1)
+        self.depth = max(self.num_steps, deepest)
 
     def trace(self, text: Text, index: int) -> dict[str, Tensor]:
-        """Columns as in `Traces`."""
+        """Columns as in `Traces`, those of a source behind its name."""
         sequence_S, start, length = text.tokens_S, text.start, len(text.tokens_S)
         whole = self.target.prefill(sequence_S, self.target.new_cache(length))
         # Once the noise is told, nothing of a draw is chance.
         by_chance = self.temperature and text.sampler is None
         if by_chance:
-            candidates = self.topk + (self.num_steps - 1) * self.topk**2
-            looked_up = len(self.template) + len(self.longer) + len(self.chain)
-            cache = self.target.new_cache(length + 1 + candidates + looked_up)
+            candidates = self.topk + (self.num_steps - 1) * self.topk**2 + sum(map(len, self.templates.values()))
+            cache = self.target.new_cache(length + 1 + candidates)
             self.target.prefill(sequence_S[:start], cache)
-        drafter = Drafter(self.engine.head, self.target, self.topk, length + self.topk * self.num_steps)
-        successors = self.engine.successors.clone()
-        _learn(successors, sequence_S, whole, slice(0, start))
-        ngrams = NgramSource(self.engine.ngrams, successors) if self.engine.ngrams else None
-        if ngrams:
-            ngrams.read(sequence_S[:start])
-        echo = Echo(length + self.depth, self.target.device)
-        echo.read(sequence_S[:start])
+        proposer = self.engine.speculator.head
+        head = proposer.open(self.topk, length + self.topk * self.num_steps)
+        sources = {name: text.open(self.engine, name, whole, self.depth) for name in self.templates}
         rows: list[dict[str, Tensor]] = []
         read = 0  # positions the head has caught up with
         for root in range(start, length - 1):
             noise = text.noise(root, self.depth, self.target.config.vocab_size)
-            draft = drafter.begin(sequence_S[read + 1 : root + 1], whole.aux_NE[read:root], noise)
-            read = root
-            confidence = [draft.confidence]
-            while draft.passes < self.num_steps:
-                draft = drafter.deepen(draft)
-                confidence.append(draft.confidence)
+            fresh = sequence_S[read + 1 : root + 1], whole.aux_NE[read:root]
+            drafts, read = proposer.begin([head], [fresh], [noise]), root
+            confidence = [drafts[0].confidence]
+            while drafts[0].steps < self.num_steps:
+                drafts = proposer.deepen([head], drafts)
+                confidence.append(drafts[0].confidence)
             root_1 = sequence_S[root : root + 1]
-            if ngrams:
-                ngrams.read(root_1)
-            echo.read(root_1)
-            tokens_E, matched_1 = echo.find(len(self.chain) - 1)
-            drafted = draft.candidates
-            retrieved = successors.expand(root_1, self.template, noise)
-            longer = (ngrams or successors).expand(root_1, self.longer, noise)
-            repeated = self.chain.tree(torch.cat((root_1, tokens_E)), None)
+            proposals = {
+                name: _proposed(source, root_1, self.templates[name], noise) for name, source in sources.items()
+            }
             truth_D = torch.full((self.depth,), -1, device=sequence_S.device)
             following = sequence_S[root + 1 : root + 1 + self.depth]
             truth_D[: len(following)] = following
-            trees = (drafted, retrieved, longer, repeated)
+            drafted = drafts[0].candidates
+            trees = [drafted, *(one.tree for one in proposals.values())]
             if by_chance:
-                reach_C, reach_R, reach_G, reach_E = self._reach(trees, cache)
+                reach_C, *reached = self._reach(trees, cache)
                 cache.commit(1)
             else:
-                reach_C, reach_R, reach_G, reach_E = (on_path(tree, truth_D) for tree in trees)
-            found_R, found_G = (tree.sources_N[1:] == Source.MATRIX for tree in (retrieved, longer))
-            rows.append(
-                {
-                    "prompt_T": torch.tensor(index),
-                    "context_T": torch.tensor(root),
-                    "truth_TD": truth_D.to(torch.int32),
-                    "confidence_TP": torch.stack(confidence),
-                    "tokens_TC": drafted.tokens_N[1:].to(torch.int32),
-                    "parents_TC": (drafted.parents_N[1:] - 1).to(torch.int16),
-                    "logp_TC": drafted.logp_N[1:],
-                    "retrieved_TR": torch.where(found_R, retrieved.tokens_N[1:], -1).to(torch.int32),
-                    "retrieved_logp_TR": retrieved.logp_N[1:],
-                    "reach_TC": reach_C[1:].float(),
-                    "reach_TR": torch.where(found_R, reach_R[1:].float(), 0.0),
-                    "ngrams_TG": torch.where(found_G, longer.tokens_N[1:], -1).to(torch.int32),
-                    "ngrams_logp_TG": longer.logp_N[1:],
-                    "ngrams_reach_TG": torch.where(found_G, reach_G[1:].float(), 0.0),
-                    "echo_TE": tokens_E.to(torch.int32),
-                    "matched_T": matched_1[0],
-                    "echo_reach_TE": torch.where(matched_1 > 0, reach_E[1:].float(), 0.0),
-                }
-            )
-            _learn(successors, sequence_S, whole, slice(root, root + 1))
+                reach_C, *reached = (on_path(tree, truth_D) for tree in trees)
+            row = {
+                "prompt_T": torch.tensor(index),
+                "context_T": torch.tensor(root),
+                "truth_TD": truth_D.to(torch.int32),
+                "confidence_TP": torch.stack(confidence),
+                "tokens_TC": drafted.tokens_N[1:].to(torch.int32),
+                "parents_TC": (drafted.parents_N[1:] - 1).to(torch.int16),
+                "logp_TC": drafted.logp_N[1:],
+                "reach_TC": reach_C[1:].float(),
+            }
+            for (name, proposal), reach_R in zip(proposals.items(), reached, strict=True):
+                row |= {f"{name}.{column}": value for column, value in _columns(proposal, reach_R).items()}
+            rows.append(row)
+            for source in sources.values():
+                if source.learns:
+                    source.learn(root_1, whole.logits_NV[root : root + 1])
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
-    def _reach(self, trees: tuple[DraftTree, ...], cache: object) -> list[Tensor]:
+    def _reach(self, trees: list[DraftTree], cache: Any) -> list[Tensor]:
         """P(accepted) of every row of the trees: one target pass over their union."""
         union = trees[0]
         for tree in trees[1:]:
             union = merge(union, tree, len(tree) - 1)
         ancestors_NN = union.ancestors(self.depth)
-        logits_NV = self.target.verify(union, ancestors_NN, cache).logits_NV  # type: ignore[arg-type]
+        logits_NV = self.target.verify(union, ancestors_NN, cache).logits_NV
         logp_NV = (logits_NV.float() / self.temperature).log_softmax(dim=-1)
         step_N = logp_NV[union.parents_N, union.tokens_N]
         step_N[0] = 0.0
@@ -359,12 +321,27 @@ class _Tracer:
         return [reach_N[place_M] for place_M in places]
 
 
+def _proposed(source: TokenSource, root_1: Tensor, template: Template, noise: Noise | None) -> Proposal:
+    source.extend(root_1)
+    return source.propose(root_1, template, noise)
+
+
+def _columns(proposal: Proposal, reach_R: Tensor) -> dict[str, Tensor]:
+    """Of `SourceTraces`, at one position."""
+    tree, evidence_1 = proposal.tree, proposal.evidence_1
+    found_R = tree.sources_N[1:] != Source.EMPTY
+    if evidence_1 is not None:
+        found_R = found_R & (evidence_1 > 0)
+    return {
+        "tokens_TR": torch.where(found_R, tree.tokens_N[1:], -1).to(torch.int32),
+        "logp_TR": tree.logp_N[1:],
+        "evidence_T": torch.zeros((), dtype=torch.long) if evidence_1 is None else evidence_1[0],
+        "reach_TR": torch.where(found_R, reach_R[1:].float(), 0.0),
+    }
+
+
 def on_path(tree: DraftTree, truth_D: Tensor) -> Tensor:
     """Which rows lie on the path of these tokens; the root does. [N] bool"""
     token_N = torch.cat((tree.tokens_N[:1], truth_D))[tree.depths_N]
     match_N = (tree.tokens_N == token_N) & (tree.sources_N != Source.EMPTY)
     return ~(tree.ancestors(int(tree.depths_N.max())) & ~match_N).any(dim=1)
-
-
-def _learn(successors: SuccessorMatrix, sequence_S: Tensor, output: TargetOutput, read: slice) -> None:
-    successors.update(sequence_S[read], output.logits_NV[read])

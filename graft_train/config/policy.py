@@ -5,36 +5,28 @@ from dataclasses import dataclass, field
 from graft_inference.errors import GraftError
 from graft_train.config.bounds import check_least
 
-KINDS = ("learned", "paper", "prune_only", "retrieve_only")
+KINDS = ("learned", "paper", "draft_only", "retrieve_only")
 
 
 @dataclass(slots=True, kw_only=True)
 class CalibrateConfig:
-    """What the policy is chosen from, and which of its pieces may be used.
+    """What the policy is chosen from.
 
     Attributes:
-        kind: what `graft` becomes: `learned`, the paper's stages and thresholds (rows scaled to the best
-            measured width), or the learned policy of one source alone.
+        kind: what `graft` becomes: `learned`, the paper's checkpoints and thresholds (nodes scaled to the
+            best measured width), or the learned policy of one source alone.
         latency_only: measure only the latency table again and choose anew from the traces that are there.
         prompts: calibration prompts traced; none of them was trained on or is evaluated on.
         max_new_tokens: tokens traced per prompt.
         temperature: of the traced continuations; above 0 every node's P(accepted) under the target is traced.
-        topk: the head's children per node and nodes per pass.
-        num_steps: most head passes of a round; EAGLE-3 at depth 8 runs 9.
-        widths: rows of one verification that may be chosen, the root included; the last is the budget.
+        topk: the head's children per node and nodes per step.
+        num_steps: most draft steps of a round; EAGLE-3 at depth 8 runs 9.
+        widths: nodes of one verification that may be chosen, the root included; the last is the budget.
         retrieval_depth: longest retrieved path.
         checkpoints: most places where drafting may stop early.
         minutes: most time that calibration takes: two fifths for traces, of fewer prompts where all take longer, one
             for latencies, the rest for the race; overdrawn only by what a choice cannot do without.
         least_rounds: traced positions below which nothing is fitted.
-        calibrated: fit P(accepted); false takes each source's own probabilities as they are.
-        learned_template: look up the rank paths most often accepted; false takes hand-made ones.
-        retrieve_first: may leave out drafting where retrieval promises enough.
-        ngrams: try plans that follow the corpus's longer contexts too, if it has them: more tokens per round, a
-            dearer look-up.
-        echo: search the request's own text for what followed the last time.
-        shared_noise: where tokens are drawn by chance, tell head and retrieval the noise of the draws; the paper's
-            settings and the EAGLE-3 tree are never told.
     """
 
     kind: str = "learned"
@@ -49,12 +41,6 @@ class CalibrateConfig:
     checkpoints: int = 3
     minutes: float = 10.0
     least_rounds: int = 500
-    calibrated: bool = True
-    learned_template: bool = True
-    retrieve_first: bool = True
-    echo: bool = True
-    shared_noise: bool = True
-    ngrams: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

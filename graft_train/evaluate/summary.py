@@ -28,12 +28,12 @@ def summarize(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any
     ratios = _speedups(runs, baseline)
     phases: Counter[str] = Counter()
     accepted: Counter[str] = Counter()
-    stages: Counter[str] = Counter()
+    checkpoints: Counter[str] = Counter()
     fallback: Counter[str] = Counter()
     for stats in typical:
         phases.update(stats.seconds)
         accepted.update(stats.accepted)
-        stages.update(stats.stages)
+        checkpoints.update(stats.checkpoints)
         fallback.update(stats.fallback)
     prefill = phases.pop("prefill")
     every = [run for prompt in runs for run in prompt]
@@ -47,7 +47,7 @@ def summarize(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any
         "ms_per_round": {name: 1e3 * seconds / rounds for name, seconds in phases.items()},
         "prefill_ms": 1e3 * prefill / len(typical),
         "accepted_per_round": {name: count / rounds for name, count in accepted.items()},
-        "stages": dict(sorted(stages.items())),
+        "checkpoints": dict(sorted(checkpoints.items())),
         "fallback": dict(sorted(fallback.items())),
         "same_tokens_as_autoregressive": sum(same) / len(same),
         "time_outside_phases": 1 - sum(sum(run.stats.seconds.values()) for run in every) / wall,

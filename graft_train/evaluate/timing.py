@@ -88,7 +88,7 @@ def new_engine(config: Config, dtype: str, fallback: bool) -> GraftEngine:
 def run_of(values: dict[str, Any]) -> Run:
     """What `timed` made JSON values of."""
     stats = values["stats"]
-    counters = {name: Counter(stats[name]) for name in ("stages", "fallback")}
+    counters = {name: Counter(stats[name]) for name in ("checkpoints", "fallback")}
     return Run(values["tokens"], GenerationStats(**(stats | counters)), values["wall_seconds"])
 
 

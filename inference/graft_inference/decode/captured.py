@@ -236,8 +236,8 @@ class CapturedRounds:
             self._run(segments, key, lambda: segments.graft(checkpoint, drafted.layers, drafted.retrieved))
         times.append(graphs.now())
         depth = request.builder.max_depth
-        sources = (*_keys(segments.sources), request.builder.plan.learns_accepted)
-        key = ("verify", segments.size, nodes, depth, segments.drafts, sources, segments.logprobs, sampling)
+        asked = (*_keys(segments.sources), request.builder.plan.learns_accepted)
+        key = ("verify", segments.size, nodes, depth, segments.drafts, asked, segments.logprobs, sampling)
         self._run(segments, key, lambda: segments.verify(nodes, depth))
         times.append(graphs.now())
         self._begin(state, static, sampling, depth + 1)

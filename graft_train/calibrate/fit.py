@@ -1,25 +1,25 @@
-"""P(accepted) of a candidate from its source's probability of every step, its depth, rank and source."""
+"""Fits the acceptance model: P(accepted) of a candidate from what its proposer says of it, its depth and its rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft_inference.policy.plan import Scale
-from graft_inference.policy.tree_builder import LEAST, calibrated
-from graft_inference.retrieval.prompt_lookup import LONGEST
-from graft_train.calibrate.traces import Traces
+from graft_inference import AcceptanceModel, SourceModel
+from graft_inference.policy.acceptance import LEAST, by_evidence, calibrated
+from graft_inference.retrieval.sources import SOURCES
+from graft_train.calibrate.traces import SourceTraces, Traces
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 1e4)
 """Pulls of each depth towards the one above it, of ranks towards each other, of all to the source's word: as of the
 steps of so many prompts. The last leaves the source at its word."""
 FOLDS = 5
 NO_FAITH = 10.0
-"""Matches seen fewer times than this are trusted little more than shorter ones."""
+"""Evidence seen fewer times than this is trusted little more than the kind before it."""
 MOST_STEPS = 50_000
 LEAST_REACH = 1e-3
-"""Steps from parents less likely than this do not enter a fit, and P(accepted) does not fall below it in echoes."""
+"""Steps from parents less likely than this do not enter a fit, and P(accepted) by evidence does not fall below it."""
 
 
 @dataclass
@@ -42,8 +42,10 @@ class Steps:
     prompt: Tensor
 
 
-def fit_scale(traces: Traces, prompts: Tensor | None = None) -> Scale:
-    """The scale that makes other prompts likeliest: logistic regressions, each depth drawn to the one above it.
+def fit_acceptance(traces: Traces, prompts: Tensor | None = None) -> AcceptanceModel:
+    """The model that makes other prompts likeliest: logistic regressions, each depth drawn to the one above it.
+
+    Sources that go by evidence have a table of what they reached.
 
     Args:
         prompts: fit on these prompts alone.
@@ -51,74 +53,93 @@ def fit_scale(traces: Traces, prompts: Tensor | None = None) -> Scale:
     kept_T = torch.ones(len(traces), dtype=torch.bool) if prompts is None else torch.isin(traces.prompt_T, prompts)
     above_TC, reach_TC = _above(traces.logp_TC, traces.parents_TC), _above(traces.reach_TC, traces.parents_TC, 1.0)
     rank_C = torch.zeros_like(traces.depths_C)
-    drafted, _ = _fit(
-        _steps(traces, traces.logp_TC - above_TC, traces.depths_C, rank_C, reach_TC, traces.reach_TC, kept_T),
-        int(traces.depths_C.max()),
-        1,
+    steps = _steps(traces, traces.logp_TC - above_TC, traces.depths_C, rank_C, reach_TC, traces.reach_TC, kept_T)
+    slopes, offsets, _ = _fit(steps, int(traces.depths_C.max()), 1)
+    sources = tuple(
+        _fit_evidence(name, source, kept_T) if SOURCES[name].kinds else _fit_source(name, traces, kept_T)
+        for name, source in traces.sources.items()
     )
-    depths_R, parents_R, rank_R = template_columns(traces)
-    parents_TR = parents_R.expand_as(traces.reach_TR)
-    above_TR, reach_TR = _above(traces.retrieved_logp_TR, parents_TR), _above(traces.reach_TR, parents_TR, 1.0)
-    step_TR = traces.retrieved_logp_TR - above_TR
-    reach_TR = reach_TR.masked_fill(traces.retrieved_TR < 0, 0.0)
-    retrieved, ranks = _fit(
-        _steps(traces, step_TR, depths_R, rank_R, reach_TR, traces.reach_TR, kept_T),
-        traces.template_RL.shape[1],
-        int(rank_R.max()) + 1,
+    return AcceptanceModel(tuple(zip(slopes, offsets, strict=True)), sources)
+
+
+def raw_acceptance(traces: Traces) -> AcceptanceModel:
+    """Probabilities taken at their word; sources that go by evidence have none, and keep what is fitted."""
+    fitted = fit_acceptance(traces)
+    return AcceptanceModel(
+        ((1.0, 0.0),) * len(fitted.drafted),
+        tuple(
+            replace(source, slopes=(1.0,) * depths, offsets=((0.0,) * depths,), ranks=(0.0,) * len(source.ranks))
+            if (depths := len(source.slopes))
+            else source
+            for source in fitted.sources
+        ),
     )
-    return Scale(drafted, retrieved, ranks, traces.template, _fit_echo(traces, kept_T))
 
 
-def raw_scale(traces: Traces) -> Scale:
-    """Each source's own probabilities, taken at their word; an echo has none, and keeps what is fitted."""
-    one = ((1.0, 0.0),)
-    ranks = (0.0,) * (int(traces.template_RL.max()) + 1)
-    depths = int(traces.depths_C.max()), traces.template_RL.shape[1]
-    echo = _fit_echo(traces, torch.ones(len(traces), dtype=torch.bool))
-    return Scale(one * depths[0], one * depths[1], ranks, traces.template, echo)
-
-
-def template_columns(traces: Traces) -> tuple[Tensor, Tensor, Tensor]:
+def template_columns(source: SourceTraces) -> tuple[Tensor, Tensor, Tensor]:
     """Depth, parent's row (-1: the root) and last rank of each rank path, [R]."""
-    rows = {path: row for row, path in enumerate(traces.template)}
+    rows = {path: row for row, path in enumerate(source.template)}
     parents = [rows.get(path[:-1], -1) for path in rows]
-    depths_R = (traces.template_RL >= 0).sum(dim=1)
+    depths_R = (source.template_RL >= 0).sum(dim=1)
     return depths_R, torch.tensor(parents, dtype=torch.long), torch.tensor([path[-1] for path in rows])
 
 
-def drafted_scores(traces: Traces, scale: Scale) -> Tensor:
+def drafted_scores(traces: Traces, model: AcceptanceModel) -> Tensor:
     """log P(accepted) of every drafted candidate, [T, C]."""
     step_TC = traces.logp_TC - _above(traces.logp_TC, traces.parents_TC)
-    score_TC = calibrated(torch.tensor([(1.0, 0.0), *scale.drafted])[traces.depths_C], step_TC)
+    score_TC = calibrated(torch.tensor([(1.0, 0.0), *model.drafted])[traces.depths_C], step_TC)
     for depth in range(2, int(traces.depths_C.max()) + 1):
         here_C = (traces.depths_C == depth).nonzero()[:, 0]
         score_TC[:, here_C] += score_TC.gather(1, traces.parents_TC[:, here_C].long())
     return score_TC
 
 
-def retrieved_scores(traces: Traces, scale: Scale) -> Tensor:
-    """log P(accepted) of every retrieved candidate in the scale's template, [T, R]; -inf for others."""
-    logp_TR = traces.retrieved_logp_TR
-    if not scale.template:
-        return torch.full_like(logp_TR, -torch.inf)
-    depths_R, parents_R, rank_R = template_columns(traces)
-    wanted = set(scale.template)
-    chosen_R = torch.tensor([path in wanted for path in traces.template], dtype=torch.bool)
-    step_TR = logp_TR - _above(logp_TR, parents_R.expand_as(logp_TR))
-    ranks = torch.tensor([*scale.ranks, *[0.0] * (int(rank_R.max()) + 1 - len(scale.ranks))])
-    table_R2 = torch.tensor([(1.0, 0.0), *scale.retrieved])[depths_R]
+def source_scores(source: SourceTraces, model: SourceModel | None) -> Tensor:
+    """log P(accepted) of every candidate of a source in the model's template, [T, R]; -inf for others."""
+    chosen = {path: row for row, path in enumerate(model.template, 1)} if model else {}
+    row_R = torch.tensor([chosen.get(path, -1) for path in source.template], dtype=torch.long)
+    none_TR = (source.tokens_TR < 0) | (row_R < 0)
+    if model is None or not chosen:
+        return torch.full_like(source.logp_TR, -torch.inf)
+    if not model.slopes:
+        return by_evidence(model)[source.evidence_T][:, row_R.clamp(min=0)].masked_fill(none_TR, -torch.inf)
+    depths_R, parents_R, rank_R = template_columns(source)
+    step_TR = source.logp_TR - _above(source.logp_TR, parents_R.expand_as(source.logp_TR))
+    ranks = torch.tensor([*model.ranks, *[0.0] * (int(rank_R.max()) + 1 - len(model.ranks))])
+    table_R2 = torch.tensor([(1.0, 0.0), *zip(model.slopes, model.offsets[0], strict=True)])[depths_R]
     table_R2[:, 1] += ranks[rank_R]
-    score_TR = calibrated(table_R2, step_TR).masked_fill((traces.retrieved_TR < 0) | ~chosen_R, -torch.inf)
+    score_TR = calibrated(table_R2, step_TR).masked_fill(none_TR, -torch.inf)
     for depth in range(2, int(depths_R.max()) + 1):
         here_R = (depths_R == depth).nonzero()[:, 0]
         score_TR[:, here_R] += score_TR[:, parents_R[here_R]]
     return score_TR
 
 
-def echo_scores(traces: Traces, scale: Scale) -> Tensor:
-    """log P(accepted) of what each position's text repeats, [T, E]; -inf where nothing matched."""
-    nothing = (-torch.inf,) * traces.echo_TE.shape[1]
-    return torch.tensor([nothing, *(scale.echo or (nothing,) * LONGEST)])[traces.matched_T]
+def _fit_source(name: str, traces: Traces, kept_T: Tensor) -> SourceModel:
+    """Of a source with probabilities."""
+    source = traces.sources[name]
+    depths_R, parents_R, rank_R = template_columns(source)
+    parents_TR = parents_R.expand_as(source.reach_TR)
+    above_TR, reach_TR = _above(source.logp_TR, parents_TR), _above(source.reach_TR, parents_TR, 1.0)
+    reach_TR = reach_TR.masked_fill(source.tokens_TR < 0, 0.0)
+    steps = _steps(traces, source.logp_TR - above_TR, depths_R, rank_R, reach_TR, source.reach_TR, kept_T)
+    slopes, offsets, ranks = _fit(steps, source.template_RL.shape[1], int(rank_R.max()) + 1)
+    return SourceModel(name, source.template, slopes, (offsets,), ranks)
+
+
+def _fit_evidence(name: str, source: SourceTraces, kept_T: Tensor) -> SourceModel:
+    """Of a source that goes by evidence: mean reach by kind and depth; few of a kind are drawn to the kind before."""
+    depths_R, _, rank_R = template_columns(source)
+    depths = source.template_RL.shape[1]
+    by_depth_RD = F.one_hot(depths_R - 1, depths).float()
+    by_depth_RD /= by_depth_RD.sum(dim=0).clamp(min=1)
+    offsets, known_D = [], torch.zeros(depths)
+    for kind in range(1, SOURCES[name].kinds + 1):
+        reach_MD = source.reach_TR[kept_T & (source.evidence_T == kind)] @ by_depth_RD
+        known_D = (reach_MD.sum(dim=0) + NO_FAITH * known_D) / (len(reach_MD) + NO_FAITH)
+        reach_D = F.pad(known_D.clamp(LEAST_REACH, 1.0), (1, 0), value=1.0)
+        offsets.append(tuple(torch.logit((reach_D[1:] / reach_D[:-1]).clamp(max=1.0), eps=LEAST).tolist()))
+    return SourceModel(name, source.template, (), tuple(offsets), (0.0,) * (int(rank_R.max()) + 1))
 
 
 def _above(values_TN: Tensor, parents_TN: Tensor, root: float = 0.0) -> Tensor:
@@ -145,8 +166,8 @@ def _steps(
     return Steps(*(column[chosen] for column in (logit, depth, rank, above_TN[real_TN], share, prompt)))
 
 
-def _fit(steps: Steps, depths: int, ranks: int) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
-    """(slope, offset) by depth, and what each rank adds: logistic regression with the ridge that prompts ask for."""
+def _fit(steps: Steps, depths: int, ranks: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Slope and offset by depth, and what each rank adds: logistic regression with the ridge that prompts ask for."""
     reached = (steps.depth[:, None] >= torch.arange(1, depths + 1)).double()
     by_rank = F.one_hot(steps.rank, ranks).double()
     columns_SK = torch.cat((steps.logit[:, None].double() * reached, reached, by_rank), dim=1)
@@ -157,14 +178,14 @@ def _fit(steps: Steps, depths: int, ranks: int) -> tuple[tuple[tuple[float, floa
     found_K = prior_K
     if len(prompts) > 1:  # one says nothing of others
         ridges = [float(weight_S.sum()) / len(prompts) * ridge for ridge in RIDGES]
-        ridge = _firmest(columns_SK, weight_S, share_S, prompt_S, prior_K, ridges)
+        ridge = _ridge(columns_SK, weight_S, share_S, prompt_S, prior_K, ridges)
         found_K = _newton(columns_SK, weight_S, share_S, prior_K, ridge)
     slopes = found_K[:depths].cumsum(0).clamp(min=0.05).tolist()
     offsets = found_K[depths : 2 * depths].cumsum(0).tolist()
-    return tuple(zip(slopes, offsets, strict=True)), tuple(found_K[2 * depths :].tolist())
+    return tuple(slopes), tuple(offsets), tuple(found_K[2 * depths :].tolist())
 
 
-def _firmest(
+def _ridge(
     columns_SK: Tensor, weight_S: Tensor, share_S: Tensor, prompt_S: Tensor, prior_K: Tensor, ridges: list[float]
 ) -> float:
     """The greatest ridge that foretells prompts left out as well as the best does, to a standard error.
@@ -198,16 +219,6 @@ def _newton(columns_SK: Tensor, weight_S: Tensor, share_S: Tensor, prior_K: Tens
         if step_K.abs().max() < 1e-6:
             break
     return found_K
-
-
-def _fit_echo(traces: Traces, kept_T: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Mean reach by matched tokens and depth; few matches are drawn to what shorter ones reached."""
-    rows, known_E = [], torch.zeros(traces.echo_TE.shape[1])
-    for matched in range(1, LONGEST + 1):
-        reach_ME = traces.echo_reach_TE[kept_T & (traces.matched_T == matched)]
-        known_E = (reach_ME.sum(dim=0) + NO_FAITH * known_E) / (len(reach_ME) + NO_FAITH)
-        rows.append(tuple(known_E.clamp(LEAST_REACH, 1.0).log().tolist()))
-    return tuple(rows)
 
 
 def calibration_error(probability: Tensor, reach: Tensor, bins: int = 15) -> float:
