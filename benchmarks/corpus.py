@@ -1,9 +1,9 @@
 """Speed and peak memory of `build_corpus` from ids alone, at one and at ten times the data.
 
-    python benchmarks/corpus.py [--tokens 2000000] [--processes 2] [--memory-mb 64]
+    python benchmarks/corpus.py [--tokens 2000000] [--processes 2] [--memory-mb 256]
 
 The data is made up: Zipf-distributed tokens of a 32,000 vocabulary, so that new pairs keep coming however long it
-is. Reading and counting run in `--processes` processes, merging in one, each measured apart.
+is. Reading and counting run in `--processes` processes, summing in one, each measured apart.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from graft_train.build_corpus import gather_runs, write_tables
+from graft_train.build_corpus import count_windows, write_matrix
 from graft_train.config import Config
 from graft_train.config.corpus import CorpusConfig
 from graft_train.data.samples import answered, append_samples
@@ -40,14 +40,14 @@ def write_samples(path: Path, tokens: int) -> None:
 
 
 def work(directory: Path, settings: CorpusConfig, process: int, processes: int) -> None:
-    """One measured process: a share of the reading, or (process -1) the merging. Prints seconds and MiB."""
+    """One measured process: a share of the reading, or (process -1) the summing. Prints seconds and MiB."""
     made_for = {"vocab_size": VOCAB}
     before, start = peak_mib(), time.perf_counter()
     if process >= 0:
         config = Config(run_dir=str(directory), corpus=settings)
-        gather_runs(config, directory / "samples.jsonl", directory / "runs", made_for, process, processes)
+        count_windows(config, directory / "samples.jsonl", directory / "counts", made_for, process, processes)
     else:
-        write_tables(settings, directory / "runs", directory, made_for)
+        write_matrix(settings, directory / "counts", directory, made_for)
     print(f"measured {time.perf_counter() - start} {peak_mib()} {before}")
 
 
@@ -55,14 +55,14 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(arguments: argparse.Namespace, tokens: int, ngrams: bool) -> list[str]:
+def measure(arguments: argparse.Namespace, tokens: int) -> list[str]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        (directory / "runs").mkdir()
+        (directory / "counts").mkdir()
         write_samples(directory / "samples.jsonl", tokens)
         command = [sys.executable, __file__, "--memory-mb", str(arguments.memory_mb), "--directory", name]
-        command += ["--processes", str(arguments.processes)] + ["--ngrams"] * ngrams
+        command += ["--processes", str(arguments.processes)]
 
         def start(process: int) -> subprocess.Popen[str]:
             return subprocess.Popen(
@@ -77,19 +77,18 @@ def measure(arguments: argparse.Namespace, tokens: int, ngrams: bool) -> list[st
             return seconds, peak, before
 
         gathered = [finish(child) for child in [start(process) for process in range(arguments.processes)]]
-        runs = len(list((directory / "runs").iterdir()))
-        merged = finish(start(-1))
+        megabytes = sum(path.stat().st_size for path in (directory / "counts").iterdir()) / 1e6
+        summed = finish(start(-1))
     gathering = max(seconds for seconds, _, _ in gathered)
     return [
         f"{tokens:,}",
-        "matrix, n-grams" if ngrams else "matrix",
-        f"{tokens / (gathering + merged[0]):,.0f}",
+        f"{tokens / (gathering + summed[0]):,.0f}",
         f"{gathering:.1f}",
-        f"{merged[0]:.1f}",
-        str(runs),
+        f"{summed[0]:.1f}",
+        f"{megabytes:.0f}",
         f"{max(peak for _, peak, _ in gathered):.0f}",
-        f"{merged[1]:.0f}",
-        f"{merged[2]:.0f}",
+        f"{summed[1]:.0f}",
+        f"{summed[2]:.0f}",
     ]
 
 
@@ -97,22 +96,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--memory-mb", type=int, default=64)
+    parser.add_argument("--memory-mb", type=int, default=256)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--ngrams", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.directory:
-        settings = CorpusConfig(text_only=True, held_out=0.0, ngrams=arguments.ngrams, memory_mb=arguments.memory_mb)
+        settings = CorpusConfig(text_only=True, held_out=0.0, memory_mb=arguments.memory_mb)
         work(arguments.directory, settings, arguments.process, arguments.processes)
         return
     table = Table(title=f"{arguments.processes} processes, corpus.memory_mb={arguments.memory_mb}", box=SIMPLE_HEAD)
-    columns = ("tokens", "built", "tokens/s", "read s", "merge s", "runs", "peak MiB read", "merge", "at start")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "built" else "right")
-    for ngrams in (False, True):
-        for tokens in (arguments.tokens, 10 * arguments.tokens):
-            table.add_row(*measure(arguments, tokens, ngrams))
+    for column in ("tokens", "tokens/s", "read s", "sum s", "MB on disk", "peak MiB read", "sum", "at start"):
+        table.add_column(column, justify="right")
+    for tokens in (arguments.tokens, 10 * arguments.tokens):
+        table.add_row(*measure(arguments, tokens))
     Console().print(table)
 
 

@@ -3,7 +3,7 @@
     bash benchmarks/gpu_road.sh
 
 Calls the stages' functions: neither Hydra nor datasets, deepspeed or wandb need be there. Without accelerate a process
-of our own stands in for it, without pyarrow the corpus is counted in memory, without matplotlib no picture is drawn.
+of our own stands in for it, without DuckDB the corpus is counted in memory, without matplotlib no picture is drawn.
 `--tiny` runs everything in a minute on a CPU, to see that it runs.
 """
 
@@ -21,10 +21,9 @@ from benchmarks.one_process import stand_in
 stand_in()  # before anything imports accelerate
 
 from graft_inference.retrieval.successor_matrix import save_table  # noqa: E402
-from graft_train.build_corpus import CorpusConfig, build_corpus, describe_corpus, window_pairs  # noqa: E402
+from graft_train.build_corpus import build_corpus, describe_corpus, window_pairs  # noqa: E402
+from graft_train.build_corpus.counts import ONE  # noqa: E402
 from graft_train.build_corpus.pairs import windows  # noqa: E402
-from graft_train.build_corpus.runs import sum_pairs  # noqa: E402
-from graft_train.build_corpus.tables import successor_matrix  # noqa: E402
 from graft_train.calibrate import calibrate  # noqa: E402
 from graft_train.config import Config  # noqa: E402
 from graft_train.config.data import DataConfig  # noqa: E402
@@ -53,7 +52,7 @@ def main() -> None:
     config = tiny(arguments) if arguments.tiny else road(arguments)
     if arguments.steps:
         config.pretrain_target = replace(config.pretrain_target, steps=arguments.steps)
-    count_corpus = build_corpus if find_spec("pyarrow") else corpus_in_memory
+    count_corpus = build_corpus if find_spec("duckdb") else corpus_in_memory
     started = time.perf_counter()
     for stage in (pretrain_target, regenerate, distill, count_corpus, calibrate, export, evaluate):
         stage(config)
@@ -78,9 +77,8 @@ def road(arguments: argparse.Namespace) -> Config:
         head=HeadTrainConfig(
             aux_layer_ids=[1, 6, 11], draft_vocab_size=8192, ttt_steps=5, epochs=6, batch_tokens=16_384,
             batches_per_step=1, optimizer="muon", learning_rate=5e-3, schedule="wsd", decay_share=0.4, max_length=256,
-            mixed_precision="no", states="online", measure_every=None, checkpoint_every=10**9, wandb=False,
+            mixed_precision="no", states="online", measure_every=None, checkpoint_every=10**9, trackers=[],
         ),
-        corpus=CorpusConfig(ngrams=False),
         policy=CalibrateConfig(
             prompts=16, max_new_tokens=96, topk=8, num_steps=6, widths=[1, 4, 8, 16, 32, 64],
             retrieval_depth=6, checkpoints=2, minutes=3,
@@ -111,18 +109,23 @@ def tiny(arguments: argparse.Namespace) -> Config:
 
 
 def corpus_in_memory(config: Config) -> Path:
-    """What `build_corpus` makes, without its runs on disk, which are Arrow files."""
+    """What `build_corpus` makes, but for ties, with all counts in memory: a vocabulary this small allows it."""
     data, settings = Path(config.run_dir) / "data", config.corpus
 
     def build(out: Path) -> None:
         made_for, samples = describe_corpus(config), data / "samples.jsonl"
         model, vocab_size = load_target(config), made_for["vocab_size"]
-        pairs = [
-            pair
-            for window in windows(samples)
-            for pair in window_pairs(settings, model, None, window, samples, vocab_size)
-        ]
-        matrix = successor_matrix(iter([sum_pairs(pairs)]), vocab_size, settings.successors)
+        sums_VS = torch.zeros(vocab_size, vocab_size + 1, dtype=torch.int64)  # the last column: OTHER, which is -1
+        for window in windows(samples):
+            for pairs in window_pairs(settings, model, None, window, samples, vocab_size):
+                contexts_P, successors_P, weights_P = map(torch.from_numpy, pairs)
+                sums_VS.index_put_((contexts_P, successors_P), weights_P, accumulate=True)
+        totals_V1, (weights_VK, ids_VK) = sums_VS.sum(1, keepdim=True), sums_VS[:, :-1].topk(settings.successors)
+        matrix = {
+            "ids": ids_VK.masked_fill(weights_VK == 0, -1).int(),
+            "probs": (weights_VK / totals_V1.clamp(min=1)).half(),
+            "counts": totals_V1[:, 0] // ONE,
+        }
         save_table(out / "successors.safetensors", matrix, made_for)
 
     return run_stage(

@@ -52,6 +52,7 @@ class Accelerator(PartialState):
             raise ValueError("without accelerate there is no mixed precision: set head.mixed_precision=no")
         self.gradient_state = SimpleNamespace(_set_sync_gradients=lambda _: None)
         self._kept: list[Any] = []
+        self.trackers: list[Any] = []
 
     def prepare(self, *objects: Any) -> Any:
         self._kept += objects
@@ -82,6 +83,9 @@ class Accelerator(PartialState):
     def no_sync(self, model: nn.Module) -> Any:
         return nullcontext()
 
+    def log(self, values: dict[str, Any], step: int) -> None:
+        pass
+
     def print(self, *words: Any) -> None:
         print(*words, flush=True)
 
@@ -106,6 +110,7 @@ def stand_in() -> bool:
         DistributedType=DistributedType,
         GradientAccumulationPlugin=SimpleNamespace,
         InitProcessGroupKwargs=SimpleNamespace,
+        ProjectConfiguration=SimpleNamespace,
     )
     for module in (package, state, utils):
         module.__spec__ = ModuleSpec(module.__name__, None)

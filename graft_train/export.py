@@ -7,13 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 import graft_inference
-from graft_inference import METHODS, GraftError, Policy
+from graft_inference import METHODS, GraftError
 from graft_inference.bundle import describe_target, load_bundle
 from graft_inference.files import read_json
 from graft_train.config import Config
@@ -29,52 +29,8 @@ EVALUATION = "evaluation"
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface_hub>=1.31", "jinja2>=3.1")
 """The runtime's; transformers checks them before it runs the bundle's code."""
 
-CARD = """---
-{front_matter}
----
-
-# Graft for {target}
-
-Lossless speculative decoding for `{target}`: an EAGLE-3 draft head, a successor matrix for retrieval, and the
-policy that decides after each draft pass whether to go on or to fill the tree with retrieved tokens
-([Graft](https://arxiv.org/abs/2605.20104), [EAGLE-3](https://arxiv.org/abs/2503.01840)). What comes out is
-what the target alone would write.
-
-## Use
-
-With transformers alone (the code is in `custom_generate/`):
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{target}")
-target = AutoModelForCausalLM.from_pretrained("{target}")
-ids = tokenizer("import os", return_tensors="pt").input_ids
-out = target.generate(ids, custom_generate="{location}", trust_remote_code=True, max_new_tokens=128)
-```
-
-With the runtime, which also reports what it did:
-
-```python
-from graft_inference import GraftEngine
-
-engine = GraftEngine.from_pretrained("{location}", target="{target}")
-out = engine.generate(ids, max_new_tokens=128)  # temperature=, method=, seed=
-print(tokenizer.decode(out.sequences[0]), out.stats.acceptance_length)
-```
-
-    graft-generate {location} --target {target} "import os"
-
-`config.json` and `model.safetensors` are an EAGLE-3 checkpoint in the dialect that SGLang reads.
-
-## Policy
-
-`graft.json`. {measured_on} On another device, calibrate again.
-
-## Evaluation
-
-{evaluation}
-"""
+CARD = Path(__file__).parent / "model_card.md"
+"""The model card as a Jinja template."""
 
 
 def export(config: Config) -> Path:
@@ -166,8 +122,6 @@ def _build(config: Config, out: Path, final: Path) -> None:
         _copy(run_dir / "head" / file, out)
     _copy(run_dir / "corpus" / "successors.safetensors", out)
     policy = read_json(run_dir / "policy" / "policy.json")
-    if Policy.from_dict(policy).needs_ngrams:
-        _copy(run_dir / "corpus" / "ngrams.safetensors", out)
     tokenizer = load_tokenizer(config)
     path = target_path(config)
     target_config = text_config(config)
@@ -220,7 +174,7 @@ def _card(bundle: Path, location: str) -> str:
     """The model card: what it is, how to use it from `location`, what the evaluation found."""
     graft = read_json(bundle / "graft.json")
     target = graft["target"]["name_or_path"]
-    evaluations = [read_json(path) for path in sorted(bundle.glob(f"{EVALUATION}*.json"), key=lambda path: path.stem)]
+    paths = sorted(bundle.glob(f"{EVALUATION}*.json"), key=lambda path: path.stem)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -228,46 +182,18 @@ def _card(bundle: Path, location: str) -> str:
         license=read_json(bundle / RECORD)["settings"]["license"],
         tags=["speculative-decoding", "eagle3", "graft"],
     )
-    return CARD.format(
-        front_matter=data.to_yaml(),
+    card = ModelCard.from_template(
+        data,
+        template_str=CARD.read_text(encoding="utf-8"),
         target=target,
         location=location,
-        measured_on=_device_line(graft["policy"]["measured_on"].get("device")),
-        evaluation="\n\n".join(map(_evaluation_section, evaluations)) or "Not evaluated yet.",
+        device=graft["policy"]["measured_on"].get("device"),
+        evaluations=list(map(read_json, paths)),
+        methods=METHODS,
+        asked_of=asked_of,
+        categories_of=categories_of,
     )
-
-
-def _evaluation_section(evaluation: dict[str, Any]) -> str:
-    lines = [
-        "| method | tokens/s | speed-up (95 %) | acceptance | equals the target's output |",
-        "|---|---:|---:|---:|---|",
-    ]
-    for name in METHODS:
-        found = evaluation["methods"].get(name)
-        if found:
-            same = {True: "yes", False: "**no**"}.get(evaluation["lossless"].get(name), "not checked")
-            low, high = found.get("speedup_interval", (found["speedup"],) * 2)
-            speedup = f"{found['speedup']:.2f}x ({low:.2f}-{high:.2f})"
-            lines.append(
-                f"| {name} | {found['tokens_per_second']:.1f} | {speedup} | {found['acceptance_length']:.2f} | {same} |"
-            )
-    settings = evaluation.get("settings", {})
-    asked = f"{settings['prompts']} {asked_of(settings)}, temperature {settings['temperature']}. " if settings else ""
-    return "\n".join([asked + _device_line(evaluation.get("device")), "", *lines, *_category_lines(evaluation)])
-
-
-def _category_lines(evaluation: dict[str, Any]) -> list[str]:
-    """graft's speed-ups in one line, where there are several categories."""
-    found = categories_of(evaluation)
-    speedups = ", ".join(f"{name} {found[name]['speedup']:.2f}x" for name in found)
-    return ["", f"graft by category: {speedups}."] if len(found) > 1 else []
-
-
-def _device_line(device: dict[str, Any] | None) -> str:
-    if not device:
-        return "Not measured on a device."
-    facts = (str(value) if name == "name" else f"{name} {value}" for name, value in device.items())
-    return f"Measured on {', '.join(facts)}."
+    return str(card)
 
 
 def _is_hub_id(target: str) -> bool:

@@ -47,7 +47,8 @@ def sweep(directory: Path) -> None:
 
 def sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
-        sync(path)
+        if not path.is_symlink():  # wandb's may lead nowhere
+            sync(path)
     sync(directory)
 
 

@@ -11,7 +11,7 @@ from graft_inference import METHODS
 from .graft_train.tiny_run import write_sources
 
 ROOT = Path(__file__).parents[1]
-ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "accelerate", "pyarrow", "matplotlib")
+ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "accelerate", "pyarrow", "duckdb", "matplotlib")
 HIDDEN = f"""
 import sys, runpy
 sys.modules.update(dict.fromkeys({ABSENT}))  # an import of one of them is an ImportError

@@ -14,29 +14,18 @@ from graft_inference.errors import GraftError
 from graft_inference.files import read_json, read_safetensors
 from graft_inference.retrieval.successor_matrix import save_table
 from graft_train.build_corpus.captured import CapturedStates, find_captured
+from graft_train.build_corpus.counts import Pairs, successor_matrix, write_counts
 from graft_train.build_corpus.inspect import inspect_corpus, print_inspection
 from graft_train.build_corpus.pairs import (
-    NGRAM,
     Window,
     counted,
     is_held_out,
-    join_samples,
     matrix_pairs,
-    ngram_pairs,
     predicted_pairs,
     samples_of,
     text_pairs,
     windows,
 )
-from graft_train.build_corpus.runs import (
-    BYTES_PER_PAIR,
-    SUCCESSOR_BITS,
-    RunWriter,
-    merge_runs,
-    split_blocks,
-    units_of,
-)
-from graft_train.build_corpus.tables import ngram_table, successor_matrix
 from graft_train.config import Config
 from graft_train.config.corpus import CorpusConfig
 from graft_train.data.target import (
@@ -52,15 +41,14 @@ from graft_train.processes import is_main, say
 from graft_train.stage import fingerprint_of, run_stage
 
 __all__ = ["CorpusConfig", "build_corpus", "describe_corpus"]
-RUNS = "runs"
-"""Sorted pairs of the samples, until they are merged."""
+COUNTS = "counts"
+"""The pairs of each window, until they are summed."""
 
 
 def build_corpus(config: Config) -> Path:
     """Writes `corpus/` and prints what it holds, newly made or reused.
 
     successors.safetensors   ids [V, k] int32 (-1 none), probs [V, k] fp16, counts [V] int64
-    ngrams.safetensors       tags, successors, counts, totals of longer contexts, see `NgramTable`
     inspection.json          what is printed
 
     Where `distill` has kept this target's states of these samples (`{run_dir}/states`), they are read and the target
@@ -71,7 +59,7 @@ def build_corpus(config: Config) -> Path:
     """
     settings = config.corpus.decisive() | {"merge": [_hash(Path(path)) for path in config.corpus.merge]}
     inputs = ["target", "data"]
-    corpus = run_stage(config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out), [RUNS])
+    corpus = run_stage(config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out), [COUNTS])
     if is_main():
         print_inspection(read_json(corpus / "inspection.json"))
     return corpus
@@ -91,28 +79,26 @@ def _build(config: Config, out: Path) -> None:
         refuse_several_spread(config, processes.num_processes)
     made_for = describe_corpus(config)
     samples = Path(config.run_dir) / "data" / "samples.jsonl"
-    runs = out / RUNS
-    runs.mkdir(exist_ok=True)
-    gather_runs(config, samples, runs, made_for, processes.process_index, processes.num_processes)
+    counts = out / COUNTS
+    counts.mkdir(exist_ok=True)
+    count_windows(config, samples, counts, made_for, processes.process_index, processes.num_processes)
     processes.wait_for_everyone()
     if processes.is_main_process:
-        write_tables(config.corpus, runs, out, made_for)
+        write_matrix(config.corpus, counts, out, made_for)
         inspection = inspect_corpus(config.corpus, samples, out, made_for["vocab_size"], load_tokenizer(config))
         write_json(out / "inspection.json", inspection)
 
 
-def gather_runs(
-    config: Config, samples: Path, runs: Path, made_for: dict[str, Any], process: int, processes: int
+def count_windows(
+    config: Config, samples: Path, counts: Path, made_for: dict[str, Any], process: int, processes: int
 ) -> None:
-    """Writes this process's pairs as sorted runs; what an earlier attempt finished is not read again.
+    """Writes the counts of this process's windows; what an earlier attempt wrote is not read again.
 
     The samples' windows are dealt by their number, whichever were finished before, by however many processes.
     """
     settings, vocab_size = config.corpus, made_for["vocab_size"]
-    done = {unit for path in runs.glob("*.arrow") for unit in units_of(path)}
     model = None if settings.text_only else load_target(config)
     captured = None if model is None else find_captured(config, model)
-    writer = RunWriter(runs, rows=max((settings.memory_mb << 20) // BYTES_PER_PAIR, 1))
     with tqdm(
         total=samples.stat().st_size if samples.exists() else 0,
         desc="build_corpus",
@@ -122,33 +108,25 @@ def gather_runs(
     ) as bar:
         for window in windows(samples):
             bar.update(window.size)
-            if window.number % processes != process or window.number in done:
-                continue
-            for keys, weights in window_pairs(settings, model, captured, window, samples, vocab_size):
-                writer.add(keys, weights)
-            writer.finish_unit(window.number)
-    if process == 0:
-        for number, path in enumerate(settings.merge, start=1):
-            if -number not in done:
-                learned = load_successors(Path(path), vocab_size, made_for)
-                writer.add(*matrix_pairs(learned, read_safetensors(Path(path))["counts"]))
-                writer.finish_unit(-number)
-    writer.flush()
+            path = counts / f"{window.number:08d}.parquet"
+            if window.number % processes == process and not path.exists():
+                write_counts(path, window_pairs(settings, model, captured, window, samples, vocab_size))
+    for number, learned in enumerate(settings.merge if process == 0 else []):
+        matrix = load_successors(Path(learned), vocab_size, made_for)
+        pairs = matrix_pairs(matrix, read_safetensors(Path(learned))["counts"])
+        write_counts(counts / f"merged{number}.parquet", [pairs])
 
 
 def window_pairs(
     settings: CorpusConfig, model: Any, captured: CapturedStates | None, window: Window, path: Path, vocab_size: int
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[Pairs]:
     samples = samples_of(window, path, vocab_size)
     samples = [sample for sample in samples if not is_held_out(sample, settings.held_out)]
     if not samples:
         return
     learned = counted(samples, settings.prompts)
-    text = join_samples(learned)
-    if settings.ngrams:
-        yield ngram_pairs(text), None
     if model is None:
-        yield text_pairs(text), None
+        yield text_pairs(learned)
     else:
         k = min(settings.successors, vocab_size)
         if captured:
@@ -157,21 +135,17 @@ def window_pairs(
         yield from predicted_pairs(model, others, k, settings.batch_tokens)
 
 
-def write_tables(settings: CorpusConfig, runs: Path, out: Path, made_for: dict[str, Any]) -> None:
-    """Merges all runs into what is served.
+def write_matrix(settings: CorpusConfig, counts: Path, out: Path, made_for: dict[str, Any]) -> None:
+    """Sums all counts into what is served.
 
     Raises:
         GraftError: the samples hold no pair.
     """
-    matrix_blocks, ngram_blocks = split_blocks(merge_runs(runs), NGRAM << SUCCESSOR_BITS)
     k = min(settings.successors, made_for["vocab_size"])
-    matrix = successor_matrix(matrix_blocks, made_for["vocab_size"], k)
+    matrix = successor_matrix(counts, made_for["vocab_size"], k, settings.memory_mb)
     if not int(matrix["counts"].sum()):
         raise GraftError("no training sample has two tokens to count: run graft regenerate on more data")
     save_table(out / "successors.safetensors", matrix, made_for)
-    if settings.ngrams:
-        table = ngram_table(ngram_blocks, settings.ngram_successors, settings.ngram_mb)
-        save_table(out / "ngrams.safetensors", table, made_for)
     say(f"build_corpus: {int(matrix['counts'].sum()):,} tokens counted")
 
 

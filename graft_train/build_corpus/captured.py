@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graft_inference.errors import GraftError
+from graft_train.build_corpus.counts import Pairs
 from graft_train.build_corpus.pairs import CHUNK, Counted, weigh
 from graft_train.config import Config
 from graft_train.data.samples import Sample, read_samples
@@ -39,7 +40,7 @@ class CapturedStates:
         return _key(sample.ids) in self.places
 
     @torch.inference_mode()
-    def pairs(self, samples: list[Counted], k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pairs(self, samples: list[Counted], k: int) -> Iterator[Pairs]:
         """What `predicted_pairs` yields, by sample; all of them must be held."""
         for one in samples:
             tokens_S, counted_S = torch.tensor(one.sample.ids), torch.from_numpy(one.counted_S)

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from graft_inference.errors import GraftError
-from graft_inference.retrieval.ngrams import LONGEST, ORDERS, context_keys
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
-from graft_train.build_corpus.runs import ONE, OTHER, SUCCESSOR_BITS
+from graft_train.build_corpus.counts import ONE, OTHER, Pairs
 from graft_train.data.samples import Sample, parse_sample
 
 WINDOW_BYTES = 1 << 20
 """Lines are read, dealt to the processes and resumed in windows of about this size."""
-NGRAM = 1 << 42
-"""Added to the key of a longer context, so that the tokens, contexts of their own, come before them."""
 CHUNK = 1024
 """Positions whose logits are in fp32 at a time."""
 
@@ -130,55 +127,19 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-@dataclass
-class Text:
-    """Samples one behind the other.
-
-    Attributes:
-        tokens_P: int64.
-        place_P: a token's place in its sample.
-        left_P: tokens of the sample that follow.
-        counted_P: whether what follows the token counts.
-    """
-
-    tokens_P: np.ndarray
-    place_P: np.ndarray
-    left_P: np.ndarray
-    counted_P: np.ndarray
-
-
-def join_samples(samples: list[Counted]) -> Text:
-    lengths = np.array(list(map(len, samples)))
-    ids = chain.from_iterable(one.sample.ids for one in samples)
-    tokens_P = np.fromiter(ids, dtype=np.int64, count=int(lengths.sum()))
-    place_P = np.arange(len(tokens_P)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    left_P = np.repeat(lengths, lengths) - place_P - 1
-    return Text(tokens_P, place_P, left_P, np.concatenate([one.counted_S for one in samples]))
-
-
-def text_pairs(text: Text) -> np.ndarray:
-    """Keys of what follows each token."""
-    context_P, successor_P = text.tokens_P[:-1], text.tokens_P[1:]
-    real_P = ((text.left_P > 0) & text.counted_P)[:-1]
-    return (context_P << SUCCESSOR_BITS | successor_P)[real_P]
-
-
-def ngram_pairs(text: Text) -> np.ndarray:
-    """Keys of what follows each longer context."""
-    tokens_P = np.concatenate((np.full(LONGEST - 1, -1, dtype=np.int64), text.tokens_P))
-    windows_PC = torch.from_numpy(tokens_P).unfold(0, LONGEST, 1)[:-1]
-    keys_PO = context_keys(windows_PC).numpy() + NGRAM
-    # A context of o tokens ends at place o - 1 or later.
-    orders_O = np.array(ORDERS)
-    real_PO = (text.place_P[:-1, None] >= orders_O - 1) & ((text.left_P > 0) & text.counted_P)[:-1, None]
-    return (keys_PO << SUCCESSOR_BITS | text.tokens_P[1:, None])[real_PO]
+def text_pairs(samples: list[Counted]) -> Pairs:
+    """What follows each token that counts; each weighs ONE."""
+    tokens_S = np.fromiter(chain.from_iterable(one.sample.ids for one in samples), dtype=np.int64)
+    ends_B = np.cumsum([len(one) for one in samples]) - 1
+    counted_S = np.concatenate([one.counted_S for one in samples])
+    counted_S[ends_B] = False  # what comes next is another sample
+    places_P = np.flatnonzero(counted_S)
+    return Pairs(tokens_S[places_P], tokens_S[places_P + 1], np.full(len(places_P), ONE))
 
 
 @torch.inference_mode()
-def predicted_pairs(
-    model: Any, samples: list[Counted], k: int, batch_tokens: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and weights of the target's top k after each token, and of all OTHER successors together.
+def predicted_pairs(model: Any, samples: list[Counted], k: int, batch_tokens: int) -> Iterator[Pairs]:
+    """The target's top k after each token that counts, and all OTHER successors together.
 
     Batches depend on the samples alone, so that rounding does too.
     """
@@ -192,31 +153,34 @@ def predicted_pairs(
             yield weigh(tokens_M, logits_MV, k)
 
 
-def weigh(tokens_M: Tensor, logits_MV: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and weights of M tokens; the weights of each token add up to ONE."""
+def weigh(tokens_M: Tensor, logits_MV: Tensor, k: int) -> Pairs:
+    """The likeliest k successors of M tokens, and all OTHER together; the weights of each token add up to ONE."""
     logits_MV = logits_MV.float()
     top = logits_MV.topk(k, dim=-1)
     probs_MK = (top.values - logits_MV.logsumexp(dim=-1, keepdim=True)).double().exp()
     weights_MK = (probs_MK * ONE).round().long()
     weights_MK[:, :1] -= (weights_MK.sum(dim=-1, keepdim=True) - ONE).clamp(min=0)  # rounded up too often
     others_M1 = ONE - weights_MK.sum(dim=-1, keepdim=True)
-    successors_MK = torch.cat((top.indices, torch.full_like(others_M1, OTHER)), dim=1)
-    keys_MK = tokens_M[:, None] << SUCCESSOR_BITS | successors_MK
-    return keys_MK.flatten().cpu().numpy(), torch.cat((weights_MK, others_M1), dim=1).flatten().cpu().numpy()
+    return _flat(tokens_M, top.indices, weights_MK, others_M1)
 
 
-def matrix_pairs(matrix: SuccessorMatrix, counts_V: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and weights of a matrix whose rows have been seen `counts_V` times each."""
+def matrix_pairs(matrix: SuccessorMatrix, counts_V: Tensor) -> Pairs:
+    """The pairs of a matrix whose rows have been seen `counts_V` times each."""
     assert matrix.probs_VK is not None
     seen_C = counts_V.nonzero()[:, 0]
     ids_CK, totals_C1 = matrix.ids_VK[seen_C].long(), counts_V[seen_C, None] * ONE
     weights_CK = (matrix.probs_VK[seen_C].double() * totals_C1).long().masked_fill(ids_CK < 0, 0)
     # fp16 may have rounded a row's sum above 1.
     weights_CK[:, :1] -= (weights_CK.sum(dim=1, keepdim=True) - totals_C1).clamp(min=0)
-    others_C1 = totals_C1 - weights_CK.sum(dim=1, keepdim=True)
-    successors_CK = torch.cat((ids_CK.where(ids_CK >= 0, OTHER), torch.full_like(others_C1, OTHER)), dim=1)
-    keys_CK = seen_C[:, None] << SUCCESSOR_BITS | successors_CK
-    return keys_CK.flatten().numpy(), torch.cat((weights_CK, others_C1), dim=1).flatten().numpy()
+    return _flat(seen_C, ids_CK.where(ids_CK >= 0, OTHER), weights_CK, totals_C1 - weights_CK.sum(dim=1, keepdim=True))
+
+
+def _flat(contexts_C: Tensor, successors_CK: Tensor, weights_CK: Tensor, others_C1: Tensor) -> Pairs:
+    """The listed successors of each context, and the weight of all OTHER ones."""
+    successors_CK = torch.cat((successors_CK, torch.full_like(others_C1, OTHER)), dim=1)
+    weights_CK = torch.cat((weights_CK, others_C1), dim=1)
+    columns = contexts_C[:, None].expand_as(weights_CK), successors_CK, weights_CK
+    return Pairs(*(column.flatten().cpu().numpy() for column in columns))
 
 
 def batches(samples: list[Counted], batch_tokens: int) -> Iterator[list[Counted]]:

@@ -16,11 +16,8 @@ class CorpusConfig:
         text_only: count what follows each token in the data, instead of asking the target what should.
         prompts: whether the prompts' tokens count too, or the answers' alone.
         held_out: share of the samples' documents left out of the corpus and used to measure it.
-        ngrams: whether to build the source that matches longer contexts.
-        ngram_successors: successors kept per context of two or three tokens.
-        ngram_mb: what that source may take; the contexts seen least are left out.
         merge: matrices that served engines saved, to be added.
-        memory_mb: for pairs on their way to disk, in each process; the target and its logits come on top.
+        memory_mb: for the counts while they are summed; what does not fit goes to the disk.
         batch_tokens: padded tokens per pass of the target.
     """
 
@@ -28,16 +25,12 @@ class CorpusConfig:
     text_only: bool = False
     prompts: bool = True
     held_out: float = 0.02
-    ngrams: bool = True
-    ngram_successors: int = 4
-    ngram_mb: int = 64
     merge: list[str] = field(default_factory=list)
     memory_mb: int = 512
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        names = ("successors", "ngram_successors", "ngram_mb", "memory_mb", "batch_tokens")
-        check_least("corpus", self, dict.fromkeys(names, 1))
+        check_least("corpus", self, {"successors": 1, "memory_mb": 128, "batch_tokens": 1})
         if not 0 <= self.held_out < 1:
             raise GraftError(f"corpus.held_out={self.held_out} must lie in 0..1, 1 excluded")
 

@@ -1,6 +1,6 @@
 """Settings of the `distill` stage."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graft_inference.errors import GraftError
@@ -41,7 +41,7 @@ BOOKKEEPING = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
-    "wandb",
+    "trackers",
     "measure_every",
     "measure_prompts",
     "measure_tokens",
@@ -93,7 +93,8 @@ class HeadTrainConfig:
         checkpoint_every: optimizer steps between checkpoints.
         keep_checkpoints: older ones are deleted.
         log_every: optimizer steps between lines of metrics.jsonl.
-        wandb: also log to wandb, offline unless WANDB_MODE says otherwise.
+        trackers: accelerate's trackers that are sent the metrics too, such as wandb (offline unless WANDB_MODE says
+            otherwise), tensorboard or trackio; each must be installed.
     """
 
     init_from: str | None = None
@@ -131,7 +132,7 @@ class HeadTrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
-    wandb: bool = True
+    trackers: list[str] = field(default_factory=lambda: ["wandb"])
 
     def __post_init__(self) -> None:
         for name in POSITIVE:

@@ -23,7 +23,7 @@ class RegenerateConfig:
         such, for example http://localhost:8000/v1. Its key, if it wants one, is read from OPENAI_API_KEY.
     server_extensions: send what vLLM and SGLang know beyond OpenAI's fields, to get exact tokens back and to
         keep a server's own sampling defaults out; false for servers that refuse unknown fields.
-    retries: attempts after a failed request, with a growing pause before each.
+    retries: attempts after a failed request, with a growing pause before each, up to 8 seconds.
     """
 
     samples: int = 50_000
@@ -35,7 +35,7 @@ class RegenerateConfig:
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.8])
     base_url: Any = None
     server_extensions: bool = True
-    retries: int = 6
+    retries: int = 10
 
     def __post_init__(self) -> None:
         if self.answers not in ("target", "data"):

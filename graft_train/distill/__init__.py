@@ -65,7 +65,7 @@ def distill(config: "Config") -> Path:
 
 def _build(config: "Config", out: Path) -> None:
     started, settings = time.perf_counter(), config.head
-    accelerator = make_accelerator(settings, resolve_device(config.target.device))
+    accelerator = make_accelerator(settings, resolve_device(config.target.device), out)
     refuse_several_spread(config, accelerator.num_processes)
     target_config = text_config(config)
     samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
@@ -94,7 +94,7 @@ def _build(config: "Config", out: Path) -> None:
         training.measure = partial(
             measure_tau, accelerator, target, head, prompts, settings.ttt_steps, settings.measure_tokens
         )
-    progress = Progress(settings, out, accelerator.is_main_process)
+    progress = Progress(accelerator, settings, out)
     try:
         train(training, plan, steps, out, progress)
         result = validate(training, validation).metrics() if validation else None

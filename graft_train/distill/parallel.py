@@ -1,11 +1,12 @@
 """One process or several, with or without DeepSpeed: what accelerate leaves to us."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from graft_inference import GraftError
@@ -13,12 +14,16 @@ from graft_train.accelerator import is_set, new_accelerator
 from graft_train.config.head import HeadTrainConfig
 
 
-def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Accelerator:
+def make_accelerator(settings: HeadTrainConfig, device: torch.device, out: Path) -> Accelerator:
     """Follows the environment that the launcher set up.
+
+    Args:
+        out: where trackers write what they keep here.
 
     Raises:
         GraftError: settings that this launch cannot follow.
     """
+    _check_trackers(settings.trackers)
     # An earlier stage of this process may have run in another precision, which accelerate keeps for good.
     AcceleratorState._reset_state()
     cpu, deepspeed = device.type == "cpu", is_set("ACCELERATE_USE_DEEPSPEED")
@@ -31,6 +36,8 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
         cpu=cpu and not deepspeed,
         mixed_precision=settings.mixed_precision,
         kwargs_handlers=handlers,
+        log_with=settings.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(out)),
     )
     if deepspeed:
         # At stage 3 transformers would load in shares whatever comes next, asked to or not.
@@ -60,6 +67,21 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device) -> Acceler
             "recipes/launch/ddp.yaml, or torchrun; with one process target.device_map=auto spreads the target"
         )
     return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raises GraftError for a tracker that accelerate does not know or find: it would leave it out without a word."""
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            raise GraftError(
+                f"head.trackers names {name}, which accelerate does not find here (it finds "
+                f"{', '.join(installed) or 'none'}): install it, or leave it out"
+            )
 
 
 def zero_stage(accelerator: Accelerator) -> int:

@@ -1,17 +1,20 @@
-"""How training goes: a progress bar, metrics.jsonl, and wandb."""
+"""How training goes: a progress bar, metrics.jsonl, and accelerate's trackers."""
 
 import json
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from graft_train.config.head import HeadTrainConfig
 from graft_train.distill.loss import StepSums
 from graft_train.files import write_text
+from graft_train.processes import say
 
 
 class Progress:
@@ -21,12 +24,12 @@ class Progress:
         out: the stage's directory, which keeps metrics.jsonl and the id of the wandb run.
     """
 
-    def __init__(self, settings: HeadTrainConfig, out: Path, main: bool) -> None:
+    def __init__(self, accelerator: Accelerator, settings: HeadTrainConfig, out: Path) -> None:
+        self.accelerator = accelerator
         self.settings = settings
         self.out = out
-        self.main = main
+        self.main = accelerator.is_main_process
         self.bar: Any = None
-        self.wandb: Any = None
 
     def begin(self, first: int, total: int) -> None:
         """Drops what was logged after the checkpoint that training goes on from."""
@@ -37,8 +40,8 @@ class Progress:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
         write_text(path, "".join(kept))
         self.bar = tqdm(initial=first, total=total, desc="distill", unit="step")
-        if self.settings.wandb:
-            self.wandb = start_wandb(self.settings, self.out)
+        if self.settings.trackers:
+            self._track(self._start_trackers)
 
     def log(self, step: int, sums: StepSums, rate: float, tokens: int, seconds: float) -> None:
         """Takes every step, writes each `log_every`-th and the last."""
@@ -65,14 +68,41 @@ class Progress:
     def _write(self, record: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if self.wandb:
-            self.wandb.log(flatten(record), step=record["step"])
+        self._track(lambda: self.accelerator.log(flatten(record), step=record["step"]))
 
     def end(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
+        for tracker in list(self.accelerator.trackers):  # end_training() would end the launch's processes, too
+            self._track(tracker.finish)
+
+    def _start_trackers(self) -> None:
+        """A resumed training goes on in the wandb run whose id the stage's directory keeps."""
+        path = self.out / "wandb_id"
+        if "wandb" in self.settings.trackers and not path.exists():
+            write_text(path, uuid.uuid4().hex[:8])
+        wandb = {
+            "id": path.read_text() if path.exists() else None,
+            "dir": self.out,
+            "resume": "allow",
+            "mode": os.environ.get("WANDB_MODE", "offline"),
+            "settings": {"silent": True},
+        }
+        # TensorBoard takes plain values alone.
+        config = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in self.settings.decisive().items()
+        }
+        self.accelerator.init_trackers("graft-train", config, {"wandb": wandb})
+
+    def _track(self, act: Callable[[], object]) -> None:
+        """Trackers that fail are left out: a training is worth more, and metrics.jsonl has all they would get."""
+        try:
+            act()
+        except Exception as error:  # each has kinds of its own
+            self.accelerator.trackers.clear()
+            names = ", ".join(self.settings.trackers)
+            say(f"distill: goes on without {names}, which failed: {type(error).__name__} {error}")
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:
@@ -84,21 +114,3 @@ def flatten(record: dict[str, Any]) -> dict[str, float]:
         elif name != "step":
             flat[name] = value
     return flat
-
-
-def start_wandb(settings: HeadTrainConfig, out: Path) -> Any:
-    """The run whose id the stage's directory keeps, so that a resumed training goes on in it."""
-    import wandb
-
-    path = out / "wandb_id"
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:8])
-    return wandb.init(
-        project="graft-train",
-        id=path.read_text(),
-        dir=out,
-        config=settings.decisive(),
-        resume="allow",
-        mode=cast(Any, os.environ.get("WANDB_MODE", "offline")),
-        settings=wandb.Settings(silent=True),
-    )

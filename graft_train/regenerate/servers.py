@@ -6,13 +6,14 @@ tokenised again may give other tokens than the target drew.
 
 import asyncio
 import os
-import random
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import httpx2
+import openai
 from tqdm import tqdm
 
 from graft_inference.errors import GraftError
@@ -24,8 +25,6 @@ from graft_train.data.samples import answered, parse_sample, to_line
 from graft_train.processes import say
 from graft_train.regenerate.in_process import until_end
 
-PAUSE_SECONDS = 1.0
-"""Before the second attempt; doubled before each later one, up to a minute."""
 EXTENSIONS = {
     "return_token_ids": True,
     "skip_special_tokens": False,
@@ -34,27 +33,24 @@ EXTENSIONS = {
     "repetition_penalty": 1.0,
 }
 """The plain distribution, and the tokens drawn from it: a server may default to the model's generation settings."""
-PASSING = {408, 425, 429}
-"""Refusals worth another attempt, as are all of 500 and above."""
+PASSING = {408, 409, 429}
+"""Refusals that the client asks again after, as after all of 500 and above."""
 OF_PROMPT = {400, 413, 422}
 """Refusals that may be one prompt's alone."""
 IN_A_ROW = 8
 """Prompts that a server may refuse one after another, or a hundredth of all, until it counts as refusing all."""
 SHOWN = 3
 """Refused prompts that are named."""
-TIMEOUT = httpx2.Timeout(3600.0, connect=10.0)
-
-
-class Unreachable(Exception):
-    """A server that has failed every attempt of a request."""
-
-
-class Failing(Unreachable):
-    """It answered every attempt with an error of its own, which may be this prompt's doing."""
+TIMEOUT = openai.Timeout(3600.0, connect=10.0)
 
 
 class Refused(GraftError):
     """A prompt that a server does not answer, or not so that it can be used."""
+
+
+def _options(url: str) -> dict[str, Any]:
+    """How a server is spoken to; the client wants a key even where the server does not."""
+    return {"base_url": url, "api_key": os.environ.get("OPENAI_API_KEY") or "none"}
 
 
 def context_limit(urls: list[str]) -> int | None:
@@ -63,18 +59,13 @@ def context_limit(urls: list[str]) -> int | None:
     None where none says so; one that does not answer now is asked again, with patience, for its answers.
     """
     limits = []
-    with httpx2.Client(timeout=10.0, headers=_headers()) as client:
-        for url in urls:
-            try:
-                limits.append(client.get(f"{url.rstrip('/')}/models").json()["data"][0]["max_model_len"])
-            except (httpx2.TransportError, ValueError, LookupError, TypeError):
-                continue
+    for url in urls:
+        try:
+            with openai.OpenAI(**_options(url), timeout=10.0, max_retries=0) as client:
+                limits.append(getattr(client.models.list().data[0], "max_model_len", None))
+        except (openai.OpenAIError, LookupError, TypeError, AttributeError):
+            continue
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
-
-
-def _headers() -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def ask_servers(prompts: list[Prompt], path: Path, settings: RegenerateConfig, seed: int, chat: Chat) -> None:
@@ -138,11 +129,14 @@ class _Questions:
     answers: Counter[str] = field(default_factory=Counter)
 
     async def ask_all(self) -> None:
-        limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(timeout=TIMEOUT, limits=limits, headers=_headers()) as client:
+        async with AsyncExitStack() as opened:
+            clients = {}
+            for url in (url.rstrip("/") for url in self.settings.servers()):
+                client = openai.AsyncOpenAI(**_options(url), timeout=TIMEOUT, max_retries=self.settings.retries)
+                clients[url] = await opened.enter_async_context(client)
             while self.pending:
                 before = len(self.pending)
-                troubles = await self._round(client)
+                troubles = await self._round(clients)
                 if len(self.pending) >= before:
                     raise GraftError(
                         f"no server answers ({'; '.join(troubles)}); {before} prompts are left. Start one, set "
@@ -155,34 +149,34 @@ class _Questions:
                 "give the tokens that the target drew; a server that knows return_token_ids is better"
             )
 
-    async def _round(self, client: httpx2.AsyncClient) -> list[str]:
+    async def _round(self, clients: dict[str, openai.AsyncOpenAI]) -> list[str]:
         """Until nothing is pending, or every server has failed; what went wrong with those that did.
 
         A worker whose request fails hands its prompt back, for another server's to take, and stops.
         """
         troubles: dict[str, str] = {}
-        urls = [url.rstrip("/") for url in self.settings.servers()]
-        models = await asyncio.gather(*(self._model(client, url, troubles) for url in urls))
+        models = await asyncio.gather(*(self._model(client, url, troubles) for url, client in clients.items()))
         try:
             async with asyncio.TaskGroup() as group:
-                for url, model in zip(urls, models, strict=True):
+                for (url, client), model in zip(clients.items(), models, strict=True):
                     for _ in range(self.settings.batch if model else 0):
-                        group.create_task(self._work(client, url, model, troubles))
+                        group.create_task(self._work(client, url, str(model), troubles))
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [f"{url}: {trouble}" for url, trouble in troubles.items()]
 
-    async def _model(self, client: httpx2.AsyncClient, url: str, troubles: dict[str, str]) -> str | None:
+    async def _model(self, client: openai.AsyncOpenAI, url: str, troubles: dict[str, str]) -> str | None:
         """The name under which the server knows its (first) model; None if it does not answer."""
         try:
-            return str((await self._request(client, "GET", f"{url}/models"))["data"][0]["id"])
-        except Unreachable as error:
-            troubles[url] = str(error)
+            with _refusals(f"{url}/models"):
+                return str((await client.models.list()).data[0].id)
+        except openai.APIError as error:
+            troubles[url] = _trouble(error)
             return None
-        except (KeyError, IndexError, TypeError) as error:
+        except (IndexError, TypeError, AttributeError) as error:
             raise GraftError(f"{url}/models names no model; is this an OpenAI-compatible server?") from error
 
-    async def _work(self, client: httpx2.AsyncClient, url: str, model: str | None, troubles: dict[str, str]) -> None:
+    async def _work(self, client: openai.AsyncOpenAI, url: str, model: str, troubles: dict[str, str]) -> None:
         while self.pending:
             number, prompt = self.pending.popleft()
             temperatures = self.settings.temperatures
@@ -195,19 +189,20 @@ class _Questions:
             }
             answers = self.answers[url]
             try:
-                body = {"model": model, "prompt": prompt.ids, **drawn}
-                response = await self._request(client, "POST", f"{url}/completions", body)
-                ids = self._answer(url, prompt, response)
-            except Unreachable as error:
-                # One that answers others meanwhile is there.
-                if isinstance(error, Failing) and (self.answers[url] > answers or prompt.id in self.refused):
-                    self._refuse(url, number, prompt, error)
+                with _refusals(f"{url}/completions"):
+                    completion = await client.completions.create(model=model, prompt=prompt.ids, extra_body=drawn)
+                ids = self._answer(url, prompt, completion)
+            except openai.APIError as error:
+                # An error of its own may be this prompt's doing: a server that answers others meanwhile is there.
+                there = self.answers[url] > answers or prompt.id in self.refused
+                if there and isinstance(error, openai.APIStatusError) and error.status_code == 500:
+                    self._refuse(url, number, prompt, _trouble(error))
                     continue
                 self.pending.append((number, prompt))
-                troubles[url] = str(error)
+                troubles[url] = _trouble(error)
                 return
             except (Refused, BadRecord) as error:
-                self._refuse(url, number, prompt, error)
+                self._refuse(url, number, prompt, str(error))
                 continue
             self.in_a_row[url] = 0
             self.answers[url] += 1
@@ -218,17 +213,17 @@ class _Questions:
             self.file.flush()
             self.bar.update(1)
 
-    def _refuse(self, url: str, number: int, prompt: Prompt, error: Exception) -> None:
+    def _refuse(self, url: str, number: int, prompt: Prompt, why: str) -> None:
         """Leaves the prompt for the end, where it is asked once more, or else out.
 
         Raises:
             GraftError: this was one refusal after another.
         """
-        reason = f"prompt {prompt.id}{f' ({prompt.place})' if prompt.place else ''}: {error}"
+        reason = f"prompt {prompt.id}{f' ({prompt.place})' if prompt.place else ''}: {why}"
         if prompt.id not in self.refused:
             self.in_a_row[url] += 1
             if self.in_a_row[url] >= max(IN_A_ROW, self.total // 100):
-                raise GraftError(f"{reason}. So it went with {self.in_a_row[url]} prompts in a row") from error
+                raise GraftError(f"{reason}. So it went with {self.in_a_row[url]} prompts in a row")
             self.pending.append((number, prompt))
         self.refused[prompt.id] = reason
 
@@ -242,20 +237,20 @@ class _Questions:
             lines = [*refusals[:SHOWN], *([f"... {rest} more"] if rest > 0 else [])]
             say("\n  ".join([f"regenerate: {len(refusals)} of {self.total} prompts have no answer:", *lines]))
 
-    def _answer(self, url: str, prompt: Prompt, response: Any) -> list[int]:
+    def _answer(self, url: str, prompt: Prompt, completion: Any) -> list[int]:
         """The tokens of the answer, the one that ended it included, once.
 
         Raises:
             Refused: the response is no answer to this prompt.
         """
         try:
-            choice = response["choices"][0]
+            choice = completion.to_dict()["choices"][0]
             ids, finish = choice.get("token_ids"), choice["finish_reason"]
             if ids is None:
                 ids = self._tokenise(url, choice["text"])
                 self.retokenised += 1
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Refused(f"{url} sent no completion: {str(response)[:300]}") from error
+            raise Refused(f"{url} sent no completion: {str(completion)[:300]}") from error
         if choice.get("prompt_token_ids") not in (None, prompt.ids):
             raise Refused(f"{url} changed the tokens of the prompt; it must take them as they are")
         stop = choice.get("matched_stop", choice.get("stop_reason"))  # SGLang's and vLLM's names for it
@@ -281,28 +276,30 @@ class _Questions:
             )
         return ids
 
-    async def _request(self, client: httpx2.AsyncClient, method: str, url: str, body: Any = None) -> Any:
-        """Raises Unreachable or Failing after the last attempt, GraftError for a refusal that would repeat itself,
-        Refused for one that may be this request's alone.
-        """
-        trouble, kind = "", Unreachable
-        for attempt in range(self.settings.retries + 1):
-            if attempt:
-                pause = min(60.0, PAUSE_SECONDS * 2 ** (attempt - 1))
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at the same moment
-            try:
-                response = await client.request(method, url, json=body)
-                if response.status_code == 200:
-                    return response.json()
-            except (httpx2.TransportError, ValueError) as error:
-                trouble, kind = f"{type(error).__name__} {error}", Unreachable
-                continue
-            trouble = f"{response.status_code} {response.text[:300]}"
-            kind = Failing if response.status_code == 500 else Unreachable
-            if response.status_code not in PASSING and response.status_code < 500:
-                refusal = Refused if response.status_code in OF_PROMPT else GraftError
-                raise refusal(
-                    f"{url} refuses: {trouble}. See regenerate.base_url (it ends in /v1 as a rule) and "
-                    "regenerate.server_extensions (false sends OpenAI's fields alone)"
-                )
-        raise kind(trouble)
+
+@contextmanager
+def _refusals(url: str) -> Iterator[None]:
+    """Tells refusals that would repeat themselves from those that pass.
+
+    Raises:
+        Refused: what may be one request's alone.
+        GraftError: what meets whoever asks.
+        openai.APIError: the server failed every attempt, or cannot be reached.
+    """
+    try:
+        yield
+    except openai.APIStatusError as error:
+        if error.status_code in PASSING or error.status_code >= 500:
+            raise
+        refusal = Refused if error.status_code in OF_PROMPT else GraftError
+        raise refusal(
+            f"{url} refuses: {_trouble(error)}. See regenerate.base_url (it ends in /v1 as a rule) and "
+            "regenerate.server_extensions (false sends OpenAI's fields alone)"
+        ) from error
+
+
+def _trouble(error: openai.APIError) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, openai.APIStatusError):
+        return f"{error.status_code} {error.response.text[:300]}"
+    return f"{type(error).__name__} {error.__cause__ or error}"

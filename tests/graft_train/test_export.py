@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from graft_train.files import write_json
 
 from ..graft_inference.test_engine import prompt
 from ..graft_inference.tiny import tiny_head, tiny_model, tiny_policy
-from ..graft_inference.tiny_bundle import tiny_ngrams, tiny_successors, write_target
+from ..graft_inference.tiny_bundle import tiny_successors, write_target
 from ..hub import serve
 
 EVALUATION = {
@@ -296,23 +296,6 @@ def test_an_evaluation_of_this_bundle_gets_onto_the_card_and_of_another_not(run_
     write_json(evaluation / "stage.json", {"fingerprint": "e", "inputs": {"bundle": own}})
     run_export(run_dir)
     assert "| graft | 123.4 |" in (bundle / "README.md").read_text()
-
-
-def test_longer_contexts_are_in_the_bundle_of_a_policy_that_uses_them(run_dir):
-    save_file(tiny_ngrams(), run_dir / "corpus" / "ngrams.safetensors")
-    assert not (run_export(run_dir) / "ngrams.safetensors").exists()
-    shutil.rmtree(run_dir / "bundle")
-    policy = tiny_policy()
-    policy = replace(policy, retrieve=replace(policy.retrieve, ngrams=True))
-    write_json(run_dir / "policy" / "policy.json", policy.to_dict())
-    bundle = run_export(run_dir)
-    engine = GraftEngine.from_pretrained(bundle, run_dir / "target")
-    expected = tiny_model("llama").generate(prompt(9), max_new_tokens=24)
-    assert engine.generate(prompt(9), max_new_tokens=24, method="retrieve").sequences.tolist() == expected.tolist()
-    assert torch.equal(engine.ngrams.tags_RS, tiny_ngrams()["tags"])
-    (bundle / "ngrams.safetensors").unlink()
-    with pytest.raises(GraftError, match=r"ngrams\.safetensors is missing"):
-        GraftEngine.from_pretrained(bundle, run_dir / "target")
 
 
 def test_a_bundle_the_engine_would_refuse_does_not_appear(run_dir):

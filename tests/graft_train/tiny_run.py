@@ -55,7 +55,7 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
             batches_per_step=1,
             mixed_precision="no",
             validation_samples=2,
-            wandb=False,
+            trackers=[],
         ),
         corpus=CorpusConfig(successors=4),
         policy=CalibrateConfig(

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftError
-from graft_inference.bundle import load_ngrams, load_successors
-from graft_train.build_corpus import build_corpus, describe_corpus, gather_runs, pairs, write_tables
+from graft_inference.bundle import load_successors
+from graft_train.build_corpus import build_corpus, count_windows, describe_corpus, pairs, write_matrix
 from graft_train.build_corpus.captured import find_captured
 from graft_train.config.corpus import CorpusConfig
 from graft_train.data.samples import Sample, answered, append_samples, read_samples
@@ -48,58 +48,52 @@ def config(tmp_path, monkeypatch):
 
 
 def build(config, tmp_path, name, processes=1, finished=()):
-    """The tables' bytes, with the processes one after the other."""
-    runs = tmp_path / name / "runs"
-    runs.mkdir(parents=True)
+    """The matrix's bytes, with the processes one after the other."""
+    counts = tmp_path / name / "counts"
+    counts.mkdir(parents=True)
     for file in finished:
-        (runs / file.name).write_bytes(file.read_bytes())
+        (counts / file.name).write_bytes(file.read_bytes())
     samples, made_for = tmp_path / "run" / "data" / "samples.jsonl", describe_corpus(config)
     for process in reversed(range(processes)):
-        gather_runs(config, samples, runs, made_for, process, processes)
-    write_tables(config.corpus, runs, tmp_path / name, made_for)
-    return {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        count_windows(config, samples, counts, made_for, process, processes)
+    write_matrix(config.corpus, counts, tmp_path / name, made_for)
+    return (tmp_path / name / "successors.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-def test_processes_and_memory_do_not_change_a_bit(config, tmp_path, monkeypatch, text_only):
-    config.corpus = replace(config.corpus, text_only=text_only)
+def test_processes_and_windows_do_not_change_a_bit(config, tmp_path, monkeypatch, text_only):
+    config.corpus = replace(config.corpus, text_only=text_only, batch_tokens=1)  # one sample a batch in any window
     one = build(config, tmp_path, "one")
-    assert sorted(one) == ["ngrams.safetensors", "successors.safetensors"]
+    assert len(list((tmp_path / "one" / "counts").iterdir())) > 5
     assert build(config, tmp_path, "three", processes=3) == one
-    monkeypatch.setattr("graft_train.build_corpus.BYTES_PER_PAIR", 1 << 14)  # a run every 32 pairs
-    config.corpus = replace(config.corpus, memory_mb=1)
-    assert build(config, tmp_path, "small") == one
-    assert len(list((tmp_path / "small" / "runs").iterdir())) > 5
+    monkeypatch.setattr(pairs, "WINDOW_BYTES", 1 << 20)
+    assert build(config, tmp_path, "whole") == one
+    assert len(list((tmp_path / "whole" / "counts").iterdir())) == 1
 
 
 @pytest.mark.parametrize("text_only", [False, True])
 def test_a_killed_build_resumes_to_the_same_bits(config, tmp_path, monkeypatch, text_only):
-    """Some runs of three processes are there; two processes do the rest, and read nothing twice."""
-    monkeypatch.setattr("graft_train.build_corpus.BYTES_PER_PAIR", 1 << 14)
-    config.corpus = replace(config.corpus, text_only=text_only, memory_mb=1)
+    """Some counts of three processes are there; two processes do the rest, and read nothing twice."""
+    config.corpus = replace(config.corpus, text_only=text_only)
     whole = build(config, tmp_path, "whole", processes=3)
-    finished = sorted((tmp_path / "whole" / "runs").iterdir())[1::2]
+    finished = sorted((tmp_path / "whole" / "counts").iterdir())[1::2]
     read = []
     original = pairs.samples_of
     monkeypatch.setattr("graft_train.build_corpus.samples_of", lambda *args: read.append(args[0]) or original(*args))
     assert build(config, tmp_path, "resumed", processes=2, finished=finished) == whole
     total = len(list(pairs.windows(tmp_path / "run" / "data" / "samples.jsonl")))
-    assert 0 < len(read) < total
-    assert len({window.number for window in read}) == len(read)
+    assert len({window.number for window in read}) == len(read) == total - len(finished) > 0
 
 
 def test_the_stage_writes_a_corpus_that_loads_and_tells_about_it(config, tmp_path, capsys):
     corpus = build_corpus(config)
     made_for = describe_corpus(config)
     matrix = load_successors(corpus / "successors.safetensors", VOCAB, made_for)
-    table = load_ngrams(corpus / "ngrams.safetensors", VOCAB, made_for)
-    assert matrix.made_for == table.made_for == made_for
-    assert not list(corpus.glob("runs*"))
+    assert matrix.made_for == made_for
+    assert not list(corpus.glob("counts*"))
     inspection = json.loads((corpus / "inspection.json").read_text())
     assert inspection["rows_filled"] == int((matrix.ids_VK[:, 0] >= 0).sum()) > 50
-    assert inspection["contexts"] == int((table.tags_RS >= 0).sum()) > 500
-    assert [row["source"] for row in inspection["recall"]] == ["matrix", "3 tokens", "2 tokens", "together"]
-    assert all(0 <= row["top_1"] <= row["top_k"] <= 1 for row in inspection["recall"])
+    assert 0 < inspection["recall"]["top_1"] < inspection["recall"]["top_k"] < inspection["recall"]["hit_rate"] <= 1
     said = capsys.readouterr().out
     assert "held-out tokens" in said
     assert "successors of the most frequent tokens" in said
@@ -118,7 +112,7 @@ def test_recall_is_measured_on_what_was_held_out(config, tmp_path):
     config.corpus = replace(config.corpus, text_only=True)
     inspection = json.loads((build_corpus(config) / "inspection.json").read_text())
     assert inspection["held_out_tokens"] > 20
-    assert [row["top_1"] for row in inspection["recall"]] == [1.0] * 4
+    assert inspection["recall"] == {"hit_rate": 1.0, "top_1": 1.0, "top_k": 1.0, "k": 4}
 
 
 def test_learned_rows_are_merged_back(config, tmp_path):
@@ -148,35 +142,14 @@ def edited(path, metadata, **tensors):
 def test_a_corpus_for_another_target_is_refused(config, tmp_path):
     corpus, made_for = build_corpus(config), describe_corpus(config)
     for name in ("tokenizer", "fingerprint", "hidden_size"):
-        edited(corpus / "ngrams.safetensors", made_for | {name: "other"})
         edited(corpus / "successors.safetensors", made_for | {name: "other"})
-        for load, file in ((load_ngrams, "ngrams"), (load_successors, "successors")):
-            with pytest.raises(GraftError, match=f"{file}.*another target: its {name} is other"):
-                load(corpus / f"{file}.safetensors", VOCAB, made_for)
+        with pytest.raises(GraftError, match=f"successors.*another target: its {name} is other"):
+            load_successors(corpus / "successors.safetensors", VOCAB, made_for)
     config.run_dir = str((tmp_path / "run").rename(tmp_path / "again"))
     (tmp_path / "again" / "corpus").rename(tmp_path / "old")
     config.corpus = replace(config.corpus, merge=[str(tmp_path / "old" / "successors.safetensors")])
     with pytest.raises(GraftError, match=r"old/successors\.safetensors was built for another target"):
         build_corpus(config)
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        ("tags", torch.zeros(512, 7, dtype=torch.int32), r"tags must be int32 \[512, 8\], not torch.int32 \[512, 7\]"),
-        ("counts", torch.zeros(2, 8, 4), r"counts must be int32 .* not torch.float32"),
-        ("successors", torch.tensor(VOCAB, dtype=torch.int32), f"must lie in -1..{VOCAB - 1}"),
-        ("odd", torch.zeros(1), "must hold tags, successors, counts and totals"),
-    ],
-)
-def test_a_damaged_table_is_refused(config, name, tensor, message):
-    config.corpus = replace(config.corpus, text_only=True)
-    path = build_corpus(config) / "ngrams.safetensors"
-    if tensor.dim() == 0:
-        tensor = torch.full_like(load_file(path)[name], int(tensor))
-    edited(path, {}, **{name: tensor})
-    with pytest.raises(GraftError, match=message):
-        load_ngrams(path, VOCAB)
 
 
 def test_a_target_spread_over_all_devices_is_one_process(config, monkeypatch):

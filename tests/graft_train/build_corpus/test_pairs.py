@@ -8,26 +8,21 @@ import pytest
 import torch
 
 from graft_inference import GraftError
-from graft_inference.retrieval.ngrams import LONGEST, ORDERS, context_keys
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.build_corpus import pairs
+from graft_train.build_corpus.counts import ONE, OTHER, successor_matrix, write_counts
 from graft_train.build_corpus.pairs import (
-    NGRAM,
     Window,
     batches,
     counted,
     is_held_out,
-    join_samples,
     matrix_pairs,
-    ngram_pairs,
     pad,
     predicted_pairs,
     samples_of,
     text_pairs,
     windows,
 )
-from graft_train.build_corpus.runs import ONE, OTHER, SUCCESSOR_BITS, sum_pairs
-from graft_train.build_corpus.tables import rows_of, successor_matrix
 from graft_train.data.samples import Sample, answered, append_samples
 
 VOCAB, K = 11, 3
@@ -40,6 +35,15 @@ def samples(count=12, seed=0, shortest=1):
         answered(str(n), generator.integers(0, VOCAB, a).tolist(), generator.integers(0, VOCAB, b).tolist(), {})
         for n, (a, b) in enumerate(lengths)
     ]
+
+
+def sums_of(parts):
+    """The weight of each (context, successor)."""
+    sums = Counter()
+    for part in parts:
+        for context, successor, weight in zip(*(column.tolist() for column in part), strict=True):
+            sums[context, successor] += weight
+    return sums
 
 
 def follows(sample, prompts):
@@ -97,10 +101,8 @@ def test_windows_of_one_text_share_no_place():
 def test_a_conversation_counts_the_same_in_one_sample_and_in_several():
     several = counted(conversation(([1, 2, 3, 4], 2), ([1, 2, 3, 4, 5, 6], 5)), prompts=True)
     one = counted([Sample("doc", "train", [1, 2, 3, 4, 5, 6], [[2, 4], [5, 6]])], prompts=True)
-    for pairs_of in (text_pairs, ngram_pairs):
-        assert Counter(pairs_of(join_samples(several)).tolist()) == Counter(pairs_of(join_samples(one)).tolist())
-    seen, expected = (sum_pairs(list(predicted_pairs(Oracle(), data, K, 40))) for data in (several, one))
-    assert all((ours == theirs).all() for ours, theirs in zip(seen, expected, strict=True))
+    assert sums_of([text_pairs(several)]) == sums_of([text_pairs(one)])
+    assert sums_of(predicted_pairs(Oracle(), several, K, 40)) == sums_of(predicted_pairs(Oracle(), one, K, 40))
 
 
 class Oracle(torch.nn.Module):
@@ -119,23 +121,8 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("prompts", [True, False])
 def test_text_pairs_equal_a_loop(prompts):
     data = samples()
-    found = Counter(text_pairs(join_samples(counted(data, prompts))).tolist())
-    assert found == Counter(
-        before[-1] << SUCCESSOR_BITS | after for sample in data for before, after in follows(sample, prompts)
-    )
-
-
-@pytest.mark.parametrize("prompts", [True, False])
-@pytest.mark.parametrize("data", [samples(), samples(1)], ids=["many", "one"])
-def test_ngram_pairs_equal_a_loop(prompts, data):
-    expected = Counter()
-    for sample in data:
-        for before, after in follows(sample, prompts):
-            window = torch.tensor([([-1] * LONGEST + before)[-LONGEST:]])
-            for order, key in zip(ORDERS, context_keys(window)[0].tolist(), strict=True):
-                if len(before) >= order:
-                    expected[key + NGRAM << SUCCESSOR_BITS | after] += 1
-    assert Counter(ngram_pairs(join_samples(counted(data, prompts))).tolist()) == expected
+    expected = Counter((before[-1], after) for sample in data for before, after in follows(sample, prompts))
+    assert sums_of([text_pairs(counted(data, prompts))]) == {pair: count * ONE for pair, count in expected.items()}
 
 
 @pytest.mark.parametrize("prompts", [True, False])
@@ -143,31 +130,29 @@ def test_predictions_equal_a_loop(prompts, monkeypatch):
     """Every counted position weighs ONE: the model's top k, and all others together."""
     monkeypatch.setattr(pairs, "CHUNK", 5)
     data, model = samples(), Oracle()
-    keys, weights = sum_pairs(list(predicted_pairs(model, counted(data, prompts), K, 40)))
+    found = sums_of(predicted_pairs(model, counted(data, prompts), K, 40))
     probs_VV = model.logits_VV.double().softmax(dim=-1)
-    expected, seen = Counter(), Counter()
+    expected, seen, totals = Counter(), Counter(), Counter()
     for sample in data:
         text = sample.prompt_ids + sample.answer_ids
         for token in text[0 if prompts else len(sample.prompt_ids) - 1 :]:
-            seen[token] += 1
+            seen[token] += ONE
             for successor in probs_VV[token].topk(K).indices.tolist():
-                expected[token << SUCCESSOR_BITS | successor] += float(probs_VV[token, successor])
-    for key, weight in zip(keys.tolist(), weights.tolist(), strict=True):
-        if key & OTHER != OTHER:
-            assert weight / ONE == pytest.approx(expected.pop(key), rel=1e-4)
+                expected[token, successor] += float(probs_VV[token, successor])
+    for (context, successor), weight in found.items():
+        totals[context] += weight
+        if successor != OTHER:
+            assert weight / ONE == pytest.approx(expected.pop((context, successor)), rel=1e-4)
     assert not expected
-    rows = rows_of(keys, weights, K)
-    assert dict(zip(rows.contexts_C.tolist(), rows.totals_C.tolist(), strict=True)) == {
-        token: count * ONE for token, count in seen.items()
-    }
+    assert totals == seen
 
 
-def test_a_saved_matrix_gives_back_its_rows():
+def test_a_saved_matrix_gives_back_its_rows(tmp_path):
     ids_VK = torch.tensor([[3, 1], [2, -1], [0, 4], [1, 2], [-1, -1]], dtype=torch.int32)
     probs_VK = torch.tensor([[0.5, 0.25], [1, 0], [0.3, 0.3], [0.6, 0.4], [0, 0]]).half()
     counts_V = torch.tensor([5, 2, 1, 0, 0])
-    summed = sum_pairs([matrix_pairs(SuccessorMatrix(ids_VK, probs_VK), counts_V)])
-    matrix = successor_matrix(iter([summed]), 5, 2)
+    write_counts(tmp_path / "0.parquet", [matrix_pairs(SuccessorMatrix(ids_VK, probs_VK), counts_V)])
+    matrix = successor_matrix(tmp_path, 5, 2, 128)
     assert matrix["counts"].tolist() == counts_V.tolist()
     assert matrix["ids"].tolist() == [[3, 1], [2, -1], [0, 4], [-1, -1], [-1, -1]]
     torch.testing.assert_close(matrix["probs"][:3], probs_VK[:3], atol=1e-3, rtol=0)

@@ -10,6 +10,7 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+import wandb
 from accelerate import Accelerator
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -53,7 +54,7 @@ SETTINGS = {
     "checkpoint_every": 3,
     "keep_checkpoints": 1,
     "log_every": 1,
-    "wandb": False,
+    "trackers": [],
 }
 
 
@@ -266,9 +267,45 @@ def test_bf16_trains(tmp_path):
 
 def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    directory = distill(make_run(tmp_path, wandb=True, max_steps=2))
+    directory = distill(make_run(tmp_path, trackers=["wandb"], max_steps=2))
     run_id = (directory / "wandb_id").read_text()
     assert [path.name for path in (directory / "wandb").glob(f"offline-run-*-{run_id}")]
+
+
+def test_a_resumed_training_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
+    begun = mock.Mock(wraps=wandb.init)
+    monkeypatch.setattr(wandb, "init", begun)
+    config = make_run(tmp_path, trackers=["wandb"], max_steps=4, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("graft_train.distill.validate", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    distill(config)
+    first, second = (call.kwargs for call in begun.call_args_list)
+    assert first["id"] == second["id"]
+    assert second["resume"] == "allow"
+
+
+@pytest.mark.parametrize("broken", ["start", "log", "finish"])
+def test_a_tracker_that_fails_loses_no_training(tmp_path, monkeypatch, capsys, broken):
+    plain = distill(make_run(tmp_path / "plain", max_steps=4, log_every=1))
+    monkeypatch.setattr(f"accelerate.tracking.WandBTracker.{broken}", mock.Mock(side_effect=OSError("no connection")))
+    tracked = distill(make_run(tmp_path / "tracked", trackers=["wandb"], max_steps=4, log_every=1))
+    assert (tracked / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert [line["loss"] for line in metrics(tracked)] == [line["loss"] for line in metrics(plain)]
+    assert capsys.readouterr().out.count("goes on without wandb, which failed: OSError no connection") == 1
+
+
+def test_trackers_are_sent_every_logged_step_and_the_settings(tmp_path, monkeypatch):
+    sent = mock.Mock()
+    monkeypatch.setattr("accelerate.tracking.WandBTracker.log", lambda _, values, step: sent(step, values))
+    directory = distill(make_run(tmp_path, trackers=["wandb"], max_steps=3, log_every=1))
+    calls = {call.args[0]: call.args[1] for call in sent.call_args_list if "acceptance_length" in call.args[1]}
+    assert sorted(calls) == [1, 2, 3]
+    for line in metrics(directory):
+        if "acceptance_length" in line:
+            assert calls[line["step"]]["acceptance_length"] == line["acceptance_length"]
+            assert calls[line["step"]]["loss/0"] == line["loss"][0]
 
 
 @pytest.mark.parametrize(
