@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -30,12 +31,14 @@ from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import TargetStates
 from graft_train.device import describe_device
-from graft_train.distill.attention import reference_attention
-from graft_train.distill.layout import make_layout
-from graft_train.distill.loop import Distiller
-from graft_train.distill.loss import distillation_loss, final_state_teacher, reference_loss, taught_positions
+from graft_train.distill.batches import PackedBatch
+from graft_train.distill.eagle3.attention import reference_attention
+from graft_train.distill.eagle3.layout import make_layout
+from graft_train.distill.eagle3.loss import distillation_loss, reference_loss, taught_positions
+from graft_train.distill.eagle3.strategy import Eagle3Strategy
+from graft_train.distill.eagle3.unroll import unroll
 from graft_train.distill.optimizer import make_optimizers
-from graft_train.distill.unroll import unroll
+from graft_train.distill.teacher import final_state_teacher
 
 ARMS = ("fast", "reference", "speculators")
 EXTRA = ("loss", "reference-loss")
@@ -93,22 +96,21 @@ def optimized(parameters: list[Tensor], optimizers: list[torch.optim.Optimizer],
 
 def our_step(shapes: Shapes, fast: bool) -> Callable[[], None]:
     head, steps = shapes.head(), shapes.args.steps
-    distiller = Distiller(head, shapes.lm_head_VH, steps, "forward_kl").to(shapes.device)
-    optimizers = make_optimizers(head, HeadTrainConfig())
+    settings = HeadTrainConfig(ttt_steps=steps)
+    strategy = Eagle3Strategy(head, SimpleNamespace(lm_head_VH=shapes.lm_head_VH), settings).to(shapes.device)
+    optimizers = make_optimizers(head, settings)
     layout, states = shapes.layout, shapes.states
+    batch = PackedBatch(list(range(len(shapes.lengths))), shapes.lengths, shapes.tokens_S, shapes.loss_mask_S)
     precision = torch.autocast(shapes.device.type, torch.bfloat16, enabled=shapes.device.type == "cuda")
 
-    def coefficients(trained_K: Tensor) -> Tensor:
-        return torch.tensor(shapes.weights, device=shapes.device) / trained_K
-
     def fast_loss() -> Tensor:
-        taught = taught_positions(layout, states.choice_S, head.t2d, steps)
+        prepared = strategy.prepare(batch, states, seed=0)
         embedding_SH = shapes.embedding_VH[shapes.tokens_S]
-        return distiller(embedding_SH, states, taught, layout, coefficients(taught.trained_NK.sum(0)))[0]
+        return strategy(prepared, embedding_SH, strategy.coefficients(prepared.trained_K))[0]
 
     def plain_loss() -> Tensor:
         taught = taught_positions(layout, states.choice_S, head.t2d, steps)
-        weights = coefficients(taught.trained_NK.sum(0)).tolist()
+        weights = strategy.coefficients(taught.trained_NK.sum(0)).tolist()
         embedding_SH, logits_SV = shapes.embedding_VH[shapes.tokens_S], states.final_SH @ shapes.lm_head_VH.T
         outputs = unroll(head, embedding_SH, states.aux_SE, layout, steps, reference_attention)
         return reference_loss(head, outputs, logits_SV, layout, shapes.loss_mask_S.to(shapes.device), weights)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from graft_inference import GraftError
+from graft_inference.errors import GraftError
 from graft_train.accelerator import new_accelerator
 from graft_train.config import Config
 from graft_train.config.pretrain_target import PretrainConfig

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from graft_inference import GraftError
+from graft_inference.errors import GraftError
 from graft_train.config import Config
 from graft_train.gguf import with_directory
 from graft_train.road import STAGES, WHOLE_ROAD

@@ -15,7 +15,7 @@ from graft_train.build_corpus.pairs import CHUNK, Counted, weigh
 from graft_train.config import Config
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
-from graft_train.distill.batches import to_rows, with_room
+from graft_train.distill.batches import to_tensors, with_room
 from graft_train.distill.state_source import INDEX, hash_of, open_shard, places_of
 from graft_train.processes import say
 from graft_train.stage import fingerprint_of
@@ -63,17 +63,17 @@ def find_captured(config: Config, model: Any) -> CapturedStates | None:
         return None
     samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
     samples = with_room(samples, config.head.max_length)
-    rows = to_rows(samples, config.head.max_length, model.config.get_text_config().vocab_size)
+    cut = to_tensors(samples, config.head.max_length, model.config.get_text_config().vocab_size)
     wanted = {
         "target": fingerprint_of(target_path(config)),
-        "samples": hash_of(rows),
+        "samples": hash_of(cut),
         "dtype": str(model.dtype).removeprefix("torch."),
         "top_k": None,
     }
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         differing = [name for name, value in wanted.items() if index.get(name) != value]
-        found = [] if differing else places_of(index["shards"], index["lengths"], len(rows))
+        found = [] if differing else places_of(index["shards"], index["lengths"], len(cut))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise GraftError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
     if differing:
@@ -81,10 +81,10 @@ def find_captured(config: Config, model: Any) -> CapturedStates | None:
         return None
     places = {
         _key(sample.ids): place
-        for sample, row, place in zip(samples, rows, found, strict=True)
-        if len(row.tokens_S) == len(sample.ids)
+        for sample, one, place in zip(samples, cut, found, strict=True)
+        if len(one.tokens_S) == len(sample.ids)
     }
-    say(f"build_corpus: {len(places):,} of {len(rows):,} samples are read from {directory}, the target runs for others")
+    say(f"build_corpus: {len(places):,} of {len(cut):,} samples are read from {directory}, the target runs for others")
     return CapturedStates(directory, places, model.get_output_embeddings().weight.detach())
 
 

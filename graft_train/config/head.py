@@ -5,6 +5,7 @@ from typing import Any
 
 from graft_inference.errors import GraftError
 
+FAMILIES = ("eagle3",)
 LOSSES = ("forward_kl", "reverse_kl", "total_variation", "survival")
 POSITIVE = (
     "intermediate_size",
@@ -26,6 +27,7 @@ POSITIVE = (
     "states_top_k",
 )
 CHOICES = {
+    "family": FAMILIES,
     "loss": LOSSES,
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "wsd"),
@@ -53,6 +55,7 @@ class HeadTrainConfig:
     """The draft head and its training; what is not set here (width, heads, RoPE) is the target's.
 
     Attributes:
+        family: of the head: eagle3.
         init_from: directory or Hub id of a head to go on from; its shape and draft vocabulary then stand.
         aux_layer_ids: target layers whose outputs feed the head; None: EAGLE-3's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
@@ -64,12 +67,12 @@ class HeadTrainConfig:
         loss: forward_kl, reverse_kl, total_variation, or survival: the forward KL weighted by the probability
             that the draft's earlier tokens survive.
         skip_out_of_vocabulary: leave positions whose target choice cannot be drafted out of the loss.
-        feature_noise: uniform noise on the tapped states, up to this share of their root mean square.
+        feature_noise: uniform noise on the aux hidden states, up to this share of their root mean square.
         max_length: longer samples lose the end of their answer; those whose prompt fills it are left out.
         epochs: passes over the samples.
         max_steps: optimizer steps after which training ends, if it has not by then.
-        batch_tokens: samples are packed into rows of at most so many tokens; one row a device at a time.
-        batches_per_step: rows of an optimizer step, over all devices: a multiple of their number.
+        batch_tokens: samples are packed into micro-batches of at most so many tokens; one a device at a time.
+        batches_per_step: micro-batches of an optimizer step, over all devices: a multiple of their number.
         optimizer: adamw, or muon for the layers' matrices and AdamW for the rest.
         learning_rate: at the end of the warm-up.
         schedule: what follows: cosine or linear to zero, or wsd: constant, then linear to zero.
@@ -97,6 +100,7 @@ class HeadTrainConfig:
             otherwise), tensorboard or trackio; each must be installed.
     """
 
+    family: str = "eagle3"
     init_from: str | None = None
     aux_layer_ids: list[int] | None = None
     intermediate_size: int | None = None
@@ -176,7 +180,7 @@ class HeadTrainConfig:
             )
 
     def weights(self) -> list[float]:
-        """Of the unroll steps in the loss."""
+        """Of the draft steps in the loss."""
         return (
             self.step_weights
             if self.step_weights is not None

@@ -1,4 +1,4 @@
-"""What the frozen target makes of a row: the states that feed a draft head, and those that teach it."""
+"""What the frozen target makes of a packed batch: the states that feed a draft head, and those that teach it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from graft_inference.errors import GraftError
 from graft_inference.target.attention import as_bias, explicit_attention
-from graft_inference.target.model import is_parallel
+from graft_inference.target.model import Target
 from graft_train.config.target import DTYPES
 from graft_train.data.sharded import is_shared, whole
 
@@ -20,7 +20,6 @@ CHUNK = 2048
 
 FLOATS = {getattr(torch, name) for name in DTYPES}
 ATTENTION = "graft_documents"
-LAYER_KINDS = {"full_attention", "sliding_attention"}
 
 
 def document_attention(
@@ -36,7 +35,7 @@ def document_attention(
     document_lengths: list[int] | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document of a row, registered with transformers as `graft_documents`.
+    """Causal attention inside each document of a packed batch, registered with transformers as `graft_documents`.
 
     Args:
         query: [1, q_heads, S, D]; key, value: [1, kv_heads, S, D].
@@ -80,7 +79,7 @@ class TargetStates:
     """What a target makes of S tokens. Either the final states or the M best logits of each say what it predicts.
 
     Attributes:
-        aux_SE: outputs of the tapped layers, concatenated, before any final norm.
+        aux_SE: outputs of the aux layers, concatenated, before any final norm.
         choice_S: the target's likeliest next token, over its whole vocabulary, int64.
         final_SH: what the target's lm_head reads, after the final norm.
         top_ids_SM, top_logits_SM: the likeliest tokens, best first, and their logits less the best one's.
@@ -99,7 +98,7 @@ class TargetStates:
         return self.map(lambda tensor: tensor.to(device))
 
     def slice(self, start: int, end: int) -> "TargetStates":
-        """A copy, for a view would keep the whole row alive."""
+        """A copy, for a view would keep the whole batch alive."""
         return self.map(lambda tensor: tensor[start:end].clone())
 
     @classmethod
@@ -108,35 +107,31 @@ class TargetStates:
         return cls(**{name: torch.cat([getattr(one, name) for one in states]) for name in names})
 
 
-class TappedTarget:
-    """A frozen causal LM with taps on some of its layers. Its attention is switched to ours.
+class PackedTarget(Target):
+    """The target as training reads it: packed batches whose documents do not see one another, without a cache.
 
-    Args:
-        aux_layer_ids: layers whose outputs are kept, 0-based.
+    Which families work, the aux layers' outputs and giving the model back are `Target`'s. The attention differs:
+    serving attends over caches of its own, which training would write and never read again.
 
     Raises:
-        GraftError: a layer the target does not have; layers that look at earlier tokens by other means than
-            attention; or logits that are not simply `final state @ lm_head rows`, from which a teacher over
-            a draft vocabulary could be made.
+        GraftError: what `Target` refuses; or logits that are not simply `final state @ lm_head rows`, from which
+            a teacher over a draft vocabulary could be made.
     """
 
+    attention_name = ATTENTION
+
     def __init__(self, model: PreTrainedModel, aux_layer_ids: tuple[int, ...]) -> None:
-        self.model = model
-        self.aux_layer_ids = aux_layer_ids
-        self.is_parallel = is_parallel(model)
+        super().__init__(model, aux_layer_ids)
         self.is_shared = is_shared(model)
         self._lm_head: Any = model.get_output_embeddings()
-        layers = model.get_decoder().layers
-        if aux_layer_ids[-1] >= len(layers) or aux_layer_ids[0] < 0:
-            raise GraftError(f"head.aux_layer_ids={list(aux_layer_ids)}: the target has layers 0..{len(layers) - 1}")
-        check_packable(model)
-        self._check_logits()
-        # Each process embeds the tokens of its own rows, which is no work that all could do together.
-        ids_V = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
-        self._embeddings_VH = self._embed(ids_V) if self.is_shared else None
-        self._taps: dict[int, Tensor] = {}
-        for index in aux_layer_ids:
-            layers[index].register_forward_hook(self._keep(index))
+        try:
+            self._check_logits()
+        except GraftError:
+            self.release()
+            raise
+        # Each process embeds the tokens of its own batches, which is no work that all could do together.
+        ids_V = torch.arange(self.config.vocab_size, device=model.device)
+        self._embeddings_VH = super().embed(ids_V[None])[0] if self.is_shared else None
 
     @property
     def lm_head_VH(self) -> Tensor:
@@ -145,7 +140,7 @@ class TappedTarget:
         Where they are not at hand as they are (shared out, offloaded, quantised), they are what lm_head makes of
         the identity.
         """
-        weight, size = self._lm_head.weight, self.model.config.get_text_config().hidden_size
+        weight, size = self._lm_head.weight, self.config.hidden_size
         if type(weight) is nn.Parameter and weight.dtype in FLOATS and not (self.is_shared or weight.is_meta):
             return weight
         identity_HH = torch.eye(size, dtype=self.model.dtype, device=self.model.device)
@@ -153,22 +148,20 @@ class TappedTarget:
 
     @torch.no_grad()
     def states(self, tokens_S: Tensor, lengths: list[int], top: int | None = None) -> TargetStates:
-        """Reads documents of these lengths that lie in a row; none sees another.
+        """Reads documents of these lengths that lie one behind the other; none sees another.
 
         Args:
             top: so many best logits in place of the final states.
         """
         positions_S = torch.cat([torch.arange(length) for length in lengths]).to(tokens_S.device)
-        if self.model.config.get_text_config()._attn_implementation != ATTENTION:
-            self.model.set_attn_implementation(ATTENTION)
         output = self.model.get_decoder()(
             input_ids=tokens_S[None], position_ids=positions_S[None], use_cache=False, document_lengths=lengths
         )
         # A target spread over several devices ends on another one than it began on.
         device = tokens_S.device
         final_SH = output.last_hidden_state[0].to(device)
-        aux_SE = torch.cat([self._taps[index][0].to(device) for index in self.aux_layer_ids], dim=-1)
-        self._taps.clear()
+        aux_SE = self._aux_states(tokens_S, final_SH.dtype)
+        self._kept.clear()
         if top is None:
             choices = [logits_CV.argmax(dim=-1) for logits_CV in self._project(final_SH)]
             return TargetStates(aux_SE, torch.cat(choices).to(device), final_SH)
@@ -177,28 +170,22 @@ class TappedTarget:
         logits_SM = torch.cat([one.values - one.values[:, :1] for one in best]).to(device)
         return TargetStates(aux_SE, ids_SM[:, 0], top_ids_SM=ids_SM, top_logits_SM=logits_SM)
 
-    def embed(self, tokens_S: Tensor) -> Tensor:
-        return self._embed(tokens_S) if self._embeddings_VH is None else self._embeddings_VH[tokens_S]
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embeddings of tokens of any shape, [..., H], scaled as its first layer reads them."""
+        if self._embeddings_VH is not None:
+            return self._embeddings_VH[tokens]
+        return super().embed(tokens)
 
     def run_idly(self, times: int) -> None:
         """Runs over nothing in particular, for other processes that still have something to read."""
         for _ in range(times):
             self.states(torch.zeros(1, dtype=torch.long, device=self.model.device), [1])
 
-    def _embed(self, tokens_S: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(tokens_S[None])[0]
-
     def _project(self, final_SH: Tensor) -> Iterator[Tensor]:
         """Logits over the whole vocabulary, some positions at a time."""
         with whole(self._lm_head.parameters()):
             for chunk_CH in final_SH.split(CHUNK):
                 yield self._lm_head(chunk_CH[None])[0]
-
-    def _keep(self, index: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._taps[index] = output[0] if isinstance(output, tuple) else output
-
-        return hook
 
     @torch.no_grad()
     def _check_logits(self) -> None:
@@ -213,16 +200,3 @@ class TappedTarget:
                 f"{type(self.model).__name__} changes its logits after lm_head (a cap, a scale or a bias), "
                 "which distillation does not support yet"
             )
-
-
-def check_packable(model: PreTrainedModel) -> None:
-    """Raises GraftError for a target whose documents cannot be kept apart in one row."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= LAYER_KINDS:
-        raise GraftError(
-            f"{type(model).__name__} has layers of kind {sorted(kinds - LAYER_KINDS)}; "
-            f"distillation knows {sorted(LAYER_KINDS)}"
-        )
-    if not model._supports_attention_backend:
-        raise GraftError(f"{type(model).__name__} does not let its attention be replaced, which distillation needs")

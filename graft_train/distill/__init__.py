@@ -1,8 +1,9 @@
-"""`distill`: trains the EAGLE-3 draft head on the target's own answers.
+"""`distill`: trains a draft head on the target's own answers.
 
-Shape suffixes: S tokens of a packed row, C columns in which drafts start, K unroll steps, N taught
-positions, V target vocabulary, D draft vocabulary, H hidden size, E tapped states concatenated; in attention
-B batch (always 1), Q query heads, K key/value heads, G queries per key head, D head size, P softmax parts.
+What a family of heads has of its own (shape, loss, metrics) is a folder with a `Strategy`; everything else here
+works for any of them. Shape suffixes: S tokens of a packed batch, C columns in which drafts start, K draft steps,
+N taught positions, V target vocabulary, D draft vocabulary, H hidden size, E aux hidden states concatenated; in
+attention B batch (always 1), Q query heads, K key/value heads, G queries per key head, D head size, P softmax parts.
 """
 
 import time
@@ -15,19 +16,16 @@ import torch
 from accelerate.utils import set_seed
 
 from graft_inference.errors import GraftError
-from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.target.model import max_positions
-from graft_train.data.samples import Sample, read_samples
-from graft_train.data.sharded import count_parameters, held_bytes, whole
-from graft_train.data.states import TappedTarget
+from graft_train.data.samples import read_samples
+from graft_train.data.sharded import whole
+from graft_train.data.states import PackedTarget
 from graft_train.data.target import load_target, refuse_several_spread, resolve_device, target_path, text_config
-from graft_train.distill.batches import Row, hold_out, to_rows, with_room
-from graft_train.distill.checkpoint import vocabulary_hash
-from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
+from graft_train.distill.batches import TokenSample, hold_out, to_tensors, with_room
 from graft_train.distill.estimate import describe, estimate_training, naming_what_to_lower, speed_of
-from graft_train.distill.head import head_config, new_head, published_head, share_embeddings
+from graft_train.distill.families import FAMILIES
 from graft_train.distill.loop import Training, plan_training, start_training, train, validate
-from graft_train.distill.measure import held_out_prompts, measure_tau
+from graft_train.distill.measure import held_out_prompts, measure_acceptance
 from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
@@ -37,9 +35,7 @@ from graft_train.stage import fingerprint_of, run_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedModel
 
-    from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
     from graft_train.config import Config
 
 __all__ = ["distill"]
@@ -68,52 +64,46 @@ def _build(config: "Config", out: Path) -> None:
     accelerator = make_accelerator(settings, resolve_device(config.target.device), out)
     refuse_several_spread(config, accelerator.num_processes)
     target_config = text_config(config)
-    samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
-    samples = with_room(samples, settings.max_length)
-    rows = to_rows(samples, settings.max_length, target_config.vocab_size)
-    validation, training_rows = hold_out(samples, min(settings.validation_samples, len(rows) // 10), config.seed)
-    _check_positions(rows, max_positions(target_config))
-    plan, steps = plan_training(rows, training_rows, settings, config.seed)
+    texts = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
+    texts = with_room(texts, settings.max_length)
+    samples = to_tensors(texts, settings.max_length, target_config.vocab_size)
+    held_out, chosen = hold_out(texts, min(settings.validation_samples, len(samples) // 10), config.seed)
+    _check_positions(samples, max_positions(target_config))
+    plan, steps = plan_training(samples, chosen, settings, config.seed)
     model = load_target(config, settings.shard_target)
     set_seed(config.seed)
 
-    published = published_head(settings.init_from, model) if settings.init_from else None
-    shape = published.config if published else head_config(model, settings)
-    target = TappedTarget(model, shape.aux_layer_ids)
-    head, covered = _head(published, shape, target, [samples[row] for row in training_rows])
+    strategy = FAMILIES[settings.family](model, [texts[number] for number in chosen], settings)
+    size = sum(parameter.numel() for parameter in strategy.head.parameters())
     say(
-        f"distill: {len(training_rows)} samples, head of {sum(p.numel() for p in head.parameters()):,} "
-        f"parameters on layers {list(head.config.aux_layer_ids)}, "
-        f"draft vocabulary {len(head.target_ids)} ({covered:.2%} of the answers' tokens)"
+        f"distill: {len(chosen)} samples, {settings.family} head of {size:,} parameters on layers "
+        f"{list(strategy.target.aux_layer_ids)}, draft vocabulary {len(strategy.head.target_ids)} "
+        f"({strategy.coverage:.2%} of the answers' tokens)"
     )
-    _announce(config, accelerator, head, model, rows, plan, steps)
-    source = _source(config, target, rows, accelerator)
-    training = start_training(accelerator, head, target, source, rows, settings, config.seed)
-    prompts = held_out_prompts(target, rows, validation, settings.measure_prompts, settings.measure_tokens)
-    if prompts:
-        training.measure = partial(
-            measure_tau, accelerator, target, head, prompts, settings.ttt_steps, settings.measure_tokens
-        )
+    source = _source(config, strategy.target, samples, accelerator)
+    training = start_training(accelerator, strategy, source, samples, settings, config.seed)
+    _announce(training, plan, steps)
+    prompts = _measure(training, [samples[number] for number in held_out])
     progress = Progress(accelerator, settings, out)
     try:
         train(training, plan, steps, out, progress)
-        result = validate(training, validation).metrics() if validation else None
+        result = validate(training, held_out).metrics() if held_out else None
         measured = training.measure() if training.measure else None
     finally:
         progress.end()
     if result is not None:
         say(
-            f"distill: {len(validation)} held-out rows: acceptance length {result.acceptance_length:.2f} as a chain of "
-            f"{settings.ttt_steps}, acceptance by step " + " ".join(f"{a:.2f}" for a in result.acceptance)
+            f"distill: {len(held_out)} held-out samples: acceptance length {result.acceptance_length:.2f} as a chain "
+            f"of {strategy.steps}, acceptance by step " + " ".join(f"{a:.2f}" for a in result.acceptance)
         )
     if measured is not None:
-        say(f"distill: {len(prompts)} held-out prompts decoded with chains: acceptance length {measured:.2f}")
+        say(f"distill: {prompts} held-out prompts decoded with chains: acceptance length {measured:.2f}")
     summary = {
         "steps": steps,
-        "samples": len(training_rows),
-        "coverage": covered,
-        "draft_vocabulary": vocabulary_hash(head),
-        "validation_samples": len(validation),
+        "samples": len(chosen),
+        "coverage": strategy.coverage,
+        "draft_vocabulary": strategy.identity()["draft_vocabulary"],
+        "validation_samples": len(held_out),
         "validation": asdict(result) if result else None,
         "measured_acceptance_length": measured,
         "seconds": round(time.perf_counter() - started, 1),
@@ -121,72 +111,63 @@ def _build(config: "Config", out: Path) -> None:
     _finish(training, out, summary)
 
 
-def _check_positions(rows: list[Row], limit: int) -> None:
+def _check_positions(samples: list[TokenSample], limit: int) -> None:
     """Raises GraftError where a sample is longer than the target is served with: there its RoPE may change."""
-    longest = max(len(row.tokens_S) for row in rows)
+    longest = max(len(sample.tokens_S) for sample in samples)
     if longest > limit:
         raise GraftError(
             f"the longest sample has {longest} tokens, and the target {limit} positions: set head.max_length={limit}"
         )
 
 
-def _head(
-    published: "DraftHead | None", shape: "DraftHeadConfig", target: TappedTarget, samples: list[Sample]
-) -> tuple["DraftHead", float]:
-    """The head to train, and the share of the answers' tokens that it can propose."""
-    if published is not None:
-        share_embeddings(published, target)
-        return published, coverage(samples, published.target_ids, shape.vocab_size)
-    vocabulary = choose_draft_vocabulary(samples, shape.vocab_size, shape.draft_vocab_size)
-    return new_head(shape, vocabulary.token_ids_D, target.lm_head_VH), vocabulary.coverage
-
-
-def _source(config: "Config", target: TappedTarget, rows: list[Row], accelerator: "Accelerator") -> StateSource:
+def _source(
+    config: "Config", target: PackedTarget, samples: list[TokenSample], accelerator: "Accelerator"
+) -> StateSource:
+    """Where the states come from. Takes the whole configuration: the run, the target's place and the head's section."""
     settings = config.head
     match settings.states:
         case "memory":
-            return memory_states(target, rows, settings.batch_tokens)
+            return memory_states(target, samples, settings.batch_tokens)
         case "disk":
             directory, fingerprint = Path(config.run_dir) / "states", fingerprint_of(target_path(config))
             dtype, top = settings.states_dtype, settings.states_top_k
-            return disk_states(target, rows, settings.batch_tokens, directory, fingerprint, dtype, accelerator, top)
+            return disk_states(target, samples, settings.batch_tokens, directory, fingerprint, dtype, accelerator, top)
     return online_states(target)
 
 
-def _announce(
-    config: "Config",
-    accelerator: "Accelerator",
-    head: "DraftHead",
-    model: "PreTrainedModel",
-    rows: list[Row],
-    plan: list[list[int]],
-    steps: int,
-) -> None:
-    """How full the batches are, and what the training will take."""
-    settings = config.head
-    tokens = sum(len(rows[row].tokens_S) for batch in plan for row in batch)
-    answered = sum(int(rows[row].loss_mask_S.sum()) for batch in plan for row in batch)
+def _measure(training: Training, held_out: list[TokenSample]) -> int:
+    """Sets the measurement in the engine, where it serves the head's family; the number of prompts."""
+    settings, strategy, plan = training.settings, training.strategy, training.strategy.measured_plan()
+    if plan is None:
+        say(f"distill: the engine does not serve {settings.family} heads yet: no acceptance length is measured in it")
+        return 0
+    tokens = settings.measure_tokens
+    prompts = held_out_prompts(strategy.target, held_out, settings.measure_prompts, tokens)
+    if prompts:
+        training.measure = partial(measure_acceptance, training.accelerator, strategy, plan, prompts, tokens)
+    return len(prompts)
+
+
+def _announce(training: Training, plan: list[list[int]], steps: int) -> None:
+    """How full the micro-batches are, and what the training will take."""
+    settings, samples, accelerator = training.settings, training.samples, training.accelerator
+    tokens = sum(len(samples[number].tokens_S) for batch in plan for number in batch)
+    answered = sum(int(samples[number].loss_mask_S.sum()) for batch in plan for number in batch)
     say(
-        f"distill: {len(plan)} packed rows of {tokens / len(plan):.0f} tokens on average "
+        f"distill: {len(plan)} packed batches of {tokens / len(plan):.0f} tokens on average "
         f"({tokens / len(plan) / settings.batch_tokens:.1%} of head.batch_tokens), 0 % padding"
     )
-    estimated = estimate_training(
-        head,
-        count_parameters(model),
-        held_bytes(model),
-        settings,
-        settings.batches_per_step // accelerator.num_processes,
-        answered / tokens,
-    )
+    per_device = settings.batches_per_step // accelerator.num_processes
+    estimated = estimate_training(training.strategy, settings, per_device, answered / tokens)
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     say(describe(estimated, accelerator.device, speed_of(accelerator.device, dtype), steps))
 
 
 def _finish(training: Training, out: Path, summary: dict[str, Any]) -> None:
     accelerator = training.accelerator
-    with whole(training.head.parameters()):
+    with whole(training.strategy.head.parameters()):
         if accelerator.is_main_process:
-            save_head(training.head, out)
+            training.strategy.save(out)
     if accelerator.is_main_process:
         write_json(out / "training.json", summary)
     accelerator.wait_for_everyone()

@@ -1,22 +1,21 @@
-"""From samples to packed rows, each decided by its number alone, so that training resumes anywhere."""
+"""From samples to packed batches, each decided by its number alone, so that training resumes anywhere."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graft_inference import GraftError
+from graft_inference.errors import GraftError
 from graft_train.data.samples import Sample
-from graft_train.distill.layout import Layout, make_layout
 from graft_train.processes import say
 
 OPEN_BATCHES = 64
-"""Batches that still take rows while packing; more would fill little better, and slower."""
+"""Batches that still take samples while packing; more would fill little better, and slower."""
 
 
 @dataclass
-class Row:
-    """A sample as one sequence.
+class TokenSample:
+    """A sample as tensors, cut to the length that is trained on.
 
     Attributes:
         tokens_S: prompt and answer, or a conversation, int64.
@@ -28,18 +27,20 @@ class Row:
 
 
 @dataclass
-class Batch:
-    """Rows one behind the other, without padding.
+class PackedBatch:
+    """Samples one behind the other, without padding: a micro-batch.
 
     Attributes:
-        rows: which rows these are.
-        answer_tokens: how many of the tokens are the answers'.
+        samples: the numbers of these samples.
+        lengths: tokens of each, in the same order.
+        tokens_S: int64.
+        loss_mask_S: bool, the answers' tokens; on the CPU, where it is decided which positions are trained.
     """
 
-    rows: list[int]
+    samples: list[int]
+    lengths: list[int]
     tokens_S: Tensor
-    layout: Layout
-    answer_tokens: int
+    loss_mask_S: Tensor
 
 
 def with_room(samples: list[Sample], max_length: int) -> list[Sample]:
@@ -63,8 +64,8 @@ def with_room(samples: list[Sample], max_length: int) -> list[Sample]:
     return kept
 
 
-def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row]:
-    """One row a sample; longer ones are cut (see `Sample.cut`), which is said.
+def to_tensors(samples: list[Sample], max_length: int, vocab_size: int) -> list[TokenSample]:
+    """Turns samples into tensors; longer ones are cut (see `Sample.cut`), which is said.
 
     A draft reads one token of an answer and predicts the next, so an answer of one token teaches nothing.
 
@@ -74,7 +75,7 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
     Raises:
         GraftError: names the sample that holds a token the target lacks; or no answer has two tokens.
     """
-    rows, cut, mute = [], 0, 0
+    tensors, cut, mute = [], 0, 0
     for sample in samples:
         kept = sample.cut(max_length)
         assert kept is not None
@@ -84,8 +85,8 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
                 "these answers were regenerated with another target"
             )
         cut += kept is not sample
-        rows.append(Row(torch.tensor(kept.ids, dtype=torch.long), kept.loss_mask_S))
-        mute += not (rows[-1].loss_mask_S[1:-1] & rows[-1].loss_mask_S[2:]).any()
+        tensors.append(TokenSample(torch.tensor(kept.ids, dtype=torch.long), kept.loss_mask_S))
+        mute += not (kept.loss_mask_S[1:-1] & kept.loss_mask_S[2:]).any()
     if cut:
         say(f"distill: {cut} of {len(samples)} samples are longer than head.max_length={max_length} and were cut")
     if mute == len(samples):
@@ -95,36 +96,37 @@ def to_rows(samples: list[Sample], max_length: int, vocab_size: int) -> list[Row
         )
     if mute:
         say(f"distill: {mute} of {len(samples)} samples have answers of one token, which teach nothing")
-    return rows
+    return tensors
 
 
 def hold_out(samples: list[Sample], most: int, seed: int) -> tuple[list[int], list[int]]:
-    """At most so many rows for validation, and those to train on: a document's rows share text and stay together.
+    """At most so many samples for validation, and those to train on: those of a document share text, stay together.
 
-    Where every document has more rows, the smallest gives some for validation and none to train on; a single one both.
+    Where every document has more samples, the smallest gives some for validation and none to train on; a single one
+    both.
     """
     documents: dict[str, list[int]] = {}
-    for row, sample in enumerate(samples):
-        documents.setdefault(sample.document, []).append(row)
-    rows = list(documents.values())
+    for number, sample in enumerate(samples):
+        documents.setdefault(sample.document, []).append(number)
+    groups = list(documents.values())
     validation: list[int] = []
     training: list[int] = []
     generator = torch.Generator().manual_seed(seed)
-    for place in torch.randperm(len(rows), generator=generator).tolist():
-        fits = len(validation) + len(rows[place]) <= most
-        (validation if fits else training).extend(rows[place])
+    for place in torch.randperm(len(groups), generator=generator).tolist():
+        fits = len(validation) + len(groups[place]) <= most
+        (validation if fits else training).extend(groups[place])
     if not validation and most:
-        smallest = min(rows, key=len)
+        smallest = min(groups, key=len)
         validation = smallest[:most]
-        left_out = set(validation if len(rows) == 1 else smallest)
-        training = [row for row in training if row not in left_out]
+        left_out = set(validation if len(groups) == 1 else smallest)
+        training = [number for number in training if number not in left_out]
     # The first of them are decoded: of many documents, not of one.
     order = torch.randperm(len(validation), generator=generator).tolist()
     return [validation[place] for place in order], training
 
 
 def plan_batches(lengths: list[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
-    """Row numbers of every batch of the training, each epoch in an order of its own."""
+    """The samples' numbers of every batch of the training, each epoch in an order of its own."""
     plan = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -133,23 +135,23 @@ def plan_batches(lengths: list[int], batch_tokens: int, epochs: int, seed: int) 
 
 
 def pack(lengths: list[int], order: list[int], batch_tokens: int) -> list[list[int]]:
-    """First fit: batches of at most `batch_tokens` tokens, or of one longer row, in about this order."""
+    """First fit: batches of at most `batch_tokens` tokens, or of one longer sample, in about this order."""
     batches: list[list[int]] = []
     used: list[int] = []
-    for row in order:
+    for number in order:
         for place in range(max(0, len(batches) - OPEN_BATCHES), len(batches)):
-            if used[place] + lengths[row] <= batch_tokens:
-                batches[place].append(row)
-                used[place] += lengths[row]
+            if used[place] + lengths[number] <= batch_tokens:
+                batches[place].append(number)
+                used[place] += lengths[number]
                 break
         else:
-            batches.append([row])
-            used.append(lengths[row])
+            batches.append([number])
+            used.append(lengths[number])
     return batches
 
 
-def collate(rows: list[Row], chosen: list[int], device: torch.device) -> Batch:
-    tokens_S = torch.cat([rows[row].tokens_S for row in chosen])
-    loss_mask_S = torch.cat([rows[row].loss_mask_S for row in chosen])
-    layout = make_layout([len(rows[row].tokens_S) for row in chosen], loss_mask_S)
-    return Batch(chosen, tokens_S.to(device), layout.to(device), int(loss_mask_S.sum()))
+def collate(samples: list[TokenSample], chosen: list[int], device: torch.device) -> PackedBatch:
+    tokens_S = torch.cat([samples[number].tokens_S for number in chosen])
+    loss_mask_S = torch.cat([samples[number].loss_mask_S for number in chosen])
+    lengths = [len(samples[number].tokens_S) for number in chosen]
+    return PackedBatch(chosen, lengths, tokens_S.to(device), loss_mask_S)

@@ -1,6 +1,5 @@
 """Checkpoints of the training: written aside and renamed, the newest few kept, only one's own resumed from."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,20 +8,18 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from graft_inference import GraftError
-from graft_inference.heads.eagle3.model import DraftHead
+from graft_inference.errors import GraftError
 from graft_train.distill.parallel import zero_stage
 from graft_train.files import DENIED, sync_tree, write_json
 
 IDENTITY = "identity.json"
 
 
-def vocabulary_hash(head: DraftHead) -> str:
-    return hashlib.sha256(head.target_ids.cpu().numpy().tobytes()).hexdigest()[:16]
+def save_checkpoint(accelerator: Accelerator, identity: dict[str, Any], directory: Path, step: int, keep: int) -> None:
+    """Writes what accelerate saves (weights, optimizers, each rank's RNG); the step is in the directory's name.
 
-
-def save_checkpoint(accelerator: Accelerator, head: DraftHead, directory: Path, step: int, keep: int) -> None:
-    """What accelerate saves (weights, optimizers, each rank's RNG); the step is in the directory's name.
+    Args:
+        identity: of the head, see `Strategy.identity`.
 
     Raises:
         GraftError: it could not be written, as on a full disk. The checkpoints before it are as they were.
@@ -33,7 +30,7 @@ def save_checkpoint(accelerator: Accelerator, head: DraftHead, directory: Path, 
         accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(aside / IDENTITY, _identity(accelerator, head))
+            write_json(aside / IDENTITY, identity | _launch(accelerator))
             sync_tree(aside)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -52,7 +49,7 @@ def save_checkpoint(accelerator: Accelerator, head: DraftHead, directory: Path, 
     accelerator.wait_for_everyone()
 
 
-def resume_checkpoint(accelerator: Accelerator, head: DraftHead, directory: Path, resume: str) -> int:
+def resume_checkpoint(accelerator: Accelerator, identity: dict[str, Any], directory: Path, resume: str) -> int:
     """Loads the last whole checkpoint. Returns the steps it had done; 0 without one.
 
     Raises:
@@ -67,7 +64,7 @@ def resume_checkpoint(accelerator: Accelerator, head: DraftHead, directory: Path
     found = checkpoints(directory)
     if not found:
         return 0
-    _check(found[-1], _identity(accelerator, head))
+    _check(found[-1], identity, _launch(accelerator))
     accelerator.load_state(str(found[-1]))
     return int(found[-1].name.removeprefix("step-"))
 
@@ -77,22 +74,18 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.suffix != ".partial")
 
 
-def _identity(accelerator: Accelerator, head: DraftHead) -> dict[str, Any]:
-    return {
-        "head": head.config.to_dict(),
-        "draft_vocabulary": vocabulary_hash(head),
-        "zero_stage": zero_stage(accelerator),
-        "processes": accelerator.num_processes,
-    }
+def _launch(accelerator: Accelerator) -> dict[str, Any]:
+    return {"zero_stage": zero_stage(accelerator), "processes": accelerator.num_processes}
 
 
-def _check(checkpoint: Path, own: dict[str, Any]) -> None:
+def _check(checkpoint: Path, identity: dict[str, Any], launch: dict[str, Any]) -> None:
+    own = identity | launch
     try:
         found = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
         differing = [name for name in own if found[name] != own[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GraftError(f"{checkpoint} is no checkpoint of a head ({error}); delete it") from error
-    for name in ("head", "draft_vocabulary"):
+    for name in identity:
         if name in differing:
             raise GraftError(
                 f"{checkpoint} belongs to another head: its {name} is {found[name]}, not {own[name]}. Use another "

@@ -6,7 +6,7 @@ p is the target's distribution over the draft vocabulary, q the head's. C positi
 import torch
 from torch import Tensor
 
-from graft_inference import GraftError
+from graft_inference.errors import GraftError
 from graft_train.config.head import LOSSES
 
 

@@ -1,5 +1,6 @@
 """Which tokens a draft head can propose: the most frequent ones of the target's own answers."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,10 @@ def coverage(samples: list[Sample], token_ids_D: Tensor, vocab_size: int) -> flo
     """Share of the answers' tokens that are among `token_ids_D`."""
     counts_V = _counts(samples, vocab_size)
     return counts_V[token_ids_D.cpu()].sum().item() / max(1, counts_V.sum().item())
+
+
+def vocabulary_hash(token_ids_D: Tensor) -> str:
+    return hashlib.sha256(token_ids_D.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _counts(samples: list[Sample], vocab_size: int) -> Tensor:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from graft_inference import GraftError
-from graft_inference.heads.eagle3.model import DraftHead
+from graft_inference.errors import GraftError
 from graft_train.config.head import HeadTrainConfig
-from graft_train.distill.loss import CHUNK
+from graft_train.data.sharded import count_parameters, held_bytes
+from graft_train.distill.strategy import Strategy
 
-OOM_ADVICE = "lower head.batch_tokens or head.max_length, then head.ttt_steps or head.draft_vocab_size"
+OOM_ADVICE = "lower head.batch_tokens or head.max_length, then head.draft_vocab_size or head.ttt_steps"
 
 
 @dataclass
@@ -21,53 +21,45 @@ class Estimate:
     """Bytes by what holds them on one device, and arithmetic of one optimizer step on it.
 
     Attributes:
-        states: of all the batches that a device takes per step, which are held together.
+        states: of all the micro-batches that a device takes per step, which are held together.
+        activations: of the head's passes over one of them.
     """
 
     target: int
     head: int
     states: int
-    unroll: int
+    activations: int
     loss: int
     flops: float
 
     @property
     def total(self) -> int:
-        return self.target + self.head + self.states + self.unroll + self.loss
+        return self.target + self.head + self.states + self.activations + self.loss
 
     def __str__(self) -> str:
-        parts = ("target", "head", "states", "unroll", "loss")
+        parts = ("target", "head", "states", "activations", "loss")
         return ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in parts)
 
 
-def estimate_training(
-    head: DraftHead, target_parameters: int, target_bytes: int, settings: HeadTrainConfig, batches: int, answered: float
-) -> Estimate:
+def estimate_training(strategy: Strategy, settings: HeadTrainConfig, batches: int, answered: float) -> Estimate:
     """From shapes alone.
 
     Args:
-        answered: share of the columns in which a draft starts.
+        batches: micro-batches of an optimizer step on one device.
+        answered: share of the tokens that are answers.
     """
-    config, steps = head.config, settings.ttt_steps
-    parameters = sum(parameter.numel() for parameter in head.parameters())
-    tokens, columns = settings.batch_tokens, settings.batch_tokens * answered
+    target, tokens = strategy.target, settings.batch_tokens
+    cost = strategy.cost(tokens, answered)
     compute = 2 if settings.mixed_precision == "bf16" else 4
-    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-    kept = 12 * hidden + 4 * queries + 3 * config.intermediate_size  # activations of one column, by their widths
-    width = (len(config.aux_layer_ids) + 1) * hidden
-    outside = config.draft_vocab_size * hidden + len(config.aux_layer_ids) * hidden**2
-    layer = parameters - outside
-    per_batch = 6 * (layer * (tokens + (steps - 1) * columns) + len(config.aux_layer_ids) * hidden**2 * tokens)
-    per_batch += 6 * config.draft_vocab_size * hidden * columns * steps
-    if settings.states == "online":
-        per_batch += 2 * target_parameters * tokens
+    width = (len(target.aux_layer_ids) + 1) * target.config.hidden_size
+    reading = 2 * count_parameters(target.model) * tokens if settings.states == "online" else 0
     return Estimate(
-        target=target_bytes,
-        head=16 * parameters,  # weights, gradients and AdamW's two moments in fp32
+        target=held_bytes(target.model),
+        head=16 * sum(parameter.numel() for parameter in strategy.head.parameters()),  # and gradients, AdamW's moments
         states=int(batches * tokens * width * compute),
-        unroll=int(kept * compute * (tokens + (steps - 1) * columns)),
-        loss=4 * (4 * CHUNK * steps * config.draft_vocab_size + 2 * config.draft_vocab_size * hidden),
-        flops=float(batches * per_batch),
+        activations=int(cost.activations * compute),
+        loss=int(4 * cost.loss),
+        flops=float(batches * (cost.flops + reading)),
     )
 
 

@@ -5,76 +5,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from graft_inference import GraftError
-from graft_inference.heads.eagle3.model import DraftHead
+from graft_inference.errors import GraftError
 from graft_train.config.head import HeadTrainConfig
-from graft_train.data.states import TappedTarget, TargetStates
-from graft_train.distill.batches import Batch, Row, collate, pack, plan_batches
+from graft_train.distill.batches import TokenSample, collate, pack, plan_batches
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
-from graft_train.distill.layout import Layout
-from graft_train.distill.loss import (
-    StepSums,
-    TaughtPositions,
-    Teacher,
-    distillation_loss,
-    final_state_teacher,
-    taught_positions,
-    top_logits_teacher,
-)
+from graft_train.distill.metrics import StepSums
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource
-from graft_train.distill.unroll import unroll
-
-
-class Distiller(nn.Module):
-    """Head, unroll and loss behind one forward, as data-parallel wrappers want it.
-
-    Args:
-        lm_head_VH: the target's.
-    """
-
-    teacher_DH: Tensor
-
-    def __init__(self, head: DraftHead, lm_head_VH: Tensor, steps: int, loss: str) -> None:
-        super().__init__()
-        self.head = head
-        self.steps = steps
-        self.loss = loss
-        self.register_buffer("teacher_DH", lm_head_VH[head.target_ids.to(lm_head_VH.device)], persistent=False)
-
-    def forward(
-        self, embedding_SH: Tensor, states: TargetStates, taught: TaughtPositions, layout: Layout, coefficient_K: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The loss and `StepSums.stack()` of one batch."""
-        dtype = self.head.fc.weight.dtype
-        outputs = unroll(self.head, embedding_SH.to(dtype), states.aux_SE.to(dtype), layout, self.steps)
-        loss, sums = distillation_loss(self.head, outputs, self._teacher(states), taught, coefficient_K, self.loss)
-        return loss, sums.stack()
-
-    def _teacher(self, states: TargetStates) -> Teacher:
-        if states.final_SH is not None:
-            return final_state_teacher(states.final_SH.to(self.teacher_DH.dtype), self.teacher_DH)
-        assert states.top_ids_SM is not None
-        assert states.top_logits_SM is not None
-        vocab_size = self.head.config.vocab_size
-        return top_logits_teacher(states.top_ids_SM, states.top_logits_SM, self.head.target_ids, vocab_size)
-
-
-@dataclass
-class Prepared:
-    """A batch with the target's states, ready for the head."""
-
-    batch: Batch
-    states: TargetStates
-    taught: TaughtPositions
+from graft_train.distill.strategy import Prepared, Strategy
 
 
 @dataclass
@@ -82,76 +27,73 @@ class Training:
     """What training needs to go on: everything but weights and optimizers follows from the step's number.
 
     Attributes:
+        strategy: of the head's family.
+        wrapped: the same, as data-parallel training calls it.
         measure: the acceptance length in the engine; None where it is not measured.
     """
 
     accelerator: Accelerator
-    distiller: nn.Module
+    strategy: Strategy
+    wrapped: nn.Module
     optimizers: list[torch.optim.Optimizer]
-    target: TappedTarget
     source: StateSource
-    rows: list[Row]
+    samples: list[TokenSample]
     settings: HeadTrainConfig
     seed: int = 0
     measure: Callable[[], float] | None = field(default=None)
 
-    @property
-    def head(self) -> DraftHead:
-        return self.accelerator.unwrap_model(self.distiller).head
-
-    def prepare(self, chosen: list[int], number: int | None = None) -> Prepared:
-        """Runs the target; a training batch's number draws its noise, on whatever process it falls."""
-        batch = collate(self.rows, chosen, self.accelerator.device)
+    def prepare(self, chosen: list[int], number: int, noise: float = 0.0) -> Prepared:
+        """Runs the target; a micro-batch's number draws what is drawn for it, on whatever process it falls."""
+        batch, seed = collate(self.samples, chosen, self.accelerator.device), self.seed * 1_000_003 + number
         states = self.source(batch)
-        if number is not None and self.settings.feature_noise:
-            states.aux_SE = noisy(states.aux_SE, self.settings.feature_noise, self.seed * 1_000_003 + number)
-        kept_V = getattr(self.head, "t2d", None)
-        skip, steps = self.settings.skip_out_of_vocabulary, self.settings.ttt_steps
-        return Prepared(batch, states, taught_positions(batch.layout, states.choice_S, kept_V, steps, skip))
+        if noise:
+            states.aux_SE = noisy(states.aux_SE, noise, seed)
+        return self.strategy.prepare(batch, states, seed)
 
     def prepare_share(self, batches: dict[int, list[int]]) -> list[Prepared]:
-        """This process's batches; a target that all processes compute together reads the others' as well."""
+        """This process's micro-batches; a target that all processes compute together reads the others' as well."""
         share = []
         for place, (number, chosen) in enumerate(batches.items()):
             own = place % self.accelerator.num_processes == self.accelerator.process_index
-            if own or self.target.is_parallel:
-                prepared = self.prepare(chosen, number)
+            if own or self.strategy.target.is_parallel:
+                prepared = self.prepare(chosen, number, self.settings.feature_noise)
             if own:
                 share.append(prepared)
         return share
 
     def run(self, prepared: Prepared, coefficient_K: Tensor) -> tuple[Tensor, Tensor]:
-        embedding_SH = self.target.embed(prepared.batch.tokens_S).to(self.accelerator.device)
-        layout = prepared.batch.layout
-        return self.distiller(embedding_SH, prepared.states, prepared.taught, layout, coefficient_K)
+        """The loss of a micro-batch, 0-d, and its `StepSums.stack()`."""
+        embedding_SH = self.strategy.target.embed(prepared.batch.tokens_S[None])[0]
+        return self.wrapped(prepared, embedding_SH.to(self.accelerator.device), coefficient_K)
 
 
 def start_training(
     accelerator: Accelerator,
-    head: DraftHead,
-    target: TappedTarget,
+    strategy: Strategy,
     source: StateSource,
-    rows: list[Row],
+    samples: list[TokenSample],
     settings: HeadTrainConfig,
     seed: int = 0,
 ) -> Training:
-    distiller = Distiller(head, target.lm_head_VH, settings.ttt_steps, settings.loss).to(accelerator.device)
-    frequencies: Any = head.rotary_emb.inv_freq.clone()
-    wrapped, *optimizers = accelerator.prepare(distiller, *make_optimizers(head, settings))
+    strategy = strategy.to(accelerator.device)
+    exact = {name: buffer.clone() for name, buffer in strategy.head.named_buffers() if buffer.is_floating_point()}
+    wrapped, *optimizers = accelerator.prepare(strategy, *make_optimizers(strategy.head, settings))
     # DeepSpeed casts buffers to bf16 too, and RoPE would lose its positions.
-    head.rotary_emb.inv_freq = frequencies.to(accelerator.device)
-    return Training(accelerator, wrapped, optimizers, target, source, rows, settings, seed)
+    for name, buffer in exact.items():
+        owner, _, own = name.rpartition(".")
+        setattr(strategy.head.get_submodule(owner), own, buffer)
+    return Training(accelerator, strategy, wrapped, optimizers, source, samples, settings, seed)
 
 
 def plan_training(
-    rows: list[Row], chosen: list[int], settings: HeadTrainConfig, seed: int
+    samples: list[TokenSample], chosen: list[int], settings: HeadTrainConfig, seed: int
 ) -> tuple[list[list[int]], int]:
-    """The batches of the whole training on the chosen rows, and how many optimizer steps they make.
+    """The batches of the whole training on the chosen samples, and how many optimizer steps they make.
 
     Raises:
         GraftError: fewer batches than one optimizer step takes.
     """
-    lengths = [len(rows[row].tokens_S) for row in chosen]
+    lengths = [len(samples[number].tokens_S) for number in chosen]
     plan = plan_batches(lengths, settings.batch_tokens, settings.epochs, seed)
     total = min(len(plan) // settings.batches_per_step, settings.max_steps or math.inf)
     if total < 1:
@@ -159,16 +101,17 @@ def plan_training(
             f"{len(chosen)} samples make {len(plan)} batches, fewer than the {settings.batches_per_step} of one "
             "optimizer step: lower head.batch_tokens or head.batches_per_step, or regenerate more"
         )
-    return [[chosen[row] for row in batch] for batch in plan], int(total)
+    return [[chosen[place] for place in batch] for batch in plan], int(total)
 
 
 def train(training: Training, plan: list[list[int]], total: int, out: Path, progress: Progress) -> None:
     """Takes `total` optimizer steps, from the last checkpoint in `out` if there is one."""
     settings, accelerator = training.settings, training.accelerator
     per_step = settings.batches_per_step
-    first = resume_checkpoint(accelerator, training.head, out / "checkpoints", settings.resume)
+    identity, checkpoints = training.strategy.identity(), out / "checkpoints"
+    first = resume_checkpoint(accelerator, identity, checkpoints, settings.resume)
     progress.begin(first, total)
-    training.distiller.train()
+    training.wrapped.train()
     for step in range(first, total):
         started = time.perf_counter()
         rate = learning_rate(step, total, settings)
@@ -180,7 +123,7 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
         progress.log(step + 1, sums, rate, tokens, seconds)
         # Before what may fail: measuring, and what is done between the last step and the head's file.
         if (step + 1) % settings.checkpoint_every == 0 or measure or step + 1 == total:
-            save_checkpoint(accelerator, training.head, out / "checkpoints", step + 1, settings.keep_checkpoints)
+            save_checkpoint(accelerator, identity, checkpoints, step + 1, settings.keep_checkpoints)
         if measure:
             progress.log_measured(step + 1, measure())
 
@@ -199,16 +142,14 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
     """
     accelerator, settings = training.accelerator, training.settings
     prepared = training.prepare_share(batches)
-    trained_K = torch.stack([one.taught.trained_NK.sum(0) for one in prepared]).sum(0)
-    trained_K = accelerator.reduce(trained_K, "sum")
-    weight_K = torch.tensor(settings.weights(), device=trained_K.device)
+    trained_K = accelerator.reduce(torch.stack([one.trained_K for one in prepared]).sum(0), "sum")
     # Data-parallel gradients are means over the processes, and this is a sum.
-    coefficient_K = weight_K / trained_K.clamp(min=1) * accelerator.num_processes
+    coefficient_K = training.strategy.coefficients(trained_K) * accelerator.num_processes
 
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    sums_6K = torch.zeros(6, settings.ttt_steps, dtype=torch.float64, device=trained_K.device)
+    sums_6K = torch.zeros(6, training.strategy.steps, dtype=torch.float64, device=trained_K.device)
     for one in prepared:
         last = one is prepared[-1]
         # DeepSpeed takes the optimizer step within the last backward, and asks accelerate which that is.
@@ -217,12 +158,12 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
             loss, batch_sums_6K = training.run(one, coefficient_K)
             accelerator.backward(loss)
         else:
-            with accelerator.no_sync(training.distiller):
+            with accelerator.no_sync(training.wrapped):
                 loss, batch_sums_6K = training.run(one, coefficient_K)
                 accelerator.backward(loss)
         sums_6K += batch_sums_6K
     sums_6K = accelerator.reduce(sums_6K, "sum")
-    norm = accelerator.clip_grad_norm_(training.distiller.parameters(), settings.clip)
+    norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), settings.clip)
     # DeepSpeed has clipped already, and says nothing or a number.
     if not (torch.isfinite(sums_6K).all() and (norm is None or math.isfinite(norm))):
         raise GraftError(
@@ -233,7 +174,7 @@ def train_step(training: Training, batches: dict[int, list[int]], rate: float) -
     for optimizer in training.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    tokens = torch.tensor(float(sum(one.batch.answer_tokens for one in prepared)), device=sums_6K.device)
+    tokens = torch.tensor(float(sum(int(one.batch.loss_mask_S.sum()) for one in prepared)), device=sums_6K.device)
     return StepSums.unstack(sums_6K), int(accelerator.reduce(tokens, "sum"))
 
 
@@ -246,12 +187,13 @@ def noisy(aux_SE: Tensor, share: float, seed: int) -> Tensor:
 
 @torch.no_grad()
 def validate(training: Training, chosen: list[int]) -> StepSums:
-    """Teacher-forced loss and acceptance on rows that were not trained on. Every process measures all."""
-    settings = training.settings
-    training.distiller.eval()
-    coefficient_K = torch.ones(settings.ttt_steps, device=training.accelerator.device)
-    sums_6K = torch.zeros(6, settings.ttt_steps, dtype=torch.float64, device=coefficient_K.device)
-    batches = pack([len(row.tokens_S) for row in training.rows], chosen, settings.batch_tokens)
-    for batch in tqdm(batches, desc="validate", leave=False, disable=not training.accelerator.is_main_process):
-        sums_6K += training.run(training.prepare(batch), coefficient_K)[1]
+    """Teacher-forced loss and acceptance on samples that were not trained on. Every process measures all."""
+    training.wrapped.eval()
+    steps, device = training.strategy.steps, training.accelerator.device
+    coefficient_K = torch.ones(steps, device=device)
+    sums_6K = torch.zeros(6, steps, dtype=torch.float64, device=device)
+    batches = pack([len(sample.tokens_S) for sample in training.samples], chosen, training.settings.batch_tokens)
+    shown = tqdm(batches, desc="validate", leave=False, disable=not training.accelerator.is_main_process)
+    for number, batch in enumerate(shown):
+        sums_6K += training.run(training.prepare(batch, number), coefficient_K)[1]
     return StepSums.unstack(sums_6K)

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from graft_inference import GraftError
+from graft_inference.errors import GraftError
 from graft_train.accelerator import is_set, new_accelerator
 from graft_train.config.head import HeadTrainConfig
 
@@ -53,8 +53,8 @@ def make_accelerator(settings: HeadTrainConfig, device: torch.device, out: Path)
         }
     if settings.batches_per_step % accelerator.num_processes:
         raise GraftError(
-            f"head.batches_per_step={settings.batches_per_step} rows cannot be shared by {accelerator.num_processes} "
-            f"processes: set a multiple of their number, such as {accelerator.num_processes}"
+            f"head.batches_per_step={settings.batches_per_step}: so many micro-batches cannot be shared by "
+            f"{accelerator.num_processes} processes: set a multiple of them, such as {accelerator.num_processes}"
         )
     if settings.shard_target == "zero3" and zero_stage(accelerator) != 3:
         raise GraftError(

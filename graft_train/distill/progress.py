@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from graft_train.config.head import HeadTrainConfig
-from graft_train.distill.loss import StepSums
+from graft_train.distill.metrics import StepSums
 from graft_train.files import write_text
 from graft_train.processes import say
 
@@ -106,7 +106,7 @@ class Progress:
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:
-    """Lists become one curve per unroll step: loss/0, loss/1, ..."""
+    """Lists become one curve per draft step: loss/0, loss/1, ..."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):

@@ -1,8 +1,8 @@
 """Where a batch's target states come from: the target itself, host memory, or shards on disk.
 
-On disk: `index.json` and `shard-NNNNN.safetensors` with `taps`, `choice`, and either `final` or `top_ids` and
-`top_logits` of some rows, one behind the other, read memory-mapped. The index names the target (its tokenizer
-included) and the samples they are of, and each row's shard and place; it is written last, so that what has an
+On disk: `index.json` and `shard-NNNNN.safetensors` with `aux`, `choice`, and either `final` or `top_ids` and
+`top_logits` of some samples, one behind the other, read memory-mapped. The index names the target (its tokenizer
+included) and the samples they are of, and each one's shard and place; it is written last, so that what has an
 index is whole.
 """
 
@@ -22,18 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from graft_inference import GraftError
+from graft_inference.errors import GraftError
 from graft_inference.files import replace_file
-from graft_train.data.states import TappedTarget, TargetStates
-from graft_train.distill.batches import Batch, Row, pack
+from graft_train.data.states import PackedTarget, TargetStates
+from graft_train.distill.batches import PackedBatch, TokenSample, pack
 from graft_train.files import remove, sweep, sync_tree, told, write_json
 from graft_train.processes import say
 
-StateSource = Callable[[Batch], TargetStates]
+StateSource = Callable[[PackedBatch], TargetStates]
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 15
 PARTS = {
-    "taps": "aux_SE",
+    "aux": "aux_SE",
     "choice": "choice_S",
     "final": "final_SH",
     "top_ids": "top_ids_SM",
@@ -42,20 +42,20 @@ PARTS = {
 """Of a shard, and of `TargetStates`."""
 
 
-def online_states(target: TappedTarget) -> StateSource:
+def online_states(target: PackedTarget) -> StateSource:
     """Runs the target over every batch."""
-    return lambda batch: target.states(batch.tokens_S, batch.layout.lengths)
+    return lambda batch: target.states(batch.tokens_S, batch.lengths)
 
 
-def memory_states(target: TappedTarget, rows: list[Row], batch_tokens: int) -> StateSource:
-    """Runs the target once over all rows and keeps what it made of them in host memory.
+def memory_states(target: PackedTarget, samples: list[TokenSample], batch_tokens: int) -> StateSource:
+    """Runs the target once over all samples and keeps what it made of them in host memory.
 
     The batches of this pass are fixed, so that the states are the same to the bit when training resumes.
 
     Raises:
         GraftError: more than the memory holds.
     """
-    needed = _stored_bytes(target, rows, target.model.dtype) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = _stored_bytes(target, samples, target.model.dtype) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = psutil.virtual_memory().available
     if needed > free:
         raise GraftError(
@@ -64,17 +64,17 @@ def memory_states(target: TappedTarget, rows: list[Row], batch_tokens: int) -> S
         )
     memory = torch.device("cpu")
     cache: dict[int, TargetStates] = {}
-    for chosen in tqdm(_packs(rows, range(len(rows)), batch_tokens), desc="states", unit="batch", leave=False):
-        states, start = _run(target, rows, chosen).to(memory), 0
-        for row in chosen:
-            cache[row] = states.slice(start, start + len(rows[row].tokens_S))
-            start += len(rows[row].tokens_S)
-    return lambda batch: TargetStates.cat([cache[row] for row in batch.rows]).to(batch.tokens_S.device)
+    for chosen in tqdm(_packs(samples, range(len(samples)), batch_tokens), desc="states", unit="batch", leave=False):
+        states, start = _run(target, samples, chosen).to(memory), 0
+        for number in chosen:
+            cache[number] = states.slice(start, start + len(samples[number].tokens_S))
+            start += len(samples[number].tokens_S)
+    return lambda batch: TargetStates.cat([cache[number] for number in batch.samples]).to(batch.tokens_S.device)
 
 
 def disk_states(
-    target: TappedTarget,
-    rows: list[Row],
+    target: PackedTarget,
+    samples: list[TokenSample],
     batch_tokens: int,
     directory: Path,
     fingerprint: str,
@@ -82,7 +82,7 @@ def disk_states(
     accelerator: Accelerator,
     top: int | None = None,
 ) -> StateSource:
-    """Writes what the target makes of all rows to `directory`, unless it is there, and reads it from there.
+    """Writes what the target makes of all samples to `directory`, unless it is there, and reads it from there.
 
     Every process writes its share of the shards; one that is there whole is not written again. Any number of
     processes reads them.
@@ -96,15 +96,12 @@ def disk_states(
         GraftError: the states there are of another target, tokenizer or samples, the disk is too small, or `top` is
             more than there is.
     """
-    stored, known = (
-        getattr(torch, dtype) if dtype else target.model.dtype,
-        target.model.config.get_text_config().vocab_size,
-    )
+    stored, known = getattr(torch, dtype) if dtype else target.model.dtype, target.config.vocab_size
     if top is not None and top > known:
         raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
     identity = {
         "target": fingerprint,
-        "samples": hash_of(rows),
+        "samples": hash_of(samples),
         "aux_layer_ids": list(target.aux_layer_ids),
         "dtype": str(stored).removeprefix("torch."),
         "top_k": top,
@@ -112,31 +109,31 @@ def disk_states(
     partial = directory.with_name(f"{directory.name}.partial")
     if not (directory / INDEX).exists():
         with told(partial):
-            _write(target, rows, batch_tokens, partial, identity, stored, accelerator, top)
+            _write(target, samples, batch_tokens, partial, identity, stored, accelerator, top)
         if accelerator.is_main_process:
             sync_tree(partial)
             partial.rename(directory)
         accelerator.wait_for_everyone()
-    places = _read_index(directory, identity, len(rows))
+    places = _read_index(directory, identity, len(samples))
     files: dict[int, Any] = {}
 
-    def read(row: int) -> TargetStates:
-        shard, start, end = places[row]
+    def read(number: int) -> TargetStates:
+        shard, start, end = places[number]
         if shard not in files:
             files[shard] = open_shard(directory, shard)
         parts = {PARTS[name]: files[shard].get_slice(name)[start:end] for name in files[shard].keys()}  # noqa: SIM118
         return TargetStates(**parts).map(lambda tensor: _as(tensor, target.model.dtype, torch.long))
 
-    return lambda batch: TargetStates.cat([read(row) for row in batch.rows]).to(batch.tokens_S.device)
+    return lambda batch: TargetStates.cat([read(number) for number in batch.samples]).to(batch.tokens_S.device)
 
 
-def _packs(rows: list[Row], chosen: Any, batch_tokens: int) -> list[list[int]]:
-    return pack([len(row.tokens_S) for row in rows], list(chosen), batch_tokens)
+def _packs(samples: list[TokenSample], chosen: Any, batch_tokens: int) -> list[list[int]]:
+    return pack([len(sample.tokens_S) for sample in samples], list(chosen), batch_tokens)
 
 
-def _run(target: TappedTarget, rows: list[Row], chosen: list[int], top: int | None = None) -> TargetStates:
-    tokens_S = torch.cat([rows[row].tokens_S for row in chosen]).to(target.model.device)
-    return target.states(tokens_S, [len(rows[row].tokens_S) for row in chosen], top)
+def _run(target: PackedTarget, samples: list[TokenSample], chosen: list[int], top: int | None = None) -> TargetStates:
+    tokens_S = torch.cat([samples[number].tokens_S for number in chosen]).to(target.model.device)
+    return target.states(tokens_S, [len(samples[number].tokens_S) for number in chosen], top)
 
 
 def _as(tensor: Tensor, real: torch.dtype, whole: torch.dtype) -> Tensor:
@@ -144,8 +141,8 @@ def _as(tensor: Tensor, real: torch.dtype, whole: torch.dtype) -> Tensor:
 
 
 def _write(
-    target: TappedTarget,
-    rows: list[Row],
+    target: PackedTarget,
+    samples: list[TokenSample],
     batch_tokens: int,
     partial: Path,
     identity: dict[str, Any],
@@ -153,9 +150,9 @@ def _write(
     accelerator: Accelerator,
     top: int | None,
 ) -> None:
-    shards = _packs(rows, range(len(rows)), max(SHARD_TOKENS, batch_tokens))
+    shards = _packs(samples, range(len(samples)), max(SHARD_TOKENS, batch_tokens))
     if accelerator.is_main_process:
-        _check_disk(target, rows, partial, dtype, top)
+        _check_disk(target, samples, partial, dtype, top)
         begun, cut = partial / "identity.json", identity | {"shards": shards}
         if not begun.exists() or json.loads(begun.read_text(encoding="utf-8")) != cut:
             remove(partial)  # a kill may have left shards of another cut without what says so
@@ -166,10 +163,10 @@ def _write(
     missing = [number for number in range(len(shards)) if not _shard(partial, number).exists()]
     accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    passes = {number: _cut(rows, shards[number], batch_tokens) for number in missing}
+    passes = {number: _cut(samples, shards[number], batch_tokens) for number in missing}
     read = missing if target.is_parallel else mine
     for number in tqdm(read, desc="states", unit="shard", disable=not accelerator.is_main_process):
-        states = [_run(target, rows, chosen, top) for chosen in passes[number]]
+        states = [_run(target, samples, chosen, top) for chosen in passes[number]]
         if number not in mine:
             continue
         path = _shard(partial, number)
@@ -190,7 +187,8 @@ def _write(
         target.run_idly(max(times) - times[accelerator.process_index])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(partial / INDEX, identity | {"shards": shards, "lengths": [len(row.tokens_S) for row in rows]})
+        lengths = [len(sample.tokens_S) for sample in samples]
+        write_json(partial / INDEX, identity | {"shards": shards, "lengths": lengths})
     accelerator.wait_for_everyone()
 
 
@@ -198,21 +196,23 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     replace_file(path, lambda aside: save_file(tensors, str(aside)))
 
 
-def _cut(rows: list[Row], chosen: list[int], batch_tokens: int) -> list[list[int]]:
-    """The rows of a shard in their order, cut into what the target reads at a time."""
+def _cut(samples: list[TokenSample], chosen: list[int], batch_tokens: int) -> list[list[int]]:
+    """The samples of a shard in their order, cut into what the target reads at a time."""
     batches: list[list[int]] = [[]]
     used = 0
-    for row in chosen:
-        used += len(rows[row].tokens_S)
+    for number in chosen:
+        used += len(samples[number].tokens_S)
         if batches[-1] and used > batch_tokens:
             batches.append([])
-            used = len(rows[row].tokens_S)
-        batches[-1].append(row)
+            used = len(samples[number].tokens_S)
+        batches[-1].append(number)
     return batches
 
 
-def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: torch.dtype, top: int | None) -> None:
-    tokens, needed = sum(len(row.tokens_S) for row in rows), _stored_bytes(target, rows, dtype, top)
+def _check_disk(
+    target: PackedTarget, samples: list[TokenSample], partial: Path, dtype: torch.dtype, top: int | None
+) -> None:
+    tokens, needed = sum(len(sample.tokens_S) for sample in samples), _stored_bytes(target, samples, dtype, top)
     done = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     partial.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(partial.parent).free
@@ -227,16 +227,16 @@ def _check_disk(target: TappedTarget, rows: list[Row], partial: Path, dtype: tor
         )
 
 
-def _stored_bytes(target: TappedTarget, rows: list[Row], dtype: torch.dtype, top: int | None = None) -> int:
-    """Of the states of all rows, token ids as int32."""
-    hidden = target.model.config.get_text_config().hidden_size
+def _stored_bytes(target: PackedTarget, samples: list[TokenSample], dtype: torch.dtype, top: int | None = None) -> int:
+    """Of the states of all samples, token ids as int32."""
+    hidden = target.config.hidden_size
     predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
     per_token = len(target.aux_layer_ids) * hidden * dtype.itemsize + predicted + 4
-    return per_token * sum(len(row.tokens_S) for row in rows)
+    return per_token * sum(len(sample.tokens_S) for sample in samples)
 
 
 def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[tuple[int, int, int]]:
-    """Each row's shard, start and end."""
+    """Each sample's shard, start and end."""
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         differing = [f"{name}: {index[name]} -> {identity[name]}" for name in identity if index[name] != identity[name]]
@@ -251,13 +251,13 @@ def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[t
 
 
 def places_of(shards: list[list[int]], lengths: list[int], count: int) -> list[tuple[int, int, int]]:
-    """Each row's shard, start and end, from an index."""
+    """Each sample's shard, start and end, from an index."""
     places = [(0, 0, 0)] * count
     for shard, chosen in enumerate(shards):
         start = 0
-        for row in chosen:
-            places[row] = (shard, start, start + lengths[row])
-            start += lengths[row]
+        for number in chosen:
+            places[number] = (shard, start, start + lengths[number])
+            start += lengths[number]
     return places
 
 
@@ -273,8 +273,8 @@ def _shard(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.safetensors"
 
 
-def hash_of(rows: list[Row]) -> str:
+def hash_of(samples: list[TokenSample]) -> str:
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(len(row.tokens_S).to_bytes(8, "little") + row.tokens_S.numpy().tobytes())
+    for sample in samples:
+        digest.update(len(sample.tokens_S).to_bytes(8, "little") + sample.tokens_S.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -59,6 +59,6 @@ def test_release_gives_the_model_back(model):
     assert not any(layer._forward_hooks for layer in model.get_decoder().layers)
 
 
-def test_a_head_that_taps_too_deep_is_refused():
-    with pytest.raises(GraftError, match="taps layer 7, but the target has 4 layers"):
+def test_a_head_that_reads_a_layer_too_deep_is_refused():
+    with pytest.raises(GraftError, match=r"aux_layer_ids=\[0, 1, 7\]: the target has layers 0\.\.3"):
         Target(tiny_model("llama"), (0, 1, 7))

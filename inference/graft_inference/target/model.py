@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ class TargetOutput:
 
 
 class Target:
-    """A frozen causal LM with tree attention under it and taps on its layers.
+    """A frozen causal LM with tree attention under it, whose aux layers' outputs are kept.
+
+    The one place that knows which families work, how the aux hidden states are caught and how the model is given
+    back. Training reads packed batches with it (`graft_train.data.states.PackedTarget`), with an attention of its own.
 
     It may be spread over devices (`device_map`, tensor parallelism): inputs go to the device of its embeddings,
     and logits and taps come back there.
@@ -42,8 +45,11 @@ class Target:
         aux_layer_ids: layers whose outputs are kept, 0-based; empty for none.
 
     Raises:
-        GraftError: a family whose attention or cache cannot hold a tree.
+        GraftError: a family whose attention or cache cannot hold a tree, or a layer that is not there.
     """
+
+    attention_name: ClassVar[str] = ATTENTION
+    """Of what the model computes with meanwhile, as transformers knows it."""
 
     def __init__(self, model: PreTrainedModel, aux_layer_ids: tuple[int, ...] = ()) -> None:
         check_supported(model)
@@ -52,10 +58,10 @@ class Target:
         self.config = model.config.get_text_config()
         self._implementation = self.config._attn_implementation
         layers = model.get_decoder().layers
-        if aux_layer_ids and aux_layer_ids[-1] >= len(layers):
+        if not set(aux_layer_ids) <= set(range(len(layers))):
             raise GraftError(
-                f"the head taps layer {aux_layer_ids[-1]}, but the target has {len(layers)} layers: "
-                "this head was trained for another target"
+                f"aux_layer_ids={list(aux_layer_ids)}: the target has layers 0..{len(layers) - 1}; "
+                "a head that reads others was trained for another target"
             )
         if getattr(self.config, "attn_logit_softcapping", None) and self._implementation == "sdpa":
             warnings.warn(
@@ -66,16 +72,16 @@ class Target:
             self._reference = "eager"
         else:
             self._reference = self._implementation
-        self._taps: dict[int, Tensor] = {}
-        self._aux_layer_ids = aux_layer_ids
+        self._kept: dict[int, Tensor] = {}
+        self.aux_layer_ids = aux_layer_ids
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._hooks = [layers[index].register_forward_hook(self._keep(index)) for index in aux_layer_ids]
         with self.released_on_failure():
-            model.set_attn_implementation(ATTENTION)
+            model.set_attn_implementation(self.attention_name)
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[index] = output[0] if isinstance(output, tuple) else output
+            self._kept[index] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -112,7 +118,7 @@ class Target:
         try:
             yield self.model
         finally:
-            self.model.set_attn_implementation(ATTENTION)
+            self.model.set_attn_implementation(self.attention_name)
 
     @property
     def device(self) -> torch.device:
@@ -242,8 +248,12 @@ class Target:
         logits_NV = output.logits[0].to(tokens_N.device)
         if logits_of is not None and not only:
             logits_NV = logits_NV[logits_of]
-        taps = [self._taps[index][0].to(tokens_N.device) for index in self._aux_layer_ids]
-        return TargetOutput(logits_NV, torch.cat(taps, dim=-1) if taps else logits_NV.new_empty((len(tokens_N), 0)))
+        return TargetOutput(logits_NV, self._aux_states(tokens_N, logits_NV.dtype))
+
+    def _aux_states(self, tokens_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """The aux layers' outputs of the last pass, concatenated, [N, E], on the device of its tokens."""
+        kept = [self._kept[index][0].to(tokens_N.device) for index in self.aux_layer_ids]
+        return torch.cat(kept, dim=-1) if kept else tokens_N.new_empty((len(tokens_N), 0), dtype=dtype)
 
 
 def is_parallel(model: PreTrainedModel) -> bool:

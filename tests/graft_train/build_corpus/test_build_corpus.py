@@ -15,9 +15,9 @@ from graft_train.build_corpus import build_corpus, count_windows, describe_corpu
 from graft_train.build_corpus.captured import find_captured
 from graft_train.config.corpus import CorpusConfig
 from graft_train.data.samples import Sample, answered, append_samples, read_samples
-from graft_train.data.states import TappedTarget
+from graft_train.data.states import PackedTarget
 from graft_train.data.target import load_target
-from graft_train.distill.batches import to_rows
+from graft_train.distill.batches import to_tensors
 from graft_train.distill.state_source import disk_states
 from graft_train.files import write_json
 from graft_train.stage import fingerprint_of
@@ -175,8 +175,8 @@ def captured(config, tmp_path):
     model = load_target(config)
     config.head.max_length = 17
     samples = read_samples(tmp_path / "run" / "data" / "samples.jsonl", "train")
-    rows = to_rows(samples, config.head.max_length, VOCAB)
-    target = TappedTarget(model, (0, 1, 2))
+    rows = to_tensors(samples, config.head.max_length, VOCAB)
+    target = PackedTarget(model, (0, 1, 2))
     fingerprint = fingerprint_of(tmp_path / "run" / "target")
     disk_states(target, rows, 64, tmp_path / "run" / "states", fingerprint, None, Accelerator(cpu=True))
     return sum(len(row.tokens_S) == len(sample.ids) for row, sample in zip(rows, samples, strict=True))

@@ -6,7 +6,7 @@ from graft_inference import GraftError
 from graft_inference.target.kv_cache import TreeCache
 from graft_inference.target.model import Target
 from graft_train.data import states as states_module
-from graft_train.data.states import TappedTarget
+from graft_train.data.states import PackedTarget
 
 from ...graft_inference.families import family_model
 
@@ -22,7 +22,7 @@ def tiny() -> LlamaForCausalLM:
 def test_states_are_those_the_runtime_taps_whatever_stands_beside_them(monkeypatch):
     monkeypatch.setattr(states_module, "CHUNK", 3)
     tokens_S = torch.randint(31, (11,), generator=torch.Generator().manual_seed(1))
-    states = TappedTarget(tiny(), (0, 3)).states(tokens_S, [7, 4])
+    states = PackedTarget(tiny(), (0, 3)).states(tokens_S, [7, 4])
     runtime = Target(tiny(), (0, 3))
     for start, end in ((0, 7), (7, 11)):
         with torch.no_grad():
@@ -35,14 +35,14 @@ def test_final_state_times_lm_head_gives_the_logits():
     model = tiny()
     tokens_S = torch.randint(31, (9,))
     expected_SV = model(tokens_S[None]).logits[0].detach()
-    target = TappedTarget(model, (1,))
+    target = PackedTarget(model, (1,))
     logits_SV = target.states(tokens_S, [9]).final_SH @ target.lm_head_VH.T
     torch.testing.assert_close(logits_SV, expected_SV, atol=1e-5, rtol=1e-4)
 
 
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(GraftError, match=r"aux_layer_ids=\[1, 4\].*0\.\.3"):
-        TappedTarget(tiny(), (1, 4))
+        PackedTarget(tiny(), (1, 4))
 
 
 def test_a_target_that_changes_its_logits_is_refused():
@@ -54,7 +54,7 @@ def test_a_target_that_changes_its_logits_is_refused():
 
     model = Capped(tiny().config).eval()
     with pytest.raises(GraftError, match="Capped changes its logits"):
-        TappedTarget(model, (1,))
+        PackedTarget(model, (1,))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
@@ -64,6 +64,6 @@ def test_the_head_reads_the_embeddings_that_training_read_scaled_as_the_target_s
     tokens_BS = torch.randint(31, (1, 7))
     model = family_model(family, **capped)
     first_layer_BSH = model(tokens_BS, output_hidden_states=True).hidden_states[0]
-    trained_BSH = TappedTarget(model, (0, 3)).embed(tokens_BS)
+    trained_BSH = PackedTarget(model, (0, 3)).embed(tokens_BS)
     torch.testing.assert_close(trained_BSH, first_layer_BSH)
     torch.testing.assert_close(Target(model, (0, 3)).embed(tokens_BS), first_layer_BSH)

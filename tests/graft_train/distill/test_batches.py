@@ -3,11 +3,12 @@ import torch
 
 from graft_inference import GraftError
 from graft_train.data.samples import Sample, answered
-from graft_train.distill.batches import collate, hold_out, pack, plan_batches, to_rows, with_room
+from graft_train.distill.batches import collate, hold_out, pack, plan_batches, to_tensors, with_room
+from graft_train.distill.eagle3.layout import make_layout
 
 from .pair import VOCAB, samples
 
-ROWS = to_rows(samples(), 64, VOCAB)
+ROWS = to_tensors(samples(), 64, VOCAB)
 LENGTHS = [len(row.tokens_S) for row in ROWS]
 
 
@@ -53,23 +54,24 @@ def test_rows_lie_side_by_side_without_padding():
     first, second = samples()[0], samples()[5]
     parts = (first.prompt_ids, first.answer_ids, second.prompt_ids, second.answer_ids)
     assert batch.tokens_S.tolist() == [token for part in parts for token in part]
-    assert batch.layout.lengths == [LENGTHS[0], LENGTHS[5]]
-    assert batch.answer_tokens == len(first.answer_ids) + len(second.answer_ids)
+    assert batch.lengths == [LENGTHS[0], LENGTHS[5]]
+    layout = make_layout(batch.lengths, batch.loss_mask_S)
+    assert batch.loss_mask_S.sum() == len(first.answer_ids) + len(second.answer_ids)
     begins = [len(first.prompt_ids) - 1, LENGTHS[0] + len(second.prompt_ids) - 1]
-    assert batch.layout.columns_C[batch.layout.depth_C == 0].tolist() == begins
+    assert layout.columns_C[layout.depth_C == 0].tolist() == begins
 
 
 def test_all_answers_of_a_conversation_are_masked_and_it_is_cut_at_a_turns_end():
     chat = Sample("chat", "train", [1, 2, 3, 4, 5, 6, 7, 8], [[2, 4], [6, 8]])
-    assert to_rows([chat], 8, VOCAB)[0].loss_mask_S.long().tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
-    cut = to_rows([chat], 7, VOCAB)[0]
+    assert to_tensors([chat], 8, VOCAB)[0].loss_mask_S.long().tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    cut = to_tensors([chat], 7, VOCAB)[0]
     assert cut.tokens_S.tolist() == [1, 2, 3, 4]
     assert cut.loss_mask_S.long().tolist() == [0, 0, 1, 1]
 
 
 def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_left_out(capsys):
     sample = answered("long", [1] * 6, samples()[0].answer_ids, {})
-    row = to_rows([sample], 8, VOCAB)[0]
+    row = to_tensors([sample], 8, VOCAB)[0]
     assert row.loss_mask_S.tolist() == [False] * 6 + [True] * 2
     assert with_room([sample, samples()[0]], 6) == samples()[:1]
     assert "the prompts of 1 of 2 samples fill head.max_length=6" in capsys.readouterr().out
@@ -79,12 +81,12 @@ def test_long_answers_are_cut_and_prompts_that_leave_nothing_are_left_out(capsys
 
 def test_answers_of_one_token_are_counted_and_alone_they_are_refused(capsys):
     mute = [answered(f"m{n}", [1, 2], [3], {}) for n in range(2)]
-    assert len(to_rows([*mute, samples()[0]], 64, VOCAB)) == 3
+    assert len(to_tensors([*mute, samples()[0]], 64, VOCAB)) == 3
     assert "2 of 3 samples have answers of one token" in capsys.readouterr().out
     with pytest.raises(GraftError, match=r"none of 2 samples has an answer of two tokens.*max_new_tokens"):
-        to_rows(mute, 64, VOCAB)
+        to_tensors(mute, 64, VOCAB)
 
 
 def test_tokens_of_another_target_are_named():
     with pytest.raises(GraftError, match=f"sample s0 holds token {VOCAB}"):
-        to_rows([answered("s0", [1], [VOCAB], {})], 64, VOCAB)
+        to_tensors([answered("s0", [1], [VOCAB], {})], 64, VOCAB)

@@ -28,18 +28,21 @@ from graft_train.config.target import TargetConfig
 from graft_train.data import target as target_module
 from graft_train.data.chat import spans
 from graft_train.data.samples import answered, append_samples
-from graft_train.data.states import TappedTarget
+from graft_train.data.states import PackedTarget
 from graft_train.data.target import load_target
 from graft_train.distill import distill, loop
 from graft_train.distill import estimate as estimate_module
-from graft_train.distill.batches import collate, hold_out, to_rows
+from graft_train.distill.batches import collate, hold_out, to_tensors
 from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
+from graft_train.distill.eagle3.layout import make_layout
+from graft_train.distill.eagle3.loss import reference_loss
+from graft_train.distill.eagle3.strategy import Eagle3Strategy
+from graft_train.distill.eagle3.unroll import unroll
 from graft_train.distill.loop import start_training, train_step
-from graft_train.distill.loss import StepMetrics, reference_loss
-from graft_train.distill.measure import measure_tau
+from graft_train.distill.measure import measure_acceptance
+from graft_train.distill.metrics import StepMetrics
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.state_source import online_states
-from graft_train.distill.unroll import unroll
 
 from .pair import VOCAB, samples, tiny_head, tiny_target
 
@@ -151,25 +154,29 @@ def test_a_torn_checkpoint_is_not_resumed_from(tmp_path):
     (Path(config.run_dir) / "head.partial" / "stage.json").unlink(missing_ok=True)
     with pytest.raises(GraftError, match="not made by a stage"):
         distill(config)
-    accelerator = Accelerator(cpu=True)
-    training = start_training(accelerator, *parts(), HeadTrainConfig(**SETTINGS))
-    assert resume_checkpoint(accelerator, training.head, torn.parent, "auto") == 0
+    training = start()
+    assert resume_checkpoint(training.accelerator, training.strategy.identity(), torn.parent, "auto") == 0
     assert not torn.exists()
 
 
-def parts():
-    target = TappedTarget(tiny_target(), (0, 2, 3))
-    return tiny_head(), target, online_states(target), to_rows(samples(), 64, VOCAB)
+def strategy(head=None, **changes):
+    target = PackedTarget(tiny_target(), (0, 2, 3))
+    return Eagle3Strategy(head or tiny_head(), target, HeadTrainConfig(**(SETTINGS | changes)))
+
+
+def start(**changes):
+    trained = strategy(**changes)
+    source, tensors = online_states(trained.target), to_tensors(samples(), 64, VOCAB)
+    return start_training(Accelerator(cpu=True), trained, source, tensors, trained.settings)
 
 
 def accumulate(batches: list[list[int]], clip: float = 1e9) -> tuple[dict[str, torch.Tensor], object]:
     """The gradients of one optimizer step over these batches."""
-    settings = HeadTrainConfig(**(SETTINGS | {"clip": clip}))
-    training = start_training(Accelerator(cpu=True), *parts(), settings)
+    training = start(clip=clip)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*unused):
-        gradients.update({name: p.grad.clone() for name, p in training.head.named_parameters()})
+        gradients.update({name: p.grad.clone() for name, p in training.strategy.head.named_parameters()})
 
     training.optimizers[0].optimizer.register_step_pre_hook(keep)
     sums, _ = train_step(training, dict(enumerate(batches)), 1e-3)
@@ -187,20 +194,22 @@ def test_accumulated_batches_of_unequal_counts_equal_one_batch():
 def test_a_steps_gradient_is_that_of_the_definition():
     """Step k weighs 0.8^k over the drafts trained at step k in the whole optimizer step, and no other's count."""
     gradients, sums = accumulate([[0, 1, 2], [3, 4]])
-    head, target, source, rows = parts()
-    batch = collate(rows, [0, 1, 2, 3, 4], torch.device("cpu"))
-    states, kept_V = source(batch), torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, head.target_ids, True)
-    loss_mask_S = torch.cat([rows[row].loss_mask_S for row in batch.rows])
+    trained = strategy()
+    head, target = trained.head, trained.target
+    batch = collate(to_tensors(samples(), 64, VOCAB), [0, 1, 2, 3, 4], torch.device("cpu"))
+    states, kept_V = online_states(target)(batch), torch.zeros(VOCAB, dtype=torch.bool)
+    kept_V[head.target_ids] = True
+    loss_mask_S, layout = batch.loss_mask_S, make_layout(batch.lengths, batch.loss_mask_S)
     answers = [range(*span) for span in spans(loss_mask_S.int().tolist())]
     # Draft k at t foresees token t + 2 + k, all of it in one answer; the target's choice is read one before.
     foreseen = [[s for answer in answers for s in answer if s > answer[0] + step] for step in range(3)]
     counts = [sum(bool(kept_V[states.choice_S[s - 1]]) for s in places) for places in foreseen]
     assert 0 < counts[2] < counts[1] < counts[0] < len(foreseen[0])
     assert sums.trained_K.tolist() == counts
-    outputs = unroll(head, target.embed(batch.tokens_S), states.aux_SE, batch.layout, 3)
+    outputs = unroll(head, target.embed(batch.tokens_S), states.aux_SE, layout, 3)
     logits_SV = states.final_SH @ target.lm_head_VH.T
     weights = [0.8**step / counts[step] for step in range(3)]
-    reference_loss(head, outputs, logits_SV, batch.layout, loss_mask_S, weights).backward()
+    reference_loss(head, outputs, logits_SV, layout, loss_mask_S, weights).backward()
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -208,10 +217,10 @@ def test_a_steps_gradient_is_that_of_the_definition():
 def test_a_step_is_taken_at_the_rate_it_is_given():
     """AdamW's first step moves every weight that has a gradient by the rate."""
     for rate in (0.0, 1e-3):
-        training = start_training(Accelerator(cpu=True), *parts(), HeadTrainConfig(**SETTINGS))
-        before = training.head.fc.weight.detach().clone()
+        training = start()
+        before = training.strategy.head.fc.weight.detach().clone()
         train_step(training, {0: [0, 1, 2]}, rate)
-        moved = (training.head.fc.weight - before).abs()
+        moved = (training.strategy.head.fc.weight - before).abs()
         assert moved.median().item() == pytest.approx(rate, rel=0.02)
 
 
@@ -225,21 +234,21 @@ def test_gradients_of_a_whole_step_are_clipped_together():
 
 def test_a_batch_of_answers_of_one_token_adds_nothing(monkeypatch):
     """Nor does a step of nothing else, after which every weight is as it was."""
-    rows = to_rows([answered("mute", [1, 2], [3], {}), *samples()], 64, VOCAB)
-    monkeypatch.setitem(globals(), "to_rows", lambda *unused: rows)
+    rows = to_tensors([answered("mute", [1, 2], [3], {}), *samples()], 64, VOCAB)
+    monkeypatch.setitem(globals(), "to_tensors", lambda *unused: rows)
     expected, sums = accumulate([[1, 2]])
     got, got_sums = accumulate([[0], [1, 2]])
     assert got_sums.metrics() == sums.metrics()
     for name, gradient in expected.items():
         assert torch.equal(got[name], gradient), name
-    training = start_training(Accelerator(cpu=True), *parts(), HeadTrainConfig(**SETTINGS))
-    before = {name: parameter.clone() for name, parameter in training.head.named_parameters()}
+    training = start()
+    before = {name: parameter.clone() for name, parameter in training.strategy.head.named_parameters()}
     sums, tokens = train_step(training, {0: [0], 1: [0]}, 1e-3)
     assert tokens == 2
     assert sums.metrics() == StepMetrics(
         loss=[0] * 3, acceptance=[0] * 3, conditional_acceptance=[0] * 3, acceptance_length=1
     )
-    assert all(torch.equal(parameter, before[name]) for name, parameter in training.head.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in training.strategy.head.named_parameters())
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -253,11 +262,11 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_resume_never_starts_again(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    training = start_training(accelerator, *parts(), HeadTrainConfig(**SETTINGS))
-    save_checkpoint(accelerator, training.head, tmp_path, 3, keep=2)
-    assert resume_checkpoint(accelerator, training.head, tmp_path, "auto") == 3
-    assert resume_checkpoint(accelerator, training.head, tmp_path, "never") == 0
+    training = start()
+    accelerator, identity = training.accelerator, training.strategy.identity()
+    save_checkpoint(accelerator, identity, tmp_path, 3, keep=2)
+    assert resume_checkpoint(accelerator, identity, tmp_path, "auto") == 3
+    assert resume_checkpoint(accelerator, identity, tmp_path, "never") == 0
 
 
 def test_bf16_trains(tmp_path):
@@ -381,10 +390,10 @@ def test_what_fails_after_a_step_finds_it_saved(tmp_path, monkeypatch):
             if len(measured) == calls:
                 raise RuntimeError("measuring failed")
             measured.append(1)
-            return measure_tau(*arguments)
+            return measure_acceptance(*arguments)
 
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="measuring failed"):
-            patch.setattr(stage_module, "measure_tau", failing)
+            patch.setattr(stage_module, "measure_acceptance", failing)
             distill(config)
         assert [path.name for path in partial.iterdir()] == [f"step-{expected:08d}"]
     monkeypatch.setattr(loop, "train_step", None)
@@ -407,38 +416,38 @@ def test_data_of_another_target_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_head_is_refused(tmp_path):
-    accelerator, settings = Accelerator(cpu=True), HeadTrainConfig(**SETTINGS)
-    training = start_training(accelerator, *parts(), settings)
-    save_checkpoint(accelerator, training.head, tmp_path, 3, keep=2)
-    other = tiny_head(list(range(1, VOCAB, 2)) + [VOCAB - 1])
+    training = start()
+    save_checkpoint(training.accelerator, training.strategy.identity(), tmp_path, 3, keep=2)
+    other = strategy(tiny_head(list(range(1, VOCAB, 2)) + [VOCAB - 1]))
     with pytest.raises(GraftError, match="belongs to another head: its draft_vocabulary"):
-        resume_checkpoint(accelerator, other, tmp_path, "auto")
+        resume_checkpoint(training.accelerator, other.identity(), tmp_path, "auto")
 
 
 def test_what_cannot_be_saved_is_said_and_the_last_checkpoint_stays(tmp_path):
     """The kernel refuses files beyond a size, as it would on a full disk."""
-    accelerator = Accelerator(cpu=True)
-    training = start_training(accelerator, *parts(), HeadTrainConfig(**SETTINGS))
-    save_checkpoint(accelerator, training.head, tmp_path, 3, keep=2)
+    training = start()
+    accelerator, identity = training.accelerator, training.strategy.identity()
+    save_checkpoint(accelerator, identity, tmp_path, 3, keep=2)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
         with pytest.raises(GraftError, match=r"cannot save .*step-00000006.*step-00000003 is intact"):
-            save_checkpoint(accelerator, training.head, tmp_path, 6, keep=2)
+            save_checkpoint(accelerator, identity, tmp_path, 6, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
-    assert resume_checkpoint(accelerator, training.head, tmp_path, "auto") == 3
+    assert resume_checkpoint(accelerator, identity, tmp_path, "auto") == 3
 
 
-@pytest.mark.parametrize("where", ["train_step", "states", "measure_tau"])
+@pytest.mark.parametrize("where", ["train_step", "states", "measure_acceptance"])
 def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, where):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr({"train_step": loop, "states": TappedTarget, "measure_tau": stage_module}[where], where, full)
+    owner = {"train_step": loop, "states": PackedTarget, "measure_acceptance": stage_module}[where]
+    monkeypatch.setattr(owner, where, full)
     with pytest.raises(GraftError, match=r"head.batch_tokens=40.*lower head.batch_tokens"):
         distill(make_run(tmp_path, states="disk", measure_tokens=6))
 
@@ -547,14 +556,14 @@ def test_a_head_with_a_copy_of_the_targets_embeddings_is_gone_on_from_without_it
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
-    run = TappedTarget.states
+    run = PackedTarget.states
 
     def overflowing(*arguments):
         states = run(*arguments)
         states.aux_SE[0, 0] = float("inf")
         return states
 
-    monkeypatch.setattr(TappedTarget, "states", overflowing)
+    monkeypatch.setattr(PackedTarget, "states", overflowing)
     with pytest.raises(GraftError, match="batches 0 to 1 is not finite"):
         distill(make_run(tmp_path))
     with pytest.raises(GraftError, match=r"states of shard-00000 are not finite in float16.*states_dtype=bfloat16"):
@@ -620,7 +629,7 @@ def test_the_acceptance_length_is_measured_in_the_engine_that_serves(tmp_path):
     steps = len(load_curve(directory))
     measured = [line["step"] for line in metrics(directory) if "measured_acceptance_length" in line]
     assert measured == list(range(3, steps + 1, 3))
-    rows = to_rows(samples(30), 64, VOCAB)
+    rows = to_tensors(samples(30), 64, VOCAB)
     order, _ = hold_out(samples(30), 3, seed=0)
     chain = QuotaPlan((QuotaCheckpoint(steps=3, drafted=3),), topk=1)
     target = Target(tiny_target(), (0, 2, 3))
@@ -652,7 +661,8 @@ def test_what_it_takes_is_told_before_the_first_step(tmp_path, capsys):
 
 def test_a_training_that_cannot_fit_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(estimate_module, "memory_of", lambda device: 2**20)
-    estimated = estimate_module.estimate_training(tiny_head(), 1000, 4000, HeadTrainConfig(), 2, 0.5)
+    trained = strategy(batch_tokens=4096, mixed_precision="bf16")
+    estimated = estimate_module.estimate_training(trained, trained.settings, 2, 0.5)
     assert estimated.states == 2 * 4096 * 4 * 16 * 2  # batches, tokens, three taps and the final state, width, bf16
     line = estimate_module.describe(estimated, torch.device("cpu"), 1e9, 10)
     assert "may not fit: lower head.batch_tokens" in line

@@ -1,6 +1,6 @@
 import torch
 
-from graft_train.distill.layout import make_layout
+from graft_train.distill.eagle3.layout import make_layout
 
 
 def layout_of(*documents: str):

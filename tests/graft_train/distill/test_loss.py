@@ -6,19 +6,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graft_train.data import states as states_module
-from graft_train.data.states import TappedTarget
-from graft_train.distill import loss as loss_module
+from graft_train.data.states import PackedTarget
 from graft_train.distill.divergence import LOSSES
-from graft_train.distill.layout import make_layout
-from graft_train.distill.loss import (
-    StepSums,
-    distillation_loss,
-    final_state_teacher,
-    reference_loss,
-    taught_positions,
-    top_logits_teacher,
-)
-from graft_train.distill.unroll import unroll
+from graft_train.distill.eagle3 import loss as loss_module
+from graft_train.distill.eagle3.layout import make_layout
+from graft_train.distill.eagle3.loss import distillation_loss, reference_loss, taught_positions
+from graft_train.distill.eagle3.unroll import unroll
+from graft_train.distill.metrics import StepSums
+from graft_train.distill.teacher import final_state_teacher, top_logits_teacher
 
 from .pair import VOCAB, tiny_head, tiny_target
 
@@ -78,7 +73,7 @@ def test_empty_mask_gives_zero_and_no_nan():
 
 def run(loss_mask_S=ANSWER_S, kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forward_kl", top=None):
     """The loss, its sums, and gradients of all head parameters."""
-    target, head = TappedTarget(tiny_target(), (0, 2, 3)), tiny_head(kept)
+    target, head = PackedTarget(tiny_target(), (0, 2, 3)), tiny_head(kept)
     tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
     states, layout = target.states(tokens_S, LENGTHS, top), make_layout(LENGTHS, loss_mask_S)
     taught = taught_positions(layout, states.choice_S, getattr(head, "t2d", None), 3, skip)
@@ -98,7 +93,7 @@ def run_reference(kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forwa
     tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
     logits_SV = torch.cat([model(tokens[None]).logits[0] for tokens in tokens_S.split(LENGTHS)])
     logits_SV = logits_SV.masked_fill(logits_SV < logits_SV.sort(descending=True).values[:, top - 1, None], -1e9)
-    target, head = TappedTarget(model, (0, 2, 3)), tiny_head(kept)
+    target, head = PackedTarget(model, (0, 2, 3)), tiny_head(kept)
     outputs = unroll(head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).aux_SE, LAYOUT, 3)
     loss = reference_loss(head, outputs, logits_SV, LAYOUT, ANSWER_S, list(coefficient), name, skip)
     loss.backward()

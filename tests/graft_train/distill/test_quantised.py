@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from graft_inference import GraftError
-from graft_train.data.states import TappedTarget
+from graft_train.data.states import PackedTarget
 from graft_train.data.target import load_target
 from graft_train.distill import distill
 
@@ -100,6 +100,6 @@ def test_a_target_of_integers_stays_so_and_trains_as_the_numbers_it_stands_for(t
     assert not any(parameter.requires_grad for parameter in model.parameters())
     for packed, parameter in zip(model.parameters(), unpacked.parameters(), strict=True):
         parameter.copy_(packed.dequantize() if type(packed).__name__ == kind else packed)
-    torch.testing.assert_close(TappedTarget(model, (0, 2, 3)).lm_head_VH, unpacked.lm_head.weight)
+    torch.testing.assert_close(PackedTarget(model, (0, 2, 3)).lm_head_VH, unpacked.lm_head.weight)
     unpacked.save_pretrained(plain.target.name_or_path)
     assert_trains_as(config, distill(plain), 1e-4)

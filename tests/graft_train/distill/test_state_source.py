@@ -5,18 +5,18 @@ import torch
 from accelerate import Accelerator
 
 from graft_inference import GraftError
-from graft_train.data.states import TappedTarget
+from graft_train.data.states import PackedTarget
 from graft_train.distill import state_source
-from graft_train.distill.batches import collate, to_rows
+from graft_train.distill.batches import collate, to_tensors
 from graft_train.distill.state_source import disk_states, memory_states, online_states
 
 from .pair import VOCAB, samples, tiny_target
 
-ROWS = to_rows(samples(), 64, VOCAB)
+ROWS = to_tensors(samples(), 64, VOCAB)
 
 
 def target():
-    return TappedTarget(tiny_target(), (0, 2, 3))
+    return PackedTarget(tiny_target(), (0, 2, 3))
 
 
 def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target", top=None, batch_tokens=40):
@@ -27,7 +27,7 @@ def on_disk(directory, rows=ROWS, dtype=None, fingerprint="of the target", top=N
 
 def dying(counted):
     """The target's states, of which the third pass is killed."""
-    whole = TappedTarget.states
+    whole = PackedTarget.states
 
     def states(self, *arguments):
         counted.append(1)
@@ -60,7 +60,7 @@ def test_states_on_disk_are_written_once_and_in_the_dtype_asked_for(tmp_path, mo
     exact = on_disk(tmp_path, dtype="bfloat16")(batch())
     assert "GiB on disk" in capsys.readouterr().out
     assert_same(exact, online_states(target())(batch()), atol=0.02)
-    monkeypatch.setattr(TappedTarget, "states", None)
+    monkeypatch.setattr(PackedTarget, "states", None)
     assert_same(on_disk(tmp_path, dtype="bfloat16")(batch()), exact, atol=0)
 
 
@@ -83,15 +83,15 @@ def test_the_best_logits_take_the_place_of_the_final_states(tmp_path):
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(state_source, "SHARD_TOKENS", 50)
-    whole, counted = TappedTarget.states, []
-    monkeypatch.setattr(TappedTarget, "states", dying(counted))
+    whole, counted = PackedTarget.states, []
+    monkeypatch.setattr(PackedTarget, "states", dying(counted))
     with pytest.raises(KeyboardInterrupt):
         on_disk(tmp_path)
     assert not (tmp_path / "states").exists()
     source = on_disk(tmp_path)
     shards = len(list((tmp_path / "states").glob("*.safetensors")))
     assert len(counted) < 2 * shards + 1
-    monkeypatch.setattr(TappedTarget, "states", whole)
+    monkeypatch.setattr(PackedTarget, "states", whole)
     assert_same(source(batch()), online_states(target())(batch()))
 
 
@@ -100,7 +100,7 @@ def test_a_pass_that_goes_on_with_other_batches_cuts_its_shards_anew(tmp_path, m
     """Out of memory, say, and lowered: the rows of the shards that are there would be others."""
     monkeypatch.setattr(state_source, "SHARD_TOKENS", 20)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TappedTarget, "states", dying([]))
+        patch.setattr(PackedTarget, "states", dying([]))
         on_disk(tmp_path, batch_tokens=40)
     if killed:  # in the middle of removing them
         (tmp_path / "states.partial" / "identity.json").unlink()
@@ -125,7 +125,7 @@ def test_states_of_something_else_are_refused(tmp_path, changes, message):
 
 def test_a_disk_too_small_stops_it_before_the_target_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(state_source.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
-    monkeypatch.setattr(TappedTarget, "states", None)
+    monkeypatch.setattr(PackedTarget, "states", None)
     with pytest.raises(GraftError, match=r"head\.states=online"):
         on_disk(tmp_path)
 

@@ -17,11 +17,13 @@ from transformers import (
 
 from graft_inference import GraftError
 from graft_train.config.head import HeadTrainConfig
-from graft_train.data.states import TappedTarget
-from graft_train.distill.batches import collate, to_rows
-from graft_train.distill.head import head_config, new_head
-from graft_train.distill.loss import distillation_loss, final_state_teacher, taught_positions
-from graft_train.distill.unroll import unroll
+from graft_train.data.states import PackedTarget
+from graft_train.distill.batches import collate, to_tensors
+from graft_train.distill.eagle3.head import head_config, new_head
+from graft_train.distill.eagle3.layout import make_layout
+from graft_train.distill.eagle3.loss import distillation_loss, taught_positions
+from graft_train.distill.eagle3.unroll import unroll
+from graft_train.distill.teacher import final_state_teacher
 from tests.graft_train.test_config import composed
 
 from .pair import VOCAB, samples
@@ -105,14 +107,14 @@ def test_every_setting_trains_a_head(name):
     shape = head_config(model, settings)
     assert shape.aux_layer_ids == TAPPED[name]
     assert shape.rope_parameters == rope_of(model)
-    rows = to_rows(samples(3), settings.max_length, VOCAB)
+    rows = to_tensors(samples(3), settings.max_length, VOCAB)
     batch = collate(rows, [0, 1, 2], torch.device("cpu"))
 
     # The target's own attention, one document at a time, is what packing must not change.
     with torch.no_grad():
         natives = [model(row.tokens_S[None], output_hidden_states=True) for row in rows]
-    target = TappedTarget(model, shape.aux_layer_ids)
-    states = target.states(batch.tokens_S, batch.layout.lengths)
+    target = PackedTarget(model, shape.aux_layer_ids)
+    states, layout = target.states(batch.tokens_S, batch.lengths), make_layout(batch.lengths, batch.loss_mask_S)
     expected = torch.cat([native.logits[0] for native in natives])
     torch.testing.assert_close(states.final_SH @ target.lm_head_VH.T, expected, atol=2e-4, rtol=1e-3)
     first = shape.aux_layer_ids[0] + 1
@@ -120,8 +122,8 @@ def test_every_setting_trains_a_head(name):
     torch.testing.assert_close(states.aux_SE[:, : shape.hidden_size], expected, atol=1e-4, rtol=1e-3)
 
     head = new_head(shape, torch.arange(shape.draft_vocab_size), target.lm_head_VH)
-    taught = taught_positions(batch.layout, states.choice_S, getattr(head, "t2d", None), settings.ttt_steps)
-    outputs = unroll(head, target.embed(batch.tokens_S), states.aux_SE, batch.layout, settings.ttt_steps)
+    taught = taught_positions(layout, states.choice_S, getattr(head, "t2d", None), settings.ttt_steps)
+    outputs = unroll(head, target.embed(batch.tokens_S), states.aux_SE, layout, settings.ttt_steps)
     weights_K = torch.tensor(settings.weights())
     teacher = final_state_teacher(states.final_SH, target.lm_head_VH)
     loss, _ = distillation_loss(head, outputs, teacher, taught, weights_K, settings.loss)
@@ -149,7 +151,7 @@ def test_sliding_windows_of_a_mistral_hold_inside_each_document():
     tokens_S = torch.randint(VOCAB, (15,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = torch.cat([model(part[None]).logits[0] for part in tokens_S.split([9, 6])])
-    target = TappedTarget(model, (1,))
+    target = PackedTarget(model, (1,))
     got = target.states(tokens_S, [9, 6]).final_SH @ target.lm_head_VH.T
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
 
@@ -157,12 +159,12 @@ def test_sliding_windows_of_a_mistral_hold_inside_each_document():
 def test_a_target_with_capped_logits_is_refused_by_name():
     model = tiny(Gemma2Config(**SIZES, num_hidden_layers=4, final_logit_softcapping=0.01))
     with pytest.raises(GraftError, match="Gemma2ForCausalLM changes its logits"):
-        TappedTarget(model, (1,))
+        PackedTarget(model, (1,))
 
 
 def test_a_target_that_remembers_by_other_means_is_refused_by_name():
     config = Qwen3Config(**SIZES, num_hidden_layers=4)
     model = tiny(config)
     model.config.layer_types = ["linear_attention", "full_attention"] * 2
-    with pytest.raises(GraftError, match=r"Qwen3ForCausalLM has layers of kind \['linear_attention'\]"):
-        TappedTarget(model, (1,))
+    with pytest.raises(GraftError, match="Qwen3ForCausalLM has layers of kind linear_attention"):
+        PackedTarget(model, (1,))

@@ -5,10 +5,10 @@ import torch
 
 from graft_inference.heads.eagle3.drafter import Drafter
 from graft_inference.target.model import Target
-from graft_train.data.states import TappedTarget
-from graft_train.distill.attention import flex_attention, merged_attention, reference_attention
-from graft_train.distill.layout import make_layout
-from graft_train.distill.unroll import unroll
+from graft_train.data.states import PackedTarget
+from graft_train.distill.eagle3.attention import flex_attention, merged_attention, reference_attention
+from graft_train.distill.eagle3.layout import make_layout
+from graft_train.distill.eagle3.unroll import unroll
 
 from .pair import VOCAB, tiny_head, tiny_target
 
@@ -134,7 +134,7 @@ def test_compiled_flex_attention_is_the_reference(later):
 
 
 def head_inputs():
-    target, head = TappedTarget(tiny_target(), (0, 2, 3)), tiny_head()
+    target, head = PackedTarget(tiny_target(), (0, 2, 3)), tiny_head()
     tokens_S = torch.randint(VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(4))
     return head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).aux_SE
 
@@ -184,7 +184,7 @@ def test_a_row_without_drafts_trains_nothing_and_does_not_fail():
 def test_unroll_equals_the_chain_that_a_server_drafts():
     """From t, drafting the row's own tokens: trained states and served states are the same."""
     model, head = tiny_target(), tiny_head(list(range(VOCAB))).eval()
-    tapped = TappedTarget(model, (0, 2, 3))
+    tapped = PackedTarget(model, (0, 2, 3))
     tokens_S = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(5))
     aux_SE = tapped.states(tokens_S, [12]).aux_SE
     start = 6  # the last position whose states the server has

@@ -12,7 +12,7 @@ from graft_train.config import Config
 from graft_train.config.data import DataConfig
 from graft_train.config.target import TargetConfig
 from graft_train.data.samples import read_samples
-from graft_train.distill.batches import to_rows
+from graft_train.distill.batches import to_tensors
 from graft_train.regenerate import RegenerateConfig, regenerate
 from tests.graft_train.regenerate.server import Server, answer_to, serving
 from tests.graft_train.tiny_chat import MARKED, PLAIN, VOCABULARY, save_target, word_tokenizer, words
@@ -45,7 +45,7 @@ def test_the_datas_own_answers_become_samples_without_the_target(tmp_path, templ
     path = regenerate(config) / "samples.jsonl"
     samples = read_samples(path, "train")
     assert len(samples) == 10
-    for sample, row in zip(samples, to_rows(samples, 64, len(VOCABULARY)), strict=True):
+    for sample, row in zip(samples, to_tensors(samples, 64, len(VOCABULARY)), strict=True):
         assert len(sample.answers) == answers
         for start, end in sample.answers:
             assert words(sample.ids[start - 1 : start]) == "<assistant>"

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft_inference import GraftError
 from graft_inference.bundle import resolve
+from graft_inference.errors import GraftError
 from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_train.config.head import HeadTrainConfig
-from graft_train.data.states import TappedTarget
+from graft_train.data.states import PackedTarget
 
 
 def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadConfig:
@@ -29,7 +29,9 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
     if rope["rope_type"] == "default" or rope.get("partial_rotary_factor", 1) != 1:
         # The head turns all of its rows, and frequencies that are scaled for a part would not fit.
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    tapped = settings.aux_layer_ids
+    layers, chosen = target.num_hidden_layers, settings.aux_layer_ids
+    if chosen and not set(chosen) <= set(range(layers)):
+        raise GraftError(f"head.aux_layer_ids={chosen}: the target has layers 0..{layers - 1}")
     return DraftHeadConfig(
         hidden_size=target.hidden_size,
         intermediate_size=settings.intermediate_size or target.intermediate_size,
@@ -38,7 +40,7 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
         head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
         vocab_size=target.vocab_size,
         draft_vocab_size=min(settings.draft_vocab_size, target.vocab_size),
-        aux_layer_ids=tuple(tapped) if tapped else default_aux_layer_ids(target.num_hidden_layers),
+        aux_layer_ids=tuple(chosen) if chosen else default_aux_layer_ids(layers),
         max_position_embeddings=target.max_position_embeddings,
         rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
         rope_parameters=dict(rope),
@@ -82,7 +84,7 @@ def published_head(place: str, model: PreTrainedModel) -> DraftHead:
     return head
 
 
-def share_embeddings(head: DraftHead, target: TappedTarget) -> None:
+def share_embeddings(head: DraftHead, target: PackedTarget) -> None:
     """Drops a head's copy of the target's embeddings, which training reads in any case.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How several samples lie in one row, and where in it drafts start."""
+"""How several samples lie in a packed batch, and where in it drafts start."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass
 class Layout:
-    """Documents in a row without a gap, and the columns in which drafts start.
+    """Documents one behind the other without a gap, and the columns in which drafts start.
 
     The draft that starts in column t reads token t+1 and predicts t+2; both must lie in one answer, and so
     all columns of an answer but the last two, and the one right before it, form a run.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft_train.distill.layout import Layout
+from graft_train.distill.eagle3.layout import Layout
 
 UnrollAttention = Callable[[Tensor, list[Tensor], list[Tensor], Layout], Tensor]
 """(query_BQCD, keys, values, layout) -> attended BQCD. keys[0] BKSD is step 0's; the later ones, BKCD, are

@@ -1,4 +1,4 @@
-"""The divergence of every unroll step from the target, over the draft vocabulary.
+"""The divergence of every draft step from the target, over the draft vocabulary.
 
 The teacher of the draft that starts in column t is, at step k, the target's distribution at position
 j = t+1+k. So the loss goes by j: one teacher row serves all K steps, whose outputs stand at columns j-1-k.
@@ -8,7 +8,6 @@ them is that of column n-k, in the same run.
 N taught positions = C columns, of which a chunk of C is taken at a time; K steps, D draft vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +16,17 @@ from torch.nn import functional as F
 
 from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.distill.divergence import acceptance, divergence, reference_divergence
-from graft_train.distill.layout import Layout
+from graft_train.distill.eagle3.layout import Layout
+from graft_train.distill.metrics import StepSums
+from graft_train.distill.teacher import Teacher
 
-Teacher = Callable[[Tensor], Tensor]
-"""Positions [C] -> the target's logits there over the draft vocabulary, [C, D]."""
-ABSENT = -1e4
-"""A logit whose probability is zero in fp32, and which is finite, as zero times infinity is not."""
 CHUNK = 256
 """Positions whose logits exist at a time; each brings K rows of the draft vocabulary."""
 
 
 @dataclass
 class TaughtPositions:
-    """Where a row is taught.
+    """Where a packed batch is taught.
 
     Attributes:
         index_N: the teacher's position j.
@@ -44,58 +41,6 @@ class TaughtPositions:
     trained_NK: Tensor
     choice_N: Tensor
     drafted_N: Tensor
-
-
-@dataclass
-class StepSums:
-    """Sums over the positions of one batch, per unroll step; batches add up.
-
-    Attributes:
-        loss_K: divergence over `trained_K` positions.
-        matched_K: positions where the head's choice is the target's, of `started_K`. A choice that the
-            draft vocabulary lacks cannot match.
-        chained_K: positions where this step and all earlier ones of the same draft match, of `reached_K`
-            where all earlier ones do.
-    """
-
-    loss_K: Tensor
-    trained_K: Tensor
-    matched_K: Tensor
-    chained_K: Tensor
-    reached_K: Tensor
-    started_K: Tensor
-
-    def stack(self) -> Tensor:
-        sums = (self.loss_K, self.trained_K, self.matched_K, self.chained_K, self.reached_K, self.started_K)
-        return torch.stack(sums).double()
-
-    @classmethod
-    def unstack(cls, sums_6K: Tensor) -> "StepSums":
-        return cls(*sums_6K)
-
-    def metrics(self) -> "StepMetrics":
-        chain_K = self.chained_K / self.started_K.clamp(min=1)
-        return StepMetrics(
-            loss=(self.loss_K / self.trained_K.clamp(min=1)).tolist(),
-            acceptance=(self.matched_K / self.started_K.clamp(min=1)).tolist(),
-            conditional_acceptance=(self.chained_K / self.reached_K.clamp(min=1)).tolist(),
-            acceptance_length=1 + chain_K.sum().item(),
-        )
-
-
-@dataclass
-class StepMetrics:
-    """Attributes:
-    loss: per trained position, by unroll step; its unit is the loss's.
-    acceptance: share of positions where the head's choice is the target's, by unroll step.
-    conditional_acceptance: the same, of positions where all earlier steps of the draft match.
-    acceptance_length: estimated acceptance length of a greedy chain of K drafts, the bonus token included.
-    """
-
-    loss: list[float]
-    acceptance: list[float]
-    conditional_acceptance: list[float]
-    acceptance_length: float
 
 
 def taught_positions(
@@ -119,36 +64,6 @@ def taught_positions(
     return TaughtPositions(index_N, started_NK, trained_NK, choice_N, drafted_N)
 
 
-def final_state_teacher(final_SH: Tensor, teacher_DH: Tensor) -> Teacher:
-    """The target's own logits.
-
-    Args:
-        final_SH: what the target's lm_head reads.
-        teacher_DH: the lm_head's rows of the draft vocabulary.
-    """
-    return lambda index_C: F.linear(final_SH[index_C], teacher_DH)
-
-
-def top_logits_teacher(ids_SM: Tensor, logits_SM: Tensor, target_ids_D: Tensor, vocab_size: int) -> Teacher:
-    """The target's M best logits; what is not among them has no probability.
-
-    Where the draft vocabulary has none of them, the distribution means nothing.
-
-    Args:
-        target_ids_D: the draft vocabulary.
-    """
-    count = len(target_ids_D)
-    place_V = torch.full((vocab_size,), count, device=ids_SM.device)
-    place_V[target_ids_D] = torch.arange(count, device=ids_SM.device)
-
-    def logits(index_C: Tensor) -> Tensor:
-        # What the draft vocabulary lacks goes to a column behind it.
-        wide = torch.full((len(index_C), count + 1), ABSENT, device=ids_SM.device)
-        return wide.scatter_(1, place_V[ids_SM[index_C]], logits_SM[index_C].float())[:, :count]
-
-    return logits
-
-
 def distillation_loss(
     head: DraftHead,
     outputs: list[Tensor],
@@ -161,7 +76,7 @@ def distillation_loss(
 
     Args:
         outputs: of `unroll`, K of [C, H].
-        teacher: one of `final_state_teacher` and `top_logits_teacher`.
+        teacher: of the batch's states.
         coefficient_K: weight[k] / (trained positions of step k in the whole optimizer step).
         name: one of `divergence.LOSSES`. "survival" weighs step k by the probability that steps 0..k-1 of
             the draft survive verification: what stands behind a rejection is never emitted.

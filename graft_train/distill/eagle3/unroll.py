@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graft_inference.heads.eagle3.model import DraftHead
-from graft_train.distill.attention import UnrollAttention, fastest_attention
-from graft_train.distill.layout import Layout
+from graft_train.distill.eagle3.attention import UnrollAttention, fastest_attention
+from graft_train.distill.eagle3.layout import Layout
 
 
 def unroll(
@@ -25,7 +25,7 @@ def unroll(
 
     Args:
         embedding_SH: the target's embeddings of the tokens themselves, unshifted.
-        aux_SE: the target's tapped states at the same positions.
+        aux_SE: the target's aux hidden states at the same positions.
         attention: default: the fastest for the device.
 
     Returns:

@@ -1,0 +1,31 @@
+"""How an EAGLE-3 head is made and trained: `make_strategy` is what `distill` calls."""
+
+from transformers import PreTrainedModel
+
+from graft_train.config.head import HeadTrainConfig
+from graft_train.data.samples import Sample
+from graft_train.data.states import PackedTarget
+from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
+from graft_train.distill.eagle3.head import head_config, new_head, published_head, share_embeddings
+from graft_train.distill.eagle3.strategy import Eagle3Strategy
+
+
+def make_strategy(model: PreTrainedModel, samples: list[Sample], settings: HeadTrainConfig) -> Eagle3Strategy:
+    """The strategy of a new head, or of the one that `head.init_from` names.
+
+    Args:
+        samples: those it is trained on, whose answers choose the draft vocabulary of a new head.
+
+    Raises:
+        GraftError: a head that this target cannot have, or of another target.
+    """
+    if settings.init_from:
+        head = published_head(settings.init_from, model)
+        target = PackedTarget(model, head.config.aux_layer_ids)
+        share_embeddings(head, target)
+        return Eagle3Strategy(head, target, settings, coverage(samples, head.target_ids, head.config.vocab_size))
+    shape = head_config(model, settings)
+    target = PackedTarget(model, shape.aux_layer_ids)
+    vocabulary = choose_draft_vocabulary(samples, shape.vocab_size, shape.draft_vocab_size)
+    head = new_head(shape, vocabulary.token_ids_D, target.lm_head_VH)
+    return Eagle3Strategy(head, target, settings, vocabulary.coverage)
