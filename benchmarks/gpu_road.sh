@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One command, one GPU: pretrain, distil, calibrate, evaluate. Arguments go to gpu_road.py, for example --tiny.
+# One command, one GPU: answer, distil, calibrate, evaluate. Arguments go to gpu_road.py, for example --tiny.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/inference${PYTHONPATH:+:$PYTHONPATH}"

@@ -2,12 +2,12 @@
 
     python benchmarks/policy.py --run-dir runs/quickstart
 
-Needs the target, data, head and corpus of a finished quickstart. The second domain is prose: licences and
-documentation texts of the installed packages. Every policy is learned on calibration prompts and raced on others:
-the learned one, the same one learned on the other domain (transfer), without each of its pieces (ablation), the
-paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree. Ratios come with 95 %
-intervals by bootstrap over prompts. About an hour on two cores; an interrupted run goes on with the
-temperature it was at. Pieces are taken away at the first temperature only, but for the shared noise.
+Needs the target, data, head and corpus of a finished quickstart. The first domain is the run's own held-out prompts,
+the second prose: licences and documentation texts of the installed packages. Every policy is learned on calibration
+prompts and raced on others: the learned one, the same one learned on the other domain (transfer), without each of its
+pieces (ablation), the paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree.
+Ratios come with 95 % intervals by bootstrap over prompts. An interrupted run goes on with the temperature it was at.
+Pieces are taken away at the first temperature only, but for the shared noise.
 """
 
 import argparse
@@ -37,9 +37,11 @@ from graft_train.config.policy import CalibrateConfig
 from graft_train.data.chat import Chat
 from graft_train.data.documents import of_split, read_documents
 from graft_train.data.prompts import build_prompts
+from graft_train.data.samples import read_samples
 from graft_train.device import describe_device
 from graft_train.files import write_json
 
+HELD_OUT = ("calibration", "evaluation")
 PROSE = (".md", ".rst", ".txt")
 BASELINES = ("eagle3", "paper", "paper as printed")
 
@@ -84,7 +86,7 @@ def main() -> None:
         }
         if done.get("arguments") != said:  # not an interrupted run's
             domains = {
-                "code": code_prompts(arguments.run_dir / "target", count),
+                "own": own_prompts(arguments.run_dir, count),
                 "prose": prose_prompts(arguments.run_dir / "target", count),
             }
             runs = measure(engine, settings, domains, temperature, arguments.repeats, not result["runs"])
@@ -105,19 +107,18 @@ def load_engine(run_dir: Path) -> GraftEngine:
     return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), model)
 
 
-def code_prompts(target: Path, count: int) -> dict[str, list[Tensor]]:
-    """Calibration and evaluation prompts from the documents of the quickstart; nothing was trained on either."""
-    config = DataConfig(path="stdlib", prompt_tokens=48, calibration_share=0.05, evaluation_share=0.05)
-    return split_prompts(target, config, count)
+def own_prompts(run_dir: Path, count: int) -> dict[str, list[Tensor]]:
+    """The run's calibration and evaluation prompts; nothing was trained on either.
 
-
-def split_prompts(target: Path, config: DataConfig, count: int) -> dict[str, list[Tensor]]:
-    chat, documents = Chat(AutoTokenizer.from_pretrained(target), set()), read_documents(config)
+    Raises:
+        GraftError: there are fewer.
+    """
     found = {}
-    for split in ("calibration", "evaluation"):
-        mine = of_split(documents, split, config)
-        prompts = build_prompts(mine, chat, config, count=count, max_tokens=48, seed=0)
-        found[split] = [torch.tensor(prompt.ids) for prompt in prompts]
+    for split in HELD_OUT:
+        samples = read_samples(run_dir / "data" / "samples.jsonl", split)[:count]
+        if len(samples) < count:
+            raise GraftError(f"{run_dir} holds out {len(samples)} prompts for {split}: lower --prompts")
+        found[split] = [torch.tensor(sample.prompt_ids) for sample in samples]
     return found
 
 
@@ -136,7 +137,13 @@ def prose_prompts(target: Path, count: int) -> dict[str, list[Tensor]]:
         records = Path(directory) / "prose.jsonl"
         records.write_text("".join(json.dumps(record) + "\n" for record in texts.values()), encoding="utf-8")
         config = DataConfig(path=str(records), prompt_tokens=48, calibration_share=0.45, evaluation_share=0.45)
-        return split_prompts(target, config, count)
+        chat, documents = Chat(AutoTokenizer.from_pretrained(target), set()), read_documents(config)
+        found = {}
+        for split in HELD_OUT:
+            mine = of_split(documents, split, config)
+            prompts = build_prompts(mine, chat, config, count=count, max_tokens=48, seed=0)
+            found[split] = [torch.tensor(prompt.ids) for prompt in prompts]
+        return found
 
 
 def measure(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy import code_prompts, load_engine
+from policy import load_engine, own_prompts
 from rich.console import Console
 from rich.table import Table
 from round import with_random_head
@@ -42,7 +42,7 @@ def main() -> None:
         max_new_tokens=64, topk=4, num_steps=6, widths=[1, 2, 4, 6, 8, 12, 16, 24, 32], retrieval_depth=6,
         checkpoints=2, echo=False,
     )  # fmt: skip
-    prompts = code_prompts(arguments.run / "target", arguments.prompts)["calibration"]
+    prompts = own_prompts(arguments.run, arguments.prompts)["calibration"]
     traces = {False: trace(settings, trained, prompts)}
     device = describe_device(trained.target.device)
     table = Table(title=f"{device['name']}, {device['threads']} threads, {arguments.experts} experts, {ACTIVE} a token")

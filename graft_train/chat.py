@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event
@@ -143,23 +143,17 @@ class Conversation:
                 f"with this turn the conversation has {len(prompt_S)} tokens, and the target's limit is "
                 f"{engine.target.max_positions}: /new begins a new one"
             )
-        count, stats, spelling = min(room, options.max_new_tokens), GenerationStats(), Spelling(engine.tokenizer)
+        count, stats = min(room, options.max_new_tokens), GenerationStats()
         tokens = engine.stream(prompt_S, count, options.temperature, options.method, options.seed, stats)
-        with screen(stats) as show:
-            with closing(tokens), _interruptible() as interrupted:
-                for token in tokens:
-                    show(spelling.put(token), stats.sources[-1])
-                    if interrupted.is_set():
-                        break
-            show(spelling.end(), stats.sources[-1])
-        if interrupted.is_set():
+        spelling, is_stopped = show_tokens(tokens, engine.tokenizer, stats, screen)
+        if is_stopped:
             _say("stopped")
-        elif stats.emitted == count and token not in engine.eos_token_ids:
+        elif stats.emitted == count and spelling.ids[-1] not in engine.eos_token_ids:
             _say("the target's limit is reached: /new" if count == room else f"cut: --max-new-tokens {count}")
         if spelling.text:
             self._warn_if_lossy(spelling)
             self.messages = [*messages, {"role": "assistant", "content": spelling.text}]
-        return interrupted.is_set()
+        return is_stopped
 
     def _warn_if_lossy(self, spelling: "Spelling") -> None:
         if not self.warned and not is_plain(self.engine.tokenizer, spelling.ids):
@@ -200,6 +194,28 @@ class Spelling:
             self._start, self._end = self._end, len(self.ids)
             self.text += piece
         return piece
+
+
+def show_tokens(
+    tokens: Generator[int, None, None], tokenizer: Any, stats: GenerationStats, screen: Screen
+) -> tuple[Spelling, bool]:
+    """Shows an answer as its tokens come; Ctrl-C stops it.
+
+    Args:
+        stats: of the engine's stream that gives the tokens.
+
+    Returns:
+        What was shown, and whether it was stopped.
+    """
+    spelling = Spelling(tokenizer)
+    with screen(stats) as show:
+        with closing(tokens), _interruptible() as interrupted:
+            for token in tokens:
+                show(spelling.put(token), stats.sources[-1])
+                if interrupted.is_set():
+                    break
+        show(spelling.end(), stats.sources[-1])
+    return spelling, interrupted.is_set()
 
 
 @contextmanager

@@ -53,7 +53,7 @@ for _name, _line in (STAGES | {WHOLE_ROAD: "All of them in a row, at the quickst
     main.add_command(_command(_name, _line))
 
 
-METHODS = ("graft", "eagle3", "prune", "retrieve", "autoregressive")
+METHODS = ("graft", "eagle3", "retrieve", "autoregressive")
 """Those of graft_inference, which takes seconds to import."""
 
 CHAT_HELP = """Talk to the target of BUNDLE, a directory or a Hub id.

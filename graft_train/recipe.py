@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from graft_inference.errors import GraftError
 from graft_train.config import Config
 from graft_train.gguf import with_directory
-from graft_train.road import STAGES, WHOLE_ROAD
+from graft_train.processes import say
+from graft_train.road import ROAD, WHOLE_ROAD
 
 _HERE = Path(__file__).parent
 CONF = next(conf for conf in (_HERE / "conf", _HERE.parent / "conf") if conf.is_dir())
@@ -35,12 +35,12 @@ def run(name: str, overrides: list[str] | None = None) -> None:
     """
     if overrides is not None:
         sys.argv[1:] = overrides
-    names = STAGES if name == WHOLE_ROAD else [name]
+    names = list(ROAD) if name == WHOLE_ROAD else [name]
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us, and not at length to the user
     try:
         hydra.main(version_base=None, config_path=str(CONF), config_name=name)(
-            lambda composed: run_stages(composed, *map(_stage, names))
+            lambda composed: run_stages(composed, names)
         )()
     except (HydraException, OmegaConfBaseException) as error:
         _end(_in_one_line(error))
@@ -59,10 +59,6 @@ def _in_one_line(error: Exception) -> str:
     return f"{told}; --help shows what there is to set"
 
 
-def _stage(name: str) -> Callable[[Config], Path]:
-    return getattr(import_module(f"graft_train.{name}"), name)
-
-
 def prepare(composed: DictConfig) -> Config:
     """The configuration, as dataclasses, applied to this process."""
     config = to_config(composed)
@@ -71,13 +67,15 @@ def prepare(composed: DictConfig) -> Config:
     return config
 
 
-def run_stages(composed: DictConfig, *stages: Callable[[Config], Path]) -> None:
+def run_stages(composed: DictConfig, names: list[str]) -> None:
     """Runs stages one after the other. A user's mistake is told in one line; a bug keeps its traceback."""
     try:
         config = prepare(composed)
         config = with_directory(config)
-        for stage in stages:
-            stage(config)
+        for number, name in enumerate(names, start=1):
+            if len(names) > 1:
+                say(f"\n[{number}/{len(names)}] {name}: {ROAD[name]}")
+            getattr(import_module(f"graft_train.{name}"), name)(config)
     except GraftError as error:
         _end(str(error))
     if torch.distributed.is_available() and torch.distributed.is_initialized():

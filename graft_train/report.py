@@ -180,7 +180,21 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     ]
     table = _markdown(COLUMNS, rows_of(evaluation))
     return "\n".join(
-        ["# Evaluation", "", *table, "", "## How", "", *facts, "", *parts, "## Rounds by checkpoint", "", *checkpoints, ""]
+        [
+            "# Evaluation",
+            "",
+            *table,
+            "",
+            "## How",
+            "",
+            *facts,
+            "",
+            *parts,
+            "## Rounds by checkpoint",
+            "",
+            *checkpoints,
+            "",
+        ]
     )
 
 
@@ -230,7 +244,7 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
         stopped,
         names,
         {one: [100 * shares[name].get(one, 0.0) for name in names] for one in checkpoints},
-        "% of rounds by stage",
+        "% of rounds by checkpoint",
     )
     speed.invert_yaxis()  # and, shared, every other one's
     for axes in panels:
@@ -272,13 +286,13 @@ def _shown(checkpoints: dict[str, int]) -> str:
 
 
 def _shares(checkpoints: dict[str, int]) -> dict[str, float]:
-    """Part of the rounds that stopped at each stage."""
+    """Part of the rounds that stopped at each checkpoint."""
     total = sum(checkpoints.values())
     return {name: count / total for name, count in checkpoints.items()}
 
 
-def _depth(stage: str) -> int:
-    return -1 if stage == "none" else int(stage[1:])
+def _depth(checkpoint: str) -> int:
+    return -1 if checkpoint == "none" else int(checkpoint[1:])
 
 
 def _machine(evaluation: dict[str, Any]) -> str:

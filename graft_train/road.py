@@ -1,7 +1,6 @@
 """The stages of a run. Known without importing them, which takes seconds."""
 
 STAGES = {
-    "pretrain_target": "Pretrain the quickstart's small target.",
     "regenerate": "Have the target answer the training prompts, or take the data's own answers.",
     "distill": "Distil the draft head from the target.",
     "build_corpus": "Build the tables that tokens are retrieved from.",
@@ -11,3 +10,5 @@ STAGES = {
 }
 """In the order in which they are run."""
 WHOLE_ROAD = "quickstart"
+ROAD = STAGES | {"demonstrate": "Answer a held-out prompt, each token coloured by where it came from."}
+"""What the whole road does."""

@@ -19,7 +19,6 @@ from graft_train.files import only_one, remove, sweep, sync, sync_tree, told, wr
 from graft_train.processes import barrier, is_main, say
 
 RECIPE_OF = {
-    "target": "pretrain_target",
     "data": "regenerate",
     "head": "distill",
     "corpus": "build_corpus",
@@ -124,9 +123,9 @@ def fingerprint_of(directory: Path) -> str:
         return _read_record(directory / RECORD)["fingerprint"]
     if (directory / "config.json").is_file():
         return _fingerprint_of_model(directory)
-    recipe = RECIPE_OF.get(directory.name, "pretrain_target")
-    or_else = ", or set target.name_or_path" if recipe == "pretrain_target" else ""
-    raise GraftError(f"{directory} is missing; run graft {recipe} with the same run_dir first{or_else}")
+    if directory.name in RECIPE_OF:
+        raise GraftError(f"{directory} is missing; run graft {RECIPE_OF[directory.name]} with the same run_dir first")
+    raise GraftError(f"there is no model in {directory} (no config.json)")
 
 
 def _record(name: str, settings: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:

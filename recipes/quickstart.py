@@ -1,4 +1,4 @@
-"""The whole road in a row: from the standard library's sources to a measured table."""
+"""The whole road in a row: from a language model to a measured table and an answer in colours."""
 
 from graft_train.recipe import run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graft_inference import METHODS
 
+from .graft_inference.tiny_bundle import write_target
 from .graft_train.tiny_run import write_sources
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,8 @@ runpy.run_path("benchmarks/gpu_road.py", run_name="__main__")
 
 def test_the_road_needs_none_of_the_packages_that_a_bare_machine_lacks(tmp_path):
     write_sources(tmp_path / "sources")
-    arguments = ["--tiny", "--run", tmp_path / "run", "--sources", tmp_path / "sources"]
+    target = write_target(tmp_path / "target")
+    arguments = ["--tiny", "--run", tmp_path / "run", "--sources", tmp_path / "sources", "--target", target]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'inference'}", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN, *map(str, arguments)],

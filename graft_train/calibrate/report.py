@@ -181,7 +181,7 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
         "Speeds are over all prompts: predicted by replay and the latency table, measured by the replay corrected by "
         "the laps of the race. A plan drops out when it cannot win any more; its ratio to the fastest is of the laps "
-        "that both ran. Acceptance is of the prompts of those laps, predicted/measured. During the race the device took "
+        "that both ran. Acceptance is of the prompts of those laps, predicted/measured. In the race the device took "
         f"{report['race']['slowness']:.2f} times as long as for the table, which the predictions include.",
         "",
         *notes(report),

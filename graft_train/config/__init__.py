@@ -12,7 +12,6 @@ from graft_train.config.evaluation import EvaluateConfig
 from graft_train.config.export import ExportConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.config.policy import CalibrateConfig
-from graft_train.config.pretrain_target import PretrainConfig
 from graft_train.config.regenerate import RegenerateConfig
 from graft_train.config.target import TargetConfig
 
@@ -30,7 +29,6 @@ class Config:
     threads: int | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    pretrain_target: PretrainConfig = field(default_factory=PretrainConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     head: HeadTrainConfig = field(default_factory=HeadTrainConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

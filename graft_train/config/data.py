@@ -32,8 +32,8 @@ class DataConfig:
 
     Attributes:
         path: a JSONL, JSON, Parquet or Arrow file of records, a text file, a directory of either kind, the id of a
-            data set that `datasets` can load, or "stdlib" (the Python standard library's sources) or
-            "questions" (some 900 about its functions: chat, code, rewriting and reasoning).
+            data set that `datasets` can load, or "questions" (hundreds about the functions of the Python standard
+            library: chat, code, rewriting and reasoning).
         sources: several paths with weights, read in place of `path`.
         hub_split: which split of a data set from the Hub is read.
         hub_subset: which subset (`datasets` calls it name), where it has several.
@@ -89,8 +89,7 @@ class DataConfig:
             return self.sources
         if self.path is None:
             raise GraftError(
-                "data.path is not set: give a JSONL, JSON or Parquet file, a directory, a `datasets` id, stdlib or "
-                "questions"
+                "data.path is not set: give a JSONL, JSON or Parquet file, a directory, a `datasets` id, or questions"
             )
         return [Source(path=self.path)]
 

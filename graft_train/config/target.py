@@ -13,7 +13,7 @@ class TargetConfig:
     """Which model is accelerated.
 
     Attributes:
-        name_or_path: a local directory, a GGUF file or a Hub id; null means the one that `pretrain_target` made.
+        name_or_path: a local directory, a GGUF file or a Hub id; one of them has to be named.
         gguf_file: which GGUF file of that directory, installed Python package or Hub repository is the target. It is
             dequantised once, in `dtype`, into the run directory.
         dtype: float32, bfloat16 or float16.

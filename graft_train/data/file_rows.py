@@ -125,7 +125,7 @@ def load_dataset(path: str, **options: Any) -> Any:
             raise GraftError(f"`datasets` cannot read {file}: {error}") from error
         raise GraftError(
             f"{path} is no path here, and `datasets` cannot load it: {error}. Give a JSONL, JSON or Parquet file, a "
-            "directory, a `datasets` id, stdlib or questions as data.path, and an existing data.hub_split"
+            "directory, a `datasets` id, or questions as data.path, and an existing data.hub_split"
         ) from error
 
 

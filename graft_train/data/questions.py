@@ -6,12 +6,15 @@ its documentation says in plain words, or a sum to be done in one's head.
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 LEAST = 40
 """Characters of a docstring worth asking about."""
+UNASKED = re.compile(r">>>|\w+\(")
+"""Docstrings that begin with an example or a signature."""
 ASKED = (
     "What does the Python function `{name}` do? Explain it briefly, with an example.",
     "Write a Python function `{function}` that does the following, and explain how it works:\n\n{says}",
@@ -22,13 +25,18 @@ ASKED = (
 """Chat, code, rewriting and reasoning."""
 
 
-def questions(file: Path, module: str) -> Iterator[dict[str, Any]]:
-    """One record for each documented public function of a source file."""
+def questions(file: Path, module: str, said: set[str]) -> Iterator[dict[str, Any]]:
+    """One record for each documented public function of a source file.
+
+    Args:
+        said: documentation that has been asked about, which is not again; what is asked about now is added.
+    """
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
             continue
         says = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-        if len(says) >= LEAST and not says.startswith(">>>"):
+        if len(says) >= LEAST and says not in said and not UNASKED.match(says):
+            said.add(says)
             name = f"{module}.{node.name}"
             yield {"id": name, "prompt": _question(name, node.name, says)}
 

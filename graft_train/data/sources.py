@@ -22,12 +22,13 @@ from graft_train.data.file_rows import (
 from graft_train.data.questions import questions
 from graft_train.data.strict_json import checked
 
-# Not program text: tests repeat themselves, charset tables and help topics are one literal per file.
-STDLIB_LEFT_OUT = {
-    "site-packages", "test", "tests", "idle_test", "lib2to3", "ensurepip", "encodings", "pydoc_data",
+QUESTIONS = "questions"
+"""The source that every machine has: questions about the functions of the standard library."""
+# Nobody asks about tests, tools that come with Python, or what some versions lack.
+LEFT_OUT = {
+    "site-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "distutils", "ensurepip", "encodings",
+    "pydoc_data",
 }  # fmt: skip
-BUILT_IN = ("stdlib", "questions")
-"""Sources that every machine has: the standard library's files, and questions about its functions."""
 # Missing files are known by these, for a better error.
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow", ".gz", ".csv", ".txt")
 # What `datasets` writes beside its tables.
@@ -49,9 +50,8 @@ def rows_of(path: str, glob: str, hub_split: str, hub_subset: str | None, stream
         yield from _hub_rows(path, hub_split, hub_subset, streamed)
         return
     root, paths = files_of(path, glob)
-    if path == "questions":
-        for file in paths:
-            yield from _asked_rows(file, file.relative_to(root))
+    if path == QUESTIONS:
+        yield from _asked_rows(root, paths)
         return
     for file, kind in _kinds(path, paths).items():
         yield from rows_of_file(file, kind, file.relative_to(root).as_posix())
@@ -59,21 +59,19 @@ def rows_of(path: str, glob: str, hub_split: str, hub_subset: str | None, stream
 
 def is_local(path: str) -> bool:
     looks_like_file = path.startswith((".", "/", "~")) or Path(path).suffix in FILE_SUFFIXES
-    return path in BUILT_IN or looks_like_file or Path(path).exists()
+    return path == QUESTIONS or looks_like_file or Path(path).exists()
 
 
 def files_of(path: str, glob: str) -> tuple[Path, list[Path]]:
     """The directory that ids are relative to, and the files, sorted."""
-    if path in BUILT_IN:
+    if path == QUESTIONS:
         root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [file for file in root.rglob("*.py") if not STDLIB_LEFT_OUT & {*file.relative_to(root).parts}]
-        # Build settings of this very interpreter, different on every machine.
-        return root, sorted(file for file in paths if not file.name.startswith("_sysconfigdata"))
+        return root, sorted(file for file in root.rglob("*.py") if _is_asked_about(file.relative_to(root)))
     root = Path(path).expanduser()
     if not root.exists():
         raise GraftError(
             f"data.path={path} does not exist; give a JSONL, JSON or Parquet file, a directory, a "
-            "`datasets` id, stdlib or questions"
+            "`datasets` id, or questions"
         )
     if root.is_file():
         return root.parent, [_named(root)]
@@ -82,15 +80,21 @@ def files_of(path: str, glob: str) -> tuple[Path, list[Path]]:
     return root, sorted(map(_named, visible))
 
 
-def _asked_rows(file: Path, name: Path) -> Iterator[Row]:
-    """Questions about a module of the standard library; none about those that are nobody's business."""
-    module = name.with_suffix("").parts
-    module = module[:-1] if module[-1] == "__init__" else module
-    if any(part.startswith("_") for part in module):
-        return
-    for record in questions(file, ".".join(module)):
-        read = partial(dict[str, Any], record)
-        yield Row(f"{file}, {record['id']}", read, read)
+def _is_asked_about(name: Path) -> bool:
+    """Whether a module of the standard library is anybody's business."""
+    parts = [part for part in name.with_suffix("").parts if part != "__init__"]
+    return not LEFT_OUT & {*parts} and not any(part.startswith("_") for part in parts)
+
+
+def _asked_rows(root: Path, files: list[Path]) -> Iterator[Row]:
+    """Questions about modules. Of functions that are documented alike only one is asked about: no split shows what
+    another is measured by."""
+    said = set[str]()
+    for file in files:
+        parts = file.relative_to(root).with_suffix("").parts
+        for record in questions(file, ".".join(part for part in parts if part != "__init__"), said):
+            read = partial(dict[str, Any], record)
+            yield Row(f"{file}, {record['id']}", read, read)
 
 
 def _named(file: Path) -> Path:

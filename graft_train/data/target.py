@@ -28,11 +28,14 @@ def target_path(config: Config) -> Path:
     """The target's local directory; one named by its Hub id is downloaded first.
 
     Raises:
-        GraftError: neither a directory nor a model that the Hub has.
+        GraftError: none is named, or it is neither a directory nor a model that the Hub has.
     """
     name = config.target.name_or_path
     if name is None:
-        return Path(config.run_dir) / "target"
+        raise GraftError(
+            "target.name_or_path is not set: give a model's directory, a GGUF file or an id on the Hub, or choose an "
+            "experiment, such as experiment=quickstart"
+        )
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     from huggingface_hub import snapshot_download
@@ -143,5 +146,5 @@ def resolve_device(name: str) -> torch.device:
 def _existing(config: Config) -> Path:
     path = target_path(config)
     if not (path / "config.json").is_file():
-        raise GraftError(f"there is no target in {path}; run graft pretrain_target first, or set target.name_or_path")
+        raise GraftError(f"there is no model in {path} (no config.json): set target.name_or_path to one")
     return path

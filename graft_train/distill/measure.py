@@ -5,7 +5,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from graft_inference import GraftEngine
-from graft_inference.policy.plan import Plan, Policy
+from graft_inference.policy.plan import Plan
+from graft_inference.policy.policy import Policy
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
 from graft_train.distill.batches import TokenSample

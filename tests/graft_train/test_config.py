@@ -12,6 +12,7 @@ from hydra.errors import ConfigCompositionException
 from graft_inference import GraftError
 from graft_train.config import Config
 from graft_train.config.data import Source
+from graft_train.data.target import target_path
 from graft_train.recipe import register, run, to_config
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,11 @@ def test_data_has_to_be_named():
         composed("regenerate").data.all_sources()
 
 
+def test_the_target_has_to_be_named():
+    with pytest.raises(GraftError, match=r"target\.name_or_path is not set: give .* experiment=quickstart"):
+        target_path(composed("regenerate"))
+
+
 @pytest.mark.parametrize("group", [field.name for field in fields(Config) if is_dataclass(field.default_factory)])
 def test_a_key_that_plus_adds_is_named_too(group):
     with pytest.raises(GraftError, match="learning_rat"):
@@ -65,8 +71,6 @@ def test_what_the_chat_template_is_told_is_written_on_the_command_line():
         "policy.checkpoints=-1",
         "policy.num_steps=0",
         "evaluation.temperature=-1.0",
-        "pretrain_target.steps=0",
-        "pretrain_target.heads=3",
         "regenerate.max_prompt_tokens=0",
         "threads=0",
     ],

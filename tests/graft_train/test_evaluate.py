@@ -50,7 +50,7 @@ def config_for(run_dir: Path, **settings) -> Config:
     settings = {"prompts": 3, "max_new_tokens": 16, "repeats": 2, "fallback": False} | settings
     return Config(
         run_dir=str(run_dir),
-        target=TargetConfig(dtype="float32", device="cpu"),
+        target=TargetConfig(str(run_dir / "target"), dtype="float32", device="cpu"),
         evaluation=EvaluateConfig(**settings),
     )
 

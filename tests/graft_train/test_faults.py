@@ -15,13 +15,14 @@ from graft_inference.errors import GraftError
 from graft_train.config import Config
 from graft_train.files import only_one
 from graft_train.regenerate import regenerate
+from tests.graft_inference.tiny_bundle import write_target
 from tests.graft_train.faults import FREEING, Ran, contents, kill, refuse, run
 from tests.graft_train.tiny_run import tiny_config, write_sources
 from tests.recipes.test_road import STAGES
 
 ALL = "GRAFT_ALL_FAULTS" in os.environ
 """Every operation is met by every fault, in place of some that stand for them; takes half an hour."""
-DIRECTORIES = ("target", "data", "head", "corpus", "policy", "bundle", "evaluation")
+DIRECTORIES = ("data", "head", "corpus", "policy", "bundle", "evaluation")
 MEMBERS = list(zip(STAGES, DIRECTORIES, strict=True))
 SLOW = ("policy", "evaluation")
 Stage = Callable[[Config], Path]
@@ -62,6 +63,7 @@ def road(tmp_path_factory):
     directory = tmp_path_factory.mktemp("road")
     write_sources(directory / "sources")
     config = tiny_config(directory / "run", directory / "sources")
+    config.target.name_or_path = str(write_target(directory / "target"))
     road = Road(config, {}, {})
     for stage, name in MEMBERS:
         ran = run(stage, config)

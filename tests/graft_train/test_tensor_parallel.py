@@ -13,9 +13,9 @@ from graft_train.calibrate import calibrate
 from graft_train.distill import distill
 from graft_train.evaluate import evaluate
 from graft_train.export import export
-from graft_train.pretrain_target import pretrain_target
 from graft_train.regenerate import regenerate
 from tests.graft_inference.test_tensor_parallel import run_ranks
+from tests.graft_inference.tiny_bundle import write_target
 from tests.graft_train.tiny_run import tiny_config, write_sources
 
 RANK = """
@@ -38,8 +38,8 @@ def test_two_processes_calibrate_and_evaluate_one_target(tmp_path):
     sources, alone, together = (tmp_path / name for name in ("sources", "alone", "together"))
     write_sources(sources)
     config = tiny_config(alone, sources)
-    config.pretrain_target.vocab_size = 280  # even, as transformers shares out lm_head
-    for stage in (pretrain_target, regenerate, distill, build_corpus, calibrate, export):
+    write_target(alone / "target", vocab_size=62)  # even, as transformers shares out lm_head
+    for stage in (regenerate, distill, build_corpus, calibrate, export):
         stage(config)
     shutil.copytree(alone, together)
     shutil.rmtree(together / "policy")

@@ -1,4 +1,4 @@
-"""A run small enough for a test: made-up sources, a target of three layers, two steps of everything."""
+"""A run small enough for a test: made-up sources, two steps of everything."""
 
 import random
 from pathlib import Path
@@ -10,7 +10,6 @@ from graft_train.config import Config
 from graft_train.config.data import DataConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.config.policy import CalibrateConfig
-from graft_train.config.pretrain_target import PretrainConfig
 from graft_train.config.target import TargetConfig
 from graft_train.evaluate import EvaluateConfig
 from graft_train.regenerate import RegenerateConfig
@@ -28,24 +27,12 @@ def write_sources(directory: Path, files: int = 40) -> None:
 
 
 def tiny_config(run_dir: Path, sources: Path) -> Config:
+    """Of the target in `{run_dir}/target`."""
     return Config(
         run_dir=str(run_dir),
         threads=1,
-        target=TargetConfig(dtype="float32", device="cpu"),
+        target=TargetConfig(str(run_dir / "target"), dtype="float32", device="cpu"),
         data=DataConfig(path=str(sources), prompt_tokens=12, calibration_share=0.2, evaluation_share=0.2),
-        pretrain_target=PretrainConfig(
-            vocab_size=300,
-            hidden_size=32,
-            layers=3,
-            heads=4,
-            intermediate_size=48,
-            max_positions=128,
-            length=16,
-            batch=4,
-            steps=4,
-            warmup=1,
-            checkpoint_every=2,
-        ),
         regenerate=RegenerateConfig(samples=12, held_out=3, max_new_tokens=8, batch=4),
         head=HeadTrainConfig(
             draft_vocab_size=100,

@@ -18,7 +18,8 @@ from torch import equal
 
 from graft_train.cli import main
 from graft_train.config import Config
-from graft_train.road import STAGES
+from graft_train.road import ROAD, STAGES
+from tests.graft_inference.tiny_bundle import write_target
 from tests.graft_train.tiny_run import tiny_config, write_sources
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +72,13 @@ def test_help_lists_the_stages_with_a_line_each(installed, tmp_path):
 def test_the_installed_command_goes_the_road_and_accelerate_trains_the_same_head(installed, tmp_path):
     write_sources(tmp_path / "sources")
     settings = tiny_config(tmp_path / "run", tmp_path / "sources")
+    write_target(tmp_path / "run" / "target")
     said = run(installed / "graft", "quickstart", *overrides(settings), cwd=tmp_path)
-    assert "evaluate: finished" in said
-    assert "autoregressive" in said.split("evaluate: finished")[1], "ends with the table"
+    for number, (name, line) in enumerate(ROAD.items(), start=1):
+        assert f"[{number}/{len(ROAD)}] {name}: {line}" in said
+    table, answer = said.split("evaluate: finished")[1].split(f"[{len(ROAD)}/")
+    assert "autoregressive" in table
+    assert "acceptance length" in answer
 
     for stage in ("target", "data"):
         shutil.copytree(tmp_path / "run" / stage, tmp_path / "launched" / stage)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.heads.eagle3.model import DraftHead
-from graft_inference.policy.plan import Plan, Stage
+from graft_inference.policy.plan import Plan, QuotaCheckpoint, QuotaPlan
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.sharded import whole
 from graft_train.data.states import PackedTarget, TargetStates
@@ -74,7 +74,7 @@ class Eagle3Strategy(Strategy):
         return {"head": self.head.config.to_dict(), "draft_vocabulary": vocabulary_hash(self.head.target_ids)}
 
     def measured_plan(self) -> Plan:
-        return Plan((Stage(passes=self.steps, drafted=self.steps),), topk=1, budget=self.steps + 1)
+        return QuotaPlan((QuotaCheckpoint(self.steps, drafted=self.steps),), topk=1)
 
     def served_head(self) -> DraftHead:
         with whole(self.head.parameters()):

@@ -31,9 +31,9 @@ def config(tmp_path, monkeypatch):
     """A run with a target and samples in a dozen windows."""
     monkeypatch.setattr(pairs, "WINDOW_BYTES", 700)
     config = tiny_config(tmp_path / "run", tmp_path)
-    write_target(tmp_path / "run" / "target")
+    config.target.name_or_path = str(write_target(tmp_path / "target"))
     data = tmp_path / "run" / "data"
-    data.mkdir()
+    data.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
 
     def ids(count):
@@ -177,7 +177,7 @@ def captured(config, tmp_path):
     samples = read_samples(tmp_path / "run" / "data" / "samples.jsonl", "train")
     rows = to_tensors(samples, config.head.max_length, VOCAB)
     target = PackedTarget(model, (0, 1, 2))
-    fingerprint = fingerprint_of(tmp_path / "run" / "target")
+    fingerprint = fingerprint_of(tmp_path / "target")
     disk_states(target, rows, 64, tmp_path / "run" / "states", fingerprint, None, Accelerator(cpu=True))
     return sum(len(row.tokens_S) == len(sample.ids) for row, sample in zip(rows, samples, strict=True))
 

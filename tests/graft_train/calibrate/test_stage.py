@@ -59,7 +59,7 @@ def config_for(run_dir: Path, **settings) -> Config:
         "minutes": 0.001,  # what a choice cannot do without
         "least_rounds": 31,  # of three prompts
     }
-    target = TargetConfig(dtype="float32", device="cpu")
+    target = TargetConfig(str(run_dir / "target"), dtype="float32", device="cpu")
     return Config(run_dir=str(run_dir), threads=1, target=target, policy=CalibrateConfig(**(sizes | settings)))
 
 

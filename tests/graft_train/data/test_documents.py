@@ -261,9 +261,3 @@ def test_bad_settings_are_named(settings, complaint):
         DataConfig(**settings)
     with pytest.raises(GraftError, match="weight of the source x must be positive"):
         Source(path="x", weight=0)
-
-
-def test_standard_library_is_there_without_tests():
-    ids = {document.id for document in read_documents(DataConfig(path="stdlib"))}
-    assert "argparse.py" in ids
-    assert not any("test" in identity.split("/")[:-1] for identity in ids)

@@ -19,6 +19,12 @@ def terse(x):
 def shown(x):
     """>>> shown(1) and a few more words that make it long enough"""
 
+def signed(x):
+    """signed(number, other) -> what it is, and that is long enough, too."""
+
+def same(x):
+    """Return the number that is twice as large as the one given."""
+
 def _private(x):
     """Long enough to be asked about, but nobody's business."""
 
@@ -30,11 +36,26 @@ class Thing:
 
 def test_documented_public_functions_are_asked_about(tmp_path):
     (tmp_path / "m.py").write_text(SOURCE)
-    found = list(questions(tmp_path / "m.py", "pack.m"))
+    found = list(questions(tmp_path / "m.py", "pack.m", set()))
     assert [record["id"] for record in found] == ["pack.m.doubled"]
     assert "doubled" in found[0]["prompt"]
     assert "Not a word" not in found[0]["prompt"]
     assert "{" not in found[0]["prompt"]
+
+
+def test_what_two_functions_say_alike_is_asked_about_once(tmp_path):
+    """Or an answer that is trained on would be that of a prompt which is measured."""
+    said = set()
+    for name, function in (("a", "first"), ("b", "second")):
+        (tmp_path / f"{name}.py").write_text(f'''
+def {function}(x):
+    """Return the number that is twice as large as the one given."""
+
+def {function}_of_all():
+    """Long enough, and says the name of the module, which is {name}."""
+''')
+    found = [record["id"] for name in "ab" for record in questions(tmp_path / f"{name}.py", name, said)]
+    assert found == ["a.first", "a.first_of_all", "b.second_of_all"]
 
 
 def test_the_standard_library_gives_hundreds_of_every_kind_each_its_own_document():

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from graft_inference import GraftEngine, GraftError
+from graft_inference import GraftEngine, GraftError, QuotaCheckpoint, QuotaPlan
 from graft_inference import bundle as bundle_module
 from graft_inference.heads.eagle3.checkpoint import load_head
-from graft_inference.policy.plan import Policy
+from graft_inference.policy.policy import Policy
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
 from graft_train import distill as stage_module
