@@ -30,11 +30,11 @@ from ..target.bucket_cache import BucketCache, bucket, move
 from ..target.kv_cache import TreeCache
 from ..target.model import SWITCHING_ROPE, Target, rope_type
 from ..tree import DraftTree
+from ..verification import Emitted, of_record
 from .cuda_graph import CannotCapture, Captured, CudaGraphs, Function
 from .sampling import Sampler
 from .segments import Segments, Statics, slack_rows
 from .state import DecodeState
-from ..verification import Emitted, of_record
 
 CAPTURED_PROCESSORS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 """They read nothing but the scores, and nothing on the host."""
