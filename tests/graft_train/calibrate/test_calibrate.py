@@ -1,6 +1,5 @@
 """Replays against the engine itself, and the search's guarantees."""
 
-import math
 from dataclasses import replace
 from itertools import product
 
@@ -8,26 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from graft_inference import GraftError, Plan, Stage, paper_policy
-from graft_inference.retrieval.ngrams import NgramTable
+from graft_inference import Checkpoint, GraftError, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
+from graft_inference.policy.acceptance import by_evidence
+from graft_train.calibrate import fit as fit_module
 from graft_train.calibrate import latency as latency_module
-from graft_train.calibrate import scale as scale_module
-from graft_train.calibrate.latency import Latency
-from graft_train.calibrate.replay import Replay
-from graft_train.calibrate.scale import (
+from graft_train.calibrate.fit import (
     Steps,
     calibration_error,
     drafted_scores,
-    echo_scores,
-    fit_scale,
-    raw_scale,
-    retrieved_scores,
+    fit_acceptance,
+    raw_acceptance,
+    source_scores,
 )
+from graft_train.calibrate.latency import Latency
+from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, on_path, record_traces
+from graft_train.config.policy import CalibrateConfig
 from tests.graft_inference.test_tree import random_tree, token_path
 from tests.graft_inference.tiny import tiny_engine, tiny_head, tiny_model
-from tests.graft_inference.tiny_bundle import tiny_ngrams
 
 BEAM, PASSES, NEW, BUDGET = 3, 4, 40, 12
 WIDTHS = [1, 2, 4, 8, 12]
@@ -36,9 +34,9 @@ LATENCY = Latency(
     contexts=[16, 64],
     verify_ms=[[1.0, 1.1, 1.3, 1.9, 2.6]] * 2,
     draft_ms=[0.0, 0.2, 0.4, 0.6, 0.8],
-    graft_ms=[0.05, 0.1, 0.4],
-    commit_ms=[0.1, 0.2, 0.25],
-    echo_ms=0.03,
+    build_ms=0.05,
+    commit_ms=0.1,
+    source_ms={"matrix": 0.15, "lookup": 0.03},
     read_ms=0.01,
     spread=[0, 0],
 )
@@ -49,9 +47,13 @@ ALLOWED = Allowed(tuple(WIDTHS))
 def engine():
     # Few tokens, so that a random head is often right.
     model = tiny_model("llama", vocab_size=8)
-    engine = tiny_engine(model, head=tiny_head(model, draft_vocab_size=8))
-    engine.ngrams = NgramTable(*tiny_ngrams(8).values())
-    return engine
+    return tiny_engine(model, head=tiny_head(model, draft_vocab_size=8))
+
+
+def settings(**changes) -> CalibrateConfig:
+    """36 rank paths of the matrix (four times the widest tree), chains of 8 of the lookup."""
+    sizes = {"max_new_tokens": NEW, "topk": BEAM, "num_steps": PASSES, "widths": [1, 9], "retrieval_depth": 4}
+    return CalibrateConfig(**(sizes | changes))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def traces(engine, prompts):
-    return record_traces(engine, prompts, NEW, BEAM, PASSES, retrieval_depth=4, paths=24, echo_depth=8)
+    return record_traces(engine, prompts, settings())
 
 
 @pytest.fixture(scope="module")
@@ -74,41 +76,50 @@ def replay(traces):
 def test_no_further_prompt_is_traced_once_there_are_enough_positions(
     engine, prompts, traces, positions, prompts_traced
 ):
-    few = record_traces(engine, prompts, NEW, BEAM, 2, retrieval_depth=2, paths=6, echo_depth=4, positions=positions)
+    few = record_traces(engine, prompts, settings(num_steps=2, retrieval_depth=2), positions=positions)
     assert few.prompt_T.unique().tolist() == list(range(prompts_traced))
     assert torch.equal(few.truth_TD[:, :2], traces.truth_TD[traces.prompt_T < prompts_traced, :2])
 
 
-def competing(traces, *stages, **changes) -> Plan:
-    return Plan(stages, BEAM, BUDGET, **{"scale": fit_scale(traces), "learns_accepted": True} | changes)
+def competing(traces, *checkpoints, **changes) -> ScoredPlan:
+    return ScoredPlan(checkpoints, BEAM, **{"acceptance": fit_acceptance(traces), "learns_accepted": True} | changes)
 
 
-def without(plan: Plan, **pieces) -> Plan:
-    return replace(plan, scale=replace(plan.scale, **pieces))
+def without(plan: ScoredPlan, name: str) -> ScoredPlan:
+    model = plan.acceptance
+    return replace(plan, acceptance=replace(model, sources=tuple(one for one in model.sources if one.name != name)))
 
 
 def plans(traces) -> dict[str, Plan]:
-    gated = (Stage(0, 6.0, width=8), Stage(1, 0.3, width=4), Stage(3, width=8))
+    gated = (
+        Checkpoint(0, 6.0, num_draft_tokens=8),
+        Checkpoint(1, 0.3, num_draft_tokens=4),
+        Checkpoint(3, num_draft_tokens=8),
+    )
+    template = traces.sources["matrix"].template[:9]
     return {
-        "one pass": Plan((Stage(1, drafted=2),), BEAM),
-        "tree": Plan((Stage(3, drafted=7),), BEAM),
-        "pruned at two checkpoints": Plan(
-            (Stage(1, 0.35, drafted=3), Stage(2, 0.2, drafted=5), Stage(4, drafted=9)), BEAM
+        "one pass": QuotaPlan((QuotaCheckpoint(1, drafted=2),), BEAM),
+        "tree": QuotaPlan((QuotaCheckpoint(3, drafted=7),), BEAM),
+        "pruned at two checkpoints": QuotaPlan(
+            (QuotaCheckpoint(1, 0.35, drafted=3), QuotaCheckpoint(2, 0.2, drafted=5), QuotaCheckpoint(4, drafted=9)),
+            BEAM,
         ),
-        "quotas": Plan((Stage(2, drafted=4, retrieved=5, template=traces.template[:9]),), BEAM, learns_accepted=True),
-        "both compete": competing(traces, Stage(2, width=8)),
-        "retrieved alone": competing(traces, Stage(0, width=8)),
+        "quotas": QuotaPlan(
+            (QuotaCheckpoint(2, drafted=4, retrieved=5, template=template),), BEAM, learns_accepted=True
+        ),
+        "both compete": competing(traces, Checkpoint(2, num_draft_tokens=8)),
+        "retrieved alone": competing(traces, Checkpoint(0, num_draft_tokens=8)),
         "everything": competing(traces, *gated),
-        "everything, drafted only": without(competing(traces, *gated[1:], drafted_only=True), echo=()),
-        "echo alone": without(competing(traces, Stage(0, width=7)), template=()),
-        "echo and head": without(competing(traces, *gated), template=()),
-        "no echo": without(competing(traces, *gated), echo=()),
+        "head alone": without(without(competing(traces, *gated[1:]), "matrix"), "lookup"),
+        "lookup alone": without(competing(traces, Checkpoint(0, num_draft_tokens=7)), "matrix"),
+        "lookup and head": without(competing(traces, *gated), "matrix"),
+        "no lookup": without(competing(traces, *gated), "lookup"),
     }
 
 
 @pytest.mark.parametrize("name", [
     "one pass", "tree", "pruned at two checkpoints", "quotas", "both compete", "retrieved alone",
-    "everything", "everything, drafted only", "echo alone", "echo and head", "no echo",
+    "everything", "head alone", "lookup alone", "lookup and head", "no lookup",
 ])  # fmt: skip
 def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, name):
     plan = plans(traces)[name]
@@ -116,90 +127,46 @@ def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, n
     acceptance_length = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
     assert acceptance_length > 1.1, "the tiny head must be right now and then for this to mean anything"
     assert replay.run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
-    visited = replay.outcome(plan).stage_T[replay.visits(replay.outcome(plan))]
-    for index, stage in enumerate(plan.stages):
-        assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
+    visited = replay.outcome(plan).checkpoint_T[replay.visits(replay.outcome(plan))]
+    for index, one in enumerate(plan.checkpoints):
+        assert sum(s.checkpoints[one.name] for s in stats) == (visited == index).sum()
 
 
 @pytest.mark.parametrize("dearness", [0.5, 1])
 def test_replay_reproduces_the_rounds_of_the_plan_that_was_learned(engine, prompts, traces, dearness):
-    """An echo promises one of few sums: a threshold on one of them would part replay and engine by a rounding error."""
+    """A lookup promises one of few sums: a threshold on one of them would part replay and engine by rounding."""
     latency = replace(LATENCY, draft_ms=[dearness * time for time in LATENCY.draft_ms])
     replay = Replay(traces, latency, BUDGET)
-    scale = replace(fit_scale(traces), template=())
+    scale = without(competing(traces, Checkpoint(0)), "matrix").acceptance
     plan = best_learned(replay, scale, ALLOWED)
-    assert plan.stages[0].passes == 0
+    assert plan.checkpoints[0].steps == 0
     assert plan.drafts
     seen = np.unique(replay.promise(scale))
-    assert np.abs(seen - plan.stages[0].threshold).min() > 1e-6
+    assert np.abs(seen - plan.checkpoints[0].threshold).min() > 1e-6
     stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
-    visited = replay.outcome(plan).stage_T[replay.visits(replay.outcome(plan))]
-    for index, stage in enumerate(plan.stages):
-        assert sum(s.stages[stage.name] for s in stats) == (visited == index).sum()
+    visited = replay.outcome(plan).checkpoint_T[replay.visits(replay.outcome(plan))]
+    for index, one in enumerate(plan.checkpoints):
+        assert sum(s.checkpoints[one.name] for s in stats) == (visited == index).sum()
 
 
 @pytest.fixture(scope="module")
 def told(engine, prompts):
-    return record_traces(
-        engine,
-        prompts,
-        NEW,
-        BEAM,
-        PASSES,
-        retrieval_depth=4,
-        paths=24,
-        echo_depth=8,
-        temperature=0.6,
-        shares_noise=True,
-    )
+    return record_traces(engine, prompts, settings(temperature=0.6), shares_noise=True)
 
 
-@pytest.mark.parametrize(("name", "ngrams"), [
-    *product(["tree", "pruned at two checkpoints", "quotas", "retrieved alone", "everything"], [False, True]),
-])  # fmt: skip
-def test_replay_reproduces_rounds_that_know_the_noise_of_draws(engine, prompts, told, name, ngrams):
-    plan = replace(plans(told.of_ngrams() if ngrams else told)[name], shares_noise=True)
-    plan = replace(plan, ngrams=ngrams and plan.expands)
+@pytest.mark.parametrize("name", ["tree", "pruned at two checkpoints", "quotas", "retrieved alone", "everything"])
+def test_replay_reproduces_rounds_that_know_the_noise_of_draws(engine, prompts, told, name):
+    plan = replace(plans(told)[name], shares_noise=True)
     stats = [engine.generate(prompt, NEW, 0.6, plan=plan, seed=seed).stats for seed, prompt in enumerate(prompts)]
     acceptance_length = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
     assert acceptance_length > 1.1
-    assert Replay(told, LATENCY, BUDGET, plan.ngrams, True).run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
+    assert Replay(told, LATENCY, BUDGET, True).run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
     unaware = [
         engine.generate(prompt, NEW, 0.6, plan=replace(plan, shares_noise=False), seed=seed).stats.rounds
         for seed, prompt in enumerate(prompts)
     ]
     assert sum(unaware) != sum(s.rounds for s in stats)
     assert set(told.reach_TC.unique().tolist()) == {0.0, 1.0}
-
-
-@pytest.mark.parametrize("name", ["both compete", "retrieved alone", "everything", "quotas"])
-def test_replay_reproduces_rounds_with_longer_contexts(engine, prompts, traces, name):
-    longer = traces.of_ngrams()
-    assert longer.template != traces.template
-    plan = replace(plans(longer)[name], ngrams=True)
-    stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
-    acceptance_length = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
-    assert acceptance_length > 1.1
-    assert Replay(traces, LATENCY, BUDGET, ngrams=True).run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
-    assert acceptance_length != pytest.approx(Replay(traces, LATENCY, BUDGET).run(plans(traces)[name])[1], abs=1e-9)
-
-
-def test_longer_contexts_cost_what_was_measured(traces):
-    longer = Replay(traces, LATENCY, BUDGET, ngrams=True)
-    plan = replace(competing(longer.traces, Stage(0, width=8)), ngrams=True)
-    speed, acceptance_length = longer.run(plan)
-    assert speed == pytest.approx(1e3 * acceptance_length / (0.4 + 0.25 + 0.03 + 1.9))
-    assert best_learned(longer, replace(fit_scale(longer.traces), echo=()), ALLOWED).ngrams
-    assert not best_eagle3(longer, WIDTHS).ngrams
-
-
-def test_at_the_same_prefix_graft_accepts_what_prune_does(traces, replay):
-    """Also where both sources compete for the rows: prune is the drafted part of graft's own trees."""
-    graft = plans(traces)["everything"]
-    with_, without = replay.outcome(graft), replay.outcome(graft.without_retrieval())
-    assert (with_.stage_T == without.stage_T).all()
-    assert (with_.tokens_T >= without.tokens_T).all()
-    assert (with_.tokens_T > without.tokens_T).any()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -213,12 +180,14 @@ def test_on_path_equals_a_comparison_of_token_paths(seed):
 
 def test_without_temperature_reach_is_the_greedy_path(traces, replay):
     assert torch.equal(traces.reach_TC.bool(), replay._true_TC)
-    assert torch.equal(traces.reach_TR.bool(), replay._true_TR)
+    reached = [source.reach_TR.bool() for source in traces.sources.values()]
+    assert torch.equal(torch.cat(reached, dim=1), replay._true_TR)
 
 
 def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engine, prompts):
     """Against plain passes over each path, at several positions of a sampled continuation."""
-    traces = record_traces(engine, prompts[:1], 12, BEAM, 2, retrieval_depth=2, paths=6, echo_depth=4, temperature=0.7)
+    small = settings(max_new_tokens=12, num_steps=2, retrieval_depth=2, widths=[2], temperature=0.7)
+    traces = record_traces(engine, prompts[:1], small)
     sequence = engine.generate(prompts[0], 12, 0.7, "autoregressive", seed=0).sequences[0]
     model = engine.target.model
     model.set_attn_implementation("sdpa")
@@ -235,12 +204,12 @@ def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engin
                 above = [] if parent < 0 else [int(traces.tokens_TC[position, parent])]
                 path = [*above, int(traces.tokens_TC[position, column])]
                 assert float(traces.reach_TC[position, column]) == pytest.approx(reach(position, path), abs=1e-4)
-            for row, ranks in enumerate(traces.template):
-                ids = [
-                    int(traces.retrieved_TR[position, traces.template.index(ranks[:n])])
-                    for n in range(1, len(ranks) + 1)
-                ]
-                assert float(traces.reach_TR[position, row]) == pytest.approx(reach(position, ids), abs=1e-4)
+            for source in traces.sources.values():
+                for row, ranks in enumerate(source.template):
+                    above = [source.template.index(ranks[:n]) for n in range(1, len(ranks) + 1)]
+                    ids = source.tokens_TR[position, above].tolist()
+                    expected = 0.0 if ids[-1] < 0 else reach(position, ids)
+                    assert float(source.reach_TR[position, row]) == pytest.approx(expected, abs=1e-4)
     finally:
         model.set_attn_implementation("graft_tree")
 
@@ -250,7 +219,7 @@ def test_a_head_that_overflows_is_told_before_anything_is_fitted(engine, prompts
     head.midlayer.mlp.down_proj.weight.data.fill_(3e38)
     broken = tiny_engine(engine.target.model, head=head)
     with pytest.raises(GraftError, match=r"the draft head overflows in torch\.float32"):
-        record_traces(broken, prompts[:1], 8, BEAM, 2, retrieval_depth=2, paths=6, echo_depth=4)
+        record_traces(broken, prompts[:1], settings(max_new_tokens=8, num_steps=2, retrieval_depth=2))
 
 
 def test_a_fit_finds_the_law_that_made_the_data():
@@ -260,8 +229,8 @@ def test_a_fit_finds_the_law_that_made_the_data():
     depth, rank = (torch.randint(0, 2, (60_000,), generator=generator) for _ in range(2))
     share = (torch.rand(60_000, generator=generator) < (1.5 * logit - 0.2 + 0.7 * rank).sigmoid()).float()
     prompt = torch.arange(60_000) % 30
-    pairs, ranks = scale_module._fit(Steps(logit, depth + 1, rank, torch.ones_like(logit), share, prompt), 2, 2)
-    for slope, offset in pairs:
+    slopes, offsets, ranks = fit_module._fit(Steps(logit, depth + 1, rank, torch.ones_like(logit), share, prompt), 2, 2)
+    for slope, offset in zip(slopes, offsets, strict=True):
         assert slope == pytest.approx(1.5, abs=0.05)
         assert offset + ranks[0] == pytest.approx(-0.2, abs=0.05)
     assert ranks[1] - ranks[0] == pytest.approx(0.7, abs=0.05)
@@ -270,10 +239,10 @@ def test_a_fit_finds_the_law_that_made_the_data():
 def test_parents_that_were_rejected_do_not_count():
     logit = torch.zeros(2000)
     reach = torch.tensor([1.0, 0.0]).repeat(1000)
-    pairs, ranks = scale_module._fit(
+    _, offsets, ranks = fit_module._fit(
         Steps(logit, torch.ones(2000).long(), torch.zeros(2000).long(), reach, reach, torch.arange(2000) // 100), 1, 1
     )
-    assert pairs[0][1] + ranks[0] > 2  # all that could be accepted was
+    assert offsets[0] + ranks[0] > 2  # all that could be accepted was
 
 
 def honest_steps(prompts: int, distinct: int, repeats: int, seed: int) -> Steps:
@@ -293,48 +262,64 @@ def test_what_prompts_repeat_is_not_taken_for_many_observations():
     raw = calibration_error(unseen.logit.sigmoid(), unseen.share)
     errors = []
     for seed in range(6):
-        pairs, ranks = scale_module._fit(honest_steps(20, 4, 50, seed), 2, 1)
-        slope, offset = torch.tensor(pairs)[unseen.depth - 1].T
+        slopes, offsets, ranks = fit_module._fit(honest_steps(20, 4, 50, seed), 2, 1)
+        slope, offset = torch.tensor([slopes, offsets])[:, unseen.depth - 1]
         errors.append(calibration_error((slope * unseen.logit + offset + ranks[0]).sigmoid(), unseen.share))
     assert sum(errors) / len(errors) < raw + 0.02
 
 
 def test_one_prompt_leaves_the_source_at_its_word():
     steps = honest_steps(1, 40, 50, seed=0)
-    assert scale_module._fit(steps, 2, 1) == (((1.0, 0.0), (1.0, 0.0)), (0.0,))
+    assert fit_module._fit(steps, 2, 1) == ((1.0, 1.0), (0.0, 0.0), (0.0,))
 
 
-def test_a_fitted_scale_never_ranks_a_child_above_its_parent(traces):
-    scale = fit_scale(traces)
-    drafted_TC, retrieved_TR = drafted_scores(traces, scale), retrieved_scores(traces, scale)
-    parents_TC = traces.parents_TC.long()
+def test_a_fitted_model_never_ranks_a_child_above_its_parent(traces):
+    model = fit_acceptance(traces)
+    drafted_TC, parents_TC = drafted_scores(traces, model), traces.parents_TC.long()
     above_TC = drafted_TC.gather(1, parents_TC.clamp(min=0)).masked_fill(parents_TC < 0, 0.0)
     assert (drafted_TC <= above_TC).all()
-    for row, path in enumerate(traces.template[1:], start=1):
-        if len(path) > 1:
-            assert (retrieved_TR[:, row] <= retrieved_TR[:, traces.template.index(path[:-1])]).all()
-    assert (echo_scores(traces, scale).diff(dim=1).nan_to_num(0.0) <= 0).all()
+    for one in model.sources:
+        source = traces.sources[one.name]
+        scores_TR = source_scores(source, one)
+        assert scores_TR.isfinite().any()
+        for row, path in enumerate(source.template):
+            above = scores_TR[:, source.template.index(path[:-1])] if len(path) > 1 else 0.0
+            assert (scores_TR[:, row] <= above).all()
 
 
 def test_calibration_brings_the_promises_near_what_is_met(traces):
-    scale, raw = fit_scale(traces), raw_scale(traces)
-    for scores, reach in ((drafted_scores, traces.reach_TC), (retrieved_scores, traces.reach_TR)):
-        worth = {one: scores(traces, one).exp() for one in (scale, raw)}
-        error = {one: calibration_error(p[p > 0.02], reach[p > 0.02]) for one, p in worth.items()}
-        assert error[scale] < 0.5 * error[raw]
+    fitted, raw = fit_acceptance(traces), raw_acceptance(traces)
 
+    def error(scores_TN, reach_TN) -> float:
+        probability_TN = scores_TN.exp()
+        return calibration_error(probability_TN[probability_TN > 0.02], reach_TN[probability_TN > 0.02])
 
-def test_a_rare_match_is_trusted_little(traces):
-    """Twenty matches of three tokens that all went on; one of four."""
-    few = replace(
-        traces,
-        matched_T=torch.tensor([3] * 20 + [4] + [0] * (len(traces) - 21)),
-        echo_reach_TE=torch.ones_like(traces.echo_reach_TE),
+    assert error(drafted_scores(traces, fitted), traces.reach_TC) < 0.5 * error(
+        drafted_scores(traces, raw), traces.reach_TC
     )
-    echo = [math.exp(row[0]) for row in fit_scale(few).echo]
-    assert echo[1] < 0.01
-    assert echo[2] == pytest.approx(20 / 30, abs=0.01)
-    assert echo[3] == pytest.approx((1 + 10 * 20 / 30) / 11, abs=0.01)
+    matrix = traces.sources["matrix"]
+    before, after = (source_scores(matrix, model.sources[0]) for model in (raw, fitted))
+    assert error(after, matrix.reach_TR) < 0.5 * error(before, matrix.reach_TR)
+
+
+def test_rare_evidence_is_trusted_little(traces):
+    """Twenty matches of three tokens that all went on; one of four."""
+    lookup = traces.sources["lookup"]
+    few = replace(
+        lookup,
+        evidence_T=torch.tensor([3] * 20 + [4] + [0] * (len(traces) - 21)),
+        reach_TR=torch.ones_like(lookup.reach_TR),
+    )
+    (model,) = (
+        one
+        for one in fit_acceptance(replace(traces, sources=traces.sources | {"lookup": few})).sources
+        if one.name == "lookup"
+    )
+    reached = by_evidence(model).exp()
+    assert reached[2, 1] < 0.01
+    for depth in (1, 4):
+        assert reached[3, depth] == pytest.approx(20 / 30, abs=0.01)
+        assert reached[4, depth] == pytest.approx((1 + 10 * 20 / 30) / 11, abs=0.01)
 
 
 def test_calibration_error_by_hand():
@@ -344,12 +329,12 @@ def test_calibration_error_by_hand():
 
 
 def test_time_is_the_sum_of_the_rounds(traces, replay):
-    plan = Plan((Stage(2, drafted=3),), BEAM)
+    plan = QuotaPlan((QuotaCheckpoint(2, drafted=3),), BEAM)
     speed, acceptance_length = replay.run(plan)
     assert speed == pytest.approx(1e3 * acceptance_length / (0.4 + 0.05 + 0.1 + 1.3))
-    plan = competing(traces, Stage(0, width=8))
+    plan = competing(traces, Checkpoint(0, num_draft_tokens=8))
     speed, acceptance_length = replay.run(plan)
-    assert speed == pytest.approx(1e3 * acceptance_length / (0.1 + 0.2 + 0.03 + 1.9))
+    assert speed == pytest.approx(1e3 * acceptance_length / (0.05 + 0.1 + 0.15 + 0.03 + 1.9))
 
 
 def test_one_disturbed_time_does_not_stand_for_all_wider_passes():
@@ -359,15 +344,15 @@ def test_one_disturbed_time_does_not_stand_for_all_wider_passes():
 
 def test_verification_costs_more_in_a_long_context():
     latency = replace(LATENCY, verify_ms=[[1.0] * 5, [3.0] * 5])
-    plan = Plan((Stage(1, drafted=1),), BEAM)
-    times = latency.round_ms(plan, plan.stages[0], torch.tensor([0, 40, 100]).numpy())
+    plan = QuotaPlan((QuotaCheckpoint(1, drafted=1),), BEAM)
+    times = latency.round_ms(plan, plan.checkpoints[0], torch.tensor([0, 40, 100]).numpy())
     assert times.tolist() == pytest.approx([1 + 0.35, 2 + 0.35, 3 + 0.35])
 
 
 def test_the_learned_plan_is_predicted_at_least_as_fast_as_its_special_cases(traces, replay):
-    scale = fit_scale(traces)
+    scale = fit_acceptance(traces)
     learned = replay.run(best_learned(replay, scale, ALLOWED))[0]
-    without = replay.run(best_learned(replay, replace(scale, template=()), ALLOWED))[0]
+    without = replay.run(best_learned(replay, replace(scale, sources=()), ALLOWED))[0]
     alone = replay.run(best_learned(replay, replace(scale, drafted=()), ALLOWED))[0]
     fixed = replay.run(best_learned(replay, scale, replace(ALLOWED, retrieve_first=False)))[0]
     assert learned >= max(without, fixed)
@@ -377,13 +362,13 @@ def test_the_learned_plan_is_predicted_at_least_as_fast_as_its_special_cases(tra
 def test_costly_drafting_is_left_out_and_dear_rows_are_not_taken(traces):
     """With passes at a hundred times the price no plan runs more than one."""
     dear = Replay(traces, replace(LATENCY, draft_ms=[0.0, 0.2, 40.0, 80.0, 120.0]), BUDGET)
-    scale = fit_scale(traces)
+    scale = fit_acceptance(traces)
     assert best_learned(dear, scale, ALLOWED).num_steps <= 1
     assert best_eagle3(dear, WIDTHS).num_steps == 1
     steep = Replay(traces, replace(LATENCY, verify_ms=[[1.0, 1.1, 50.0, 100.0, 150.0]] * 2), BUDGET)
     assert (
         steep.run(best_learned(steep, scale, ALLOWED))[0]
-        >= steep.run(Plan((Stage(1, width=2),), BEAM, BUDGET, scale, learns_accepted=True))[0]
+        >= steep.run(competing(traces, Checkpoint(1, num_draft_tokens=2)))[0]
     )
 
 
@@ -393,7 +378,7 @@ def test_a_mixture_of_experts_gets_a_narrower_tree_than_a_dense_target(traces):
     widths = {}
     for name, verify in costs.items():
         replay = Replay(traces, replace(LATENCY, verify_ms=[verify] * 2), BUDGET)
-        plans = (best_learned(replay, fit_scale(traces), ALLOWED), best_eagle3(replay, WIDTHS))
+        plans = (best_learned(replay, fit_acceptance(traces), ALLOWED), best_eagle3(replay, WIDTHS))
         # Rows of the average round: each stage has its own.
         widths[name] = [mean_rows(replay, plan) for plan in plans]
     for dense, experts in zip(widths["dense"], widths["experts"], strict=True):
@@ -406,8 +391,9 @@ def mean_rows(replay: Replay, plan: Plan) -> float:
         LATENCY,
         verify_ms=[[float(width) for width in WIDTHS]] * 2,
         draft_ms=[0.0] * 5,
-        graft_ms=[0.0] * 3,
-        commit_ms=[0.0] * 3,
+        build_ms=0.0,
+        commit_ms=0.0,
+        source_ms=dict.fromkeys(LATENCY.source_ms, 0.0),
         read_ms=0.0,
     )
     return float(Replay(replay.traces, per_row, BUDGET).outcome(plan).ms_T.mean())
@@ -416,24 +402,24 @@ def mean_rows(replay: Replay, plan: Plan) -> float:
 def test_where_no_candidate_is_worth_its_row_nothing_is_asked(traces):
     """A second row at the price of a hundred tokens: the plan is autoregressive, in all that it costs."""
     dear = Replay(traces, replace(LATENCY, verify_ms=[[1.0] + [101.0] * 4] * 2), BUDGET)
-    plan = best_learned(dear, fit_scale(traces), ALLOWED)
+    plan = best_learned(dear, fit_acceptance(traces), ALLOWED)
     assert not plan.drafts
-    assert not plan.retrieves
+    assert not plan.sources
     assert dear.run(plan) == (pytest.approx(1e3 / (1.0 + 0.05 + 0.1)), 1.0)
 
 
 def test_the_search_finds_the_best_of_all_thresholds_and_widths(replay, traces):
     """Against every plan of the family, two stages of one width each: none is more than a per cent faster."""
-    scale = replace(fit_scale(traces), echo=())
+    scale = without(competing(traces, Checkpoint(0)), "lookup").acceptance
     allowed = replace(ALLOWED, checkpoints=1, retrieve_first=False)
     learned = replay.run(best_learned(replay, scale, allowed))[0]
     widths, best = WIDTHS[1:4], 0.0
     cuts = sorted({float(c) for c in traces.confidence_TP[::7].flatten()})[::12]
     for last, wide in product(range(1, 4), widths):
-        best = max(best, replay.run(competing(traces, Stage(last, width=wide), scale=scale))[0])
+        best = max(best, replay.run(competing(traces, Checkpoint(last, num_draft_tokens=wide), acceptance=scale))[0])
         for first, narrow, cut in product(range(1, last), widths, cuts):
-            stages = (Stage(first, cut, width=narrow), Stage(last, width=wide))
-            best = max(best, replay.run(competing(traces, *stages, scale=scale))[0])
+            pair = Checkpoint(first, cut, num_draft_tokens=narrow), Checkpoint(last, num_draft_tokens=wide)
+            best = max(best, replay.run(competing(traces, *pair, acceptance=scale))[0])
     assert learned > 0.99 * best
 
 
@@ -463,7 +449,8 @@ def test_a_device_that_takes_twice_as_long_has_the_same_tau_and_half_the_speed(t
     before = replay.run(plan)
     twice = replace(LATENCY, **{
         name: [[2 * t for t in row] for row in LATENCY.verify_ms] if name == "verify_ms" else
-        [2 * t for t in value] if isinstance(value, list) else 2 * value
+        [2 * t for t in value] if isinstance(value, list) else
+        {source: 2 * t for source, t in value.items()} if isinstance(value, dict) else 2 * value
         for name, value in LATENCY.to_dict().items() if name.endswith("_ms")
     })  # fmt: skip
     assert Replay(traces, twice, BUDGET).run(plan) == (pytest.approx(before[0] / 2), before[1])
@@ -478,9 +465,8 @@ def test_rounds_that_begin_behind_every_continuation_are_none(traces, replay):
 
 def test_paper_settings_scale_to_the_width_and_the_matrix(traces, replay):
     plan = best_paper(replay, WIDTHS, most_rank=3)
-    assert {stage.rows for stage in plan.stages} <= set(WIDTHS) | {1 + BEAM}
-    assert plan.max_rank <= 3
-    assert paper_policy().graft.budget == 64
+    assert {one.num_draft_tokens for one in plan.checkpoints} <= set(WIDTHS) | {1 + BEAM}
+    assert plan.most_ranks("matrix") <= 4
 
 
 def test_traces_survive_the_disk_and_refuse_other_weights(traces, tmp_path):
@@ -488,7 +474,9 @@ def test_traces_survive_the_disk_and_refuse_other_weights(traces, tmp_path):
     traces.save(tmp_path / "traces.safetensors", made_of)
     loaded = Traces.load(tmp_path / "traces.safetensors", made_of)
     assert torch.equal(loaded.logp_TC, traces.logp_TC)
-    assert loaded.template == traces.template
+    for name, source in traces.sources.items():
+        assert loaded.sources[name].template == source.template
+        assert all(torch.equal(column, getattr(loaded.sources[name], key)) for key, column in vars(source).items())
     with pytest.raises(GraftError, match=r"traced with another head \(b, now c\): delete"):
         Traces.load(tmp_path / "traces.safetensors", made_of | {"head": "c"})
     (tmp_path / "traces.safetensors").write_bytes(b"xx")
@@ -496,7 +484,7 @@ def test_traces_survive_the_disk_and_refuse_other_weights(traces, tmp_path):
         Traces.load(tmp_path / "traces.safetensors", made_of)
 
 
-def test_raw_scale_takes_the_sources_at_their_word(traces):
-    scores_TC = drafted_scores(traces, raw_scale(traces))
+def test_a_raw_model_takes_proposers_at_their_word(traces):
+    scores_TC = drafted_scores(traces, raw_acceptance(traces))
     likely_TC = traces.logp_TC > -5
     assert torch.allclose(scores_TC[likely_TC], traces.logp_TC[likely_TC], atol=2e-3)
