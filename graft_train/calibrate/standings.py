@@ -145,8 +145,9 @@ class Standings:
         slowness_PL -= np.median(slowness_PL, axis=0)
         usual_P1 = np.median(slowness_PL, axis=1, keepdims=True)
         noise_PL = slowness_PL - usual_P1
-        most = USUAL * np.median(np.abs(noise_PL))
-        return usual_P1 + noise_PL.clip(-most, most)
+        # By what is usual of all plans, as a few laps of one say little; but some vary more than the others do.
+        most_P1 = USUAL * np.median(np.abs(noise_PL), axis=1, keepdims=True).clip(np.median(np.abs(noise_PL)))
+        return usual_P1 + noise_PL.clip(-most_P1, most_P1)
 
 
 def _noise(slowness_PL: np.ndarray) -> float:
