@@ -80,9 +80,9 @@ def test_everything_is_measured_and_written(run_dir, capsys):
         assert 0 <= found["time_outside_phases"] < 1
     baseline = evaluation["methods"]["autoregressive"]
     assert baseline["acceptance_length"] == baseline["speedup"] == 1
-    assert baseline["stages"] == {"none": 3 * 15}
+    assert baseline["checkpoints"] == {"none": 3 * 15}
     assert evaluation["methods"]["graft"]["accepted_per_round"]["matrix"] > 0
-    assert {"matrix": 0, "lookup": 0}.items() <= evaluation["methods"]["prune"]["accepted_per_round"].items()
+    assert {"matrix": 0, "lookup": 0}.items() <= evaluation["methods"]["eagle3"]["accepted_per_round"].items()
 
     report = (run_dir / "evaluation" / "report.md").read_text()
     card = (run_dir / "bundle" / "README.md").read_text()
@@ -103,7 +103,7 @@ def test_what_the_governor_chose_is_told(run_dir, capsys, monkeypatch):
     evaluation = run_evaluate(run_dir, fallback=True)
     found = evaluation["methods"]["graft"]
     assert set(found["fallback"]) == {"plan"}, "the warm-up left nothing to be measured"
-    assert sum(found["fallback"].values()) == sum(found["stages"].values())
+    assert sum(found["fallback"].values()) == sum(found["checkpoints"].values())
     assert all(not method["fallback"] for name, method in evaluation["methods"].items() if name != "graft")
     assert "by what its fallback chose: plan 100.0%" in (run_dir / "evaluation" / "report.md").read_text()
     assert "its plan did not pay" not in capsys.readouterr().out
@@ -136,8 +136,8 @@ def test_what_was_timed_outlives_a_check_that_does_not_fit(run_dir, monkeypatch)
     evaluation = run_evaluate(run_dir)
     assert evaluation["lossless"] == dict.fromkeys(METHODS, True)
     first = timed["runs"]["graft"][0][0]
-    assert sum(first["stats"]["stages"].values()) == first["stats"]["rounds"]
-    assert evaluation["methods"]["graft"]["stages"].keys() >= first["stats"]["stages"].keys()
+    assert sum(first["stats"]["checkpoints"].values()) == first["stats"]["rounds"]
+    assert evaluation["methods"]["graft"]["checkpoints"].keys() >= first["stats"]["checkpoints"].keys()
     assert not (run_dir / "evaluation" / "timed.json").exists()
 
 
@@ -277,7 +277,7 @@ def hand_made(tokens: int, seconds: float, rounds: int, prefill: float = 50.0) -
     stats = GenerationStats(rounds=rounds, emitted=tokens + 1)
     stats.seconds |= {"prefill": prefill, "draft": seconds / 4, "verify": 3 * seconds / 4}
     stats.accepted |= {"drafted": tokens - rounds, "bonus": rounds}
-    stats.stages["d0"] = rounds
+    stats.checkpoints["d0"] = rounds
     return Run([0] * (tokens + 1), stats, prefill + seconds)
 
 
@@ -297,7 +297,7 @@ def test_figures_are_sums_over_prompts_of_median_runs():
     assert found["ms_per_round"]["verify"] == pytest.approx(225)
     assert found["prefill_ms"] == pytest.approx(50_000)
     assert found["accepted_per_round"] == pytest.approx({"drafted": 2, "matrix": 0, "lookup": 0, "bonus": 1})
-    assert found["stages"] == {"d0": 10}
+    assert found["checkpoints"] == {"d0": 10}
     assert found["time_outside_phases"] == pytest.approx(0)
 
 

@@ -136,7 +136,7 @@ def test_categories_positions_and_contexts_are_told(run_dir, capsys):
         assert {name: one["prompts"] for name, one in found["by_category"].items()} == {"math": 3, "writing": 3}
         for buckets in (found["by_position"], found["by_context"]):
             rounds = sum(bucket["rounds"] for bucket in buckets)
-            assert rounds == sum(found["stages"].values())
+            assert rounds == sum(found["checkpoints"].values())
             assert sum(bucket["acceptance_length"] * bucket["rounds"] for bucket in buckets) == pytest.approx(
                 found["acceptance_length"] * rounds
             )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from graft_inference import Plan, Stage
+from graft_inference import QuotaCheckpoint, QuotaPlan
 from graft_train.calibrate import budget as budget_module
 from graft_train.calibrate import latency as latency_module
 from graft_train.calibrate import measure
@@ -25,7 +25,7 @@ from graft_train.processes import of_main
 race_module = import_module("graft_train.calibrate.race")  # the package has the function by this name
 PROMPTS, REPEATS = 14, 5
 SPEEDS = {
-    "eagle3": 1.0, "prune_only": 1.06, "retrieve_only": 1.22, "paper": 0.94, "learned": 1.25, "learned, all": 1.24,
+    "eagle3": 1.0, "draft_only": 1.06, "retrieve_only": 1.22, "paper": 0.94, "learned": 1.25, "learned, all": 1.24,
     "retrieve_only, all": 1.15,
 }  # fmt: skip
 """Of plans, as were seen on a small instruct model."""
@@ -216,15 +216,15 @@ class Engine:
         self.clock, self.seconds, self.asked = clock, seconds, []
 
     def generate(self, prompt, tokens, temperature, plan, seed):
-        rows = plan.stages[0].rows
+        rows = plan.checkpoints[0].num_draft_tokens
         self.asked.append((int(prompt[0]), rows, seed))
         seconds = (tokens - 1) * self.seconds[rows]
         self.clock.now += seconds
         return SimpleNamespace(stats=SimpleNamespace(emitted=tokens, decode_seconds=seconds, rounds=tokens - 1))
 
 
-def plans_of(*rows: int) -> dict[str, Plan]:
-    return {f"{count} rows": Plan((Stage(1, drafted=count - 1),), 8) for count in rows}
+def plans_of(*rows: int) -> dict[str, QuotaPlan]:
+    return {f"{count} rows": QuotaPlan((QuotaCheckpoint(1, drafted=count - 1),), 8) for count in rows}
 
 
 def alike(*rows: int) -> Standings:
@@ -288,7 +288,10 @@ def test_a_race_that_redraws_has_another_seed_each_time(clock):
 
 
 def test_plans_that_came_out_equal_run_once():
-    plans = {"first": Plan((Stage(1, drafted=2),), 4), "other": Plan((Stage(2, drafted=2),), 4)}
+    plans = {
+        "first": QuotaPlan((QuotaCheckpoint(1, drafted=2),), 4),
+        "other": QuotaPlan((QuotaCheckpoint(2, drafted=2),), 4),
+    }
     assert distinct(plans | {"twin": plans["first"]}) == {"first": "first", "other": "other", "twin": "first"}
 
 
@@ -405,7 +408,7 @@ def test_a_table_that_contradicts_itself_is_made_anew_once(clock, monkeypatch, a
 
     monkeypatch.setattr(measure, "RoundTimer", timer)
     part = SimpleNamespace(template=((0,),), context_T=torch.tensor([4]))
-    traces = {False: SimpleNamespace(template=part.template, context_T=part.context_T, of_ngrams=lambda: part)}
+    traces = {False: SimpleNamespace(sources={"matrix": part}, context_T=part.context_T)}
     timer = measure.timer_of(CalibrateConfig(minutes=100), None, [], traces)
     assert timer.contradicts() == again
     assert tables == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2

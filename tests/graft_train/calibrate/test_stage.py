@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graft_inference import GraftEngine, GraftError, Policy
+from graft_inference import GraftEngine, GraftError, Policy, QuotaPlan
 from graft_inference.device import warn_if_elsewhere
 from graft_inference.heads.eagle3.checkpoint import save_head
+from graft_inference.retrieval.sources import SOURCES
 from graft_train import calibrate as module
 from graft_train.calibrate import calibrate, measure
 from graft_train.calibrate.latency import RoundTimer
@@ -24,10 +25,10 @@ from graft_train.data.samples import Sample, append_samples
 from graft_train.device import describe_device
 from graft_train.files import write_json
 from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_head, tiny_model
-from tests.graft_inference.tiny_bundle import tiny_ngrams, tiny_successors, write_target
+from tests.graft_inference.tiny_bundle import tiny_successors, write_target
 from tests.graft_train.tiny_run import spread_over_devices
 
-PLANS = ("eagle3", "prune_only", "retrieve_only", "paper", "learned")
+PLANS = ("eagle3", "draft_only", "retrieve_only", "paper", "learned")
 
 
 def write_run(run_dir: Path) -> Path:
@@ -90,16 +91,14 @@ def test_everything_is_learned_measured_and_written(run_dir):
     best = max(PLANS, key=lambda name: (report["measured"][name]["left"], report["measured"][name]["weighed"]))
     assert report["graft_is"] == best
     assert report["race"]["fastest"].partition(",")[0] in {best, *(set(PLANS) - set(report["race"]["left"]))}
-    assert report["ablation"].keys() >= {"all", "no calibration"}
     assert set(report["predicted_when_chosen"]) == set(PLANS)
     assert all(
         found["tokens_per_second"] != report["predicted_when_chosen"][name]
         for name, found in report["predicted"].items()
     ), "what was timed before the race foretold it"
-    assert report["ablation"]["all"]["tokens_per_second"] > 0
     policy = Policy.from_dict(json.loads((policy_dir / "policy.json").read_text()))
     assert policy.measured_on["device"]["name"] == describe_device(torch.device("cpu"))["name"]
-    assert policy.graft.budget == 8
+    assert policy.graft.num_draft_tokens <= 8
     assert (policy_dir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     text = (policy_dir / "report.md").read_text()
     assert all(f"| {name} |" in text for name in PLANS)
@@ -119,17 +118,8 @@ def test_at_a_temperature_learned_plans_know_the_noise_of_draws_and_published_on
     plain, shared = (load_file(directory / name) for name in ("traces.safetensors", "traces-shared-noise.safetensors"))
     assert torch.equal(plain["truth_TD"], shared["truth_TD"])
     assert not torch.equal(plain["tokens_TC"], shared["tokens_TC"])
-    ablation = json.loads((directory / "report.json").read_text())["ablation"]
-    assert "no shared noise" in ablation
     renewed = calibrate(config_for(run_dir, temperature=0.8, latency_only=True))
     assert not Policy.from_dict(json.loads((renewed / "policy.json").read_text())).eagle3.shares_noise
-
-
-def test_without_shared_noise_no_plan_knows_it(run_dir):
-    directory = calibrate(config_for(run_dir, temperature=0.8, shared_noise=False))
-    assert not (directory / "traces-shared-noise.safetensors").exists()
-    policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
-    assert not any(plan.shares_noise for plan in (policy.graft, policy.eagle3, policy.retrieve))
 
 
 @pytest.mark.parametrize("by_all_is_faster", [True, False])
@@ -154,7 +144,7 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
     # Whatever the device took: looking up costs nothing, so that plans do it.
     timed = RoundTimer.latency
     monkeypatch.setattr(
-        RoundTimer, "latency", lambda timer: replace(timed(timer), graft_ms=[0.01] * 2, commit_ms=[0.01] * 2)
+        RoundTimer, "latency", lambda timer: replace(timed(timer), source_ms=dict.fromkeys(SOURCES, 0.0))
     )
     monkeypatch.setattr(module, "race", rigged)
     directory = calibrate(config_for(run_dir))
@@ -162,7 +152,7 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
     assert "retrieve_only" + module.BY_ALL in by_all
     for name in by_all:
         plan = raced[name.removesuffix(module.BY_ALL)]
-        assert plan.expands
+        assert "matrix" in plan.sources
         assert raced[name] == replace(plan, learns_accepted=False)
     policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
     report = json.loads((directory / "report.json").read_text())
@@ -173,7 +163,7 @@ def test_the_race_decides_which_tokens_teach_the_matrix(run_dir, monkeypatch, by
     # What the replay foretold is held against the form that it replayed.
     expected = 200.0 if by_all_is_faster else 210.0
     assert report["measured_as_predicted"]["retrieve_only"] == pytest.approx(expected)
-    assert ("matrix taught by all nodes" in (directory / "report.md").read_text()) == by_all_is_faster
+    assert ("taught by all nodes)" in (directory / "report.md").read_text()) == by_all_is_faster
 
 
 def test_an_interrupted_run_does_not_trace_again(run_dir, monkeypatch):
@@ -191,7 +181,7 @@ def test_an_interrupted_run_traces_the_same_prompts_with_the_noise_told(run_dir,
     record_traces = measure.record_traces
 
     def interrupted(*given):
-        shares_noise = given[9]
+        shares_noise = given[3]
         if shares_noise:
             raise KeyboardInterrupt
         return record_traces(*given)
@@ -223,7 +213,7 @@ def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
     """Drawing costs more than taking the likeliest token: what is timed draws, from seeds that can be drawn again."""
     config = config_for(run_dir, temperature=0.7)
     engine, prompts = module._engine(config), module._prompts(config)
-    traces = {False: measure.trace(config.policy, engine, prompts)}
+    traces = {False: measure.record_traces(engine, prompts, config.policy)}
     generate, asked = engine.generate, []
 
     def recorded(prompt, tokens, temperature, **options):
@@ -239,7 +229,7 @@ def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
 def test_prompts_that_end_at_once_time_nothing(run_dir):
     config = config_for(run_dir)
     engine, prompts = module._engine(config), module._prompts(config)
-    traces = {False: measure.trace(config.policy, engine, prompts)}
+    traces = {False: measure.record_traces(engine, prompts, config.policy)}
     engine.eos_token_ids = frozenset(range(engine.target.config.vocab_size))
     with pytest.raises(GraftError, match="ended with their first token"):
         module.timer_of(config.policy, engine, prompts, traces).latency()
@@ -255,11 +245,11 @@ def test_latency_alone_needs_traces_of_these_weights(run_dir):
 
 
 def test_latency_alone_needs_traces_of_these_settings_and_another_dtype_is_another_policy(run_dir):
-    calibrate(config_for(run_dir, shared_noise=False))
+    calibrate(config_for(run_dir))
     for name, value in {"num_steps": 3, "topk": 2, "retrieval_depth": 3, "temperature": 0.5}.items():
         with pytest.raises(GraftError, match=rf"traced with another policy\.{name}"):
-            calibrate(config_for(run_dir, shared_noise=False, latency_only=True, **{name: value}))
-    config = config_for(run_dir, shared_noise=False)
+            calibrate(config_for(run_dir, latency_only=True, **{name: value}))
+    config = config_for(run_dir)
     config.target.dtype = "bfloat16"
     with pytest.raises(GraftError, match=r"dtype: float32 -> bfloat16"):
         calibrate(config)
@@ -284,40 +274,15 @@ def test_widths_that_no_tree_has_are_left_out_and_others_are_timed(run_dir):
     assert latency["widths"] == [1, 4, 12]
 
 
-def test_longer_contexts_are_tried_where_the_corpus_has_them(run_dir):
-    save_file(tiny_ngrams(), run_dir / "corpus" / "ngrams.safetensors")
-    directory = calibrate(config_for(run_dir, ngrams=True))
-    report = json.loads((directory / "report.json").read_text())
-    longer = {"retrieve_ngrams", "learned_ngrams"}
-    assert set(report["measured"]) == set(report["predicted"]) == set(report["frontier"]) == {*PLANS, *longer}
-    assert len(report["latency_ms"]["graft_ms"]) == len(report["latency_ms"]["commit_ms"]) == 3
-    found = report["ablation"]
-    assert found["all"]["tokens_per_second"] >= found["no longer contexts"]["tokens_per_second"]
-    policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
-    assert not policy.graft.ngrams or report["graft_is"] in longer  # a plan of theirs may do without
-    calibrate(config_for(run_dir, latency_only=True, ngrams=True))
-    calibrate(config_for(run_dir, latency_only=True))
-    assert not Policy.from_dict(json.loads((directory / "policy.json").read_text())).needs_ngrams
-
-
-def test_longer_contexts_that_are_not_there_are_asked_for_in_vain(run_dir):
-    with pytest.raises(GraftError, match=r"ngrams.safetensors is missing: run graft build_corpus with"):
-        calibrate(config_for(run_dir, ngrams=True))
-    calibrate(config_for(run_dir))
-    save_file(tiny_ngrams(), run_dir / "corpus" / "ngrams.safetensors")
-    with pytest.raises(GraftError, match="these traces hold no longer contexts: delete the policy directory"):
-        calibrate(config_for(run_dir, latency_only=True, ngrams=True))
-
-
-@pytest.mark.parametrize("kind", ["paper", "prune_only", "retrieve_only"])
+@pytest.mark.parametrize("kind", ["paper", "draft_only", "retrieve_only"])
 def test_a_kind_decides_what_graft_is(run_dir, kind):
     directory = calibrate(config_for(run_dir, kind=kind))
     policy = Policy.from_dict(json.loads((directory / "policy.json").read_text()))
     assert policy.measured_on["graft_is"] == kind
-    assert (policy.graft.scale is None) == (kind == "paper")
+    assert isinstance(policy.graft, QuotaPlan) == (kind == "paper")
     if kind != "paper":
-        assert policy.graft.retrieves == (kind == "retrieve_only")
-        assert policy.graft.drafts == (kind == "prune_only")
+        assert bool(policy.graft.sources) == (kind == "retrieve_only")
+        assert policy.graft.drafts == (kind == "draft_only")
 
 
 def test_prompts_without_room_are_told_before_anything_runs(run_dir, monkeypatch):
