@@ -73,7 +73,7 @@ class Standings:
 
     def add(self, lap: Lap) -> None:
         """One more lap of all plans left; drops those that, as far as it and those before tell, cannot win."""
-        if not all(run.tokens and run.seconds for run in lap.runs.values()):
+        if not all(run.seconds and self.foretold[name][lap.place] for name, run in lap.runs.items()):
             return  # the target ended the prompt at once
         self.laps.append(lap)
         looks = len(self.laps) - LEAST_LAPS + 1

@@ -1,6 +1,7 @@
 """Settings of the `calibrate` stage."""
 
 from dataclasses import dataclass, field
+from math import inf
 
 from graft_inference.errors import GraftError
 from graft_train.config.bounds import check_least
@@ -52,7 +53,7 @@ class CalibrateConfig:
             "checkpoints": 0, "least_rounds": 0,
         }  # fmt: skip
         check_least("policy", self, least)
-        if not self.minutes > 0:
-            raise GraftError(f"policy.minutes={self.minutes} must be more than 0")
+        if not 0 < self.minutes < inf:
+            raise GraftError(f"policy.minutes={self.minutes} must be finite and more than 0")
         if self.temperature < 0:
             raise GraftError(f"policy.temperature={self.temperature}: 0 is greedy, more samples")

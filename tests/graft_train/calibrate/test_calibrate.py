@@ -21,6 +21,7 @@ from graft_train.calibrate.fit import (
 )
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.replay import Replay
+from graft_train.calibrate.results import Forecast
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, on_path, record_traces
 from graft_train.config.policy import CalibrateConfig
@@ -130,6 +131,17 @@ def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, n
     visited = replay.outcome(plan).checkpoint_T[replay.visits(replay.outcome(plan))]
     for index, one in enumerate(plan.checkpoints):
         assert sum(s.checkpoints[one.name] for s in stats) == (visited == index).sum()
+
+
+def test_a_forecast_has_the_tokens_rounds_and_time_of_every_prompt(engine, prompts, traces, replay):
+    plan = plans(traces)["everything"]
+    forecast = Forecast.of(replay, plan)
+    stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
+    assert forecast.rounds_P.tolist() == [s.rounds for s in stats]
+    assert forecast.tokens_P.tolist() == [s.emitted - 1 for s in stats]
+    speed, acceptance_length = replay.run(plan)
+    assert forecast.tokens_P.sum() / forecast.seconds_P.sum() == pytest.approx(speed)
+    assert forecast.tokens_P.sum() / forecast.rounds_P.sum() == pytest.approx(acceptance_length)
 
 
 @pytest.mark.parametrize("dearness", [0.5, 1])

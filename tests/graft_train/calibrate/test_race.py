@@ -459,12 +459,12 @@ def test_so_many_positions_are_traced_as_their_share_of_the_minutes_allows(
     """A position takes 2 s, the first prompt has 4 of them; two fifths of ten minutes are 240 s."""
     asked = []
 
-    def traced(settings, engine, prompts, positions):
+    def traced(engine, prompts, settings, positions):
         asked.append(positions)
         clock.now += 8.0
         return range(4)
 
-    monkeypatch.setattr(measure, "trace", traced)
+    monkeypatch.setattr(measure, "record_traces", traced)
     settings = CalibrateConfig(minutes=minutes, temperature=temperature, least_rounds=50, max_new_tokens=101)
     assert measure.affordable(settings, None, [torch.tensor([0])] * 3) == positions
     assert asked == [1]

@@ -303,8 +303,9 @@ def test_too_few_rounds_are_told_before_anything_runs(run_dir, monkeypatch):
     [
         ({"kind": "best"}, "policy.kind=best is unknown"),
         ({"widths": [1]}, "one of them at least 2"),
-        ({"minutes": 0.0}, r"policy\.minutes=0\.0 must be more than 0"),
-        ({"minutes": float("nan")}, r"policy\.minutes=nan must be more than 0"),
+        ({"minutes": 0.0}, r"policy\.minutes=0\.0 must be finite and more than 0"),
+        ({"minutes": float("nan")}, r"policy\.minutes=nan must be"),
+        ({"minutes": float("inf")}, r"policy\.minutes=inf must be"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
