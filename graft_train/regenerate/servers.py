@@ -63,7 +63,7 @@ def context_limit(urls: list[str]) -> int | None:
         try:
             with openai.OpenAI(**_options(url), timeout=10.0, max_retries=0) as client:
                 limits.append(getattr(client.models.list().data[0], "max_model_len", None))
-        except (openai.OpenAIError, LookupError, TypeError, AttributeError):
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
             continue
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
@@ -296,6 +296,8 @@ def _refusals(url: str) -> Iterator[None]:
             f"{url} refuses: {_trouble(error)}. See regenerate.base_url (it ends in /v1 as a rule) and "
             "regenerate.server_extensions (false sends OpenAI's fields alone)"
         ) from error
+    except ValueError as error:
+        raise Refused(f"{url} sent something else than JSON: {error}") from error
 
 
 def _trouble(error: openai.APIError) -> str:

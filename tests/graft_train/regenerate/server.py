@@ -22,11 +22,12 @@ class Server:
     """Attributes:
     completion: makes a choice from the answer's ids; by default as vLLM does when asked for ids.
     model: what it says of its model besides the name.
-    refuse: gives the status and the body of a refusal for the n-th request (from 0), or None.
+    refuse: gives the status and the message of a refusal for the n-th request (from 0), or None; a message of bytes
+        is the whole body.
     """
 
     completion: Callable[[list[int], list[int]], dict[str, Any]] | None = None
-    refuse: Callable[[int], tuple[int, str] | None] = lambda number: None
+    refuse: Callable[[int], tuple[int, str | bytes] | None] = lambda number: None
     model: dict[str, Any] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     answers: int = 0
@@ -43,7 +44,7 @@ def serving(server: Server) -> Iterator[Server]:
             pass
 
         def send(self, status: int, body: Any) -> None:
-            content = json.dumps(body).encode()
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -64,7 +65,8 @@ def serving(server: Server) -> Iterator[Server]:
                 if refusal[0] == 0:  # hangs up in the middle
                     self.close_connection = True
                     return
-                self.send(refusal[0], {"error": {"message": refusal[1]}})
+                body = refusal[1] if isinstance(refusal[1], bytes) else {"error": {"message": refusal[1]}}
+                self.send(refusal[0], body)
                 return
             if self.path != "/v1/completions" or body["model"] != "tiny":
                 self.send(404, {})

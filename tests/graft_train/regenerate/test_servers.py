@@ -251,6 +251,16 @@ def test_a_server_that_only_fails_is_no_server(tmp_path):
     assert len(read_samples(tmp_path / "s", "train")) == 8
 
 
+@pytest.mark.parametrize("body", [b'{"choices": [', b"<html>log in</html>", b"[1]", b"{}", b"\xff"])
+def test_a_body_that_is_no_completion_is_a_refusal_of_one_prompt(tmp_path, capsys, body):
+    with serving(Server(refuse=lambda number: (200, body) if number in (0, 3) else None)) as server:
+        ask(tmp_path / "s", server)
+    assert_complete(tmp_path / "s")
+    server.refuse = lambda number: (200, body)
+    with serving(server), pytest.raises(GraftError, match=r"/completions sent something else|sent no completion"):
+        ask(tmp_path / "all", server)
+
+
 def test_a_refusal_that_passes_costs_nothing(tmp_path, capsys):
     with serving(Server(refuse=lambda number: (400, "not yet") if number in (0, 3) else None)) as server:
         ask(tmp_path / "s", server)
