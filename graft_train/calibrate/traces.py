@@ -269,7 +269,7 @@ class _Tracer:
         for root in range(start, length - 1):
             noise = text.noise(root, self.depth, self.target.config.vocab_size)
             fresh = sequence_S[read + 1 : root + 1], whole.aux_NE[read:root]
-            drafts, read = proposer.begin([head], [fresh], [noise]), root
+            drafts, read = proposer.begin([head], [fresh], [sequence_S[root : root + 1]], [noise]), root
             confidence = [drafts[0].confidence]
             while drafts[0].steps < self.num_steps:
                 drafts = proposer.deepen([head], drafts)

@@ -157,12 +157,17 @@ class HeadProposer(Protocol):
         """
 
     def begin(
-        self, states: Sequence[Any], fresh: Sequence[tuple[Tensor, Tensor]], noises: Sequence[Noise | None]
+        self,
+        states: Sequence[Any],
+        fresh: Sequence[tuple[Tensor, Tensor]],
+        roots: Sequence[Tensor],
+        noises: Sequence[Noise | None],
     ) -> Sequence[Any]:
-        """Reads newly committed positions and proposes the children of the root, the last of the tokens.
+        """Reads newly committed positions and proposes the children of the roots.
 
         Args:
             fresh: of each request, the token after each position, [A], and the target's states there, [A, E].
+            roots: the last of these tokens, [1].
         """
 
     def deepen(self, states: Sequence[Any], drafts: Sequence[Any]) -> Sequence[Any]:

@@ -65,8 +65,8 @@ class Speculation:
         """What the target says of a tree: teaches the sources, and is kept for the head.
 
         Args:
-            count: accepted nodes, where the host knows; else all shapes are those of the greatest depth, and the head
-                is told by the caller.
+            count: accepted nodes, where the host knows; else all shapes are those of the greatest depth, and all
+                tensors stay where they are.
         """
         if self.learns:
             taught = accepted_rows if self.builder.plan.learns_accepted else every_row
@@ -74,12 +74,16 @@ class Speculation:
             for source in self.sources.values():
                 if source.learns:
                     source.learn(tokens_M, logits_NV[rows_M], weight_M)
-        emitted_A = acceptance.emitted_D[:count]
+        emitted_A, aux_AE = acceptance.emitted_D[:count], aux_NE[acceptance.path_D[:count]]
+        count_1 = acceptance.count[None] if count is None else None
         for source in self.sources.values():
-            source.extend(emitted_A, None if count is not None else acceptance.count[None])
-        if count is not None:
-            self.fresh_tokens_A, self.fresh_aux_AE = emitted_A, aux_NE[acceptance.path_D[:count]]
-            self.root_1 = emitted_A[-1:]
+            source.extend(emitted_A, count_1)
+        if count_1 is None:
+            self.fresh_tokens_A, self.fresh_aux_AE, self.root_1 = emitted_A, aux_AE, emitted_A[-1:]
+            return
+        self.root_1.copy_(emitted_A.index_select(0, count_1 - 1))
+        if self.head is not None:
+            self.head.fixed.append(emitted_A, aux_AE, count_1)
 
     @property
     def fresh(self) -> tuple[Tensor, Tensor]:
@@ -109,18 +113,35 @@ class Speculator:
         asked = self._asked(requests)
         if not asked:
             return found
-        parts = [requests[index] for index in asked]
-        begun = self.head.begin(
-            [one.head for one in parts], [one.fresh for one in parts], [one.shared_noise for one in parts]
-        )
-        drafts = dict(zip(asked, begun, strict=True))
-        while True:
-            for index, checkpoint in _stops(requests, drafts).items():
-                found[index] = (checkpoint, drafts.pop(index).candidates)
+        drafts: dict[int, Any] = dict.fromkeys(asked)
+        plan = requests[asked[0]].builder.plan
+        for checkpoint in plan.checkpoints[not plan.checkpoints[0].steps :]:
+            grown = self.advance([requests[index] for index in drafts], list(drafts.values()), checkpoint)
+            drafts = dict(zip(drafts, grown, strict=True))
+            stops = [[True]] * len(drafts)
+            if checkpoint is not plan.checkpoints[-1]:
+                stops = read_records([is_unsure(draft, checkpoint) for draft in grown])
+            for index, (stop,) in zip(list(drafts), stops, strict=True):
+                if stop:
+                    found[index] = (checkpoint, drafts.pop(index).candidates)
             if not drafts:
-                return found
-            deeper = self.head.deepen([requests[index].head for index in drafts], list(drafts.values()))
-            drafts = dict(zip(drafts, deeper, strict=True))
+                break
+        return found
+
+    def advance(self, requests: Sequence[Speculation], drafts: Sequence[Any], checkpoint: Any) -> Sequence[Any]:
+        """Drafts up to a checkpoint. Nothing waits for the device.
+
+        Args:
+            requests: of one plan.
+            drafts: of each, at one depth; None for what is not begun.
+        """
+        heads = [one.head for one in requests]
+        if drafts[0] is None:
+            fresh, roots = [one.fresh for one in requests], [one.root_1 for one in requests]
+            drafts = self.head.begin(heads, fresh, roots, [one.shared_noise for one in requests])
+        while drafts[0].steps < checkpoint.steps:
+            drafts = self.head.deepen(heads, drafts)
+        return drafts
 
     def build(self, requests: Sequence[Speculation], drafts: Sequence[Chosen]) -> list[Chosen]:
         """The best nodes of head and sources."""
@@ -159,20 +180,9 @@ def retrieve(request: Speculation, checkpoint: Any) -> list[DraftTree]:
     return request.builder.retrieve(checkpoint, request.sources, request.root_1, request.shared_noise)
 
 
-def _stops(requests: Sequence[Speculation], drafts: dict[int, Any]) -> dict[int, Any]:
-    """Which drafts end after this step, and at which checkpoint: at the last one, or where the head is unsure."""
-    stops, unsure = {}, {}
-    for index, one in drafts.items():
-        checkpoints = requests[index].builder.plan.checkpoints
-        for checkpoint in checkpoints:
-            if checkpoint.steps == one.steps:
-                stops[index] = checkpoint
-                if checkpoint is not checkpoints[-1]:
-                    unsure[index] = (one.confidence <= checkpoint.threshold)[None]
-    for index, (stop,) in zip(unsure, read_records(list(unsure.values())), strict=True):
-        if not stop:
-            del stops[index]
-    return stops
+def is_unsure(draft: Any, checkpoint: Any) -> Tensor:
+    """Whether drafting stops here (Graft Eq. 7), [1] bool."""
+    return (draft.confidence <= checkpoint.threshold)[None]
 
 
 def read_records(records: list[Tensor]) -> list[list[Any]]:

@@ -1,7 +1,7 @@
-"""Rounds as CUDA graphs: one per segment and bucket of the caches, captured when first needed, then replayed.
+"""Rounds as CUDA graphs: one per piece and bucket of the caches, captured when first needed, then replayed.
 
 The host reads a small record when a round ends and a number at each decision on the way, and chooses the next
-segment; nothing else waits for the device. A round ends by starting the next one's draft, up to its first decision,
+piece; nothing else waits for the device. A round ends by starting the next one's draft, up to its first decision,
 which the record brings along: a round that stops there is one read.
 """
 
@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,29 +19,24 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..errors import GraftError
-from ..heads.eagle3.drafter import Layer
-from ..heads.eagle3.static_drafter import StaticDrafter
 from ..noise import signed
 from ..policy.tree_builder import ScoredBuilder
 from ..proposer import Opening, TokenSource
 from ..retrieval.sources import SOURCES
 from ..speculator import Speculator
-from ..target.bucket_cache import BucketCache, bucket, move
-from ..target.kv_cache import TreeCache
+from ..target.kv_cache import TreeCache, bucket
 from ..target.model import SWITCHING_ROPE, Target, rope_type
 from ..tree import DraftTree
 from ..verification import Emitted, of_record
-from .cuda_graph import CannotCapture, Captured, CudaGraphs, Function
+from .cuda_graph import CannotCapture, Captured, CudaGraphs
+from .fixed import Buffers, FixedRound, changed, slack_rows
 from .sampling import Sampler
-from .segments import Segments, Statics, slack_rows
 from .state import DecodeState
 
 CAPTURED_PROCESSORS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 """They read nothing but the scores, and nothing on the host."""
 MOST_SAMPLINGS = 16
 """Settings of the sampling that graphs are kept for."""
-COLUMNS = 6
-"""Of a layer, and of a tree."""
 
 
 @dataclass
@@ -49,24 +44,24 @@ class Drafted:
     """How far a round's draft is.
 
     Attributes:
-        segments: those of the round.
+        pieces: those of the round.
         place: of the checkpoint that it has reached; -1 before the first.
-        stops: what the segment up to there told; None where the host has not read it.
+        stops: what the piece up to there told; None where the host has not read it.
     """
 
-    segments: Segments
+    pieces: FixedRound
     place: int = -1
-    layers: list[Layer] = field(default_factory=list)
+    draft: Any | None = None
     retrieved: list[DraftTree] | None = None
     stops: bool | None = None
 
     @property
     def checkpoint(self) -> Any:
-        return self.segments.plan.checkpoints[max(0, self.place)]
+        return self.pieces.plan.checkpoints[max(0, self.place)]
 
     @property
     def is_last(self) -> bool:
-        return self.checkpoint is self.segments.plan.checkpoints[-1]
+        return self.checkpoint is self.pieces.plan.checkpoints[-1]
 
 
 class CapturedRounds:
@@ -84,15 +79,14 @@ class CapturedRounds:
         self.speculator = speculator
         self.graphs = graphs
         self._tables: dict[str, Any] = {}
-        self._static: Statics | None = None
-        self._caches: dict[int, BucketCache] = {}
+        self._buffers: Buffers | None = None
         self._owner: Callable[[], TreeCache | None] = lambda: None
         self._current: Callable[[], DecodeState | None] = lambda: None
         self._place = self._pending = 0
         self._begun: Drafted | None = None
         self.captures = 0
         # By builders, of which a plan has one and which hash faster.
-        self._captured: dict[tuple, Captured] = {}
+        self._captured: dict[tuple, tuple[Captured, Any]] = {}
         self._refused: dict[tuple, str] = {}
         self._samplings: set[tuple] = set()
 
@@ -156,134 +150,133 @@ class CapturedRounds:
         if any(tables[name] is not self._tables.get(name) for name in tables):
             self._captured.clear()
             self._tables = tables
-            if self._static is not None:
-                self._static.sources = {}
+            if self._buffers is not None:
+                self._buffers.sources = {}
 
-    def _adopt(self, state: DecodeState) -> Statics:
+    def _adopt(self, state: DecodeState) -> Buffers:
         """The fixed buffers, made those of this request where they are not yet."""
-        static = self._room(state)
+        buffers = self._room(state)
         if self._current() is state and self._place == state.place:
-            return static
+            return buffers
         self._begun = None
         self._owner, self._current = weakref.ref(state.cache), weakref.ref(state)
         self._place, request = state.place, state.speculation
-        if state.cache.buffers[0] is not static.buffers[0]:
-            move(state.cache, static.buffers)
-        static.length_1.fill_(state.cache.length)
-        static.place_1.fill_(state.place)
-        static.root_1.copy_(request.root_1)
+        if state.cache.buffers[0] is not buffers.cache.buffers[0]:
+            state.cache.move_into(buffers.cache)
+        buffers.length_1.fill_(state.cache.length)
+        buffers.place_1.fill_(state.place)
+        buffers.root_1.copy_(request.root_1)
         assert isinstance(state.sampler.seed, int)
-        static.seed_1.fill_(signed(state.sampler.seed))
-        static.foresee(state.sampler, state.place)
-        if request.head is not None and static.drafter is not None:
-            static.drafter.adopt(request.head, request.fresh_tokens_A, request.fresh_aux_AE)
-            self._leave_pending(state, static.drafter, 1)
-        request.sources = {name: self._fixed(name, source, static) for name, source in request.sources.items()}
-        return static
+        buffers.seed_1.fill_(signed(state.sampler.seed))
+        buffers.foresee(state.sampler, state.place)
+        if request.head is not None and buffers.head is not None:
+            tokens_A, aux_AE = request.head.caught_up(*request.fresh)
+            if len(tokens_A) > 1:
+                self.speculator.head.read([request.head], [(tokens_A[:-1], aux_AE[:-1])])
+            buffers.head.adopt(request.head, tokens_A[-1:], aux_AE[-1:])
+            self._leave_pending(state, buffers.head, 1)
+        request.sources = {name: self._fixed(name, source, buffers) for name, source in request.sources.items()}
+        return buffers
 
-    def _fixed(self, name: str, source: TokenSource, static: Statics) -> TokenSource:
+    def _fixed(self, name: str, source: TokenSource, buffers: Buffers) -> TokenSource:
         """The source over fixed buffers; what all requests share stands in some already."""
-        if source.is_shared or source is static.sources[name]:
+        if source.is_shared or source is buffers.sources[name]:
             return source
-        static.sources[name].adopt(source)
-        return static.sources[name]
+        buffers.sources[name].adopt(source)
+        return buffers.sources[name]
 
-    def _room(self, state: DecodeState) -> Statics:
+    def _room(self, state: DecodeState) -> Buffers:
         """Buffers that are large enough. New ones cost every graph."""
-        request, static = state.speculation, self._static
+        request, buffers = state.speculation, self._buffers
         plan = request.builder.plan
         depth, rows = request.builder.max_depth, plan.num_draft_tokens
-        if static is not None:
-            depth, rows = max(depth, static.depth), max(rows, static.rows)
+        if buffers is not None:
+            depth, rows = max(depth, buffers.depth), max(rows, buffers.rows)
         capacity = bucket(state.cache.tree_layers[0].capacity + slack_rows(plan, rows, depth))
-        if static is None or capacity > static.capacity or (depth, rows) != (static.depth, static.rows):
-            capacity = max(capacity, static.capacity if static else 0)
+        if buffers is None or capacity > buffers.capacity or (depth, rows) != (buffers.depth, buffers.rows):
+            capacity = max(capacity, buffers.capacity if buffers else 0)
             self._captured.clear()
-            self._caches.clear()
-            self._static = static = None
+            self._buffers = buffers = None
             self._current = lambda: None
-            static = self._static = Statics(state.cache, capacity, rows, depth, self.graphs)
-        if request.head is not None and static.drafter is None:
-            proposer: Any = self.speculator.head
-            static.drafter = StaticDrafter(proposer, static.capacity, static.fresh)
-        for name in request.sources.keys() - static.sources.keys():
-            opening = Opening(request.root_1[:0], static.capacity, self._tables)
-            static.sources[name] = SOURCES[name].open(opening)
-        if not state.sampler.greedy and static.noise_PV is None:
-            places, device = static.depth + 1, static.root_1.device
-            static.noise_PV = torch.zeros(places, self.target.config.vocab_size, device=device)
-        return static
+            buffers = self._buffers = Buffers(state.cache, capacity, rows, depth, self.graphs)
+        if request.head is not None and buffers.head is None:
+            buffers.head = self.speculator.head.open(plan.topk, buffers.capacity).fix(buffers.fresh)
+        for name in request.sources.keys() - buffers.sources.keys():
+            opening = Opening(request.root_1[:0], buffers.capacity, self._tables)
+            buffers.sources[name] = SOURCES[name].open(opening)
+        if not state.sampler.greedy and buffers.noise_PV is None:
+            places, device = buffers.depth + 1, buffers.root_1.device
+            buffers.noise_PV = torch.zeros(places, self.target.config.vocab_size, device=device)
+        return buffers
 
-    def _round(self, state: DecodeState, static: Statics, sampling: tuple) -> tuple[Emitted, dict[str, float]]:
-        """What was emitted, and the seconds that the segments of each phase took.
+    def _round(self, state: DecodeState, buffers: Buffers, sampling: tuple) -> tuple[Emitted, dict[str, float]]:
+        """What was emitted, and the seconds that the pieces of each phase took.
 
         Args:
             sampling: the sampler's settings.
         """
         graphs, request = self.graphs, state.speculation
-        drafted = self._resumed(state, static)
-        segments = drafted.segments
+        drafted = self._resumed(state, buffers)
+        pieces = drafted.pieces
         times = [graphs.now()]
         drafted = self._draft(drafted, sampling)
-        checkpoint, read = drafted.checkpoint, self._pending if drafted.layers else 0
-        if request.head is not None and not drafted.layers and self._pending > static.fresh // 2:
-            self._run(segments, ("catch up", segments.size), segments.catch_up)
+        checkpoint, read = drafted.checkpoint, self._pending if drafted.draft else 0
+        if request.head is not None and not drafted.draft and self._pending > buffers.fresh // 2:
+            self._run(pieces, ("catch up", pieces.size), pieces.catch_up)
             read = self._pending
         times.append(graphs.now())
         nodes = checkpoint.num_draft_tokens
         if nodes > 1:
-            key = ("graft", checkpoint.steps, *self._key(segments, sampling))
-            self._run(segments, key, lambda: segments.graft(checkpoint, drafted.layers, drafted.retrieved))
+            key = ("graft", checkpoint.steps, *self._key(pieces, sampling))
+            given = drafted.draft, drafted.retrieved
+            self._run(pieces, key, lambda: pieces.build(checkpoint, *given))
         times.append(graphs.now())
         depth = request.builder.max_depth
-        asked = (*_keys(segments.sources), request.builder.plan.learns_accepted)
-        key = ("verify", segments.size, nodes, depth, segments.drafts, asked, segments.logprobs, sampling)
-        self._run(segments, key, lambda: segments.verify(nodes, depth))
+        asked = (*_keys(pieces.sources), request.builder.plan.learns_accepted)
+        key = ("verify", pieces.size, nodes, depth, pieces.drafts, asked, pieces.logprobs, sampling)
+        self._run(pieces, key, lambda: pieces.verify(nodes, depth))
         times.append(graphs.now())
-        self._begin(state, static, sampling, depth + 1)
+        self._begin(state, buffers, sampling, depth + 1)
         times.append(graphs.now())
         graphs.wait()
-        told, *record = static.record[: 2 + 2 * (depth + 1)].tolist()
+        told, *record = buffers.record[: 2 + 2 * (depth + 1)].tolist()
         if self._begun is not None and not self._begun.is_last:
             self._begun.stops = bool(told)
         draft, graft, verify, ahead = (graphs.seconds(start, end) for start, end in pairwise(times))
         tokens, sources = of_record(record)
-        self._commit(state, static, len(tokens), read)
-        state.tokens += tokens
-        state.stats.rounds += 1
-        state.stats.checkpoints[checkpoint.name] += 1
+        self._commit(state, buffers, len(tokens), read)
+        state.note(tokens, checkpoint)
         return (tokens, sources), {"draft": draft + ahead, "graft": graft, "verify": verify}
 
-    def _segments(self, state: DecodeState, static: Statics, more: int = 0) -> Segments:
+    def _pieces(self, state: DecodeState, buffers: Buffers, more: int = 0) -> FixedRound:
         """Over the bucket that a round needs once so many more positions are committed."""
-        size = bucket(state.cache.length + more + slack_rows(state.speculation.builder.plan, static.rows, static.depth))
-        if size not in self._caches:
-            self._caches[size] = BucketCache(state.cache, size)
-        return Segments(
-            static=static,
+        size = bucket(
+            state.cache.length + more + slack_rows(state.speculation.builder.plan, buffers.rows, buffers.depth)
+        )
+        return FixedRound(
+            buffers=buffers,
             target=self.target,
-            plan=state.speculation.builder.plan,
+            speculator=self.speculator,
             builder=state.speculation.builder,
-            sampler=Sampler(state.sampler.processors, state.sampler.greedy, static.seed_1),
+            sampler=Sampler(state.sampler.processors, state.sampler.greedy, buffers.seed_1),
             size=size,
-            cache=self._caches[size],
             sources=state.speculation.sources,
             drafts=state.speculation.head is not None,
             logprobs=state.logprobs is not None,
         )
 
-    def _resumed(self, state: DecodeState, static: Statics) -> Drafted:
+    def _resumed(self, state: DecodeState, buffers: Buffers) -> Drafted:
         """The draft that the last round began, or none, where it was begun for another plan."""
         begun, self._begun = self._begun, None
-        if begun is not None and begun.segments.builder is state.speculation.builder:
+        if begun is not None and begun.pieces.builder is state.speculation.builder:
             return begun
-        if begun is not None and state.speculation.head is not None and static.drafter is not None:
+        if begun is not None and state.speculation.head is not None and buffers.head is not None:
             # What it has read on the device the host never took note of: it is read again.
-            static.drafter.length_1.fill_(state.speculation.head.length)
-            static.drafter.pending_1.fill_(self._pending)
-        return Drafted(self._segments(state, static))
+            buffers.head.fixed.length_1.fill_(state.speculation.head.length)
+            buffers.head.fixed.count_1.fill_(self._pending)
+        return Drafted(self._pieces(state, buffers))
 
-    def _begin(self, state: DecodeState, static: Statics, sampling: tuple, count: int) -> None:
+    def _begin(self, state: DecodeState, buffers: Buffers, sampling: tuple, count: int) -> None:
         """Starts the next round's draft on what this round commits.
 
         Args:
@@ -292,56 +285,72 @@ class CapturedRounds:
         if not state.speculation.builder.plan.drafts or state.speculation.head is None:
             return
         with suppress(CannotCapture):  # the next round meets it at its beginning, where it can still run eagerly
-            self._begun = self._step(Drafted(self._segments(state, static, count)), sampling)
+            self._begun = self._step(Drafted(self._pieces(state, buffers, count)), sampling)
 
     def _draft(self, drafted: Drafted, sampling: tuple) -> Drafted:
         """Drafts on from checkpoint to checkpoint; the passes after the last one needed are never replayed."""
-        segments = drafted.segments
-        if not segments.drafts or not segments.plan.drafts:
+        pieces = drafted.pieces
+        if not pieces.drafts or not pieces.plan.drafts:
             return drafted
         while drafted.place < 0 or not (drafted.is_last or self._stops(drafted)):
             drafted = self._step(drafted, sampling)
         return drafted
 
     def _step(self, drafted: Drafted, sampling: tuple) -> Drafted:
-        """Replays the segment up to the next checkpoint."""
-        segments, place, layers = drafted.segments, drafted.place + 1, drafted.layers
-        checkpoint, key = segments.plan.checkpoints[place], self._key(segments, sampling)
+        """Replays the piece up to the next checkpoint."""
+        pieces, place = drafted.pieces, drafted.place + 1
+        checkpoint, key = pieces.plan.checkpoints[place], self._key(pieces, sampling)
         if checkpoint.steps == 0:
-            found = _trees(self._run(segments, ("look up", *key), lambda: segments.look_up(checkpoint)))
-            return Drafted(segments, place, layers, found)
-        given = drafted.retrieved if isinstance(segments.builder, ScoredBuilder) else None
-        outputs = self._run(
-            segments, ("draft", checkpoint.steps, *key), partial(segments.draft, checkpoint, tuple(layers), given)
+            found = self._run(pieces, ("look up", *key), lambda: pieces.look_up(checkpoint))
+            return Drafted(pieces, place, None, found)
+        given = drafted.draft, drafted.retrieved if isinstance(pieces.builder, ScoredBuilder) else None
+        draft, retrieved = self._run(
+            pieces, ("draft", checkpoint.steps, *key), partial(pieces.draft, checkpoint, *given), given
         )
-        ends = COLUMNS * (checkpoint.steps - len(layers))
-        layers = layers + [Layer(*outputs[i : i + COLUMNS]) for i in range(0, ends, COLUMNS)]
-        retrieved = given if given is not None else _trees(outputs[ends:])
-        return Drafted(segments, place, layers, retrieved)
+        return Drafted(pieces, place, draft, retrieved)
 
-    def _key(self, segments: Segments, sampling: tuple) -> tuple:
-        """What tells the segments before the verification apart."""
-        told = not segments.sampler.greedy and segments.plan.shares_noise
-        return segments.builder, segments.size, _keys(segments.sources), sampling if told else None
+    def _key(self, pieces: FixedRound, sampling: tuple) -> tuple:
+        """What tells the pieces before the verification apart."""
+        told = not pieces.sampler.greedy and pieces.plan.shares_noise
+        return pieces.builder, pieces.size, _keys(pieces.sources), sampling if told else None
 
-    def _run(self, segments: Segments, key: tuple, function: Function) -> list[Tensor]:
-        """Replays a segment, captured first where it was not yet."""
+    def _run(self, pieces: FixedRound, key: tuple, function: Callable[[], Any], given: Any = None) -> Any:
+        """Replays a piece, captured first where it was not yet; returns what it returned, where its graph writes it.
+
+        Args:
+            given: what it was given; where it hands that on, nothing is copied.
+        """
         if key not in self._captured:
-            changing = segments.static.changing(segments.sources.values())
             self.captures += 1
-            self._captured[key] = self.graphs.capture(function, changing)
-        captured = self._captured[key]
+            self._captured[key] = self._capture(pieces, function, given)
+        captured, returned = self._captured[key]
         captured.replay()
-        return captured.outputs
+        return returned
+
+    def _capture(self, pieces: FixedRound, function: Callable[[], Any], given: Any) -> tuple[Captured, Any]:
+        """A graph, and what its function returns at the addresses that replays write to."""
+        known: dict[int, Tensor] = {}
+        changed((given, pieces.buffers.noise_PV, pieces.buffers.root_1), lambda one: known.setdefault(id(one), one))
+        last: list[Any] = []
+
+        def outputs() -> list[Tensor]:
+            found: list[Tensor] = []
+            last[:] = [function()]
+            changed(last[0], lambda one: one if id(one) in known else found.append(one))
+            return found
+
+        captured = self.graphs.capture(outputs, pieces.buffers.changing(pieces.sources.values()))
+        kept = iter(captured.outputs)
+        return captured, changed(last.pop(), lambda one: one if id(one) in known else next(kept))
 
     def _stops(self, drafted: Drafted) -> bool:
-        """What the segment up to this checkpoint told the host: one read, unless the last round's brought it."""
+        """What the piece up to this checkpoint told the host: one read, unless the last round's brought it."""
         if drafted.stops is None:
             self.graphs.wait()
-            drafted.stops = bool(drafted.segments.static.record[0])
+            drafted.stops = bool(drafted.pieces.buffers.record[0])
         return drafted.stops
 
-    def _commit(self, state: DecodeState, static: Statics, count: int, read: int) -> None:
+    def _commit(self, state: DecodeState, buffers: Buffers, count: int, read: int) -> None:
         """Tells the request, which may go on eagerly, what has happened on the device.
 
         Args:
@@ -352,22 +361,18 @@ class CapturedRounds:
         state.place += count
         self._place = state.place
         request = state.speculation
-        request.root_1 = static.root_1
-        if request.head is not None and static.drafter is not None:
+        request.root_1 = buffers.root_1
+        if request.head is not None and buffers.head is not None:
             request.head.length += read
-            self._leave_pending(state, static.drafter, self._pending + count - read)
+            self._leave_pending(state, buffers.head, self._pending + count - read)
         if state.logprobs is not None:
-            state.logprobs.append(static.logp_D[:count].clone())
+            state.logprobs.append(buffers.logp_D[:count].clone())
 
-    def _leave_pending(self, state: DecodeState, drafter: StaticDrafter, count: int) -> None:
+    def _leave_pending(self, state: DecodeState, head: Any, count: int) -> None:
         """So many positions are yet to be read by the head, eagerly too if it comes to that."""
         self._pending = count
         request = state.speculation
-        request.fresh_tokens_A, request.fresh_aux_AE = drafter.tokens_F[:count], drafter.aux_FE[:count]
-
-
-def _trees(outputs: list[Tensor]) -> list[DraftTree]:
-    return [DraftTree(*outputs[start : start + COLUMNS]) for start in range(0, len(outputs), COLUMNS)]
+        request.fresh_tokens_A, request.fresh_aux_AE = head.fixed.tokens_F[:count], head.fixed.aux_FE[:count]
 
 
 def _keys(sources: Mapping[str, TokenSource]) -> tuple:

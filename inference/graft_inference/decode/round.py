@@ -5,17 +5,37 @@ for all of them; nothing is padded, and each tree sees its own prompt's cache al
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..speculator import Chosen, Speculator, read_records
 from ..target.model import Target, TargetOutput
+from ..tree import DraftTree
 from ..verification import Acceptance, Emitted, accept, of_record, to_record
 from .state import DecodeState
 
 
+@dataclass
+class Verified:
+    """A tree and what the target says of it.
+
+    Attributes:
+        logp_N: log-probabilities of the drawn tokens; None where they are not wanted.
+    """
+
+    tree: DraftTree
+    output: TargetOutput
+    acceptance: Acceptance
+    logp_N: Tensor | None
+
+
 def run_round(target: Target, speculator: Speculator, states: Sequence[DecodeState]) -> list[Emitted]:
-    """One pass of the target: what it emits for each prompt."""
+    """One pass of the target: what it emits for each prompt.
+
+    `captured.py` replays `verify` and `keep`, and the speculator's own steps, as CUDA graphs.
+    """
     requests = [state.speculation for state in states]
     for state in states:
         state.clock.start()
@@ -29,39 +49,49 @@ def run_round(target: Target, speculator: Speculator, states: Sequence[DecodeSta
     _mark(states, "graft")
     outputs = target.verify_all([tree for _, tree in chosen], ancestors, [state.cache for state in states])
     _mark(states, "verify")
-    accepted, logprobs = [], []
-    for state, (_, tree), ancestors_NN, depth, output in zip(states, chosen, ancestors, depths, outputs, strict=True):
-        wanted = state.logprobs is not None
-        noise = state.speculation.noise
-        drawn_N, logp_N = state.sampler.draw(tree, output.logits_NV, noise, depth, state.history_S, wanted)
-        accepted.append(accept(tree, ancestors_NN, drawn_N, depth))
-        logprobs.append(logp_N)
-    emitted = commit(states, chosen, outputs, accepted, logprobs)
+    parts = zip(states, chosen, outputs, ancestors, depths, strict=True)
+    verified = [judge(state, tree, output, own_NN, depth) for state, (_, tree), output, own_NN, depth in parts]
+    emitted = commit(states, chosen, verified)
     _mark(states, "commit")
     return emitted
 
 
-def commit(
-    states: Sequence[DecodeState],
-    chosen: Sequence[Chosen],
-    outputs: Sequence[TargetOutput],
-    accepted: Sequence[Acceptance],
-    logprobs: Sequence[Tensor | None],
-) -> list[Emitted]:
-    """Keeps the accepted branches and tells the proposers; the host read that every round has is here."""
-    records = read_records([to_record(tree, one) for (_, tree), one in zip(chosen, accepted, strict=True)])
+def judge(state: DecodeState, tree: DraftTree, output: TargetOutput, ancestors_NN: Tensor, max_depth: int) -> Verified:
+    """Draws the target's token at every node and follows the matches. Nothing waits for the device.
+
+    Args:
+        ancestors_NN: `tree.ancestors(max_depth)`.
+    """
+    wanted, noise = state.logprobs is not None, state.speculation.noise
+    drawn_N, logp_N = state.sampler.draw(tree, output.logits_NV, noise, max_depth, state.history_S, wanted)
+    return Verified(tree, output, accept(tree, ancestors_NN, drawn_N, max_depth), logp_N)
+
+
+def keep(state: DecodeState, verified: Verified, count: int | None) -> Tensor:
+    """Moves the accepted branch behind the committed rows and tells the proposers.
+
+    Args:
+        count: accepted nodes, where the host knows; else the shapes are those of the greatest depth.
+
+    Returns:
+        Log-probabilities of the emitted tokens, [A]; empty where they are not wanted.
+    """
+    path_A, output = verified.acceptance.path_D[:count], verified.output
+    state.cache.keep_branch(path_A)
+    state.speculation.observe(verified.tree, output.logits_NV, output.aux_NE, verified.acceptance, count)
+    return torch.empty(0) if verified.logp_N is None else verified.logp_N[path_A]
+
+
+def commit(states: Sequence[DecodeState], chosen: Sequence[Chosen], verified: Sequence[Verified]) -> list[Emitted]:
+    """Keeps the accepted branches; the host read that every round has is here."""
+    records = read_records([to_record(one.tree, one.acceptance) for one in verified])
     emitted = []
-    for state, (checkpoint, tree), output, acceptance, logp_N, record in zip(
-        states, chosen, outputs, accepted, logprobs, records, strict=True
-    ):
+    for state, (checkpoint, _), one, record in zip(states, chosen, verified, records, strict=True):
         tokens, sources = of_record(record)
-        path_A = acceptance.path_D[: len(tokens)]
-        state.cache.commit_branch(path_A)
-        state.speculation.observe(tree, output.logits_NV, output.aux_NE, acceptance, len(tokens))
-        state.emit(state.speculation.fresh_tokens_A, None if logp_N is None else logp_N[path_A])
-        state.tokens += tokens
-        state.stats.rounds += 1
-        state.stats.checkpoints[checkpoint.name] += 1
+        logp_A = keep(state, one, len(tokens))
+        state.cache.commit(len(tokens))
+        state.emit(state.speculation.fresh_tokens_A, logp_A)
+        state.note(tokens, checkpoint)
         emitted.append((tokens, sources))
     return emitted
 

@@ -1,6 +1,7 @@
 """What a request carries from round to round."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,15 @@ class DecodeState:
     fallbacks: dict[int, Fallback] = field(default_factory=dict)
 
     def emit(self, tokens_A: Tensor, logp_A: Tensor | None) -> None:
-        """Notes new tokens of the output, and their log-probabilities."""
+        """Notes new tokens of the output, and their log-probabilities, on the device."""
         self.place += len(tokens_A)
         if self.history_S is not None:
             self.history_S = torch.cat((self.history_S, tokens_A))
         if self.logprobs is not None and logp_A is not None:
             self.logprobs.append(logp_A)
+
+    def note(self, tokens: list[int], checkpoint: Any) -> None:
+        """Notes a round: its tokens, and where its drafting stopped."""
+        self.tokens += tokens
+        self.stats.rounds += 1
+        self.stats.checkpoints[checkpoint.name] += 1

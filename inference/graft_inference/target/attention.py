@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from ..errors import GraftError
+from .kv_cache import Span
 
 ATTENTION = "graft_tree"
 
@@ -20,25 +21,25 @@ class UntoldError(GraftError):
 class Visibility:
     """What each of the N rows of one pass may attend to: committed rows, and some of its own pass.
 
-    The pass's keys stand behind the committed ones. A committed key's index is its logical position, a
-    row's is given; a sliding window counts these.
+    A committed key's index is its logical position, a row's is given; a sliding window counts these.
 
     Args:
         positions_N: logical positions of the rows.
-        length: committed rows.
+        span: of the cache: the pass's keys stand behind the committed ones.
         own_NN: bool, which rows of the pass each row sees; None where they stand in a line (a prompt).
     """
 
-    def __init__(self, positions_N: Tensor, length: int, own_NN: Tensor | None = None) -> None:
+    def __init__(self, positions_N: Tensor, span: Span, own_NN: Tensor | None = None) -> None:
         self.positions_N = positions_N
-        self.length = length
+        self.span = span
         self.own_NN = own_NN
         self.windows: set[int | None] = set()
         self._biases: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor | None] = {}
 
     def first_key(self, window: int | None) -> int:
-        """Index of the first key that any row of this pass sees."""
-        return max(0, self.length - window + 1) if window else 0
+        """Index of the first key that any row of this pass may see, as far as the host knows."""
+        start = self.span.start
+        return max(0, start - window + 1) if window and isinstance(start, int) else 0
 
     def bias(self, window: int | None, groups: int, query: Tensor) -> Tensor | None:
         """[groups * N, K] over the keys from `first_key` on: 0 where a row looks, else -inf; None for plain causal.
@@ -56,19 +57,21 @@ class Visibility:
         return self._biases[key]
 
     def _build(self, window: int | None) -> Tensor | None:
-        rows = len(self.positions_N)
-        if window is not None and window >= self.length + rows:
+        rows, start, device = len(self.positions_N), self.span.start, self.positions_N.device
+        if window is not None and window >= self.span.end(rows):
             window = None  # no row stands deeper than its index, so none is that far from a key
-        if rows == 1 or (self.own_NN is None and self.length == 0 and window is None):
+        is_causal = self.own_NN is None and start == 0 and window is None
+        if not self.span.is_fixed and (rows == 1 or is_causal):
             return None
         own_NN = self.own_NN
         if own_NN is None:
-            own_NN = torch.ones((rows, rows), dtype=torch.bool, device=self.positions_N.device).tril()
-        prefix_NL = own_NN.new_ones((rows, self.length - self.first_key(window)))
-        mask_NK = torch.cat((prefix_NL, own_NN), dim=1)
+            own_NN = torch.ones((rows, rows), dtype=torch.bool, device=device).tril()
+        first, row_N = self.first_key(window), self.span.rows(rows, device)
+        place_K = torch.arange(first, self.span.end(rows), device=device)
+        mask_NK = (place_K < start).repeat(rows, 1).index_copy_(1, row_N - first, own_NN)
         if window is not None:
-            committed_L = torch.arange(self.first_key(window), self.length, device=own_NN.device)
-            mask_NK &= torch.cat((committed_L, self.positions_N)) > self.positions_N[:, None] - window
+            position_K = place_K.index_copy(0, row_N - first, self.positions_N)
+            mask_NK &= position_K > self.positions_N[:, None] - window
         return mask_NK
 
 

@@ -2,47 +2,95 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import GraftError
 
+SMALLEST = 512
+
+
+def bucket(rows: int) -> int:
+    """The least of 512, 768, 1024, 1536, 2048, ... that holds so many rows."""
+    size = SMALLEST
+    while size < rows:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+@dataclass
+class Span:
+    """Where the next pass writes its rows, and which it sees: behind `start`, within `size`.
+
+    A pass that runs once knows where it stands: `start` is a number and `size` just holds its own rows (None: however
+    many there are). One that is captured and replayed has its start on the device, [1] int64, and sees a bucket, of
+    which a mask hides what is not valid.
+    """
+
+    start: int | Tensor = 0
+    size: int | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.size is not None
+
+    def end(self, count: int) -> int:
+        """Rows that a pass of so many sees, or holds a mask for."""
+        return self.size if self.size is not None else int(self.start) + count
+
+    def rows(self, count: int, device: torch.device) -> Tensor:
+        """Where so many rows stand, int64."""
+        return self.start + torch.arange(count, device=device)
+
+    def write(self, buffer: Tensor, values: Tensor) -> Tensor:
+        """Writes rows, [..., count, D], into a buffer of more; returns what the pass sees."""
+        count = values.shape[-2]
+        if isinstance(self.start, Tensor):
+            buffer.index_copy_(2, self.rows(count, buffer.device), values)
+        else:
+            buffer[:, :, self.start : self.start + count] = values
+        return buffer[:, :, : self.end(count)]
+
 
 class TreeCacheLayer(CacheLayerMixin):
-    """One layer's keys and values, [1, heads, capacity, head_dim], filled up to `length` committed rows.
+    """One layer's keys and values, [1, heads, capacity, head_dim].
 
     Until the first commit they are what the first pass brought: its shapes and devices say what to allocate.
+
+    Args:
+        shared: [the cache's span]; a list, as a cycle of references would keep the buffers until Python looks for such.
     """
 
     is_sliding = False
     keys: Tensor
     values: Tensor
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, shared: list[Span]) -> None:
         super().__init__()
         self.capacity = capacity
-        self.length = 0
+        self._shared = shared
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states, value_states
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes rows behind the committed ones, without committing them, and returns all valid rows."""
+        """Writes rows behind the committed ones, without committing them, and returns all that the pass sees."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
-        end = self.length + key_states.shape[2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        span = self._shared[0]
+        return span.write(self.keys, key_states), span.write(self.values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self._shared[0].end(query_length), 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        start = self._shared[0].start
+        return start if isinstance(start, int) else 0  # positions are given, and no mask is asked for
 
     def get_max_length(self) -> int:
         return self.capacity
@@ -57,17 +105,26 @@ class TreeCache(Cache):
     Args:
         num_layers: layers of the model.
         capacity: rows: committed tokens plus one tree.
+
+    Attributes:
+        length: committed rows.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
-        self.tree_layers = [TreeCacheLayer(capacity) for _ in range(num_layers)]
+        self._shared = [Span()]
+        self.tree_layers = [TreeCacheLayer(capacity, self._shared) for _ in range(num_layers)]
         self.buffers: list[Tensor] = []
+        self.length = 0
         super().__init__(layers=list(self.tree_layers))
 
     @property
-    def length(self) -> int:
-        """Committed rows."""
-        return self.tree_layers[0].length
+    def span(self) -> Span:
+        """Of the next pass."""
+        return self._shared[0]
+
+    @span.setter
+    def span(self, span: Span) -> None:
+        self._shared[0] = span
 
     def commit(self, count: int) -> None:
         """Commits the first `count` rows written last (a prompt, or the root alone).
@@ -77,25 +134,30 @@ class TreeCache(Cache):
         """
         if not self.buffers:
             self._allocate(self.tree_layers[0].keys.shape[2])
-        for layer in self.tree_layers:
-            layer.length += count
+        self.rewind(self.length + count)
+
+    def keep_branch(self, path_A: Tensor) -> None:
+        """Moves one branch of the tree written last behind the committed rows, to be committed there.
+
+        Args:
+            path_A: the root and rows of the tree by depth, int64. Those of a fixed span may end in rows of no account.
+        """
+        if not self.buffers:
+            self._allocate(self.tree_layers[0].keys.shape[2])
+        if len(path_A) == 1:
+            return  # the root stands where it belongs
+        for buffer in self.buffers:
+            self.span.write(buffer, buffer.index_select(2, (self.span.start + path_A).to(buffer.device)))
 
     def commit_branch(self, path_A: Tensor) -> None:
         """Commits one branch of the tree written last: its root and tree rows `path_A[1:]` by depth, [A] int64."""
-        if not self.buffers:
-            self._allocate(self.tree_layers[0].keys.shape[2])
-        count = len(path_A)
-        if count > 1:  # the root stands where it belongs
-            rows_A = self.length + path_A
-            for buffer in self.buffers:
-                branch = buffer.index_select(2, rows_A.to(buffer.device))
-                buffer[:, :, self.length : self.length + count] = branch
-        self.commit(count)
+        self.keep_branch(path_A)
+        self.commit(len(path_A))
 
     def rewind(self, length: int = 0) -> None:
         """Forgets what was committed after the first `length` rows; buffers are kept."""
-        for layer in self.tree_layers:
-            layer.length = length
+        self.length = length
+        self.span = Span(length)
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` rows, keeping the committed ones."""
@@ -103,6 +165,35 @@ class TreeCache(Cache):
             for layer in self.tree_layers:
                 layer.capacity = capacity
             self._allocate(self.length)
+
+    def twin(self, capacity: int) -> "TreeCache":
+        """An empty cache of the same layout and another capacity, whose buffers are there already.
+
+        Raises:
+            GraftError: no memory for them.
+        """
+        other = TreeCache(len(self.tree_layers), capacity)
+        other.buffers = [allocate((*one.shape[:2], capacity, one.shape[3]), one) for one in self.buffers]
+        other._share(self, other.buffers)
+        return other
+
+    def move_into(self, other: "TreeCache") -> None:
+        """Copies the committed rows into a twin's buffers, where they live from now on."""
+        for old, new in zip(self.buffers, other.buffers, strict=True):
+            new[:, :, : self.length] = old[:, :, : self.length]
+        self._share(self, other.buffers)
+        self.buffers = other.buffers
+
+    def _share(self, layout: "TreeCache", buffers: list[Tensor]) -> None:
+        """Layers' keys and values become parts of these buffers, as those of `layout` are of its own."""
+        homes = {old.untyped_storage().data_ptr(): (old, new) for old, new in zip(layout.buffers, buffers, strict=True)}
+        for layer, like in zip(self.tree_layers, layout.tree_layers, strict=True):
+            for name in ("keys", "values"):
+                part: Tensor = getattr(like, name)
+                old, new = homes[part.untyped_storage().data_ptr()]
+                index = (part.storage_offset() - old.storage_offset()) // old.stride(0)
+                setattr(layer, name, new[index : index + 1])
+            layer.is_initialized = True
 
     def _allocate(self, rows: int) -> None:
         """Puts the layers' keys and values, of which `rows` rows count, into buffers of full capacity."""

@@ -15,7 +15,6 @@ from ..device import without_plans
 from ..errors import GraftError
 from ..tree import DraftTree
 from .attention import ATTENTION, Visibility
-from .bucket_cache import BucketCache
 from .kv_cache import PackedCaches, TreeCache
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
@@ -181,7 +180,7 @@ class Target:
         """`prefill` for several prompts, in one pass: none sees another's cache or piece."""
         rows = [len(piece_S) for piece_S in pieces]
         visible = [
-            Visibility(torch.arange(cache.length, cache.length + count, device=piece_S.device), cache.length)
+            Visibility(cache.span.rows(count, piece_S.device), cache.span)
             for piece_S, cache, count in zip(pieces, caches, rows, strict=True)
         ]
         last_B = None if all_logits else torch.tensor(rows).cumsum(0) - 1
@@ -210,7 +209,7 @@ class Target:
         return list(map(TargetOutput, output.logits_NV.split(rows), output.aux_NE.split(rows)))
 
     def _visible(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> Visibility:
-        return Visibility(self.positions(cache.length, tree), cache.length, ancestors_NN)
+        return Visibility(self.positions(cache.span.start, tree), cache.span, ancestors_NN)
 
     def positions(self, length: int | Tensor, tree: DraftTree) -> Tensor:
         """Of a tree's rows, [N], behind so many committed tokens; none lies beyond the limit.
@@ -222,7 +221,7 @@ class Target:
     def forward(
         self,
         tokens_N: Tensor,
-        cache: TreeCache | BucketCache | PackedCaches,
+        cache: TreeCache | PackedCaches,
         visible: Visibility | list[Visibility],
         logits_of: Tensor | None = None,
     ) -> TargetOutput:

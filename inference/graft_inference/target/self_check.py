@@ -39,7 +39,7 @@ def _compare(target: Target) -> None:
     prompt_S, tree = tokens[:PROMPT], _tree(tokens[PROMPT:])
     cache = target.new_cache(PROMPT + rows)
     target.prefill(prompt_S[:5], cache)
-    visible = Visibility(torch.arange(5, PROMPT, device=target.device), cache.length)
+    visible = Visibility(torch.arange(5, PROMPT, device=target.device), cache.span)
     target.forward(prompt_S[5:], cache, visible)
     cache.commit(PROMPT - 5)
     logits_NV = target.verify(tree, tree.ancestors(3), cache).logits_NV.float()

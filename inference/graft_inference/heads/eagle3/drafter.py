@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...noise import Noise
-from ...target.kv_cache import allocate
+from ...target.kv_cache import Span, allocate
 from ...tree import DraftTree, Source, child_paths, root_tree
 from .model import DraftHead
 
@@ -111,7 +111,7 @@ def _depths_and_sources(width: int, steps: int, device: torch.device) -> tuple[T
 
 
 class Drafter:
-    """A draft head with its own key/value cache.
+    """A request's part of a draft head: a key/value cache of its own, and what it has not read.
 
     The head's row for position t reads the embedding of token t+1 beside the target's state at t, so its
     cache lags the target's tokens by one.
@@ -123,7 +123,9 @@ class Drafter:
 
     Attributes:
         length: positions that were read.
+        span: where the next pass stands.
         unread: committed positions that wait for the next `begin`.
+        fixed: what it has not read, where its span is fixed.
     """
 
     def __init__(self, head: DraftHead, max_positions: int, topk: int, capacity: int) -> None:
@@ -134,21 +136,23 @@ class Drafter:
         self._prepare(topk, capacity)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.length = self.unread = 0
+        self.span = Span()
+        self.fixed: Pending | None = None
         self.deferred: list[tuple[Tensor, Tensor]] = []
 
     def _prepare(self, topk: int, capacity: int) -> None:
-        """What is the same in every pass: cos and sin of all positions, and that a row sees itself."""
+        """What is the same in every pass: cos and sin of all positions."""
         weight = self.head.fc.weight
         # No token beyond the limit is ever emitted, and its position must not change the others' frequencies.
         positions_1S = torch.arange(capacity, device=weight.device)[None].clamp(max=self.max_positions - 1)
-        self.rope = self.head.rotary_emb(weight, positions_1S)
-        self._own_kk = torch.eye(topk, dtype=torch.bool, device=weight.device)
+        self.rope = [table[0] for table in self.head.rotary_emb(weight, positions_1S)]
         self.topk = topk
 
     def resume(self, length: int, topk: int, capacity: int) -> None:
         """Forgets what was read after the first `length` positions, and makes room for another request."""
-        self.length, self.unread = length, 0
+        self.unread = 0
         self.deferred = []
+        self.advance(length - self.length)
         self._prepare(topk, max(capacity, self.keys.shape[2]))
         keys, values = self.keys, self.values
         if capacity > keys.shape[2]:
@@ -156,8 +160,15 @@ class Drafter:
             self.keys[:, :, :length] = keys[:, :, :length]
             self.values[:, :, :length] = values[:, :, :length]
 
+    def advance(self, count: int) -> None:
+        """So many positions more have been read."""
+        self.length += count
+        self.span = Span(self.length)
+
     def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
         """What `read` has to read: these positions, and before them those that were deferred."""
+        if self.fixed is not None:
+            return self.fixed.tokens_F, self.fixed.aux_FE
         if self.deferred:
             self.deferred.append((tokens_A, aux_AE))
             tokens_A, aux_AE = map(torch.cat, zip(*self.deferred, strict=True))
@@ -166,20 +177,81 @@ class Drafter:
         return tokens_A, aux_AE
 
     def line(self, tokens_A: Tensor) -> "HeadRows":
-        """Rows that stand in a line behind what was read; they count as read from now on."""
-        start, count = self.length, len(tokens_A)
-        causal_AK = None
-        if count > 1 and start:
-            causal_AK = torch.ones((count, start + count), dtype=torch.bool, device=tokens_A.device).tril_(start)
-        self.length += count
-        return HeadRows(self, tokens_A, start, count, start, causal_AK)
+        """Rows that stand in a line behind what was read."""
+        count, span = len(tokens_A), self.span
+        rows_A = span.rows(count, tokens_A.device)
+        visible_AK = None
+        if span.is_fixed or (count > 1 and self.length):
+            visible_AK = torch.arange(span.end(count), device=tokens_A.device) <= rows_A[:, None]
+        return HeadRows(self, tokens_A, span, rows_A, visible_AK)
 
     def branches(self, draft: Draft, chosen_k: Tensor, parent_k: Tensor) -> "HeadRows":
         """The rows of the last pass's children that are expanded; they stand at one position."""
-        last = draft.layers[-1]
-        visible_kK = torch.cat((last.visible_AK[parent_k], self._own_kk), dim=1)
-        start = visible_kK.shape[1] - self.topk
-        return HeadRows(self, last.tokens_C[chosen_k], self.length + draft.steps - 1, 1, start, visible_kK)
+        last, behind = draft.layers[-1], (draft.steps - 1) * self.topk
+        span = Span(self.span.start + behind, self.span.size)
+        rows_k, size = span.rows(self.topk, chosen_k.device), span.end(self.topk)
+        seen_kK = F.pad(last.visible_AK[parent_k], (0, size - last.visible_AK.shape[1]))
+        visible_kK = seen_kK | (torch.arange(size, device=chosen_k.device) == rows_k[:, None])
+        positions_1 = Span(self.span.start + draft.steps - 1).rows(1, chosen_k.device)
+        return HeadRows(self, last.tokens_C[chosen_k], span, positions_1, visible_kK)
+
+    def fix(self, rows: int) -> Self:
+        """Stands on fixed buffers from now on, with room for so many positions that are not read; nothing is in it."""
+        weight = self.head.fc.weight
+        length_1, count_1, tokens_F = (torch.zeros(n, dtype=torch.long, device=weight.device) for n in (1, 1, rows))
+        self.span = Span(length_1, self.keys.shape[2])
+        self.fixed = Pending(length_1, count_1, tokens_F, weight.new_zeros(rows, self.head.fc.in_features))
+        return self
+
+    def adopt(self, other: Self, tokens_1: Tensor, aux_1E: Tensor) -> None:
+        """Takes over from a request's own drafter, whose cache stands in these fixed buffers from now on.
+
+        Args:
+            tokens_1, aux_1E: the one position that the other has not read.
+        """
+        assert self.fixed is not None
+        if other.keys.data_ptr() != self.keys.data_ptr():
+            self.keys[:, :, : other.length] = other.keys[:, :, : other.length]
+            self.values[:, :, : other.length] = other.values[:, :, : other.length]
+            other.keys, other.values = self.keys, self.values
+        self.fixed.length_1.fill_(other.length)
+        self.fixed.count_1.fill_(1)
+        self.fixed.tokens_F[:1] = tokens_1
+        self.fixed.aux_FE[:1] = aux_1E
+
+
+@dataclass
+class Pending:
+    """What a drafter over fixed buffers has not read; its rows past the count mean nothing.
+
+    Attributes:
+        length_1: positions read, int64.
+        count_1: how many of the next two count, int64.
+        tokens_F, aux_FE: the token after each, and the target's states there.
+    """
+
+    length_1: Tensor
+    count_1: Tensor
+    tokens_F: Tensor
+    aux_FE: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.length_1, self.count_1, self.tokens_F, self.aux_FE]
+
+    def append(self, tokens_D: Tensor, aux_DE: Tensor, count_1: Tensor) -> None:
+        """Newly committed positions; rows past the count are overwritten later."""
+        rows_D = Span(self.count_1).rows(len(tokens_D), tokens_D.device)
+        self.tokens_F.index_copy_(0, rows_D, tokens_D)
+        self.aux_FE.index_copy_(0, rows_D, aux_DE)
+        self.count_1 += count_1
+
+    def read(self, values_FX: Tensor) -> Tensor:
+        """The last row that counts, [1, X]; all of them have been read from now on."""
+        last_1X = values_FX.index_select(0, self.count_1 - 1)
+        self.length_1 += self.count_1
+        self.count_1.zero_()
+        return last_1X
 
 
 @dataclass
@@ -187,36 +259,33 @@ class HeadRows:
     """One prompt's rows in a pass of the head.
 
     Attributes:
-        position, positions: the rows stand at so many consecutive positions; at one, all of them.
-        start: row of the cache where their keys and values are written.
+        span: where their keys and values are written.
+        positions: of each row, or the one of all of them; int64.
         visible_AK: which rows of the cache they see; None for plain causal.
     """
 
     drafter: Drafter
     tokens_A: Tensor
-    position: int
-    positions: int
-    start: int
+    span: Span
+    positions: Tensor
     visible_AK: Tensor | None
 
     def attend(self, query_BQSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor) -> Tensor:
-        keys, values = self.drafter.keys, self.drafter.values
-        end = self.start + len(self.tokens_A)
-        keys[:, :, self.start : end] = key_BKSD
-        values[:, :, self.start : end] = value_BKSD
-        return F.scaled_dot_product_attention(
-            query_BQSD,
-            keys[:, :, :end],
-            values[:, :, :end],
-            attn_mask=self.visible_AK,
-            is_causal=self.visible_AK is None and len(self.tokens_A) > 1,
-            enable_gqa=self.drafter.groups > 1,
-        )
+        keys = self.span.write(self.drafter.keys, key_BKSD)
+        values = self.span.write(self.drafter.values, value_BKSD)
+        groups = self.drafter.groups
+        if self.visible_AK is None:
+            is_causal = len(self.tokens_A) > 1
+            return F.scaled_dot_product_attention(query_BQSD, keys, values, is_causal=is_causal, enable_gqa=groups > 1)
+        # Query heads that share a key head become rows, which saves repeating keys and values.
+        folded = query_BQSD.reshape(1, keys.shape[1], -1, keys.shape[3])
+        attended = F.scaled_dot_product_attention(folded, keys, values, self.visible_AK.repeat(groups, 1))
+        return attended.reshape(query_BQSD.shape)
 
     def rope(self) -> tuple[Tensor, Tensor]:
         """cos and sin, [1, positions, D] each."""
-        cos_1SD, sin_1SD = (table[:, self.position : self.position + self.positions] for table in self.drafter.rope)
-        return cos_1SD, sin_1SD
+        cos_SD, sin_SD = (table.index_select(0, self.positions) for table in self.drafter.rope)
+        return cos_SD[None], sin_SD[None]
 
 
 class Eagle3Proposer:
@@ -240,13 +309,19 @@ class Eagle3Proposer:
         """Catches up with newly committed positions; returns the head's outputs there, [A, H] of each request.
 
         Args:
-            fresh: the token after each position, and the target's auxiliary states at these positions.
+            fresh: the token after each position, and the target's auxiliary states at these positions. Of a fixed
+                span what is pending takes their place, and the output is that of its last position alone.
         """
         fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
         feature_AH = self.head.fuse(_joined([aux_AE for _, aux_AE in fresh]))
-        return self._pass(
-            [drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)], feature_AH
-        )
+        rows = [drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)]
+        hidden = self._pass(rows, feature_AH)
+        for index, (drafter, (tokens_A, _)) in enumerate(zip(drafters, fresh, strict=True)):
+            if drafter.fixed is None:
+                drafter.advance(len(tokens_A))
+            else:
+                hidden[index] = drafter.fixed.read(hidden[index])
+        return hidden
 
     def defer(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
@@ -258,20 +333,26 @@ class Eagle3Proposer:
             self.read(full, [drafter.deferred.pop() for drafter in full])
 
     def begin(
-        self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]], noises: Sequence[Noise | None]
+        self,
+        drafters: Sequence[Drafter],
+        fresh: Sequence[tuple[Tensor, Tensor]],
+        roots: Sequence[Tensor],
+        noises: Sequence[Noise | None],
     ) -> list[Draft]:
-        """Catches up as `read` does and proposes the children of the root, which is the last of the tokens.
+        """Catches up as `read` does and proposes the children of the roots.
 
         Args:
+            roots: the root of each, [1]: the last of the fresh tokens.
             noises: of the draws: the head then proposes what is likeliest to be drawn.
         """
         hidden = [hidden_AH[-1:] for hidden_AH in self.read(drafters, fresh)]
         drafts = []
-        for drafter, (tokens_A, _), noise, hidden_1H, (logp_1k, tokens_1k) in zip(
-            drafters, fresh, noises, hidden, self._propose(drafters[0].topk, hidden, noises, 1), strict=True
+        for drafter, root_1, noise, hidden_1H, (logp_1k, tokens_1k) in zip(
+            drafters, roots, noises, hidden, self._propose(drafters[0].topk, hidden, noises, 1), strict=True
         ):
-            visible_1K = torch.ones((1, drafter.length), dtype=torch.bool, device=tokens_A.device)
-            drafts.append(Draft(tokens_A[-1:], [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)], noise))
+            read_K = torch.arange(drafter.span.end(0), device=root_1.device)
+            visible_1K = (read_K < drafter.span.start)[None]
+            drafts.append(Draft(root_1, [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)], noise))
         return drafts
 
     def deepen(self, drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Draft]:
