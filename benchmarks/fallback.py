@@ -37,13 +37,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=32, help="of the random head's tree")
+    parser.add_argument("--num-draft-tokens", type=int, default=32, help="of the random head's tree")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     trained = GraftEngine.from_pretrained(arguments.run / "bundle", arguments.run / "target", "cpu", arguments.dtype)
-    random = random_engine(trained, arguments.rows)
+    random = random_engine(trained, arguments.num_draft_tokens)
     samples = read_samples(arguments.run / "data" / "samples.jsonl", "evaluation")[: arguments.prompts]
     prompts = [torch.tensor(sample.prompt_ids) for sample in samples]
     contestants = {
@@ -80,7 +80,7 @@ def main() -> None:
         print(f"{ours} / {theirs}: {median(ratios):.3f} ({low:.3f}-{high:.3f}); first generation {at_first:.3f}")
 
 
-def random_engine(trained: GraftEngine, rows: int) -> GraftEngine:
+def random_engine(trained: GraftEngine, num_draft_tokens: int) -> GraftEngine:
     """The same target with a head and a matrix that know nothing."""
     torch.manual_seed(0)
     head = DraftHead(trained.head.config).to(trained.target.device, trained.target.model.dtype)
@@ -88,7 +88,9 @@ def random_engine(trained: GraftEngine, rows: int) -> GraftEngine:
     pack_linears(head)
     vocabulary, k = trained.successors.ids_VK.shape
     matrix = SuccessorMatrix(random_successors(vocabulary, k)).to(trained.target.device)
-    return GraftEngine(trained.target, paper_policy(4, rows, 6, k - 1), head, matrix, retrieval_scope="frozen")
+    return GraftEngine(
+        trained.target, paper_policy(4, num_draft_tokens, 6, k - 1), head, matrix, retrieval_scope="frozen"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
-from graft_inference.bundle import Bundle, load_ngrams, load_successors, load_target_model
+from graft_inference.bundle import Bundle, load_successors, load_target_model
 from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all
 from graft_train.calibrate.measure import timer_of, told_traces, trace
@@ -74,7 +74,6 @@ def main() -> None:
         widths=[1, 2, 4, 6, 8, 10, 12, 16],
         retrieval_depth=6,
         checkpoints=2,
-        ngrams=True,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"device": describe_device(engine.target.device), "runs": []}
@@ -103,8 +102,7 @@ def load_engine(run_dir: Path) -> GraftEngine:
     model, _ = load_target_model(run_dir / "target", "cpu", "float32")
     head = load_head(run_dir / "head")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
-    ngrams = load_ngrams(run_dir / "corpus" / "ngrams.safetensors", head.config.vocab_size)
-    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors, ngrams), model)
+    return GraftEngine.from_bundle(Bundle(head, paper_policy(), successors), model)
 
 
 def own_prompts(run_dir: Path, count: int) -> dict[str, list[Tensor]]:
@@ -233,7 +231,6 @@ def race_distinct(track: Track, plans: dict[str, Plan], repeats: int) -> dict[st
 def contenders(settings: CalibrateConfig, learned: dict[str, Learned], domain: str, ablate: bool) -> dict[str, Plan]:
     """The plans of one race by name."""
     plans = dict(learned[domain].plans)
-    plans["prune of learned"] = plans["learned"].without_retrieval()
     plans["paper as printed"] = paper_policy().graft
     for other in learned:
         if other != domain:

@@ -4,7 +4,7 @@
     python benchmarks/round.py --shape 100m
     python benchmarks/round.py --shape 8b --device cuda --dtype bfloat16
 
-Times a trained pair, or one of random weights, at forced stages, interleaved, medians with the interquartile
+Times a trained pair, or one of random weights, at forced checkpoints, interleaved, medians with the interquartile
 range; on CUDA eager and captured side by side, whose verify holds most of the commit. Counts operators, host reads
 and (on CUDA) launches in rounds of their own. The floor is what a round's passes must read, all weights of the target
 and of the head once per pass and the keys and values of the context, over the copy bandwidth measured here.
@@ -26,13 +26,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graft_inference import GraftEngine, Plan, Scale, Stage, paper_policy
+from graft_inference import (
+    AcceptanceModel,
+    Checkpoint,
+    GraftEngine,
+    Plan,
+    Policy,
+    QuotaCheckpoint,
+    QuotaPlan,
+    ScoredPlan,
+    SourceModel,
+    paper_policy,
+)
 from graft_inference.bundle import Bundle, load_successors, load_target_model
 from graft_inference.decode.cuda_graph import waits
 from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
-from graft_inference.policy.plan import Policy, depth_template
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.template import depth_template
 from graft_train.device import describe_device
 
 SHAPES = {
@@ -66,8 +77,8 @@ VOCABULARY = {"15m": 8192, "100m": 16384, "1b": 128256, "8b": 128256, "32b": 151
 DRAFT_VOCABULARY = 32000
 PHASES = ("draft", "graft", "verify", "commit")
 LAUNCHES = {"cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"}
-BEAM, ROWS = 4, 16
-GPU_BEAM, GPU_ROWS = 10, 64
+TOPK, NUM_DRAFT_TOKENS = 4, 16
+GPU_TOPK, GPU_NUM_DRAFT_TOKENS = 10, 64
 
 
 def main() -> None:
@@ -98,7 +109,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(engine.target.config.vocab_size, (arguments.prompt,), generator=generator)
     is_cuda = engine.target.device.type == "cuda"
-    plans = forced_plans(GPU_BEAM, GPU_ROWS) if is_cuda else forced_plans(BEAM, ROWS)
+    plans = forced_plans(GPU_TOPK, GPU_NUM_DRAFT_TOKENS) if is_cuda else forced_plans(TOPK, NUM_DRAFT_TOKENS)
     if not arguments.shape:
         plans |= {method: engine.policy.plan(method) for method in ("graft", "eagle3")}
     title, costs = measure(engine, plans, prompt, arguments.rounds, arguments.repeats)
@@ -200,18 +211,19 @@ def random_successors(vocab_size: int, k: int) -> Tensor:
     return ((torch.randint(vocab_size, (vocab_size, 1)) + offsets_k) % vocab_size).int()
 
 
-def forced_plans(beam: int, rows: int) -> dict[str, Plan]:
-    """Plans that leave no choice: one row, and full width after so many passes, without and with retrieval."""
-    flat = ((1.0, 0.0),) * 6
-    template = depth_template(tuple(-(-count * rows // ROWS) for count in (8, 6, 4, 3, 2, 1)))
-    both = Scale(flat, flat, (0.0,) * 8, template)
-    drafted = replace(both, template=())
-    plans = {"autoregressive": Plan((Stage(0),), 1, 1)}
-    for passes in (1, 3, 6):
-        width = min(rows, 1 + beam + (passes - 1) * beam**2)
-        plans[f"d{passes - 1}"] = Plan((Stage(passes, width=width),), beam, rows, drafted)
-    plans["d2, retrieval"] = Plan((Stage(3, width=rows),), beam, rows, both, learns_accepted=True)
-    plans["retrieval"] = Plan((Stage(0, width=rows),), beam, rows, both, learns_accepted=True)
+def forced_plans(topk: int, num_draft_tokens: int) -> dict[str, Plan]:
+    """Plans that leave no choice: the root alone, and full trees after so many steps, without and with retrieval."""
+    template = depth_template(tuple(-(-count * num_draft_tokens // NUM_DRAFT_TOKENS) for count in (8, 6, 4, 3, 2, 1)))
+    drafted = AcceptanceModel(drafted=((1.0, 0.0),) * 6)
+    both = replace(drafted, sources=(SourceModel("matrix", template, (1.0,) * 6, ((0.0,) * 6,), (0.0,) * 8),))
+    plans: dict[str, Plan] = {"autoregressive": QuotaPlan((QuotaCheckpoint(0),), topk=1)}
+    for steps in (1, 3, 6):
+        most = min(num_draft_tokens, 1 + topk + (steps - 1) * topk**2)
+        checkpoint = Checkpoint(steps, num_draft_tokens=most)
+        plans[checkpoint.name] = ScoredPlan((checkpoint,), topk, acceptance=drafted)
+    for name, steps in (("d2, retrieval", 3), ("retrieval", 0)):
+        full = Checkpoint(steps, num_draft_tokens=num_draft_tokens)
+        plans[name] = ScoredPlan((full,), topk, acceptance=both, learns_accepted=True)
     return plans
 
 

@@ -88,7 +88,8 @@ def targets(vocab_size: int, experts: int) -> dict[str, Any]:
 def mean_rows(replay: Replay, plan: Plan) -> float:
     """Rows of a round on average."""
     outcome = replay.outcome(plan)
-    rows_T = torch.tensor([stage.rows for stage in plan.stages])[torch.from_numpy(outcome.stage_T)]
+    rows = [checkpoint.num_draft_tokens for checkpoint in plan.checkpoints]
+    rows_T = torch.tensor(rows)[torch.from_numpy(outcome.stage_T)]
     return float(rows_T[torch.from_numpy(replay.visits(outcome))].float().mean())
 
 

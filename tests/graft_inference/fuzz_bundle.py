@@ -27,7 +27,7 @@ from graft_inference import GraftEngine, GraftError
 from graft_inference.bundle import load_bundle
 
 from .tiny import learned_policy, tiny_model, tiny_policy, told_policy
-from .tiny_bundle import tiny_ngrams, tiny_tokenizer, write_bundle
+from .tiny_bundle import tiny_tokenizer, write_bundle
 
 SECONDS = 60
 SLACK_BYTES = 32 << 20
@@ -79,7 +79,7 @@ def damage_json(path: Path, rng: random.Random) -> str:
     if kind == "gone":
         del parent[key]
     elif kind == "more" and isinstance(parent, dict):
-        parent[rng.choice(["extra", "norm_output", "sliding_window", "scale"])] = rng.choice(VALUES)
+        parent[rng.choice(["extra", "norm_output", "sliding_window", "acceptance"])] = rng.choice(VALUES)
     elif kind == "near" and type(parent[key]) in (int, float):
         parent[key] += rng.choice([1, -1, 0.5])
     elif kind == "twice" and isinstance(parent, list):
@@ -143,7 +143,7 @@ class Fuzz:
         self.root = root
         self.model, self.tokenizer = tiny_model("llama"), tiny_tokenizer()
         self.prompt = torch.tensor([[5, 9, 5, 9, 5, 9, 5, 7]])
-        self.bundles = {name: self._write(name) for name in ("quotas", "learned", "told", "ngrams", "bare")}
+        self.bundles = {name: self._write(name) for name in ("quotas", "learned", "told", "bare")}
         self.expected = self._decode(self.bundles["learned"], ("autoregressive",))
         self.peak = max(self._peak(lambda bundle=bundle: self._decode(bundle)) for bundle in self.bundles.values())
 
@@ -152,9 +152,6 @@ class Fuzz:
         policies = {"learned": learned_policy, "told": told_policy}
         graft = json.loads((bundle / "graft.json").read_text())
         graft["policy"] = policies.get(name, tiny_policy)().to_dict()
-        if name == "ngrams":
-            graft["policy"]["retrieve"]["ngrams"] = True
-            save_file(tiny_ngrams(), bundle / "ngrams.safetensors")
         (bundle / "graft.json").write_text(json.dumps(graft))
         if name == "bare":
             for file in ("graft.json", "successors.safetensors"):

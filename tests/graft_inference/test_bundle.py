@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
-from graft_inference.bundle import load_bundle, load_ngrams, load_target_model, tokenizer_hash
+from graft_inference.bundle import load_bundle, load_target_model, tokenizer_hash
 from graft_inference.heads.eagle3.checkpoint import save_head
-from graft_inference.heads.eagle3.drafter import Drafter
 from graft_inference.target import packed_linear
 
 from .test_engine import prompt
 from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy
-from .tiny_bundle import tiny_ngrams, tiny_successors, tiny_tokenizer, write_bundle, write_target
+from .tiny_bundle import tiny_successors, tiny_tokenizer, write_bundle, write_target
 
 FILES = ["config.json", "model.safetensors", "graft.json", "successors.safetensors"]
 
@@ -141,6 +140,10 @@ def test_a_directory_in_the_place_of_a_file_is_named(bundle, target, name):
         load(bundle, target)
 
 
+def checkpoints(graft):
+    return graft["policy"]["graft"]["checkpoints"]
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -152,28 +155,38 @@ def test_a_directory_in_the_place_of_a_file_is_named(bundle, target, name):
         (lambda g: g["policy"].pop("eagle3"), "must hold exactly"),
         (lambda g: g["policy"].update(graft=[]), "not a plan"),
         (lambda g: g["policy"]["graft"].update(breadth=3), "not a plan.*breadth"),
-        (lambda g: g["policy"]["graft"]["stages"][0].update(depth=3), "not a plan.*depth"),
-        (lambda g: g["policy"]["graft"]["stages"][0].pop("template"), "not a plan.*template"),
+        (lambda g: checkpoints(g)[0].update(depth=3), "not a plan.*depth"),
+        (lambda g: checkpoints(g)[0].pop("template"), "not a plan.*template"),
         (lambda g: g["policy"]["graft"].update(checkpoints=7), "not a plan"),
-        (lambda g: g["policy"]["graft"].update(budget=4), "over the budget of 4"),
-        (lambda g: g["policy"]["graft"].update(budget=1 << 20), "must lie in 1..1024"),
-        (lambda g: g["policy"]["graft"].update(budget=12.0), "budget=12.0 .* must be a whole number"),
+        (lambda g: g["policy"]["graft"].update(budget=4), "not a plan.*budget"),
+        (lambda g: g["policy"]["graft"].update(kind="best"), "not a plan.*best"),
+        (lambda g: g["policy"]["graft"].update(kind="scores"), "not a plan"),
+        (lambda g: g["policy"]["graft"].update(kind=[]), "not a plan"),
+        (lambda g: g["policy"]["graft"].pop("kind"), "not a plan.*kind"),
+        (lambda g: checkpoints(g)[-1].update(drafted=64), "lower drafted"),
+        (lambda g: checkpoints(g)[-1].update(drafted=1 << 20), "over the limit of 1024"),
+        (lambda g: checkpoints(g)[0].update(drafted=2.0), "drafted=2.0 .* must be a whole number"),
         (lambda g: g["policy"]["graft"].update(topk=100_000), "or over 65536"),
         (lambda g: g["policy"]["graft"].update(topk=0), "propose no nodes"),
         (lambda g: g["policy"]["graft"].update(topk=True), "topk=True .* must be a whole number"),
         (lambda g: g["policy"]["graft"].update(learns_accepted={}), "learns_accepted={} .* must be true or false"),
         (lambda g: g["policy"]["graft"].update(shares_noise=None), "shares_noise=None .* must be true or false"),
-        (lambda g: g["policy"]["graft"].update(ngrams="yes"), "ngrams='yes' .* must be true or false"),
-        (lambda g: g["policy"]["graft"].update(scale=[]), "not a plan"),
-        (lambda g: g["policy"]["graft"]["stages"][0].update(threshold="0.3"), "threshold='0.3' .* a finite number"),
-        (lambda g: g["policy"]["graft"]["stages"][0].update(threshold=True), "threshold=True .* a finite number"),
-        (lambda g: g["policy"]["graft"]["stages"][-1].update(passes=10**9), "lower either"),
-        (lambda g: g["policy"]["graft"]["stages"][0].update(template=[]), "a template of 0 paths"),
-        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([]), "needs ranks from 0"),
-        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([7, 7]), r"the parent of \[7, 7\] before it"),
-        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([0]), "each path once"),
-        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append([-1]), "needs ranks from 0"),
-        (lambda g: g["policy"]["graft"]["stages"][0]["template"].append(["0"]), "template=.* must be"),
+        (lambda g: g["policy"]["graft"].update(acceptance=[]), "not a plan"),
+        (
+            lambda g: checkpoints(g)[0].update(threshold="0.3"),
+            "threshold='0.3' .* a finite number",
+        ),
+        (lambda g: checkpoints(g)[0].update(threshold=True), "threshold=True .* a finite number"),
+        (lambda g: checkpoints(g)[-1].update(steps=10**9), "lower either"),
+        (lambda g: checkpoints(g)[0].update(template=[]), "a template of 0 paths"),
+        (lambda g: checkpoints(g)[0]["template"].append([]), "needs ranks from 0"),
+        (
+            lambda g: checkpoints(g)[0]["template"].append([7, 7]),
+            r"the parent of \[7, 7\] before it",
+        ),
+        (lambda g: checkpoints(g)[0]["template"].append([0]), "each path once"),
+        (lambda g: checkpoints(g)[0]["template"].append([-1]), "needs ranks from 0"),
+        (lambda g: checkpoints(g)[0]["template"].append(["0"]), "template=.* must be"),
         (lambda g: g["policy"].update(measured_on=[1]), "measured_on=.* must be an object"),
         (lambda g: g["policy"].update(measured_on={"device": "mine"}), "measured_on=.* must be an object"),
         (lambda g: g["target"].update(tokenizer=""), "tokenizer must be a SHA-256 or null"),
@@ -211,13 +224,21 @@ def test_a_matrix_of_another_vocabulary_is_refused(bundle, target, edit, message
         load(bundle, target)
 
 
-@pytest.mark.parametrize("scale", ["drafted", "retrieved", "ranks", "echo"])
+NUMBERS = {
+    "drafted": lambda model: model["drafted"][0],
+    "slopes": lambda model: model["sources"][0]["slopes"],
+    "offsets": lambda model: model["sources"][0]["offsets"][0],
+    "offsets by evidence": lambda model: model["sources"][1]["offsets"][3],
+    "ranks": lambda model: model["sources"][0]["ranks"],
+}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-1e999", '"0"', "null", "true", "1e300"])
-def test_a_scale_of_what_is_no_number_is_refused(bundle, target, scale, value):
+def test_an_acceptance_model_of_what_is_no_number_is_refused(bundle, target, numbers, value):
     graft = json.loads((bundle / "graft.json").read_text())
-    graft["policy"] = learned_policy().to_dict()
-    row = graft["policy"]["graft"]["scale"][scale] = list(graft["policy"]["graft"]["scale"][scale])
-    row[0] = "HERE" if scale == "ranks" else ["HERE", *row[0][1:]]
+    graft["policy"] = json.loads(json.dumps(learned_policy().to_dict()))
+    NUMBERS[numbers](graft["policy"]["graft"]["acceptance"])[0] = "HERE"
     (bundle / "graft.json").write_text(json.dumps(graft).replace('"HERE"', value))
     with pytest.raises(GraftError, match=r"graft\.json.*(export|calibrate)"):
         load(bundle, target)
@@ -230,27 +251,10 @@ def test_a_matrix_whose_metadata_is_no_object_is_refused(bundle, target, made_fo
         load(bundle, target)
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda t: t["counts"][0, 0].fill_(-1), "must not be negative"),
-        (lambda t: t["totals"][0].fill_(-1), "must not be negative"),
-        (lambda t: t["tags"][0].fill_(-2), "must not be negative"),
-        (lambda t: t["successors"][0].fill_(61), "lie in -1..60"),
-    ],
-)
-def test_a_table_of_impossible_counts_is_refused(tmp_path, edit, message):
-    tensors = tiny_ngrams()
-    edit(tensors)
-    save_file(tensors, tmp_path / "ngrams.safetensors")
-    with pytest.raises(GraftError, match=rf"ngrams\.safetensors: .*{message}"):
-        load_ngrams(tmp_path / "ngrams.safetensors", 61)
-
-
 def test_a_plan_that_asks_for_more_than_the_bundle_has_is_refused_at_load(bundle, target):
     """Not at the first request."""
     save_file(tiny_successors(k=2), bundle / "successors.safetensors")
-    with pytest.raises(GraftError, match="successor rank 3, but the matrix keeps 2"):
+    with pytest.raises(GraftError, match="the source matrix for 4 guesses after a token, but it keeps 2"):
         load(bundle, target)
 
 
@@ -341,7 +345,8 @@ def test_embeddings_of_a_head_are_used_unless_they_are_the_targets(bundle, targe
     assert (engine.head.embed_tokens is None) == (scale == 1)
     with torch.inference_mode():
         tokens, taps = prompt(9)[0], torch.ones(9, 96)
-        drafts = [Drafter(one.head, one.target, 3, 20).begin(tokens, taps).candidates for one in (engine, plain)]
+        heads = [one.speculator.head for one in (engine, plain)]
+        drafts = [head.begin([head.open(3, 20)], [(tokens, taps)], [None])[0].candidates for head in heads]
     assert torch.allclose(drafts[0].logp_N, drafts[1].logp_N, atol=1e-4) == (scale == 1)
 
 

@@ -65,7 +65,7 @@ def test_captured_rounds_stand_it_too(plain, policy, damage):
     head = tiny_head(model)
     DAMAGE[damage](head)
     engine = tiny_engine(model, POLICIES[policy](), head)
-    engine.captured = CapturedRounds(engine.target, head, RecordedGraphs())
+    engine.captured = CapturedRounds(engine.target, engine.speculator, RecordedGraphs())
     out = engine.generate(prompt(9), 24)
     assert out.sequences.tolist() == plain[0.0]
     assert out.stats.captured == out.stats.rounds

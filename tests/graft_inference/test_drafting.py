@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList, TopKLogitsWarper
 
-from graft_inference.heads.eagle3.drafter import Drafter
+from graft_inference.heads.eagle3.drafter import Eagle3Proposer
 from graft_inference.noise import LEFT_OUT, Noise, gumbel
 from graft_inference.target.model import Target
 
@@ -62,12 +62,14 @@ def test_draft_equals_plain_beam_search(family, chunks, noise):
     tokens = torch.randint(0, 61, (LENGTH,))
     taps = torch.randn(LENGTH, 3 * model.config.hidden_size)
     with torch.inference_mode():
-        drafter = Drafter(head, target, BEAM, capacity=LENGTH + BEAM * PASSES)
+        proposer = Eagle3Proposer(head, target.embed, target.max_positions)
+        drafter = proposer.open(BEAM, LENGTH + BEAM * PASSES)
         start = 0
         for chunk in chunks:  # as rounds do: drafting in between must leave nothing behind
-            draft = drafter.begin(tokens[start : start + chunk], taps[start : start + chunk], noise)
+            fresh = (tokens[start : start + chunk], taps[start : start + chunk])
+            (draft,) = proposer.begin([drafter], [fresh], [noise])
             for _ in range(PASSES - 1):
-                draft = drafter.deepen(draft)
+                (draft,) = proposer.deepen([drafter], [draft])
             start += chunk
         expected, deepest = plain_tree(head, target, tokens.tolist(), head.fuse(taps), noise)
     tree = draft.candidates

@@ -1,6 +1,7 @@
 """Losslessness: whatever is proposed, the target's own output comes out; and drafting costs what it should."""
 
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from itertools import product
 
@@ -10,15 +11,15 @@ from scipy.stats import chi2
 from transformers import LogitsProcessorList
 
 from graft_inference import METHODS, GenerationStats, GraftError, Policy, QuotaCheckpoint, QuotaPlan
-from graft_inference.decode import round as rounds
+from graft_inference.decode.round import commit
 from graft_inference.decode.sampling import Sampler
 from graft_inference.engine import GraftEngine
-from graft_inference.retrieval.ngrams import NgramSource, NgramTable
+from graft_inference.retrieval.prompt_lookup import PromptLookup
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.tree import Source
 from graft_inference.verification import accept
 
 from .tiny import (
-    TEMPLATE,
     VOCAB,
     learned_plan,
     learned_policy,
@@ -27,8 +28,8 @@ from .tiny import (
     tiny_head,
     tiny_model,
     tiny_policy,
+    without_lookup,
 )
-from .tiny_bundle import tiny_ngrams
 
 SMALL = 8
 GREEDY = Sampler(LogitsProcessorList(), greedy=True, seed=0)
@@ -70,7 +71,7 @@ def test_greedy_output_equals_generate(model, method, length):
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
 def test_greedy_output_equals_generate_where_proposals_are_often_right(family, threshold):
     engine = small_engine(family, tiny_policy(threshold))
-    stages: Counter[str] = Counter()
+    checkpoints: Counter[str] = Counter()
     rounds = 0
     for seed in range(4):
         input_ids = prompt(3 + seed, seed, SMALL)
@@ -79,11 +80,11 @@ def test_greedy_output_equals_generate_where_proposals_are_often_right(family, t
             out = engine.generate(input_ids, max_new_tokens=60, method=method)
             assert out.sequences.tolist() == expected.tolist(), method
             if method == "graft":
-                stages += out.stats.checkpoints
+                checkpoints += out.stats.checkpoints
                 rounds += out.stats.rounds
     assert 4 * 59 / rounds > 1.2
     visited = {0.0: {"d3"}, 0.3: {"d1", "d3"}, 0.5: {"d0", "d1", "d3"}, 1.0: {"d0"}}
-    assert visited[threshold] <= set(stages)
+    assert visited[threshold] <= set(checkpoints)
 
 
 def three_token_law(model, input_ids: torch.Tensor) -> dict[tuple[int, ...], float]:
@@ -118,16 +119,16 @@ def chi_square_p(counts: Counter, law: dict, samples: int) -> float:
 
 
 def sampled(engine, input_ids, samples, method="graft"):
-    """Counts of the first three tokens, rounds by stage, and all rounds."""
+    """Counts of the first three tokens, rounds by checkpoint, and all rounds."""
     counts: Counter[tuple[int, ...]] = Counter()
-    stages: Counter[str] = Counter()
+    checkpoints: Counter[str] = Counter()
     rounds = 0
     for seed in range(samples):
         out = engine.generate(input_ids, max_new_tokens=3, temperature=1.0, method=method, seed=seed)
         counts[tuple(out.sequences[0, input_ids.shape[1] :].tolist())] += 1
-        stages += out.stats.checkpoints
+        checkpoints += out.stats.checkpoints
         rounds += out.stats.rounds
-    return counts, stages, rounds
+    return counts, checkpoints, rounds
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,118 +149,55 @@ def test_samples_of_a_learned_plan_follow_the_targets_own_law():
     engine = small_engine(policy=learned_policy(0.5, gate=2.57), vocab_size=6)
     input_ids = prompt(4, 1, 6)
     samples = 800
-    counts, stages, rounds = sampled(engine, input_ids, samples)
+    counts, checkpoints, rounds = sampled(engine, input_ids, samples)
     assert chi_square_p(counts, three_token_law(engine.target.model, input_ids), samples) > 1e-3
     assert rounds < 1.8 * samples
-    assert len(stages) >= 3
+    assert len(checkpoints) >= 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 def test_greedy_output_of_a_learned_plan_equals_generate(family, threshold):
     engine = small_engine(family, replace(tiny_policy(), graft=learned_plan(threshold)))
-    stages: Counter[str] = Counter()
+    checkpoints: Counter[str] = Counter()
     for seed in range(4):
         input_ids = prompt(3 + seed, seed, SMALL)
         expected = greedy_reference(engine.target.model, input_ids, 60)
-        for method in ("graft", "prune"):
+        for method in ("graft", "eagle3"):
             out = engine.generate(input_ids, max_new_tokens=60, method=method)
             assert out.sequences.tolist() == expected.tolist(), method
-            stages += out.stats.checkpoints
-    assert "none" in stages, "some rounds left drafting out, and the head caught up afterwards"
-    assert len(stages) >= 2
-
-
-def ngram_engine(family: str = "llama", threshold: float = 0.5, gate: float = 2.25, vocab_size: int = SMALL):
-    """Both ways to use longer contexts: `graft` competes with the head, `retrieve` has rows of its own."""
-    policy = learned_policy(threshold, gate)
-    policy = replace(
-        policy,
-        graft=replace(policy.graft, ngrams=True),
-        retrieve=QuotaPlan((QuotaCheckpoint(0, retrieved=8, template=TEMPLATE),), ngrams=True),
-    )
-    engine = small_engine(family, policy, vocab_size)
-    engine.ngrams = NgramTable(*tiny_ngrams(vocab_size).values())
-    return engine
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_greedy_output_with_longer_contexts_equals_generate(family, threshold):
-    engine = ngram_engine(family, threshold)
-    accepted: Counter[str] = Counter()
-    for seed in range(4):
-        input_ids = prompt(3 + seed, seed, SMALL)
-        expected = greedy_reference(engine.target.model, input_ids, 60)
-        for method in ("graft", "prune", "retrieve"):
-            out = engine.generate(input_ids, max_new_tokens=60, method=method)
-            assert out.sequences.tolist() == expected.tolist(), method
-            accepted += Counter(out.stats.accepted)
-    assert accepted["matrix"] > 60
-
-
-@pytest.mark.parametrize("method", ["graft", "retrieve"])
-def test_samples_with_longer_contexts_follow_the_targets_own_law(method):
-    engine = ngram_engine(gate=2.57, vocab_size=6)
-    input_ids = prompt(4, 1, 6)
-    samples = 800
-    counts, _, rounds = sampled(engine, input_ids, samples, method)
-    assert chi_square_p(counts, three_token_law(engine.target.model, input_ids), samples) > 1e-3
-    assert rounds < 1.8 * samples
+            checkpoints += out.stats.checkpoints if method == "graft" else Counter()
+    assert "none" in checkpoints, "some rounds left drafting out, and the head caught up afterwards"
+    assert len(checkpoints) >= 2
 
 
 def told(monkeypatch) -> list[list[int]]:
     """The text each source is told, source by source."""
     texts: dict[int, list[int]] = {}
     sources = []
-    read = NgramSource.read
+    extend = PromptLookup.extend
 
-    def kept(source, tokens_A):
+    def kept(source, tokens_A, count_1=None):
         sources.append(source)  # or its id would be given again
         texts.setdefault(id(source), []).extend(tokens_A.tolist())
-        read(source, tokens_A)
+        extend(source, tokens_A, count_1)
 
-    monkeypatch.setattr(NgramSource, "read", kept)
+    monkeypatch.setattr(PromptLookup, "extend", kept)
     return texts.values()  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("keep_prefix", [False, True])
-def test_longer_contexts_are_those_of_the_requests_own_text(monkeypatch, keep_prefix):
-    engine = ngram_engine()
+def test_a_lookup_is_told_the_requests_own_text(monkeypatch, keep_prefix):
+    engine = small_engine(policy=learned_policy())
     engine.keep_prefix = keep_prefix
     texts = told(monkeypatch)
-    first = engine.generate(prompt(5, 0, SMALL), 30, method="retrieve").sequences
-    second = engine.generate(torch.cat((first[:, :-1], prompt(3, 1, SMALL)), dim=1), 30, method="retrieve")
+    first = engine.generate(prompt(5, 0, SMALL), 30).sequences
+    second = engine.generate(torch.cat((first[:, :-1], prompt(3, 1, SMALL)), dim=1), 30)
     assert (second.stats.reused > 0) == keep_prefix
     for text, sequence in zip(texts, (first[0], second.sequences[0]), strict=True):
         # The last round may have gone past the end of the request.
         assert text[: len(sequence)] == sequence.tolist()[: len(text)]
         assert len(text) >= len(sequence)
-
-
-@pytest.mark.parametrize("scope", ["request", "engine", "frozen"])
-def test_longer_contexts_last_as_long_as_the_scope_says(scope):
-    engine = ngram_engine()
-    engine.retrieval_scope = scope
-    engine.successors.learned_V = torch.zeros(SMALL, dtype=torch.long)
-    runs = []
-    for _ in range(2):
-        out = engine.generate(prompt(5, 0, SMALL), 40, method="retrieve")
-        runs.append((out.sequences.tolist(), out.stats.rounds, out.stats.accepted))
-        engine.generate(prompt(9, 1, SMALL), 40, method="retrieve")
-    assert runs[0][0] == runs[1][0]
-    assert (runs[0] == runs[1]) == (scope != "engine")
-    if scope == "engine":
-        assert runs[1][1] < runs[0][1], "the text was seen before"
-
-
-def test_longer_contexts_need_a_table():
-    engine = ngram_engine()
-    engine.ngrams = None
-    with pytest.raises(GraftError, match="no n-gram table"):
-        engine.generate(prompt(5, 0, SMALL), 5)
-    with pytest.raises(GraftError, match="needs a template of retrieved nodes"):
-        QuotaPlan((QuotaCheckpoint(1, drafted=2),), ngrams=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -359,27 +297,41 @@ def test_generation_may_fill_the_last_position():
         assert engine.generate(input_ids, 20, method=method).sequences.tolist() == expected
 
 
+def drafted_alone(builder):
+    """The same builder, but that the rows of retrieved nodes stay empty."""
+    alone = copy(builder)
+
+    def build(*arguments):
+        tree = builder.build(*arguments)
+        return replace(tree, sources_N=tree.sources_N.masked_fill(tree.sources_N > Source.DRAFTED, Source.EMPTY))
+
+    alone.build = build
+    return alone
+
+
 @pytest.mark.parametrize("policy", [tiny_policy(0.5), learned_policy(0.5)], ids=["quotas", "learned"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
-    """Warm matrix and all: both plans read the same tokens, only one may fill its retrieved rows."""
+    """Warm matrix and all: both read the same tokens, only one may fill its retrieved rows."""
     engine = small_engine(family, policy)
     more = 0
     for seed in range(3):
         full = engine.generate(prompt(6, seed, SMALL), 40).sequences[0]
         for end in range(6, 45):
             tokens = {}
-            stages = {}
-            for method in ("graft", "prune"):
+            checkpoints = {}
+            for method in ("graft", "drafted"):
                 stats = GenerationStats()
                 with torch.inference_mode():
-                    state, first = prefilled(engine, full[:end], 20, GREEDY, engine.policy.plan(method), stats)
+                    state, first = prefilled(engine, full[:end], 20, GREEDY, engine.policy.graft, stats)
+                    if method == "drafted":
+                        state.speculation.builder = drafted_alone(state.speculation.builder)
                     ((tokens[method], _),) = engine._round([state])
                 assert first == int(full[end])
-                stages[method] = stats.checkpoints
-            assert stages["graft"] == stages["prune"]
-            shared = len(tokens["prune"])
-            assert tokens["graft"][:shared] == tokens["prune"]
+                checkpoints[method] = stats.checkpoints
+            assert checkpoints["graft"] == checkpoints["drafted"]
+            shared = len(tokens["drafted"])
+            assert tokens["graft"][:shared] == tokens["drafted"]
             more += len(tokens["graft"]) - shared
     assert more > 10
 
@@ -388,24 +340,24 @@ def test_at_the_same_prefix_retrieval_only_adds_accepted_tokens(family, policy):
 def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch, family):
     """The head got the right states and tokens of the accepted branch, at the right positions."""
     engine = small_engine(family)
-    draft = rounds.draft
-    drafted = []
+    draft = engine.speculator.draft
+    drafted, stats = [], GenerationStats()
 
-    def kept(states):
-        ((stage, tree),) = draft(states)
-        drafted.append((states[0].stats.emitted, tree))
-        return [(stage, tree)]
+    def kept(requests):
+        ((checkpoint, tree),) = draft(requests)
+        drafted.append((stats.emitted, tree))
+        return [(checkpoint, tree)]
 
-    monkeypatch.setattr(rounds, "draft", kept)
-    full = engine.generate(prompt(5, 1, SMALL), 40, method="eagle3").sequences[0]
+    monkeypatch.setattr(engine.speculator, "draft", kept)
+    new = list(engine.stream(prompt(5, 1, SMALL), 40, method="eagle3", stats=stats))
+    full = torch.cat((prompt(5, 1, SMALL)[0], torch.tensor(new)))
     monkeypatch.undo()
     assert len(drafted) < 35  # of 39, had no branch been kept
     for emitted, tree in drafted:
-        stats = GenerationStats()
         with torch.inference_mode():
             before_root = full[: 5 + emitted - 1]
-            state, _ = prefilled(engine, before_root, 20, GREEDY, engine.policy.eagle3, stats)
-            ((_, fresh),) = rounds.draft([state])
+            state, _ = prefilled(engine, before_root, 20, GREEDY, engine.policy.eagle3)
+            ((_, fresh),) = engine.speculator.draft([state.speculation])
         assert tree.tokens_N.tolist() == fresh.tokens_N.tolist()
         assert tree.parents_N.tolist() == fresh.parents_N.tolist()
         torch.testing.assert_close(tree.logp_N, fresh.logp_N, atol=1e-3, rtol=1e-3)
@@ -413,7 +365,7 @@ def test_every_round_drafts_what_a_fresh_read_of_the_same_text_would(monkeypatch
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
-def test_no_verification_is_wider_than_its_stage_or_the_budget(monkeypatch, method, threshold):
+def test_no_verification_is_wider_than_its_checkpoint_or_the_plan(monkeypatch, method, threshold):
     engine = small_engine(policy=tiny_policy(threshold))
     plan = engine.policy.plan(method)
     widths: list[int] = []
@@ -427,17 +379,17 @@ def test_no_verification_is_wider_than_its_stage_or_the_budget(monkeypatch, meth
     monkeypatch.setattr(engine.target, "verify", counted)
     out = engine.generate(prompt(5, 0, SMALL), 40, method=method)
     assert len(widths) == out.stats.rounds
-    assert max(widths) <= plan.budget
-    rows = {stage.name: stage.rows for stage in plan.checkpoints}
+    assert max(widths) <= plan.num_draft_tokens
+    rows = {checkpoint.name: checkpoint.num_draft_tokens for checkpoint in plan.checkpoints}
     assert Counter(widths) == sum(
         (Counter({rows[name]: count}) for name, count in out.stats.checkpoints.items()), Counter()
     )
 
 
-@pytest.mark.parametrize("method", ["graft", "prune", "eagle3"])
-def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
+@pytest.mark.parametrize("method", ["graft", "eagle3"])
+def test_a_round_that_stops_never_runs_the_later_draft_steps(method):
     engine = small_engine()
-    passes = {stage.name: stage.passes for stage in engine.policy.plan(method).checkpoints}
+    passes = {checkpoint.name: checkpoint.steps for checkpoint in engine.policy.plan(method).checkpoints}
     calls = 0
 
     def count(*_):
@@ -447,13 +399,13 @@ def test_a_round_that_stops_never_runs_the_later_draft_passes(method):
     engine.head.midlayer.register_forward_hook(count)
     seen = set()
     stats = GenerationStats()
-    before, stages_before = 0, Counter()
+    before, checkpoints_before = 0, Counter()
     for _ in engine.stream(prompt(5, 0, SMALL), 60, method=method, stats=stats):
-        for name in (stats.checkpoints - stages_before).elements():
+        for name in (stats.checkpoints - checkpoints_before).elements():
             assert calls - before == passes[name]
             seen.add(name)
             before = calls
-        stages_before = stats.checkpoints.copy()
+        checkpoints_before = stats.checkpoints.copy()
     assert seen == set(passes)
 
 
@@ -468,45 +420,42 @@ def test_methods_without_a_head_never_run_it(method):
 def test_a_head_that_was_left_out_catches_up(family):
     """After rounds without it, the head drafts what a fresh read of the same text would."""
     engine = small_engine(family, learned_policy(0.0))
-    plan = engine.policy.graft
-    assert plan.scale
-    plan = replace(plan, scale=replace(plan.scale, echo=()))  # the text repeats itself, and would never draft again
+    plan = without_lookup(engine.policy.graft)  # the text repeats itself, and would never draft again
     input_ids = prompt(5, 1, SMALL)
     with torch.inference_mode():
         state, _ = prefilled(engine, input_ids[0], 40, GREEDY, plan)
-        text = [*input_ids[0].tolist(), int(state.root_1)]
+        text = [*input_ids[0].tolist(), int(state.speculation.root_1)]
         left_out = 0
         for _ in range(12):
-            drafts = rounds.draft([state])
-            ((stage, drafted),) = drafts
-            if stage.passes == 0:
+            drafts = engine.speculator.draft([state.speculation])
+            ((checkpoint, drafted),) = drafts
+            if checkpoint.steps == 0:
                 left_out += 1
             elif left_out:
-                stats = GenerationStats()
-                fresh_state, _ = prefilled(engine, torch.tensor(text[:-1]), 20, GREEDY, plan, stats)
-                draft = fresh_state.drafter.begin(fresh_state.fresh_tokens_A, fresh_state.fresh_aux_AE)
-                while draft.passes < stage.passes:
-                    draft = fresh_state.drafter.deepen(draft)
+                fresh_state, _ = prefilled(engine, torch.tensor(text[:-1]), 20, GREEDY, plan)
+                fresh, head = fresh_state.speculation, engine.speculator.head
+                (draft,) = head.begin([fresh.head], [fresh.fresh], [None])
+                while draft.steps < checkpoint.steps:
+                    (draft,) = head.deepen([fresh.head], [draft])
                 assert draft.candidates.tokens_N.tolist() == drafted.tokens_N.tolist()
                 return
-            state.stats.checkpoints[stage.name] += 1
-            (tree,) = rounds.graft([state], drafts)
-            depth = state.grafter.depths[stage.passes]
+            ((_, tree),) = chosen = engine.speculator.build([state.speculation], drafts)
+            depth = state.speculation.builder.depths[checkpoint.steps]
             ancestors_NN = tree.ancestors(depth)
             output = engine.target.verify(tree, ancestors_NN, state.cache)
             drawn_N = output.logits_NV.argmax(dim=-1)
             acceptance = accept(tree, ancestors_NN, drawn_N, depth)
-            ((tokens, _),) = rounds.commit([state], [tree], [output], [acceptance], [None])
+            ((tokens, _),) = commit([state], chosen, [output], [acceptance], [None])
             text += tokens
     pytest.fail("no round drafted after one that did not")
 
 
-def test_stages_follow_the_heads_confidence():
+def test_checkpoints_follow_the_heads_confidence():
     """A threshold that every confidence exceeds never stops; one that none exceeds always does."""
-    for threshold, stage in ((0.0, "d3"), (1.0, "d0")):
+    for threshold, checkpoint in ((0.0, "d3"), (1.0, "d0")):
         engine = small_engine(policy=tiny_policy(threshold))
         stats = engine.generate(prompt(5, 0, SMALL), 30).stats
-        assert stats.checkpoints == {stage: stats.rounds}
+        assert stats.checkpoints == {checkpoint: stats.rounds}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -564,7 +513,7 @@ def test_accepted_tokens_add_up(method):
         ({"temperature": -0.5}, "temperature=-0.5"),
         (
             {"plan": QuotaPlan((QuotaCheckpoint(0, retrieved=1, template=((4,),)),))},
-            "rank 4, but the matrix keeps 4 successors",
+            "the source matrix for 5 guesses after a token, but it keeps 4",
         ),
     ],
 )

@@ -118,7 +118,7 @@ class HidesWindow(MistralForCausalLM):
 def check_refused(model, message, error=GraftError, **settings):
     """No engine comes of it, and the model is what it was: its own attention, no hooks, the same logits."""
     head = tiny_head(model)
-    bundle = Bundle(head, tiny_policy(), SuccessorMatrix.empty(VOCAB, 4, torch.device("cpu")), None)
+    bundle = Bundle(head, tiny_policy(), SuccessorMatrix.empty(VOCAB, 4, torch.device("cpu")))
 
     def state():
         hooks = sum(len(module._forward_hooks) for module in model.modules())

@@ -10,10 +10,8 @@ from transformers import BatchEncoding, StoppingCriteria, TextIteratorStreamer
 
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.bundle import Bundle
-from graft_inference.decode.round import draft
 from graft_inference.request import Request, ends_of
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
-from graft_inference.stats import SOURCES
 
 from .test_custom_generate import FOLLOWED, PAD, REFUSED, UNSEEN, Recorder, as_set
 from .test_engine import GREEDY, SMALL, greedy_reference, prompt, small_engine
@@ -387,7 +385,7 @@ def test_every_token_has_its_source(monkeypatch):
         assert seen == stats.sources == ["prefill", *emitted][: len(seen)]
         assert Counter(seen[1:]) == Counter({name: count for name, count in stats.accepted.items() if count})
         found |= set(seen)
-    assert found == {"prefill", *SOURCES}
+    assert found == {"prefill", "drafted", "matrix", "lookup", "bonus"}
     both = engine.generate([prompt(5, seed, SMALL)[0] for seed in range(2)], 9)
     assert both.stats.sources == both.each[0].sources + both.each[1].sources
 
@@ -557,7 +555,7 @@ def test_the_head_drafts_from_a_kept_prefix_what_it_drafts_from_a_fresh_read():
             stats = GenerationStats()
             with torch.inference_mode():
                 state, _ = prefilled(engine, text, 8, GREEDY, engine.policy.eagle3, stats)
-                trees.append(draft([state])[0][1])
+                trees.append(engine.speculator.draft([state.speculation])[0][1])
             assert (stats.reused > 0) == (engine is kept)
         assert trees[0].tokens_N.tolist() == trees[1].tokens_N.tolist()
         torch.testing.assert_close(trees[0].logp_N, trees[1].logp_N, atol=1e-3, rtol=1e-3)

@@ -54,15 +54,17 @@ def test_a_round_reads_once_and_at_each_checkpoint_however_many_prompts(policy, 
     engine = tiny_engine(tiny_model("llama"), policy())
     plan = engine.policy.plan(method)
     decided = {}
-    for place, stage in enumerate(plan.checkpoints):
+    for place, checkpoint in enumerate(plan.checkpoints):
         # Every earlier checkpoint, and this one unless it is the last.
-        decided[stage.name] = set(range(place + (stage is not plan.checkpoints[-1])))
+        decided[checkpoint.name] = set(range(place + (checkpoint is not plan.checkpoints[-1])))
     rounds, run = [], engine._round
 
     def counted(states):
-        before, stages = reads.count, [state.stats.checkpoints.copy() for state in states]
+        before, checkpoints = reads.count, [state.stats.checkpoints.copy() for state in states]
         emitted = run(states)
-        reached = [next((state.stats.checkpoints - old).elements()) for state, old in zip(states, stages, strict=True)]
+        reached = [
+            next((state.stats.checkpoints - old).elements()) for state, old in zip(states, checkpoints, strict=True)
+        ]
         rounds.append((reads.count - before, reached))
         return emitted
 
@@ -72,4 +74,4 @@ def test_a_round_reads_once_and_at_each_checkpoint_however_many_prompts(policy, 
         engine.generate(batch, 40 if prompts == 1 else 16, temperature, method, seed=1, pad_token_id=0)
     assert len(rounds) > 5
     for count, reached in rounds:
-        assert count == 1 + len(set().union(*(decided[stage] for stage in reached)))
+        assert count == 1 + len(set().union(*(decided[checkpoint] for checkpoint in reached)))

@@ -2,8 +2,18 @@ import json
 
 import pytest
 
-from graft_inference import Checkpoint, GraftError, Policy, QuotaCheckpoint, QuotaPlan, paper_policy
-from graft_inference.policy.plan import depth_template
+from graft_inference import (
+    AcceptanceModel,
+    Checkpoint,
+    GraftError,
+    Plan,
+    Policy,
+    QuotaCheckpoint,
+    QuotaPlan,
+    ScoredPlan,
+    paper_policy,
+)
+from graft_inference.template import depth_template
 
 from .tiny import learned_plan, learned_policy
 
@@ -15,7 +25,7 @@ def test_round_trip_through_json():
 
 def test_paper_settings_follow_table_1():
     plan = paper_policy().graft
-    assert [(stage.name, stage.drafted, stage.retrieved) for stage in plan.checkpoints] == [
+    assert [(checkpoint.name, checkpoint.drafted, checkpoint.retrieved) for checkpoint in plan.checkpoints] == [
         ("d0", 8, 52),
         ("d1", 24, 36),
         ("d5", 40, 20),
@@ -34,52 +44,57 @@ def test_depth_template_is_prefix_closed_with_the_given_counts():
     assert (0,) * 9 in seen
 
 
-def test_prune_leaves_retrieved_rows_empty():
-    prune = paper_policy().plan("prune")
-    assert not prune.retrieves
-    assert [stage.threshold for stage in prune.checkpoints] == [
-        stage.threshold for stage in paper_policy().graft.checkpoints
-    ]
-
-
 @pytest.mark.parametrize(
-    ("stages", "message"),
+    ("checkpoints", "message"),
     [
-        ((QuotaCheckpoint(2), QuotaCheckpoint(1)), "rising passes"),
+        ((QuotaCheckpoint(2), QuotaCheckpoint(1)), "rising steps"),
+        ((), "rising steps"),
         ((QuotaCheckpoint(1, drafted=11),), "lower drafted"),
-        ((QuotaCheckpoint(2, drafted=64),), "over the budget of 64"),
-        ((QuotaCheckpoint(1, drafted=2, retrieved=3, template=((0,),)),), "lower retrieved"),
+        ((QuotaCheckpoint(12, drafted=1024),), "a tree of 1025 nodes is over the limit of 1024"),
         ((QuotaCheckpoint(0), QuotaCheckpoint(1, drafted=2)), "only a plan that scores"),
-        ((Checkpoint(1, num_draft_tokens=4),), "a width and a plan's scale belong together"),
+        ((Checkpoint(1, num_draft_tokens=4),), "checkpoints=.* must be"),
     ],
 )
-def test_impossible_plans_are_refused(stages, message):
+def test_impossible_plans_are_refused(checkpoints, message):
     with pytest.raises(GraftError, match=message):
-        QuotaPlan(stages)
+        QuotaPlan(checkpoints)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("kind", "values", "message"),
     [
-        ({"width": -1}, "width must be a count"),
-        ({"width": 4, "drafted": 1}, "either a width or rows"),
+        (Checkpoint, {"num_draft_tokens": -1}, "num_draft_tokens must be a count"),
+        (Checkpoint, {"num_draft_tokens": 0}, "num_draft_tokens >= 1"),
+        (QuotaCheckpoint, {"drafted": -1}, "drafted must be a count"),
+        (QuotaCheckpoint, {"retrieved": 3, "template": ((0,),)}, "lower retrieved"),
+        (QuotaCheckpoint, {"template": ((0, 0),)}, "the parent of"),
     ],
 )
-def test_impossible_stages_are_refused(values, message):
+def test_impossible_checkpoints_are_refused(kind, values, message):
     with pytest.raises(GraftError, match=message):
-        QuotaCheckpoint(1, **values)
+        kind(1, **values)
 
 
-def test_a_scale_must_reach_as_deep_as_its_plan():
-    with pytest.raises(GraftError, match="knows 1 depths, its template has 2"):
-        Scale(retrieved=((1.0, 0.0),), ranks=(0.0,), template=((0,), (0, 0)))
+def test_an_acceptance_model_must_reach_as_deep_and_as_wide_as_its_plan():
+    drafted = AcceptanceModel(drafted=((1.0, 0.0),))
     with pytest.raises(GraftError, match="knows 1 drafted depths, the plan 2"):
-        QuotaPlan((Checkpoint(2, num_draft_tokens=4),), scale=Scale(drafted=((1.0, 0.0),)))
-    with pytest.raises(GraftError, match="only 3 drafted and 0 retrieved candidates"):
-        QuotaPlan((Checkpoint(1, num_draft_tokens=5),), topk=3, scale=Scale(drafted=((1.0, 0.0),)))
+        ScoredPlan((Checkpoint(2, num_draft_tokens=4),), acceptance=drafted)
+    with pytest.raises(GraftError, match="only 3 candidates and the root"):
+        ScoredPlan((Checkpoint(1, num_draft_tokens=5),), topk=3, acceptance=drafted)
+    with pytest.raises(GraftError, match="only a plan that asks a source can begin"):
+        ScoredPlan((Checkpoint(0), Checkpoint(1, num_draft_tokens=4)), topk=3, acceptance=drafted)
 
 
-def test_prune_of_a_learned_plan_keeps_its_stages():
-    plan = learned_plan()
-    assert plan.without_retrieval().checkpoints == plan.checkpoints
-    assert plan.without_retrieval().drafted_only
+@pytest.mark.parametrize("plan", [paper_policy().graft, learned_plan()], ids=["quotas", "scores"])
+def test_a_plan_survives_json(plan):
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert Plan.from_dict(values) == plan
+    assert type(Plan.from_dict(values)) is type(plan)
+    assert values["kind"] == ("scores" if isinstance(plan, ScoredPlan) else "quotas")
+    for damage in ({"kind": "best"}, {"kind": None}, {"kind": "scores" if values["kind"] == "quotas" else "quotas"}):
+        with pytest.raises(GraftError, match=r"not a plan of a graft\.json"):
+            Plan.from_dict(values | damage)
+    for name in values:
+        with pytest.raises(GraftError, match=rf"not a plan of a graft\.json .*{name}"):
+            Plan.from_dict({key: value for key, value in values.items() if key != name})
+    assert values == json.loads(json.dumps(plan.to_dict())), "what is read is left as it was"

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from graft_inference import GraftError
-from graft_inference.retrieval.prompt_lookup import LONGEST, Echo
+from graft_inference.retrieval.prompt_lookup import LONGEST, PromptLookup
 
 CPU = torch.device("cpu")
 
@@ -31,39 +30,31 @@ def test_it_finds_what_a_walk_over_the_text_finds(seed):
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 3, (60,), generator=generator)
     text[40:58] = text[10:28]  # a match longer than is told apart
-    echo, read = Echo(70, CPU), 0
+    lookup, read = PromptLookup(70, CPU), 0
     for size in (1, 1, 5, 1, 20, 2, 1, 9, 4, 13, 1, 1, 1):
-        echo.read(text[read : read + size])
+        lookup.extend(text[read : read + size])
         read += size
         tokens, length = walked(text[:read].tolist(), 9)
-        found_D, length_1 = echo.find(9)
+        found_D, length_1 = lookup.find(9)
         assert int(length_1) == length
         assert not length or found_D.tolist() == tokens
     assert read == 60
 
 
 def test_more_may_be_foreseen_than_a_short_text_has_room_for():
-    echo = Echo(6, CPU)
-    echo.read(torch.tensor([7, 8, 7]))
-    tokens, length = echo.find(9)
+    lookup = PromptLookup(6, CPU)
+    lookup.extend(torch.tensor([7, 8, 7]))
+    tokens, length = lookup.find(9)
     assert (tokens.tolist(), length.tolist()) == ([8, 7] * 4 + [8], [1])
 
 
 def test_by_hand():
-    echo = Echo(20, CPU)
-    echo.read(torch.tensor([7]))
-    assert int(echo.find(3)[1]) == 0
-    echo.read(torch.tensor([1, 2, 5, 1, 2]))
-    tokens_D, length_1 = echo.find(5)
+    lookup = PromptLookup(20, CPU)
+    lookup.extend(torch.tensor([7]))
+    assert int(lookup.find(3)[1]) == 0
+    lookup.extend(torch.tensor([1, 2, 5, 1, 2]))
+    tokens_D, length_1 = lookup.find(5)
     assert tokens_D.tolist() == [5, 1, 2, 5, 1]
     assert int(length_1) == 2
-    echo.read(torch.tensor([9]))
-    assert int(echo.find(3)[1]) == 0
-
-
-def test_a_scale_that_lets_a_child_outrank_its_parent_is_refused():
-    row = (-0.1, -0.2)
-    Scale(echo=(row,) * LONGEST)
-    for rows in ((row,) * 3, ((-0.2, -0.1),) * LONGEST, ((0.1, -0.1),) * LONGEST, (*(row,) * (LONGEST - 1), (-0.1,))):
-        with pytest.raises(GraftError, match="the request's own text"):
-            Scale(echo=rows)
+    lookup.extend(torch.tensor([9]))
+    assert int(lookup.find(3)[1]) == 0

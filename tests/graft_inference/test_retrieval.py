@@ -4,10 +4,12 @@ from safetensors import safe_open
 
 from graft_inference import GraftError
 from graft_inference.bundle import load_successors
-from graft_inference.policy.plan import depth_template
-from graft_inference.retrieval.successor_matrix import SuccessorMatrix, Template
+from graft_inference.retrieval.sources import number_of
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.template import Template, depth_template
 from graft_inference.tree import Source, child_paths
 
+MATRIX = number_of("matrix")
 CPU = torch.device("cpu")
 
 
@@ -34,7 +36,7 @@ def test_later_rows_win_conflicts():
 
 def test_template_refuses_a_path_before_its_parent():
     with pytest.raises(GraftError, match=r"\[0, 1\] needs its parent"):
-        Template([(0, 1), (0,)], torch.device("cpu"))
+        Template([(0, 1), (0,)], torch.device("cpu"), MATRIX)
 
 
 def random_matrix(seed: int, vocab: int = 9, k: int = 4, **settings) -> SuccessorMatrix:
@@ -51,7 +53,7 @@ def test_expand_equals_walking_the_rank_paths(seed):
     matrix = random_matrix(seed)
     paths = list(depth_template((4, 3, 3, 2, 1)))
     paths = [path for path in paths if max(path) < 4 and all(path[:n] in paths for n in range(1, len(path)))]
-    template = Template(paths, CPU)
+    template = Template(paths, CPU, MATRIX)
     tree = matrix.expand(torch.tensor([3]), template)
     for row, path in enumerate([(), *paths]):
         token, logp, key = 3, 0.0, torch.tensor(0)
@@ -65,13 +67,13 @@ def test_expand_equals_walking_the_rank_paths(seed):
             assert tree.sources_N[row] == Source.EMPTY
             assert tree.logp_N[row] == -torch.inf
         else:
-            assert tree.sources_N[row] == (Source.MATRIX if path else Source.ROOT)
+            assert tree.sources_N[row] == (MATRIX if path else Source.ROOT)
             assert tree.tokens_N[row] == token
             assert float(tree.logp_N[row]) == pytest.approx(logp, abs=1e-5)
 
 
 def test_without_probabilities_nothing_is_scored():
-    tree = SuccessorMatrix(random_matrix(0).ids_VK).expand(torch.tensor([3]), Template([(0,), (0, 0)], CPU))
+    tree = SuccessorMatrix(random_matrix(0).ids_VK).expand(torch.tensor([3]), Template([(0,), (0, 0)], CPU, MATRIX))
     assert tree.logp_N.tolist() == [0, 0, 0]
 
 

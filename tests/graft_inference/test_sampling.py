@@ -126,7 +126,7 @@ def test_a_learned_plan_gives_the_text_of_plain_sampling_too(policy):
     Not even one that knows the noise of the draws.
     """
     engine = small_engine(policy=policy(0.5, gate=3.0))
-    rounds, tokens, stages = 0, 0, Counter()
+    rounds, tokens, checkpoints = 0, 0, Counter()
     for seed in range(12):
         input_ids = prompt(5, seed, SMALL)
         expected, _ = plain_sampling(
@@ -134,9 +134,9 @@ def test_a_learned_plan_gives_the_text_of_plain_sampling_too(policy):
         )
         out = engine.generate(input_ids, 24, 0.3, seed=seed)
         assert out.sequences.tolist() == expected
-        rounds, tokens, stages = rounds + out.stats.rounds, tokens + 24, stages + out.stats.checkpoints
+        rounds, tokens, checkpoints = rounds + out.stats.rounds, tokens + 24, checkpoints + out.stats.checkpoints
     assert rounds < 0.8 * tokens
-    assert len(stages) >= 3
+    assert len(checkpoints) >= 3
 
 
 def test_who_knows_the_noise_and_the_targets_scores_foresees_every_draw():
@@ -289,8 +289,8 @@ class Replay(Sampler):
 
 
 def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeypatch):
-    """Counts of the first three tokens over all samples, and the stages that were visited."""
-    counts, stages = Counter(), Counter()
+    """Counts of the first three tokens over all samples, and the checkpoints that were visited."""
+    counts, checkpoints = Counter(), Counter()
     waiting = [((), (), torch.arange(len(noise_SPV)))]
     while waiting:
         recorded, emitted, samples_S = waiting.pop()
@@ -299,7 +299,7 @@ def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeyp
             state, _ = prefilled(engine, input_ids[0], 12, sampler, engine.policy.plan(method), stats)
             for _ in recorded:
                 engine._round([state])
-        stages[str(dict(stats.checkpoints))] += len(samples_S)
+        checkpoints[str(dict(stats.checkpoints))] += len(samples_S)
         tree, logits_NV, place, max_depth = sampler.asked
         assert place == len(emitted)
         ancestors_NN = tree.ancestors(max_depth)
@@ -322,7 +322,7 @@ def first_three_tokens(engine, input_ids, method, processors, noise_SPV, monkeyp
             else:
                 waiting.append(((*recorded, drawn_SN[here_S[0]]), tokens, samples_S[here_S]))
     monkeypatch.undo()
-    return counts, stages
+    return counts, checkpoints
 
 
 def exact_law(model, input_ids, processors):
@@ -401,12 +401,12 @@ def test_the_joint_law_of_three_tokens_is_the_targets(method, setting, noise_SPV
     assert sum(law.values()) == pytest.approx(1)
     with monkeypatch.context() as patch:
         patch.setattr(grafting, "merge", merged)
-        counts, stages = first_three_tokens(engine, input_ids, method, processors, noise_SPV, patch)
+        counts, checkpoints = first_three_tokens(engine, input_ids, method, processors, noise_SPV, patch)
     assert counts.total() == SAMPLES
     check_law(counts, law)
     if (method, setting) == ("graft", "plain"):
         assert sum(twins) > len(twins) / 2  # drafted and retrieved nodes overlap
-        visited = set("".join(stages).replace("'", " ").split())
+        visited = set("".join(checkpoints).replace("'", " ").split())
         assert {"d0", "d1", "d3"} <= visited
 
 

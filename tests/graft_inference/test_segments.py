@@ -19,11 +19,12 @@ from graft_inference import METHODS
 from graft_inference.decode.cuda_graph import CannotCapture, NoHostReads
 from graft_inference.decode.sampling import Sampler
 from graft_inference.decode.segments import Segments, Statics
-from graft_inference.heads.eagle3.drafter import Layer
+from graft_inference.heads.eagle3.drafter import Eagle3Proposer, Layer
 from graft_inference.heads.eagle3.static_drafter import StaticDrafter
-from graft_inference.policy.tree_builder import Grafter
-from graft_inference.retrieval.prompt_lookup import Echo
-from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.policy.plan import ScoredPlan
+from graft_inference.policy.tree_builder import builder_of
+from graft_inference.retrieval.prompt_lookup import PromptLookup
+from graft_inference.retrieval.successor_matrix import MatrixSource, SuccessorMatrix
 from graft_inference.target.bucket_cache import BucketCache, move
 from graft_inference.target.model import Target
 from graft_inference.tree import DraftTree
@@ -62,21 +63,21 @@ def segments(model, plan, processors=(), greedy=True, logprobs=False) -> Segment
     target.prefill(torch.zeros(9, dtype=torch.long, device=META), cache)
     static = Statics(cache, SIZE, rows=12, depth=5, graphs=MetaGraphs())
     move(cache, static.buffers)
-    static.drafter = StaticDrafter(head, target, SIZE, static.fresh)
+    proposer = Eagle3Proposer(head, target.embed, target.max_positions)
+    static.drafter = StaticDrafter(proposer, SIZE, static.fresh)
     static.noise_PV = None if greedy else torch.zeros((static.depth + 1, VOCAB), device=META)
     ids_VK = torch.zeros((VOCAB, 4), dtype=torch.int32, device=META)
     matrix = SuccessorMatrix(ids_VK, torch.zeros((VOCAB, 4), dtype=torch.float16, device=META))
+    sources = {"matrix": MatrixSource(matrix), "lookup": PromptLookup(2 * SIZE, META)}
     return Segments(
         static=static,
         target=target,
         plan=plan,
-        grafter=Grafter(plan, META),
+        builder=builder_of(plan, META),
         sampler=Sampler(LogitsProcessorList(processors), greedy, static.seed_1),
         size=SIZE,
         cache=BucketCache(cache, SIZE),
-        successors=matrix if plan.expands else None,
-        echo=Echo(2 * SIZE, META) if plan.echoes else None,
-        learns=True,
+        sources={name: sources[name] for name in plan.sources},
         drafts=True,
         logprobs=logprobs,
     )
@@ -92,19 +93,21 @@ def trees(outputs):
 def test_every_piece_of_every_plan(policy, method):
     pieces = segments(tiny_model("llama"), policy().plan(method), greedy=policy is not told_policy)
     layers, retrieved = [], None
-    for stage in pieces.plan.checkpoints:
-        if stage.passes == 0 and len(pieces.plan.checkpoints) > 1:
-            retrieved = trees(checked(pieces.look_up, stage))
-            checked(pieces.graft, stage, (), retrieved)
+    for checkpoint in pieces.plan.checkpoints:
+        if checkpoint.steps == 0 and len(pieces.plan.checkpoints) > 1:
+            retrieved = trees(checked(pieces.look_up, checkpoint))
+            checked(pieces.graft, checkpoint, (), retrieved)
             continue
-        if stage.passes:
-            outputs = checked(pieces.draft, stage, tuple(layers), retrieved if pieces.plan.scale else None)
-            new = 6 * (stage.passes - len(layers))
+        if checkpoint.steps:
+            outputs = checked(
+                pieces.draft, checkpoint, tuple(layers), retrieved if isinstance(pieces.plan, ScoredPlan) else None
+            )
+            new = 6 * (checkpoint.steps - len(layers))
             layers += [Layer(*outputs[at : at + 6]) for at in range(0, new, 6)]
             retrieved = trees(outputs[new:]) or retrieved
-        if stage.rows > 1:
-            checked(pieces.graft, stage, tuple(layers), retrieved)
-        checked(pieces.verify, stage.rows, pieces.grafter.depths[stage.passes])
+        if checkpoint.num_draft_tokens > 1:
+            checked(pieces.graft, checkpoint, tuple(layers), retrieved)
+        checked(pieces.verify, checkpoint.num_draft_tokens, pieces.builder.depths[checkpoint.steps])
     checked(pieces.catch_up)
 
 

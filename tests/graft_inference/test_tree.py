@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from graft_inference.retrieval.successor_matrix import SuccessorMatrix, Template
+from graft_inference.retrieval.sources import number_of
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.template import Template
 from graft_inference.tree import DraftTree, Source, child_paths, compete, merge, root_tree
 
+MATRIX = number_of("matrix")
 PATHS = ((0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0))
 
 
@@ -101,7 +104,7 @@ def random_matrix(seed: int, vocab: int = 5) -> SuccessorMatrix:
 @pytest.mark.parametrize("rows", [0, 3, 7])
 def test_merge_equals_a_trie(seed, rows):
     drafted, matrix = random_tree(seed, nodes=7), random_matrix(seed)
-    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu")))
+    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu"), MATRIX))
     tree = merge(drafted, retrieved, rows)
 
     have = {token_path(drafted, row) for row in range(1, len(drafted))}
@@ -115,7 +118,7 @@ def test_merge_equals_a_trie(seed, rows):
     for row in filled_rows(tree):
         assert tree.parents_N[row] < row
         assert tree.depths_N[row] == len(token_path(tree, row))
-        assert tree.sources_N[row] == (Source.DRAFTED if row < len(drafted) else Source.MATRIX)
+        assert tree.sources_N[row] == (Source.DRAFTED if row < len(drafted) else MATRIX)
 
 
 def test_merge_refills_the_rows_of_duplicates():
@@ -130,7 +133,7 @@ def test_merge_refills_the_rows_of_duplicates():
         torch.stack((torch.tensor(0), child_paths(torch.tensor(0), torch.tensor(1)))),
     )
     matrix = SuccessorMatrix(torch.tensor([[1, 2], [3, 4], [5, 6], [0, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.int32))
-    template = Template([(0,), (1,), (0, 0)], torch.device("cpu"))
+    template = Template([(0,), (1,), (0, 0)], torch.device("cpu"), MATRIX)
     tree = merge(drafted, matrix.expand(torch.tensor([0]), template), rows=2)
     assert tree.tokens_N.tolist() == [0, 1, 2, 3]
     assert tree.parents_N.tolist() == [0, 0, 0, 1], "3 hangs under the drafted twin of the retrieved 1"
@@ -141,7 +144,7 @@ def test_merge_refills_the_rows_of_duplicates():
 def test_compete_equals_a_sorted_trie(seed, rows):
     """Of every path its best score, of all paths the best; duplicates free their rows."""
     drafted, matrix = random_tree(seed, nodes=7), random_matrix(seed)
-    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu")))
+    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu"), MATRIX))
     # A score that falls from parent to child, and ranks between the drafted nodes' own.
     retrieved.logp_N = torch.where(retrieved.sources_N >= 0, -0.37 * retrieved.depths_N, -torch.inf)
     tree = compete([drafted, retrieved], [drafted.logp_N, retrieved.logp_N], rows)
@@ -176,10 +179,10 @@ def test_compete_by_hand():
         return DraftTree(*columns, torch.tensor(logp), torch.tensor(sources), torch.tensor(paths))
 
     drafted = tree([0, 1, 2], [0, 0, 0], [0, 1, 1], [0.0, -0.5, -0.9], Source.DRAFTED)
-    retrieved = tree([0, 2, 3, 4], [0, 0, 1, 0], [0, 1, 2, 1], [0.0, -0.2, -0.4, -1.0], Source.MATRIX)
+    retrieved = tree([0, 2, 3, 4], [0, 0, 1, 0], [0, 1, 2, 1], [0.0, -0.2, -0.4, -1.0], MATRIX)
     best = compete([drafted, retrieved], [drafted.logp_N, retrieved.logp_N], 4)
     assert best.tokens_N.tolist() == [0, 2, 3, 1]
     assert best.parents_N.tolist() == [0, 0, 1, 0]
-    assert best.sources_N.tolist() == [Source.ROOT, Source.DRAFTED, Source.MATRIX, Source.DRAFTED]
+    assert best.sources_N.tolist() == [Source.ROOT, Source.DRAFTED, MATRIX, Source.DRAFTED]
     assert best.logp_N.tolist() == pytest.approx([0.0, -0.2, -0.4, -0.5])
     assert best.first(2).tokens_N.tolist() == [0, 2]

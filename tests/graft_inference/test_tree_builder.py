@@ -8,8 +8,8 @@ import torch
 
 from graft_inference import Checkpoint
 from graft_inference.noise import Noise
-from graft_inference.policy.tree_builder import Grafter
-from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.policy.tree_builder import builder_of
+from graft_inference.retrieval.successor_matrix import MatrixSource, SuccessorMatrix
 from graft_inference.tree import DraftTree, Source, child_paths
 
 from .tiny import learned_plan
@@ -45,12 +45,12 @@ def accepted(slope: float, offset: float, q: float) -> float:
 def test_both_sources_are_scored_on_one_scale(told):
     """log P = sigmoid(slope * logit(q) + offset), and a rank's where it is retrieved; the better where both name it."""
     plan = replace(learned_plan(), checkpoints=(Checkpoint(1, num_draft_tokens=5),))
-    plan = replace(plan, scale=replace(plan.scale, template=((0,), (1,), (2,), (3,)), echo=()))
-    scale = plan.scale
+    model = replace(plan.acceptance.sources[0], template=((0,), (1,), (2,), (3,)))
+    plan = replace(plan, acceptance=replace(plan.acceptance, sources=(model,)))
     noise = Noise(torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), 0.7) if told else None
-    grafter = Grafter(plan, CPU)
-    retrieved = grafter.retrieve(plan.checkpoints[0], matrix(), torch.tensor([2]), noise=noise)
-    tree = grafter.tree(plan.checkpoints[0], drafted(), retrieved)
+    builder = builder_of(plan, CPU)
+    retrieved = builder.retrieve(plan.checkpoints[0], {"matrix": MatrixSource(matrix())}, torch.tensor([2]), noise)
+    tree = builder.build(plan.checkpoints[0], drafted(), retrieved)
     found = {int(tree.tokens_N[row]): float(tree.logp_N[row]) for row in range(1, 5)}
 
     scores = {token: math.log(prob) for token, prob in zip(SUCCESSORS[2], PROBS[2], strict=True)}
@@ -58,11 +58,11 @@ def test_both_sources_are_scored_on_one_scale(told):
         scores = {token: score / 0.7 + float(noise.gumbel_PV[0, token]) for token, score in scores.items()}
         total = sum(map(math.exp, scores.values())) + (1 - sum(PROBS[2])) * math.exp(0.5772156649)
         scores = {token: score - math.log(total) for token, score in scores.items()}
-    slope, offset = scale.retrieved[0]
+    slope, offset = model.slopes[0], model.offsets[0][0]
     expected = {
-        token: accepted(slope, offset + scale.ranks[rank], math.exp(scores[token]))
+        token: accepted(slope, offset + model.ranks[rank], math.exp(scores[token]))
         for rank, token in enumerate(sorted(scores, key=lambda token: -scores[token]))
     }
     for token, step in STEPS.items():
-        expected[token] = max(expected[token], accepted(*scale.drafted[0], math.exp(step)))
+        expected[token] = max(expected[token], accepted(*plan.acceptance.drafted[0], math.exp(step)))
     assert found == pytest.approx(expected, abs=2e-3)

@@ -78,7 +78,7 @@ TEMPLATE = ((0,), (1,), (0, 0), (2,), (0, 1), (0, 0, 0), (1, 0), (3,), (0, 0, 0,
 
 
 def tiny_policy(threshold: float = 0.3) -> Policy:
-    """Stops at every stage now and then; drafted and retrieved nodes overlap."""
+    """Stops at every checkpoint now and then; drafted and retrieved nodes overlap."""
     graft = QuotaPlan(
         (
             QuotaCheckpoint(1, threshold, drafted=3, retrieved=6, template=TEMPLATE),
@@ -110,6 +110,12 @@ def learned_plan(threshold: float = 0.3, gate: float = 2.25) -> ScoredPlan:
         Checkpoint(4, num_draft_tokens=12),
     )
     return ScoredPlan(checkpoints, topk=3, acceptance=acceptance, learns_accepted=True)
+
+
+def without_lookup(plan: ScoredPlan) -> ScoredPlan:
+    """The same plan, which does not look into the request's own text."""
+    sources = tuple(source for source in plan.acceptance.sources if source.name != "lookup")
+    return replace(plan, acceptance=replace(plan.acceptance, sources=sources))
 
 
 def told_policy(threshold: float = 0.3, gate: float = 2.25) -> Policy:

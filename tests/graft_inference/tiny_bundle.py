@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from graft_inference.bundle import describe_target
 from graft_inference.heads.eagle3.checkpoint import save_head
-from graft_inference.retrieval.ngrams import KEY_BITS, LONGEST, ORDERS, SLOTS, TAG_BITS, context_keys
 
 from .tiny import VOCAB, tiny_head, tiny_model, tiny_policy
 
@@ -38,28 +37,6 @@ def tiny_successors(vocab_size: int = VOCAB, k: int = 4) -> dict[str, torch.Tens
         "probs": torch.full((vocab_size, k), 1 / k, dtype=torch.float16),
         "counts": torch.ones(vocab_size, dtype=torch.long),
     }
-
-
-def tiny_ngrams(vocab_size: int = VOCAB, k: int = 2) -> dict[str, torch.Tensor]:
-    """What follows every context of a random text, kept where a bucket had room."""
-    text = torch.randint(0, vocab_size, (400,), generator=torch.Generator().manual_seed(5))
-    tensors = {
-        "tags": torch.full((64, SLOTS), -1, dtype=torch.int32),
-        "successors": torch.full((64, SLOTS, k), -1, dtype=torch.int32),
-        "counts": torch.zeros((64, SLOTS, k), dtype=torch.int32),
-        "totals": torch.zeros((64, SLOTS), dtype=torch.int32),
-    }
-    keys_AO = context_keys(text[:-1].unfold(0, LONGEST, 1))
-    for key, after in zip(
-        keys_AO.flatten().tolist(), text[LONGEST:].repeat_interleave(len(ORDERS)).tolist(), strict=True
-    ):
-        bucket, tag = key >> (KEY_BITS - 6), key & ((1 << TAG_BITS) - 1)
-        free = int((tensors["tags"][bucket] >= 0).sum())
-        if free < SLOTS and tag not in tensors["tags"][bucket]:
-            tensors["tags"][bucket, free] = tag
-            tensors["successors"][bucket, free, 0] = after
-            tensors["counts"][bucket, free, 0] = tensors["totals"][bucket, free] = 1
-    return tensors
 
 
 def write_target(directory: Path, family: str = "llama", **overrides) -> Path:
