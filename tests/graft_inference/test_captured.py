@@ -14,8 +14,8 @@ from graft_inference import METHODS, GenerationStats, GraftError
 from graft_inference.decode import captured as captured_module
 from graft_inference.decode.captured import CapturedRounds
 from graft_inference.policy.fallback import Fallback
-from graft_inference.target import bucket_cache
-from graft_inference.target.bucket_cache import bucket
+from graft_inference.target import kv_cache as bucket_cache
+from graft_inference.target.kv_cache import bucket
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs
@@ -307,7 +307,7 @@ def test_buffers_go_with_the_last_that_uses_them():
     """Not when Python next looks for cycles: a device's memory does not make it do so."""
     _, engine = pair()
     engine.generate(prompt(9, 0, SMALL), 12)
-    buffer = weakref.ref(engine.captured._static.buffers[0])
+    buffer = weakref.ref(engine.captured._buffers.cache.buffers[0])
     gc.collect()
     gc.disable()
     try:

@@ -8,7 +8,7 @@ import torch
 
 from graft_inference import METHODS
 from graft_inference.decode.cuda_graph import CannotCapture, Captured, CudaGraphs, undone
-from graft_inference.target import bucket_cache
+from graft_inference.target import kv_cache as bucket_cache
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs

@@ -67,7 +67,7 @@ def test_draft_equals_plain_beam_search(family, chunks, noise):
         start = 0
         for chunk in chunks:  # as rounds do: drafting in between must leave nothing behind
             fresh = (tokens[start : start + chunk], taps[start : start + chunk])
-            (draft,) = proposer.begin([drafter], [fresh], [noise])
+            (draft,) = proposer.begin([drafter], [fresh], [fresh[0][-1:]], [noise])
             for _ in range(PASSES - 1):
                 (draft,) = proposer.deepen([drafter], [draft])
             start += chunk

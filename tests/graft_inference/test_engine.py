@@ -11,13 +11,12 @@ from scipy.stats import chi2
 from transformers import LogitsProcessorList
 
 from graft_inference import METHODS, GenerationStats, GraftError, Policy, QuotaCheckpoint, QuotaPlan
-from graft_inference.decode.round import commit
+from graft_inference.decode.round import commit, judge
 from graft_inference.decode.sampling import Sampler
 from graft_inference.engine import GraftEngine
 from graft_inference.retrieval.prompt_lookup import PromptLookup
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.tree import Source
-from graft_inference.verification import accept
 
 from .tiny import (
     VOCAB,
@@ -434,7 +433,7 @@ def test_a_head_that_was_left_out_catches_up(family):
             elif left_out:
                 fresh_state, _ = prefilled(engine, torch.tensor(text[:-1]), 20, GREEDY, plan)
                 fresh, head = fresh_state.speculation, engine.speculator.head
-                (draft,) = head.begin([fresh.head], [fresh.fresh], [None])
+                (draft,) = head.begin([fresh.head], [fresh.fresh], [fresh.root_1], [None])
                 while draft.steps < checkpoint.steps:
                     (draft,) = head.deepen([fresh.head], [draft])
                 assert draft.candidates.tokens_N.tolist() == drafted.tokens_N.tolist()
@@ -443,9 +442,8 @@ def test_a_head_that_was_left_out_catches_up(family):
             depth = state.speculation.builder.depths[checkpoint.steps]
             ancestors_NN = tree.ancestors(depth)
             output = engine.target.verify(tree, ancestors_NN, state.cache)
-            drawn_N = output.logits_NV.argmax(dim=-1)
-            acceptance = accept(tree, ancestors_NN, drawn_N, depth)
-            ((tokens, _),) = commit([state], chosen, [output], [acceptance], [None])
+            verified = judge(state, tree, output, ancestors_NN, depth)
+            ((tokens, _),) = commit([state], chosen, [verified])
             text += tokens
     pytest.fail("no round drafted after one that did not")
 

@@ -322,8 +322,8 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
         drafters = [proposer.open(3, 240) for _ in range(2)]
         for place in range(150):
             proposer.defer(drafters[:1], [(tokens[place + 1 : place + 2], taps[place : place + 1])])
-        (one,) = proposer.begin(drafters[:1], [(tokens[151:152], taps[150:151])], [None])
-        (other,) = proposer.begin(drafters[1:], [(tokens[1:152], taps[:151])], [None])
+        (one,) = proposer.begin(drafters[:1], [(tokens[151:152], taps[150:151])], [tokens[151:152]], [None])
+        (other,) = proposer.begin(drafters[1:], [(tokens[1:152], taps[:151])], [tokens[151:152]], [None])
     assert drafters[0].length == drafters[1].length == 151
     assert one.candidates.tokens_N.tolist() == other.candidates.tokens_N.tolist()
     torch.testing.assert_close(one.candidates.logp_N, other.candidates.logp_N)

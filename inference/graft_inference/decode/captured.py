@@ -336,7 +336,7 @@ class CapturedRounds:
         def outputs() -> list[Tensor]:
             found: list[Tensor] = []
             last[:] = [function()]
-            changed(last[0], lambda one: one if id(one) in known else found.append(one))
+            changed(last[0], lambda one: one if id(one) in known else _put(found, one))
             return found
 
         captured = self.graphs.capture(outputs, pieces.buffers.changing(pieces.sources.values()))
@@ -363,7 +363,7 @@ class CapturedRounds:
         request = state.speculation
         request.root_1 = buffers.root_1
         if request.head is not None and buffers.head is not None:
-            request.head.length += read
+            request.head.advance(read)
             self._leave_pending(state, buffers.head, self._pending + count - read)
         if state.logprobs is not None:
             state.logprobs.append(buffers.logp_D[:count].clone())
@@ -373,6 +373,11 @@ class CapturedRounds:
         self._pending = count
         request = state.speculation
         request.fresh_tokens_A, request.fresh_aux_AE = head.fixed.tokens_F[:count], head.fixed.aux_FE[:count]
+
+
+def _put(found: list[Tensor], one: Tensor) -> Tensor:
+    found.append(one)
+    return one
 
 
 def _keys(sources: Mapping[str, TokenSource]) -> tuple:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graft_inference.heads.eagle3.drafter import Drafter
+from graft_inference.heads.eagle3.drafter import Eagle3Proposer
 from graft_inference.target.model import Target
 from graft_train.data.states import PackedTarget
 from graft_train.distill.eagle3.attention import flex_attention, merged_attention, reference_attention
@@ -191,13 +191,15 @@ def test_unroll_equals_the_chain_that_a_server_drafts():
     layout = make_layout([12], torch.arange(12) > start)
     outputs = unroll(head, tapped.embed(tokens_S), aux_SE, layout, 4)
     with torch.no_grad():
-        drafter = Drafter(head, Target(model, (0, 2, 3)), topk=1, capacity=32)
-        draft = drafter.begin(tokens_S[1 : start + 2], aux_SE[: start + 1])
+        target = Target(model, (0, 2, 3))
+        proposer = Eagle3Proposer(head, target.embed, target.max_positions)
+        drafter, seen_A = proposer.open(topk=1, capacity=32), tokens_S[1 : start + 2]
+        (draft,) = proposer.begin([drafter], [(seen_A, aux_SE[: start + 1])], [seen_A[-1:]], [None])
         features = [draft.layers[0].hidden_AH]
         for step in range(1, 4):
             # Force the row's own token into the beam, as teacher forcing does.
             draft.layers[-1].tokens_C.fill_(tokens_S[start + 1 + step])
-            draft = drafter.deepen(draft)
+            (draft,) = proposer.deepen([drafter], [draft])
             features.append(draft.layers[-1].hidden_AH)
     for step in range(4):
         torch.testing.assert_close(features[step][0], outputs[step][0], atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""No segment of a captured round moves data between host and device, whatever the family and the plan.
+"""No piece of a captured round moves data between host and device, whatever the family and the plan.
 
 Seen without CUDA on the meta device, by the check that comes before every capture (`NoHostReads`).
 """
@@ -17,17 +17,15 @@ from transformers import (
 
 from graft_inference import METHODS
 from graft_inference.decode.cuda_graph import CannotCapture, NoHostReads
+from graft_inference.decode.fixed import Buffers, FixedRound
 from graft_inference.decode.sampling import Sampler
-from graft_inference.decode.segments import Segments, Statics
-from graft_inference.heads.eagle3.drafter import Eagle3Proposer, Layer
-from graft_inference.heads.eagle3.static_drafter import StaticDrafter
+from graft_inference.heads.eagle3.drafter import Eagle3Proposer
 from graft_inference.policy.plan import ScoredPlan
 from graft_inference.policy.tree_builder import builder_of
 from graft_inference.retrieval.prompt_lookup import PromptLookup
 from graft_inference.retrieval.successor_matrix import MatrixSource, SuccessorMatrix
-from graft_inference.target.bucket_cache import BucketCache, move
+from graft_inference.speculator import Speculator
 from graft_inference.target.model import Target
-from graft_inference.tree import DraftTree
 
 from .families import FAMILIES, family_model
 from .recorded import RecordedGraphs
@@ -57,56 +55,47 @@ class MetaGraphs(RecordedGraphs):
         return torch.zeros(size, dtype=torch.long, device=META)
 
 
-def segments(model, plan, processors=(), greedy=True, logprobs=False) -> Segments:
+def fixed_round(model, plan, processors=(), greedy=True, logprobs=False) -> FixedRound:
     head, target = tiny_head(model).to(META, model.dtype), Target(model.to(META), (0, 1, 3))
     cache = target.new_cache(40)
     target.prefill(torch.zeros(9, dtype=torch.long, device=META), cache)
-    static = Statics(cache, SIZE, rows=12, depth=5, graphs=MetaGraphs())
-    move(cache, static.buffers)
+    buffers = Buffers(cache, SIZE, rows=12, depth=5, graphs=MetaGraphs())
     proposer = Eagle3Proposer(head, target.embed, target.max_positions)
-    static.drafter = StaticDrafter(proposer, SIZE, static.fresh)
-    static.noise_PV = None if greedy else torch.zeros((static.depth + 1, VOCAB), device=META)
+    buffers.head = proposer.open(3, SIZE).fix(buffers.fresh)
+    buffers.noise_PV = None if greedy else torch.zeros((buffers.depth + 1, VOCAB), device=META)
     ids_VK = torch.zeros((VOCAB, 4), dtype=torch.int32, device=META)
     matrix = SuccessorMatrix(ids_VK, torch.zeros((VOCAB, 4), dtype=torch.float16, device=META))
     sources = {"matrix": MatrixSource(matrix), "lookup": PromptLookup(2 * SIZE, META)}
-    return Segments(
-        static=static,
+    return FixedRound(
+        buffers=buffers,
         target=target,
-        plan=plan,
+        speculator=Speculator(proposer),
         builder=builder_of(plan, META),
-        sampler=Sampler(LogitsProcessorList(processors), greedy, static.seed_1),
+        sampler=Sampler(LogitsProcessorList(processors), greedy, buffers.seed_1),
         size=SIZE,
-        cache=BucketCache(cache, SIZE),
         sources={name: sources[name] for name in plan.sources},
         drafts=True,
         logprobs=logprobs,
     )
 
 
-def trees(outputs):
-    return [DraftTree(*outputs[at : at + 6]) for at in range(0, len(outputs), 6)]
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("policy", [tiny_policy, learned_policy, told_policy])
 @torch.inference_mode()
 def test_every_piece_of_every_plan(policy, method):
-    pieces = segments(tiny_model("llama"), policy().plan(method), greedy=policy is not told_policy)
-    layers, retrieved = [], None
+    pieces = fixed_round(tiny_model("llama"), policy().plan(method), greedy=policy is not told_policy)
+    draft, retrieved = None, None
     for checkpoint in pieces.plan.checkpoints:
         if checkpoint.steps == 0 and len(pieces.plan.checkpoints) > 1:
-            retrieved = trees(checked(pieces.look_up, checkpoint))
-            checked(pieces.graft, checkpoint, (), retrieved)
+            retrieved = checked(pieces.look_up, checkpoint)
+            checked(pieces.build, checkpoint, None, retrieved)
             continue
         if checkpoint.steps:
-            outputs = checked(
-                pieces.draft, checkpoint, tuple(layers), retrieved if isinstance(pieces.plan, ScoredPlan) else None
-            )
-            new = 6 * (checkpoint.steps - len(layers))
-            layers += [Layer(*outputs[at : at + 6]) for at in range(0, new, 6)]
-            retrieved = trees(outputs[new:]) or retrieved
+            given = retrieved if isinstance(pieces.plan, ScoredPlan) else None
+            draft, retrieved = checked(pieces.draft, checkpoint, draft, given)
+            assert draft.steps == checkpoint.steps
         if checkpoint.num_draft_tokens > 1:
-            checked(pieces.graft, checkpoint, tuple(layers), retrieved)
+            checked(pieces.build, checkpoint, draft, retrieved)
         checked(pieces.verify, checkpoint.num_draft_tokens, pieces.builder.depths[checkpoint.steps])
     checked(pieces.catch_up)
 
@@ -114,7 +103,7 @@ def test_every_piece_of_every_plan(policy, method):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_every_family_verifies(family):
-    pieces = segments(family_model(family).bfloat16(), tiny_policy().graft)  # experts' fast path knows no other
+    pieces = fixed_round(family_model(family).bfloat16(), tiny_policy().graft)  # experts' fast path knows no other
     checked(pieces.verify, 12, 4)
     checked(pieces.verify, 1, 0)
 
@@ -123,8 +112,8 @@ def test_every_family_verifies(family):
 @torch.inference_mode()
 def test_every_way_to_sample_and_to_learn(policy):
     ways = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1))
-    pieces = segments(tiny_model("llama"), policy().graft, ways, greedy=False, logprobs=True)
-    checked(pieces.draft, pieces.plan.checkpoints[-1], (), None)
+    pieces = fixed_round(tiny_model("llama"), policy().graft, ways, greedy=False, logprobs=True)
+    checked(pieces.draft, pieces.plan.checkpoints[-1], None, None)
     checked(pieces.verify, 12, 4)
 
 
