@@ -24,11 +24,15 @@ are the defaults, meant for a real target; `experiment=NAME` replaces some of th
 
 def page() -> str:
     """The whole text, in Markdown."""
-    parts = [HEAD, *_table("Of all stages", Config, "")]
-    for group in fields(Config):
+    return "\n".join([HEAD, *_tables("Of all stages", Config, "")]) + "\n"
+
+
+def _tables(title: str, section: Any, prefix: str) -> Iterator[str]:
+    """The table of a section and those of the sections within it."""
+    yield from _table(title, section, prefix)
+    for group in fields(section):
         if is_dataclass(group.default_factory):
-            parts += _table(f"`{group.name}`", group.default_factory, f"{group.name}.")
-    return "\n".join(parts) + "\n"
+            yield from _tables(f"`{prefix}{group.name}`", group.default_factory, f"{prefix}{group.name}.")
 
 
 def descriptions(config: Any) -> dict[str, str]:
@@ -46,7 +50,7 @@ def _table(title: str, config: Any, prefix: str) -> Iterator[str]:
     yield f"\n## {title}\n\n| setting | default | |\n|---|---|---|"
     for one in fields(config):
         if is_dataclass(one.default_factory):
-            continue
+            continue  # a table of its own
         default = one.default if one.default is not MISSING else one.default_factory()  # type: ignore[misc]
         value = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
         meaning = re.sub(r"\bNone\b", "null", meanings[one.name]).replace("`", "").replace("|", "\\|")

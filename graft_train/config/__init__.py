@@ -4,6 +4,7 @@ Each section is a dataclass of its own. They import nothing of the package, so t
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 from graft_inference.errors import GraftError
 from graft_train.config.corpus import CorpusConfig
@@ -41,12 +42,12 @@ class Config:
             raise GraftError(f"threads={self.threads} must be at least 1, or null for torch's own choice")
 
 
-def setting_names() -> list[str]:
-    """Every setting, as the command line has it."""
+def setting_names(section: Any = Config, prefix: str = "") -> list[str]:
+    """Every setting of a section and those within it, as the command line has it."""
     names = []
-    for group in fields(Config):
-        if is_dataclass(group.default_factory):
-            names += [f"{group.name}.{one.name}" for one in fields(group.default_factory)]
+    for one in fields(section):
+        if is_dataclass(one.default_factory):
+            names += setting_names(one.default_factory, f"{prefix}{one.name}.")
         else:
-            names.append(group.name)
+            names.append(prefix + one.name)
     return names

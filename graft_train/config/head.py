@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graft_inference.errors import GraftError
+from graft_train.config.block import BlockHeadTrainConfig
 
-FAMILIES = ("eagle3",)
+FAMILIES = ("eagle3", "block")
 LOSSES = ("forward_kl", "reverse_kl", "total_variation", "survival")
 POSITIVE = (
     "intermediate_size",
@@ -55,13 +56,15 @@ class HeadTrainConfig:
     """The draft head and its training; what is not set here (width, heads, RoPE) is the target's.
 
     Attributes:
-        family: of the head: eagle3.
+        family: of the head: eagle3, which drafts one token a pass, or block, which drafts all in one.
+        block: what a block head has of its own.
         init_from: directory or Hub id of a head to go on from; its shape and draft vocabulary then stand.
-        aux_layer_ids: target layers whose outputs feed the head; None: EAGLE-3's choice for its depth.
+        aux_layer_ids: target layers whose outputs feed the head; None: the family's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
         draft_vocab_size: most frequent answer tokens that can be drafted; at most the target's vocabulary.
         norm_before_residual: the head's layer adds what it normalised, not what it read, as some published heads do.
-        ttt_steps: draft steps trained at every position.
+        ttt_steps: draft steps trained at every position. This, the steps' weights, loss and skip_out_of_vocabulary are
+            an EAGLE-3 head's.
         step_decay: step k of a draft weighs step_decay**k in the loss.
         step_weights: weights of the steps, one each, in place of those.
         loss: forward_kl, reverse_kl, total_variation, or survival: the forward KL weighted by the probability
@@ -101,6 +104,7 @@ class HeadTrainConfig:
     """
 
     family: str = "eagle3"
+    block: BlockHeadTrainConfig = field(default_factory=BlockHeadTrainConfig)
     init_from: str | None = None
     aux_layer_ids: list[int] | None = None
     intermediate_size: int | None = None

@@ -78,7 +78,7 @@ def test_the_installed_command_goes_the_road_and_accelerate_trains_the_same_head
         assert f"[{number}/{len(ROAD)}] {name}: {line}" in said
     table, answer = said.split("evaluate: finished")[1].split(f"[{len(ROAD)}/")
     assert "autoregressive" in table
-    assert "acceptance length" in answer
+    assert "to go on: graft chat" in answer
 
     for stage in ("target", "data"):
         shutil.copytree(tmp_path / "run" / stage, tmp_path / "launched" / stage)

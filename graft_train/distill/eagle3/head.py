@@ -12,6 +12,7 @@ from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import PackedTarget
+from graft_train.distill.rope import head_rope
 
 
 def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadConfig:
@@ -21,14 +22,6 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
         GraftError: a target no head can be made for, or settings it cannot have.
     """
     target = model.config.get_text_config()
-    rope = getattr(target, "rope_parameters", None) or {}
-    # Where layers differ in their RoPE, those that see everything decide: the head does, too.
-    rope = rope.get("full_attention", rope)
-    if not rope or "rope_type" not in rope:
-        raise GraftError(f"{type(model).__name__} has no RoPE, which a draft head needs")
-    if rope["rope_type"] == "default" or rope.get("partial_rotary_factor", 1) != 1:
-        # The head turns all of its rows, and frequencies that are scaled for a part would not fit.
-        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     layers, chosen = target.num_hidden_layers, settings.aux_layer_ids
     if chosen and not set(chosen) <= set(range(layers)):
         raise GraftError(f"head.aux_layer_ids={chosen}: the target has layers 0..{layers - 1}")
@@ -43,7 +36,7 @@ def head_config(model: PreTrainedModel, settings: HeadTrainConfig) -> DraftHeadC
         aux_layer_ids=tuple(chosen) if chosen else default_aux_layer_ids(layers),
         max_position_embeddings=target.max_position_embeddings,
         rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
-        rope_parameters=dict(rope),
+        rope_parameters=head_rope(model),
         norm_before_residual=settings.norm_before_residual,
     )
 

@@ -23,6 +23,7 @@ from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
 from graft_train import distill as stage_module
 from graft_train.config import Config
+from graft_train.config.block import BlockHeadTrainConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.config.target import TargetConfig
 from graft_train.data import target as target_module
@@ -73,7 +74,7 @@ def make_run(directory: Path, dtype: str = "float32", **changes) -> Config:
     return Config(
         run_dir=str(run_dir),
         target=TargetConfig(name_or_path=str(target), dtype=dtype, device="cpu"),
-        head=HeadTrainConfig(**(SETTINGS | changes)),
+        head=HeadTrainConfig(**(SETTINGS | changes | {"block": BlockHeadTrainConfig(**changes.get("block", {}))})),
     )
 
 

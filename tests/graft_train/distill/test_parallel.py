@@ -94,6 +94,14 @@ def test_one_process_goes_on_from_two(tmp_path, alone):
     assert_same_training(distill(make_run(tmp_path, **CHANGES)), alone, 1e-4)
 
 
+@pytest.mark.parametrize("launcher", [torchrun(2), deepspeed(3, 2)])
+def test_a_block_head_trains_in_two_processes_as_in_one(tmp_path, launcher):
+    block = {"block_size": 4, "anchors": 10, "sample_from_anchor": True, "markov_rank": 4, "loss": "dspark"}
+    changes = CHANGES | {"family": "block", "aux_layer_ids": [0, 2], "block": block}
+    alone = distill(make_run(tmp_path / "alone", **changes))
+    assert_same_training(head_of(tmp_path / "two", changes, launcher=launcher), alone, 1e-4)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_in_bf16(tmp_path, alone, stage):
     """There the parameters themselves are bf16, as they are nowhere else."""

@@ -1,0 +1,1 @@
+"""Heads that draft a whole block in one pass (DFlash, DSpark)."""

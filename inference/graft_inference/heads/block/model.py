@@ -1,0 +1,286 @@
+"""A head that drafts a whole block in one pass: the backbone of DFlash and DSpark.
+
+A round asks it for B ids, the last accepted token (the *anchor*, at position p) and B - 1 times a mask token, at
+positions p..p+B-1. They attend to the *context*, what the target made of all tokens before the anchor, and to each
+other. Every layer projects the same context, so its keys and values are computed once per accepted token.
+
+Two layouts of the slots: fill-in (DFlash), where slot k predicts the token at its own place p+k and slot 0 nothing;
+and next-token (DSpark), where slot k predicts the token behind it, p+k+1. Draft k = 1, 2, ... is the token at p+k in
+both. Embeddings and lm_head are the target's; a reduced draft vocabulary brings the lm_head's rows of its own.
+
+Shape suffixes: B batch, T context tokens, P slots of a block, K drafts of a block (in attention: key/value heads),
+L layers, Q query heads, D head size (of logits: draft vocabulary), H hidden size, E aux hidden states concatenated.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.qwen3.modeling_qwen3 import rotate_half
+
+from ...errors import GraftError
+from .config import BlockHeadConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, query_BQPD, key_BKPD, value_BKPD) of the block -> attended BQPD; owns context, mask and scale."""
+Rope = tuple[Tensor, Tensor]
+
+WEIGHT_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+class BlockAttention(nn.Module):
+    """Qwen3's attention, with the same projections of keys and values for context and block."""
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_width, kv_width = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def key_value(self, states_BTH: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys, normed and turned, and values. [B, K, T, D] each"""
+        key_BKTD = self.k_norm(self._heads(self.k_proj(states_BTH)))
+        return _turn(key_BKTD, rope), self._heads(self.v_proj(states_BTH))
+
+    def forward(self, states_BPH: Tensor, rope: Rope, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        query_BQPD = _turn(self.q_norm(self._heads(self.q_proj(states_BPH))), rope)
+        attended_BQPD = attend(query_BQPD, *self.key_value(states_BPH, rope))
+        return self.o_proj(attended_BQPD.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _turn(states_BQTD: Tensor, rope: Rope) -> Tensor:
+    """RoPE; cosines and sines are [B, T, D]."""
+    cos_B1TD, sin_B1TD = (part[:, None] for part in rope)
+    return states_BQTD * cos_B1TD + rotate_half(states_BQTD) * sin_B1TD
+
+
+class BlockMLP(nn.Module):
+    """The gated MLP of a Qwen3 layer."""
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BPH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_BPH)) * self.up_proj(hidden_BPH))
+
+
+class BlockLayer(nn.Module):
+    """One decoder layer; module names are the checkpoint's."""
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        self.self_attn = BlockAttention(config)
+        self.mlp = BlockMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_BPH: Tensor, rope: Rope, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        hidden_BPH = hidden_BPH + self.self_attn(self.input_layernorm(hidden_BPH), rope, attend)
+        return hidden_BPH + self.mlp(self.post_attention_layernorm(hidden_BPH))
+
+
+class MarkovHead(nn.Module):
+    """DSpark's vanilla bias of a draft by the token before it: W2 W1[token]."""
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.markov_w2(self.markov_w1(tokens))
+
+
+class BlockHead(nn.Module):
+    """A block head. Its parameters and buffers are exactly the tensors of a native checkpoint.
+
+    `lm_head_VH` below is the target's lm_head; a head with a reduced draft vocabulary has rows of its own and
+    does not read it.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+    target_ids: Tensor
+
+    def __init__(self, config: BlockHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(len(config.aux_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        self.rotary_emb = config.rotary()
+        self.lm_head = None
+        if config.draft_vocab_size < config.vocab_size:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.register_buffer("target_ids", torch.arange(config.draft_vocab_size), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Casts and moves everything but RoPE's frequencies, which only move: bf16 would lose the positions."""
+        exact = {name: buffer for name, buffer in self.rotary_emb.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self.rotary_emb, name, buffer.to(self.rotary_emb.get_buffer(name).device))
+        return self
+
+    def set_draft_vocabulary(self, token_ids_D: Tensor) -> None:
+        """Fixes which target tokens the head proposes.
+
+        Args:
+            token_ids_D: ascending target ids, [Vd] int64.
+
+        Raises:
+            GraftError: wrong number of ids, not ascending, or out of range.
+        """
+        config = self.config
+        ascending = bool((token_ids_D.diff() > 0).all())
+        in_range = bool((token_ids_D >= 0).all() and (token_ids_D < config.vocab_size).all())
+        if token_ids_D.shape != (config.draft_vocab_size,) or not ascending or not in_range:
+            raise GraftError(
+                f"a draft vocabulary is {config.draft_vocab_size} ascending ids below {config.vocab_size}; "
+                "check d2t and t2d of the checkpoint"
+            )
+        self.target_ids = token_ids_D.to(self.target_ids.device)
+        if self.lm_head is not None:
+            # Stored is the *offset* from draft id to target id, not the target id.
+            self.d2t = self.target_ids - torch.arange(len(token_ids_D), device=self.target_ids.device)
+            kept_V = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.target_ids.device)
+            self.t2d = kept_V.index_fill_(0, self.target_ids, True)
+
+    @classmethod
+    def of_tensors(cls, config: BlockHeadConfig, tensors: dict[str, Tensor]) -> Self:
+        """The head of a checkpoint, in its dtype, on the CPU: every tensor known, none missing, all finite.
+
+        It keeps the tensors themselves, and makes nothing of a size that they do not have.
+
+        Args:
+            tensors: those of `state_dict()`; t2d, which follows from d2t, may be missing.
+
+        Raises:
+            GraftError: names the tensors that are missing, unknown, misshapen or not finite, or of another dtype.
+        """
+        maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
+        weights = {name: tensor for name, tensor in tensors.items() if name not in maps}
+        with torch.device("meta"):
+            head = cls(config)
+        _check_tensors(head, tensors)
+        head.load_state_dict(weights, strict=False, assign=True)  # the maps are not there yet
+        head.target_ids = torch.arange(config.draft_vocab_size)
+        if maps:
+            head.set_draft_vocabulary(head.target_ids + maps["d2t"].long())
+            if "t2d" in maps and not torch.equal(head.t2d, maps["t2d"].bool()):
+                raise GraftError("d2t and t2d name different draft vocabularies; the checkpoint is corrupt")
+        return head.to(weights["fc.weight"].dtype)
+
+    def read_context(self, aux_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of context tokens, of all layers, which are computed once and may be kept.
+
+        Args:
+            aux_BTE: the target's aux hidden states of tokens before the anchor, [B, T, layers * H].
+            positions_BT: of these tokens.
+
+        Returns:
+            [L, B, K, T, D] each.
+        """
+        context_BTH = self.hidden_norm(self.fc(aux_BTE))
+        rope = self.rotary_emb(context_BTH, positions_BT)
+        pairs = [cast(BlockLayer, layer).self_attn.key_value(context_BTH, rope) for layer in self.layers]
+        return torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
+
+    def forward(self, embedding_BPH: Tensor, positions_BP: Tensor, attend: Attend) -> Tensor:
+        """One pass over the slots of a block: what lm_head reads. [B, P, H]
+
+        Args:
+            embedding_BPH: the target's embeddings of the anchor and of P - 1 mask tokens.
+            positions_BP: the anchor's position and those behind it.
+        """
+        rope = self.rotary_emb(embedding_BPH, positions_BP)
+        hidden_BPH = embedding_BPH
+        for index, layer in enumerate(self.layers):
+
+            def of_layer(query: Tensor, key: Tensor, value: Tensor, index: int = index) -> Tensor:
+                return attend(index, query, key, value)
+
+            hidden_BPH = layer(hidden_BPH, rope, of_layer)
+        return self.norm(hidden_BPH)
+
+    def draft_logits(
+        self, embedding_BPH: Tensor, keys_LBKTD: Tensor, values_LBKTD: Tensor, start_B: Tensor, lm_head_VH: Tensor
+    ) -> Tensor:
+        """Logits of all drafts of a block behind a kept context, before any Markov bias. [B, K, D]
+
+        Args:
+            embedding_BPH: the target's embeddings of the anchor and of P - 1 mask tokens.
+            keys_LBKTD, values_LBKTD: of `read_context`, of all tokens before the anchor.
+            start_B: the anchor's position.
+
+        Raises:
+            GraftError: a block longer than trained, or a shorter one of a head whose slots see those behind them.
+        """
+        slots, trained = embedding_BPH.shape[1], self.config.block_size
+        if slots > trained or (slots < trained and not self.config.causal):
+            allowed = f"2 to {trained}" if self.config.causal else f"{trained}"
+            raise GraftError(f"a block of {slots} slots was asked for, but the head was trained for {allowed}")
+        positions_BP = start_B[:, None] + torch.arange(slots, device=start_B.device)
+        mask_PS = None
+        if self.config.causal:
+            whole = torch.ones(slots, keys_LBKTD.shape[3] + slots, dtype=torch.bool, device=start_B.device)
+            mask_PS = whole.tril(keys_LBKTD.shape[3])
+
+        def attend(layer: int, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor) -> Tensor:
+            key_BKSD = torch.cat([keys_LBKTD[layer], key_BKPD], dim=2)
+            value_BKSD = torch.cat([values_LBKTD[layer], value_BKPD], dim=2)
+            return F.scaled_dot_product_attention(query_BQPD, key_BKSD, value_BKSD, attn_mask=mask_PS, enable_gqa=True)
+
+        hidden_BPH = self(embedding_BPH, positions_BP, attend)[:, self.config.first_slot :]
+        return F.linear(hidden_BPH, lm_head_VH if self.lm_head is None else self.lm_head.weight)
+
+    def markov_bias(self, tokens: Tensor) -> Tensor:
+        """What is added to the logits of a draft whose predecessor is this token, over the draft vocabulary.
+
+        Args:
+            tokens: target ids, of any shape; for draft 1 the anchor.
+
+        Raises:
+            GraftError: the head has no Markov head.
+        """
+        if self.markov_head is None:
+            raise GraftError("this head has markov_rank=0: its drafts do not depend on the token before")
+        return self.markov_head(tokens)
+
+
+def _check_tensors(head: BlockHead, tensors: dict[str, Tensor]) -> None:
+    """Raises GraftError unless the tensors are those of a head's checkpoint, which may leave out t2d."""
+    own = head.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys() - {"t2d"}), sorted(tensors.keys() - own.keys())
+    misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or unknown or misshapen:
+        raise GraftError(
+            "this is not a checkpoint of the head its config describes: "
+            f"missing {missing}, unknown {unknown}, of another shape {sorted(misshapen)}"
+        )
+    maps = {"d2t": {torch.int64, torch.int32}, "t2d": {torch.bool, torch.uint8}}
+    for name, tensor in tensors.items():
+        kinds = maps.get(name, WEIGHT_DTYPES)
+        if tensor.dtype not in kinds:
+            raise GraftError(f"{name} is of {tensor.dtype}, but must be of {' or '.join(sorted(map(str, kinds)))}")
+        if not bool(tensor.isfinite().all()):
+            raise GraftError(f"{name} holds NaN or infinity")

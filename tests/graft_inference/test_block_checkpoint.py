@@ -1,0 +1,171 @@
+"""A block head's checkpoint: both native dialects, what engines read of them, and strict loading."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graft_inference.errors import GraftError
+from graft_inference.heads.block.checkpoint import load_block_head, save_block_head
+
+from .test_block_head import block_head
+
+DSPARK = {"sample_from_anchor": True, "markov_rank": 3}
+KINDS = [{}, {"causal": True}, {"draft_vocab_size": 5}, DSPARK, {"sample_from_anchor": True}]
+
+
+def saved(directory, **changes):
+    save_block_head(block_head(**changes).float(), directory)
+    return directory
+
+
+def edit_config(directory, edit):
+    values = json.loads((directory / "config.json").read_text())
+    edit(values)
+    (directory / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_round_trip_keeps_config_tensors_and_vocabulary(tmp_path, changes):
+    head, loaded = block_head(**changes).float(), load_block_head(saved(tmp_path, **changes))
+    assert loaded.config == head.config
+    assert torch.equal(loaded.target_ids, head.target_ids)
+    assert loaded.state_dict().keys() == head.state_dict().keys()
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_tensors_and_keys_are_those_of_the_native_dialects(tmp_path):
+    dflash, dspark = saved(tmp_path / "a", causal=True, num_hidden_layers=1), saved(tmp_path / "b", **DSPARK)
+    assert set(load_file(dflash / "model.safetensors")) == {
+        "fc.weight",
+        "hidden_norm.weight",
+        "norm.weight",
+        *(f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"),
+        *(f"layers.0.self_attn.{name}_norm.weight" for name in "qk"),
+        *(f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+        *(f"layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")),
+    }
+    markov = load_file(dspark / "model.safetensors")
+    assert markov["markov_head.markov_w1.weight"].shape == (13, 3)
+    assert markov["markov_head.markov_w2.weight"].shape == (13, 3)
+    config = json.loads((dflash / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["is_causal"] is True
+    assert config["layer_types"] == ["full_attention"]
+    assert config["dflash_config"]["target_layer_ids"] == [0, 2]
+    assert config["dflash_config"]["sample_from_anchor"] is False
+    config = json.loads((dspark / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3DSparkModel"]
+    assert config["sample_from_anchor"] is True
+    assert (config["target_layer_ids"], config["mask_token_id"]) == ([0, 2], 12)
+
+
+def test_weights_are_written_in_the_dtype_asked_for(tmp_path):
+    save_block_head(block_head().float(), tmp_path, torch.bfloat16)
+    assert load_block_head(tmp_path).fc.weight.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_published_dflash_head_need_not_say_what_is_the_default(tmp_path):
+    def edit(values):
+        for name in (
+            "is_causal",
+            "draft_vocab_size",
+            "layer_types",
+            "use_sliding_window",
+            "sliding_window",
+            "head_dim",
+        ):
+            del values[name]
+        del values["dflash_config"]["causal"], values["dflash_config"]["sample_from_anchor"]
+
+    edit_config(saved(tmp_path, head_dim=4), edit)
+    assert load_block_head(tmp_path).config == block_head(head_dim=4).config
+
+
+def test_jetspecs_key_makes_a_head_causal(tmp_path):
+    def edit(values):
+        del values["is_causal"], values["dflash_config"]["causal"]
+        values["dflash_config"]["causal_head"] = True
+
+    edit_config(saved(tmp_path), edit)
+    assert load_block_head(tmp_path).config.causal
+
+
+def test_a_confidence_head_is_left_out_and_that_is_said(tmp_path):
+    path = saved(tmp_path, **DSPARK) / "model.safetensors"
+    save_file(load_file(path) | {"confidence_head.proj.weight": torch.ones(1, 16)}, path)
+    with pytest.warns(UserWarning, match="confidence head is not used"):
+        head = load_block_head(tmp_path)
+    assert not any("confidence" in name for name in head.state_dict())
+
+
+def of_dflash(**changes):
+    return lambda values: values["dflash_config"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        ({}, lambda v: v.update(architectures=["DFlash2DraftModel"]), "DFlash2DraftModel.*only DFlashDraftModel and"),
+        ({}, lambda v: v.update(speculators_model_type="dflash"), "speculators_model_type='dflash'.*native"),
+        ({}, lambda v: v.update(is_causal=True), "is_causal, dflash_config.causal and .*say different things"),
+        ({}, of_dflash(sample_from_anchor=True), "sample_from_anchor=True and DFlashDraftModel"),
+        (DSPARK, lambda v: v.update(sample_from_anchor=False), "sample_from_anchor=False and Qwen3DSparkModel"),
+        (
+            {"sample_from_anchor": True},
+            lambda v: v.pop("sample_from_anchor"),
+            "sample_from_anchor is missing, and engines differ",
+        ),
+        ({}, of_dflash(mask_token_id=13), "mask_token_id=13"),
+        ({}, of_dflash(target_layer_ids=[0, 4]), "before the target's last layer"),
+        ({}, of_dflash(target_layer_ids=None), "target_layer_ids is missing"),
+        ({}, of_dflash(block_size=16), r"different things of block_size: \[4, 16\]"),
+        ({}, of_dflash(final_logit_softcapping=30.0), "final_logit_softcapping=30.0 is not known"),
+        ({}, of_dflash(conv_kernel_size=2), "conv_kernel_size=2 is not known"),
+        ({}, of_dflash(use_swa=True), "use_swa=True makes another network"),
+        ({}, lambda v: v.update(layer_types=["sliding_attention"] * 2), "only full_attention"),
+        ({}, lambda v: v.update(is_neox_style=False), "is_neox_style=False makes another network"),
+        ({}, lambda v: v.update(model_type="llama"), "only qwen3"),
+        ({}, lambda v: v.update(unheard_of=1), "unheard_of=1 is not known"),
+        (DSPARK, lambda v: v.update(markov_head_type="gated"), "markov_head_type='gated' makes another network"),
+        ({}, lambda v: v.pop("num_target_layers"), "lacks the key 'num_target_layers'"),
+        ({}, lambda v: v.update(num_hidden_layers="two"), "does not describe a block head"),
+        ({}, lambda v: v.update(num_hidden_layers=3, layer_types=None), "missing .*layers.2"),
+    ],
+)
+def test_a_config_that_describes_another_head_is_refused_by_its_key(tmp_path, kind, edit, message):
+    edit_config(saved(tmp_path, **kind), edit)
+    with pytest.raises(GraftError, match=message):
+        load_block_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.update(mask_hidden=torch.ones(16)), "mask_hidden.*not computed here"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(13, 16)}), "'lm_head.weight'.* are of the head's own"),
+        (lambda t: t.update({"embed_tokens.weight": torch.ones(13, 16)}), "'embed_tokens.weight'.* are of the head's"),
+        (lambda t: t.update(surplus=torch.ones(1)), r"unknown \['surplus'\]"),
+        (lambda t: t.pop("fc.weight"), r"missing \['fc.weight'\]"),
+        (lambda t: t.update({"norm.weight": torch.ones(8)}), r"another shape \['norm.weight'\]"),
+        (lambda t: t.update({"norm.weight": torch.full((16,), float("nan"))}), "norm.weight holds NaN"),
+        (lambda t: t.update({"norm.weight": torch.ones(16, dtype=torch.int32)}), "norm.weight is of torch.int32"),
+    ],
+)
+def test_tensors_of_another_head_are_refused_by_name(tmp_path, edit, message):
+    path = saved(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    with pytest.raises(GraftError, match=message):
+        load_block_head(tmp_path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = saved(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(GraftError, match=r"model\.safetensors"):
+        load_block_head(tmp_path)
