@@ -1,4 +1,4 @@
-"""The decode loop: draft, prune, graft, verify, commit, update."""
+"""The engine: requests in, tokens out; rounds of speculation between them."""
 
 import threading
 import warnings
