@@ -388,7 +388,7 @@ def test_drafts_of_several_prompts_are_those_of_each_alone():
         for turn, lengths in enumerate(((9, 1, 4), (2, 3, 1)))
     ]
     proposer = Eagle3Proposer(head, target.embed, target.max_positions)
-    together, alone = ([proposer.open(3, 40) for _ in range(3)] for _ in range(2))
+    together, alone = ([proposer.open(3, 0, 40) for _ in range(3)] for _ in range(2))
     proposer.defer(alone[1:2], [pieces[0][1]])
     proposer.defer(together[1:2], [pieces[0][1]])
     noises = [None, *(Noise(gumbel(seed, 0, 4, 61, torch.device("cpu")), 0.6) for seed in (1, 2))]
