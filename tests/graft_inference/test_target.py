@@ -6,6 +6,7 @@ import torch
 from graft_inference import GraftError
 from graft_inference.target.model import Target
 
+from .test_kv_cache import commit_branch
 from .test_tree import random_tree, token_path
 from .tiny import tiny_model
 
@@ -42,7 +43,7 @@ def test_committed_branch_equals_a_linear_cache(model):
     cache, linear = target.new_cache(64), target.new_cache(64)
     target.prefill(prompt, cache)
     target.verify(tree, tree.ancestors(12), cache)
-    cache.commit_branch(torch.tensor([0, *path]))
+    commit_branch(cache, [0, *path])
     target.prefill(torch.cat((prompt, tree.tokens_N[torch.tensor([0, *path])])), linear)
     assert cache.length == linear.length
     for ours, plain in zip(cache.layers, linear.layers, strict=True):
