@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --tokens 512 --width 256 --vocab 8192 --draft-vocab 4096 --steps 4
     python benchmarks/train_step.py --arms loss reference-loss --tokens 4096 --vocab 32000 --draft-vocab 8192
+    python benchmarks/train_step.py --arms block block-speculators --tokens 1024 --draft-vocab 8192 --anchors 64
 
 Each arm lives in a process of its own; the parent asks them for steps in turn and reports medians, and the
 peak of the memory that a step takes beyond what is held between steps. The target is left out: its states are
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from block_arms import block_speculators_step, block_step
 from torch import Tensor
 
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
@@ -41,7 +43,7 @@ from graft_train.distill.optimizer import make_optimizers
 from graft_train.distill.teacher import final_state_teacher
 
 ARMS = ("fast", "reference", "speculators")
-EXTRA = ("loss", "reference-loss")
+EXTRA = ("loss", "reference-loss", "block", "block-speculators")
 HEAD_SIZE = 64
 
 
@@ -214,6 +216,9 @@ def speculators_step(shapes: Shapes) -> Callable[[], None]:
 
 def make_step(arm: str, shapes: Shapes) -> Callable[[], None]:
     match arm:
+        case "block" | "block-speculators":
+            step = block_step(shapes) if arm == "block" else block_speculators_step(shapes)
+            return lambda: optimized(*step)
         case "fast" | "reference":
             return our_step(shapes, arm == "fast")
         case "loss" | "reference-loss":
@@ -285,6 +290,9 @@ def main() -> None:
     for name, default in {"tokens": 512, "width": 256, "vocab": 8192, "draft-vocab": 4096, "steps": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--documents", type=int, default=4)
+    for name, default in {"layers": 2, "block-size": 8, "anchors": 64}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the block arms")
+    parser.add_argument("--block-loss", choices=("forward_kl", "cross_entropy"), default="forward_kl")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS + EXTRA, default=list(ARMS))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graft_inference import AcceptanceModel, GraftEngine, GraftError, Plan, Policy, paper_policy
 from graft_inference.bundle import Bundle, check_launch, load_successors
-from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.heads.families import load_any_head, most_steps
 from graft_inference.target.model import max_positions
 from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency, RoundTimer
@@ -288,7 +288,10 @@ def _check_enough(settings: CalibrateConfig, rounds: int) -> None:
 
 def _engine(config: Config) -> GraftEngine:
     run_dir = Path(config.run_dir)
-    head = load_head(run_dir / "head")
+    head = load_any_head(run_dir / "head")
+    most = most_steps(head.config)
+    if most is not None and config.policy.num_steps > most:
+        raise GraftError(f"policy.num_steps={config.policy.num_steps}: the head's blocks have {most} drafts: lower it")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
     check_launch(config.target.tp_plan, config.target.device_map)
     target = load_target(config, "tp" if config.target.tp_plan else None)

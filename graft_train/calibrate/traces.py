@@ -262,7 +262,7 @@ class _Tracer:
             cache = self.target.new_cache(length + 1 + candidates)
             self.target.prefill(sequence_S[:start], cache)
         proposer = self.engine.speculator.head
-        head = proposer.open(self.topk, length + self.topk * self.num_steps)
+        head = proposer.open(self.topk, self.num_steps, length)
         sources = {name: text.open(self.engine, name, whole, self.depth) for name in self.templates}
         rows: list[dict[str, Tensor]] = []
         read = 0  # positions the head has caught up with

@@ -175,8 +175,9 @@ class HeadTrainConfig:
     def _check_top_k(self) -> None:
         if self.states != "disk":
             raise GraftError(f"head.states_top_k={self.states_top_k} is for head.states=disk")
-        if self.loss == "reverse_kl":
-            raise GraftError("head.loss=reverse_kl is infinite where head.states_top_k cuts; choose another loss")
+        place, loss = ("head.block.loss", self.block.loss) if self.family == "block" else ("head.loss", self.loss)
+        if loss == "reverse_kl":
+            raise GraftError(f"{place}=reverse_kl is infinite where head.states_top_k cuts; choose another loss")
         if not self.skip_out_of_vocabulary:
             raise GraftError(
                 "head.states_top_k may leave nothing of a position whose choice cannot be drafted; "

@@ -136,11 +136,8 @@ def _source(
 
 
 def _measure(training: Training, held_out: list[TokenSample]) -> int:
-    """Sets the measurement in the engine, where it serves the head's family; the number of prompts."""
+    """Sets the measurement in the engine; the number of prompts."""
     settings, strategy, plan = training.settings, training.strategy, training.strategy.measured_plan()
-    if plan is None:
-        say(f"distill: the engine does not serve {settings.family} heads yet: no acceptance length is measured in it")
-        return 0
     tokens = settings.measure_tokens
     prompts = held_out_prompts(strategy.target, held_out, settings.measure_prompts, tokens)
     if prompts:

@@ -93,8 +93,8 @@ class Strategy(nn.Module, ABC):
         """What a checkpoint must share with the head that goes on from it: shape and draft vocabulary."""
 
     @abstractmethod
-    def measured_plan(self) -> Plan | None:
-        """The plan with which the engine measures the head's acceptance length; None: it cannot serve it yet."""
+    def measured_plan(self) -> Plan:
+        """The plan with which the engine measures the head's acceptance length."""
 
     @abstractmethod
     def served_head(self) -> Any:

@@ -1,6 +1,6 @@
 """The bundle: what training exports and the engine loads.
 
-config.json, model.safetensors   the draft head, an EAGLE-3 checkpoint
+config.json, model.safetensors   the draft head, a checkpoint of its family
 graft.json                       the policy, and fingerprints of the target
 successors.safetensors           the successor matrix
 """
@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .errors import GraftError
 from .files import parse_json, read_json, read_safetensors
-from .heads.eagle3.checkpoint import load_head, load_head_config
-from .heads.eagle3.model import DraftHead, DraftHeadConfig
+from .heads.families import Head, HeadConfig, load_any_config, load_any_head, most_steps
 from .policy.policy import METHODS, Policy, paper_policy
 from .policy.tree_builder import check_sources
 from .retrieval.successor_matrix import SuccessorMatrix
@@ -35,15 +34,15 @@ READ = ["*.json", "*.safetensors", "pytorch_model.bin"]
 
 PAPER_SUCCESSORS = 8
 """Successors per token that the paper's templates use."""
-PAPER_BEAM = 10
-"""Children per node that EAGLE's trees have."""
+PAPER_BEAM, PAPER_STEPS = 10, 9
+"""Children per node that EAGLE's trees have, and their depth."""
 
 
 @dataclass
 class Bundle:
     """A head, the policy measured with it, and what it retrieves from."""
 
-    head: DraftHead
+    head: Head
     policy: Policy
     successors: SuccessorMatrix
 
@@ -51,7 +50,7 @@ class Bundle:
 def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> Bundle:
     """Loads a bundle strictly and checks that it was made for this target.
 
-    A bare EAGLE-3 head, with neither `graft.json` nor `successors.safetensors` beside it, gets the paper's policy
+    A bare head, with neither `graft.json` nor `successors.safetensors` beside it, gets the paper's policy
     and an empty matrix, which the prompts fill.
 
     Args:
@@ -64,25 +63,26 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
     """
     directory = resolve(path)
     layers = target_config.num_hidden_layers
-    shape = load_head_config(directory, layers)
+    shape = load_any_config(directory, layers)
     if not (directory / "graft.json").exists() and not (directory / "successors.safetensors").exists():
         check_sizes({}, shape, target_config, "pass the target that it was trained for")
-        head = load_head(directory, layers)
+        head = load_any_head(directory, layers)
         return Bundle(head, *_unmeasured(shape))
     policy, made_for = load_graft(directory / "graft.json")
     check_target(shape, made_for, target_config, tokenizer)
-    head = load_head(directory, layers)
+    head = load_any_head(directory, layers)
     here = describe_target(made_for["name_or_path"], target_config, tokenizer)
     successors = load_successors(directory / "successors.safetensors", shape.vocab_size, here)
-    for method in METHODS:
-        check_sources(policy.plan(method), shape.draft_vocab_size, {"matrix": successors})
+    for plan in map(policy.plan, METHODS):
+        check_sources(plan, shape.draft_vocab_size, {"matrix": successors}, most_steps(shape))
     return Bundle(head, policy, successors)
 
 
-def _unmeasured(shape: DraftHeadConfig) -> tuple[Policy, SuccessorMatrix]:
+def _unmeasured(shape: HeadConfig) -> tuple[Policy, SuccessorMatrix]:
     """The paper's policy and an empty matrix, as large as small vocabularies let them be."""
     k = min(PAPER_SUCCESSORS, shape.vocab_size)
-    policy = paper_policy(topk=min(PAPER_BEAM, shape.draft_vocab_size), max_rank=k - 1)
+    steps = min(PAPER_STEPS, most_steps(shape) or PAPER_STEPS)
+    policy = paper_policy(topk=min(PAPER_BEAM, shape.draft_vocab_size), num_steps=steps, max_rank=k - 1)
     return policy, SuccessorMatrix.empty(shape.vocab_size, k, torch.device("cpu"))
 
 
@@ -134,7 +134,7 @@ def describe_target(name_or_path: str, target_config: Any, tokenizer: Any | None
     return {"name_or_path": name_or_path, "tokenizer": tokenizer and tokenizer_hash(tokenizer), **sizes}
 
 
-def check_target(head: DraftHeadConfig, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
+def check_target(head: HeadConfig, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
     """Raises GraftError unless the target has the sizes, and the tokenizer, the head was trained with."""
     remedy = f"pass the target it was made for ({made_for['name_or_path']})"
     check_sizes({name: made_for[name] for name in SIZES}, head, target_config, remedy)
@@ -143,7 +143,7 @@ def check_target(head: DraftHeadConfig, made_for: dict[str, Any], target_config:
         raise GraftError(f"the target's tokenizer is not the one this bundle was trained with: {remedy}")
 
 
-def check_sizes(made_for: dict[str, int], head: DraftHeadConfig, target_config: Any, remedy: str) -> None:
+def check_sizes(made_for: dict[str, int], head: HeadConfig, target_config: Any, remedy: str) -> None:
     """Raises GraftError unless the target has the head's sizes and those it was made for."""
     of_head = {"vocab_size": head.vocab_size, "hidden_size": head.hidden_size}
     for name, expected in (*of_head.items(), *made_for.items()):

@@ -21,7 +21,7 @@ def exactly(cls: type, values: dict[str, Any]) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
     if missing := [one.name for one in fields(cls) if one.name not in values]:
-        raise TypeError(f"a {cls.__name__.lower()} lacks {', '.join(missing)}")
+        raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}")
     return cls(**{name: frozen(value) for name, value in values.items()})
 
 
@@ -30,7 +30,7 @@ def check_types(part: Any) -> None:
     for one in fields(part):
         value = getattr(part, one.name)
         if not is_a(value, one.type):
-            raise GraftError(f"{one.name}={value!r} of a {type(part).__name__.lower()} must be {_words(one.type)}")
+            raise GraftError(f"{one.name}={value!r} of a {type(part).__name__} must be {_words(one.type)}")
 
 
 def _words(kind: Any) -> str:

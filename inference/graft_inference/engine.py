@@ -1,4 +1,4 @@
-"""The decode loop: draft, prune, graft, verify, commit, update."""
+"""The engine: requests in, tokens out; rounds of speculation between them."""
 
 import threading
 import warnings
@@ -21,8 +21,7 @@ from .decode.round import run_round
 from .decode.state import DecodeState
 from .device import warn_if_elsewhere
 from .errors import GraftError
-from .heads.eagle3.drafter import Eagle3Proposer
-from .heads.eagle3.model import DraftHead
+from .heads.families import Head, proposer_of
 from .policy.fallback import Fallback, Fallbacks, fallback_plans
 from .policy.plan import Plan
 from .policy.policy import Policy
@@ -67,7 +66,7 @@ class GraftEngine:
         self,
         target: Target,
         policy: Policy,
-        head: DraftHead,
+        head: Head,
         successors: SuccessorMatrix,
         eos_token_ids: Sequence[int] = (),
         tokenizer: Any | None = None,
@@ -93,7 +92,7 @@ class GraftEngine:
         self.retrieval_scope = retrieval_scope
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
-        self.speculator = Speculator(Eagle3Proposer(head, target.embed, target.max_positions))
+        self.speculator = Speculator(proposer_of(head, target.embed, target.unembed, target.max_positions))
         self.captured: CapturedRounds | None = None
         if captured or (captured is None and is_cuda):
             self.captured = CapturedRounds(target, self.speculator, CudaGraphs(target.device))
@@ -167,7 +166,8 @@ class GraftEngine:
             if check:
                 self_check(target)
             head = bundle.head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
-            if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight, target.embedding_weight):
+            own = getattr(head, "embed_tokens", None)
+            if own is not None and torch.equal(own.weight, target.embedding_weight):
                 head.embed_tokens = None  # a copy of the target's
             warn_if_elsewhere(bundle.policy, target.device)
             matrix = bundle.successors.to(target.device)
@@ -261,7 +261,7 @@ class GraftEngine:
     ) -> Generator[tuple[int, int], None, None]:
         """Yields tokens as they are accepted, with the index of their prompt."""
         plan = request.plan or self.policy.plan(request.method)
-        check_sources(plan, self.head.config.draft_vocab_size, self.tables)
+        check_sources(plan, self.head.config.draft_vocab_size, self.tables, self.speculator.head.most_steps)
         if request.temperature and request.seed is None and self.target.is_parallel:
             raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
         rows = request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)
@@ -370,12 +370,11 @@ class GraftEngine:
         self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
     ) -> tuple[TreeCache, Any | None]:
         """Those of the target and the head, holding what the last request left of the same text."""
-        committed = len(prompt_S) + new_tokens
-        rows, head_rows = committed + plan.num_draft_tokens, committed + plan.topk * plan.num_steps
+        tokens, head = len(prompt_S) + new_tokens, self.speculator.head
         if kept is not None:
-            return kept.resume(kept.shared(prompt_S, plan.drafts), plan, rows, head_rows)
-        head = self.speculator.head.open(plan.topk, head_rows) if plan.drafts else None
-        return self.target.new_cache(rows), head
+            return kept.resume(head, kept.shared(prompt_S, plan.drafts), plan, tokens)
+        part = head.open(plan.topk, plan.num_steps, tokens) if plan.drafts else None
+        return self.target.new_cache(tokens + plan.num_draft_tokens), part
 
     def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:
         """One target pass for all of them: the tokens it emits for each, and where each came from."""

@@ -148,13 +148,22 @@ class HeadProposer(Protocol):
     A request's own part of it (caches, what is not read yet) is opaque here: `open` makes it.
     """
 
-    def open(self, topk: int, capacity: int) -> Any:
+    most_steps: int | None
+    """Draft steps that it can run; None: any number."""
+    can_be_fixed: bool
+    """Whether a request's part can stand on fixed buffers, for CUDA graphs."""
+
+    def open(self, topk: int, num_steps: int, tokens: int) -> Any:
         """A request's part.
 
         Args:
-            topk: children proposed per node, and nodes expanded per pass.
-            capacity: rows of its cache.
+            topk: children proposed per node, and nodes expanded per step.
+            num_steps: most draft steps of a round.
+            tokens: that the request may come to.
         """
+
+    def resume(self, state: Any, length: int, topk: int, num_steps: int, tokens: int) -> None:
+        """Makes a part that another request left hold its first `length` positions, with room for this one."""
 
     def begin(
         self,

@@ -99,10 +99,6 @@ class Speculator:
     def __init__(self, head: HeadProposer) -> None:
         self.head = head
 
-    def next_trees(self, requests: Sequence[Speculation]) -> list[Chosen]:
-        """The tree to verify of each request, and the checkpoint at which its drafting stopped."""
-        return self.build(requests, self.draft(requests))
-
     def draft(self, requests: Sequence[Speculation]) -> list[Chosen]:
         """Drafts from checkpoint to checkpoint until the head is unsure; the steps after that never run.
 

@@ -94,7 +94,7 @@ def every_row(tree: DraftTree, acceptance: Acceptance, count: int | None) -> Tau
     """
     row_N = torch.arange(len(tree), device=tree.tokens_N.device)
     empty_N = tree.sources_N == Source.EMPTY
-    rank_N = acceptance.accepted_N * 2 * len(tree) - row_N - empty_N * 2 * len(tree)
+    rank_N = acceptance.accepted_N * 2 * len(tree) - row_N
     order_N = rank_N.argsort()
     tokens_N = torch.where(empty_N, tree.tokens_N[0], tree.tokens_N)
     return order_N, tokens_N[order_N], (~empty_N[order_N]).long()

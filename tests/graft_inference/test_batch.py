@@ -19,6 +19,7 @@ from graft_inference.target.model import Target
 from .families import FAMILIES, WINDOW, family_model
 from .test_custom_generate import Recorder
 from .test_engine import SMALL, chi_square_p, prompt, small_engine, three_token_law
+from .test_kv_cache import commit_branch
 from .test_sampling import Alternating
 from .test_tree import random_tree
 from .tiny import VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy, without_lookup
@@ -369,8 +370,8 @@ def test_logits_of_packed_trees_are_those_of_each_tree_alone(family):
         torch.testing.assert_close(ours.logits_NV, theirs.logits_NV, atol=2e-3, rtol=1e-3)
         torch.testing.assert_close(ours.aux_NE, theirs.aux_NE, atol=2e-3, rtol=1e-3)
     for ours, theirs in zip(packed, alone, strict=True):
-        ours.commit_branch(torch.tensor([0, 2]))
-        theirs.commit_branch(torch.tensor([0, 2]))
+        commit_branch(ours, [0, 2])
+        commit_branch(theirs, [0, 2])
         for mine, other in zip(ours.tree_layers, theirs.tree_layers, strict=True):
             end = ours.length
             assert theirs.length == end
@@ -387,7 +388,7 @@ def test_drafts_of_several_prompts_are_those_of_each_alone():
         for turn, lengths in enumerate(((9, 1, 4), (2, 3, 1)))
     ]
     proposer = Eagle3Proposer(head, target.embed, target.max_positions)
-    together, alone = ([proposer.open(3, 40) for _ in range(3)] for _ in range(2))
+    together, alone = ([proposer.open(3, 0, 40) for _ in range(3)] for _ in range(2))
     proposer.defer(alone[1:2], [pieces[0][1]])
     proposer.defer(together[1:2], [pieces[0][1]])
     noises = [None, *(Noise(gumbel(seed, 0, 4, 61, torch.device("cpu")), 0.6) for seed in (1, 2))]

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.checkpoint import load_block_head, save_block_head
+from graft_inference.heads.eagle3.checkpoint import load_head
 
 from .test_block_head import block_head
 
@@ -162,6 +163,12 @@ def test_tensors_of_another_head_are_refused_by_name(tmp_path, edit, message):
     save_file(tensors, path)
     with pytest.raises(GraftError, match=message):
         load_block_head(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1}, DSPARK])
+def test_who_wants_an_eagle3_head_is_told_that_this_is_none(tmp_path, changes):
+    with pytest.raises(GraftError, match=r"drafts blocks \(head\.family=block\), which the engine does not serve yet"):
+        load_head(saved(tmp_path, **changes))
 
 
 def test_a_truncated_file_is_named(tmp_path):

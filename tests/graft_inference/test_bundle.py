@@ -347,7 +347,7 @@ def test_embeddings_of_a_head_are_used_unless_they_are_the_targets(bundle, targe
         tokens, taps = prompt(9)[0], torch.ones(9, 96)
         heads = [one.speculator.head for one in (engine, plain)]
         drafts = [
-            head.begin([head.open(3, 20)], [(tokens, taps)], [tokens[-1:]], [None])[0].candidates for head in heads
+            head.begin([head.open(3, 0, 20)], [(tokens, taps)], [tokens[-1:]], [None])[0].candidates for head in heads
         ]
     assert torch.allclose(drafts[0].logp_N, drafts[1].logp_N, atol=1e-4) == (scale == 1)
 

@@ -63,7 +63,7 @@ def test_draft_equals_plain_beam_search(family, chunks, noise):
     taps = torch.randn(LENGTH, 3 * model.config.hidden_size)
     with torch.inference_mode():
         proposer = Eagle3Proposer(head, target.embed, target.max_positions)
-        drafter = proposer.open(BEAM, LENGTH + BEAM * PASSES)
+        drafter = proposer.open(BEAM, PASSES, LENGTH)
         start = 0
         for chunk in chunks:  # as rounds do: drafting in between must leave nothing behind
             fresh = (tokens[start : start + chunk], taps[start : start + chunk])

@@ -319,7 +319,7 @@ def test_the_head_leaves_few_positions_unread(monkeypatch):
     tokens = prompt(200)[0]
     with torch.inference_mode():
         taps = target.prefill(tokens, target.new_cache(200)).aux_NE
-        drafters = [proposer.open(3, 240) for _ in range(2)]
+        drafters = [proposer.open(3, 0, 240) for _ in range(2)]
         for place in range(150):
             proposer.defer(drafters[:1], [(tokens[place + 1 : place + 2], taps[place : place + 1])])
         (one,) = proposer.begin(drafters[:1], [(tokens[151:152], taps[150:151])], [tokens[151:152]], [None])

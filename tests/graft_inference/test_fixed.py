@@ -61,7 +61,7 @@ def fixed_round(model, plan, processors=(), greedy=True, logprobs=False) -> Fixe
     target.prefill(torch.zeros(9, dtype=torch.long, device=META), cache)
     buffers = Buffers(cache, SIZE, rows=12, depth=5, graphs=MetaGraphs())
     proposer = Eagle3Proposer(head, target.embed, target.max_positions)
-    buffers.head = proposer.open(3, SIZE).fix(buffers.fresh)
+    buffers.head = proposer.open(3, 0, SIZE).fix(buffers.fresh)
     buffers.noise_PV = None if greedy else torch.zeros((buffers.depth + 1, VOCAB), device=META)
     ids_VK = torch.zeros((VOCAB, 4), dtype=torch.int32, device=META)
     matrix = SuccessorMatrix(ids_VK, torch.zeros((VOCAB, 4), dtype=torch.float16, device=META))

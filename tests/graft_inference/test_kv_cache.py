@@ -21,6 +21,12 @@ def write(cache: TreeCache, first: int, count: int) -> list[tuple[torch.Tensor, 
     ]
 
 
+def commit_branch(cache: TreeCache, path: list[int]) -> None:
+    """As a round does."""
+    cache.keep_branch(torch.tensor(path))
+    cache.commit(len(path))
+
+
 def content(cache: TreeCache, layer: int = 0) -> list[int]:
     """First head's committed rows."""
     return cache.layers[layer].keys[0, 0, : cache.length, 0].int().tolist()
@@ -53,7 +59,7 @@ def test_a_branch_moves_behind_the_committed_rows(path):
     write(cache, 0, 2)
     cache.commit(2)
     write(cache, 50, 5)
-    cache.commit_branch(torch.tensor(path))
+    commit_branch(cache, path)
     for layer in range(LAYERS):
         expected = [0, 1, *(50 + row for row in path)]
         assert content(cache, layer) == [1000 * layer + row for row in expected]
@@ -70,7 +76,7 @@ def test_buffers_are_allocated_once():
     buffer = cache.layers[0].keys.data_ptr()
     for _ in range(3):
         write(cache, 50, 4)
-        cache.commit_branch(torch.tensor([0, 2]))
+        commit_branch(cache, [0, 2])
     assert cache.layers[0].keys.data_ptr() == buffer
     assert cache.length == 8
 
@@ -113,10 +119,10 @@ def test_layers_of_another_shape_have_a_buffer_of_their_own():
     write_both(0, 2)
     cache.commit(2)
     write_both(50, 5)
-    cache.commit_branch(torch.tensor([0, 2, 4]))
+    commit_branch(cache, [0, 2, 4])
     cache.grow(12)
     write_both(70, 4)
-    cache.commit_branch(torch.tensor([0, 3]))
+    commit_branch(cache, [0, 3])
     for layer, (heads, width) in enumerate(((HEADS, WIDTH), (1, 2))):
         assert content(cache, layer) == [0, 1, 50, 52, 54, 70, 73]
         assert cache.layers[layer].values.shape == (1, heads, 12, width)

@@ -16,7 +16,7 @@ from graft_train.distill.divergence import divergence
 from graft_train.distill.metrics import StepSums
 from graft_train.distill.teacher import Teacher
 
-CHUNK = 512
+CHUNK = 256
 """Drafts whose logits exist at a time."""
 
 
@@ -26,7 +26,7 @@ class TaughtDrafts:
 
     Attributes:
         started_AK: whether the draft is a token of its anchor's answer.
-        trained_AK: of these, the ones in the loss: the draft vocabulary has their token.
+        trained_AK: of these, the ones in the loss: the draft vocabulary has the text's token and the target's choice.
         before_AK: the place of the token before the draft, where the target predicts it.
         token_AK: before the draft, int64: what a Markov head reads.
         label_AK: the draft's token, as an id of the draft vocabulary; any where it is not trained.
@@ -56,11 +56,9 @@ def taught_drafts(
     before_AK = place_AK - 1
     draft_id_V = torch.full((vocab,), -1, device=tokens_S.device)
     draft_id_V[target_ids_D] = torch.arange(len(target_ids_D), device=tokens_S.device)
-    label_AK = draft_id_V[tokens_S[place_AK]]
-    trained_AK = layout.started_AK & (label_AK >= 0)
-    return TaughtDrafts(
-        layout.started_AK, trained_AK, before_AK, tokens_S[before_AK], label_AK.clamp(min=0), choice_S[before_AK]
-    )
+    label_AK, choice_AK = draft_id_V[tokens_S[place_AK]], choice_S[before_AK]
+    trained_AK = layout.started_AK & (label_AK >= 0) & (draft_id_V[choice_AK] >= 0)
+    return TaughtDrafts(layout.started_AK, trained_AK, before_AK, tokens_S[before_AK], label_AK.clamp(min=0), choice_AK)
 
 
 @dataclass
@@ -176,7 +174,9 @@ class _BlockLoss(torch.autograd.Function):
                 scale_AK[chunk] = d_pace_weights(confidence_CK, taught.trained_AK[chunk], loss.d_pace)
             teacher_ND = None
             if loss.needs_teacher:
-                teacher_ND = teacher(taught.before_AK[chunk][taken_CK]).float().log_softmax(dim=-1)
+                # Blocks of neighbouring anchors share places.
+                place_U, of_N = taught.before_AK[chunk][taken_CK].unique(return_inverse=True)
+                teacher_ND = teacher(place_U).float().log_softmax(dim=-1)[of_N]
             value_AK[chunk][taken_CK], grad_ND = loss.of(logp_ND, label_N, teacher_ND)
             grad_ND *= (weight_AK[chunk] * scale_AK[chunk])[taken_CK][:, None]
             # DeepSpeed trains a head that is bf16 itself; under autocast only the products are.

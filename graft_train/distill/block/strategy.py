@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graft_inference.heads.block.checkpoint import save_block_head
 from graft_inference.heads.block.model import BlockHead
-from graft_inference.policy.plan import Plan
+from graft_inference.policy.plan import Plan, QuotaCheckpoint, QuotaPlan
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.sharded import whole
 from graft_train.data.states import PackedTarget, TargetStates
@@ -100,8 +100,8 @@ class BlockStrategy(Strategy):
     def identity(self) -> dict[str, Any]:
         return {"head": self.head.config.to_dict(), "draft_vocabulary": vocabulary_hash(self.head.target_ids)}
 
-    def measured_plan(self) -> Plan | None:
-        return None
+    def measured_plan(self) -> Plan:
+        return QuotaPlan((QuotaCheckpoint(self.steps, drafted=self.steps),), topk=1)
 
     def served_head(self) -> BlockHead:
         with whole(self.head.parameters()):

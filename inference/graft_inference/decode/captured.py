@@ -141,6 +141,8 @@ class CapturedRounds:
             return "the target's RoPE looks at every position before it is applied"
         if any(type(processor) not in CAPTURED_PROCESSORS for processor in state.sampler.processors):
             return "a logits processor may read more than the scores"
+        if state.speculation.head is not None and not self.speculator.head.can_be_fixed:
+            return "the head's rounds cannot be captured"
         if self._owner() not in (None, state.cache):
             return "the graphs serve another request that is under way"
         return None
@@ -200,7 +202,7 @@ class CapturedRounds:
             self._current = lambda: None
             buffers = self._buffers = Buffers(state.cache, capacity, rows, depth, self.graphs)
         if request.head is not None and buffers.head is None:
-            buffers.head = self.speculator.head.open(plan.topk, buffers.capacity).fix(buffers.fresh)
+            buffers.head = self.speculator.head.open(plan.topk, 0, buffers.capacity).fix(buffers.fresh)
         for name in request.sources.keys() - buffers.sources.keys():
             opening = Opening(request.root_1[:0], buffers.capacity, self._tables)
             buffers.sources[name] = SOURCES[name].open(opening)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..policy.plan import Plan
-from ..proposer import TokenSource
+from ..proposer import HeadProposer, TokenSource
 from ..target.kv_cache import TreeCache
 from .state import DecodeState
 
@@ -49,11 +49,11 @@ class KeptPrefix:
         """Whether a new prompt is a later turn of the same text."""
         return self.shared(prompt_S, drafts=False) >= min(self.prompt_length, len(prompt_S) - 1)
 
-    def resume(self, reused: int, plan: Plan, cache_rows: int, head_rows: int) -> tuple[TreeCache, Any | None]:
-        """The caches, holding the first `reused` tokens and with room for another request."""
+    def resume(self, proposer: HeadProposer, reused: int, plan: Plan, tokens: int) -> tuple[TreeCache, Any | None]:
+        """The caches, holding the first `reused` tokens and with room for a request of so many."""
         self.cache.rewind(reused)
-        self.cache.grow(cache_rows)
+        self.cache.grow(tokens + plan.num_draft_tokens)
         if self.head is None or not plan.drafts:
             return self.cache, None
-        self.head.resume(reused, plan.topk, head_rows)
+        proposer.resume(self.head, reused, plan.topk, plan.num_steps, tokens)
         return self.cache, self.head

@@ -16,8 +16,17 @@ from .acceptance import SourceScorer, step_scores
 from .plan import Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 
 
-def check_sources(plan: Plan, draft_vocab_size: int, tables: dict[str, Any]) -> None:
-    """Raises GraftError where a plan asks for what the head and the sources do not have."""
+def check_sources(plan: Plan, draft_vocab_size: int, tables: dict[str, Any], most_steps: int | None = None) -> None:
+    """Raises GraftError where a plan asks for what the head and the sources do not have.
+
+    Args:
+        most_steps: that the head can run; None: any number.
+    """
+    if most_steps is not None and plan.num_steps > most_steps:
+        raise GraftError(
+            f"the plan drafts {plan.num_steps} tokens in a row, but the head's blocks have {most_steps}: calibrate "
+            f"again with policy.num_steps={most_steps} or less"
+        )
     if plan.drafts and plan.topk > draft_vocab_size:
         raise GraftError(
             f"the plan takes the {plan.topk} likeliest tokens of a head that knows {draft_vocab_size}: "

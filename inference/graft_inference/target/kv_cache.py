@@ -149,11 +149,6 @@ class TreeCache(Cache):
         for buffer in self.buffers:
             self.span.write(buffer, buffer.index_select(2, (self.span.start + path_A).to(buffer.device)))
 
-    def commit_branch(self, path_A: Tensor) -> None:
-        """Commits one branch of the tree written last: its root and tree rows `path_A[1:]` by depth, [A] int64."""
-        self.keep_branch(path_A)
-        self.commit(len(path_A))
-
     def rewind(self, length: int = 0) -> None:
         """Forgets what was committed after the first `length` rows; buffers are kept."""
         self.length = length

@@ -163,6 +163,11 @@ class Target:
     def embed(self, tokens: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(tokens)
 
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary by the target's own lm_head, of normed states, [..., H] -> [..., V]."""
+        head: Any = self.model.get_output_embeddings()
+        return head(hidden)
+
     def new_cache(self, capacity: int) -> TreeCache:
         return TreeCache(self.config.num_hidden_layers, capacity)
 

@@ -23,6 +23,7 @@ from graft_train.distill.eagle3.head import head_config, new_head
 from graft_train.distill.eagle3.layout import make_layout
 from graft_train.distill.eagle3.loss import distillation_loss, taught_positions
 from graft_train.distill.eagle3.unroll import unroll
+from graft_train.distill.families import FAMILIES as FAMILY_OF_HEADS
 from graft_train.distill.teacher import final_state_teacher
 from tests.graft_train.test_config import composed
 
@@ -168,3 +169,22 @@ def test_a_target_that_remembers_by_other_means_is_refused_by_name():
     model.config.layer_types = ["linear_attention", "full_attention"] * 2
     with pytest.raises(GraftError, match="Qwen3ForCausalLM has layers of kind linear_attention"):
         PackedTarget(model, (1,))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_setting_trains_a_block_head(name):
+    settings = composed("distill", f"experiment={name}", "data.path=chats.jsonl", "head.family=block").head
+    texts, model = samples(3), tiny(FAMILIES[name]())
+    strategy = FAMILY_OF_HEADS[settings.family](model, texts, settings)
+    config = strategy.head.config
+    assert config.aux_layer_ids[0] == 1
+    assert len(config.aux_layer_ids) == 5
+    assert config.aux_layer_ids[-1] == model.config.num_hidden_layers - 3
+    assert config.rope_parameters == rope_of(model)
+    batch = collate(to_tensors(texts, settings.max_length, VOCAB), [0, 1, 2], torch.device("cpu"))
+    prepared = strategy.prepare(batch, strategy.target.states(batch.tokens_S, batch.lengths), seed=0)
+    embedding_SH = strategy.target.embed(batch.tokens_S[None])[0]
+    loss, _ = strategy(prepared, embedding_SH, strategy.coefficients(prepared.trained_K))
+    loss.backward()
+    assert loss > 0
+    assert all(parameter.grad.isfinite().all() for parameter in strategy.head.parameters())

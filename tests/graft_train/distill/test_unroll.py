@@ -193,7 +193,7 @@ def test_unroll_equals_the_chain_that_a_server_drafts():
     with torch.no_grad():
         target = Target(model, (0, 2, 3))
         proposer = Eagle3Proposer(head, target.embed, target.max_positions)
-        drafter, seen_A = proposer.open(topk=1, capacity=32), tokens_S[1 : start + 2]
+        drafter, seen_A = proposer.open(topk=1, num_steps=4, tokens=28), tokens_S[1 : start + 2]
         (draft,) = proposer.begin([drafter], [(seen_A, aux_SE[: start + 1])], [seen_A[-1:]], [None])
         features = [draft.layers[0].hidden_AH]
         for step in range(1, 4):

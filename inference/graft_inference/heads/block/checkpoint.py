@@ -74,6 +74,24 @@ def save_block_head(head: BlockHead, directory: Path, dtype: torch.dtype | None 
     )
 
 
+def load_block_config(directory: Path) -> BlockHeadConfig:
+    """The shape of a native DFlash or DSpark head.
+
+    Raises:
+        GraftError: a missing or corrupt file, or a head that is computed otherwise.
+    """
+    path = Path(directory) / CONFIG_FILE
+    values = read_json(path, REMEDY)
+    try:
+        return block_config_from_dict(values)
+    except KeyError as error:
+        raise GraftError(f"{path} lacks the key {error}; {REMEDY}") from error
+    except GraftError as error:
+        raise GraftError(f"{path}: {error}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise GraftError(f"{path} does not describe a block head ({error}); {REMEDY}") from error
+
+
 def load_block_head(directory: Path) -> BlockHead:
     """Reads a native DFlash or DSpark head strictly, in the dtype it was saved in, on the CPU.
 
@@ -82,16 +100,7 @@ def load_block_head(directory: Path) -> BlockHead:
     Raises:
         GraftError: a file is missing, truncated or corrupt, or the two files do not describe one head.
     """
-    path = Path(directory) / CONFIG_FILE
-    values = read_json(path, REMEDY)
-    try:
-        config = block_config_from_dict(values)
-    except KeyError as error:
-        raise GraftError(f"{path} lacks the key {error}; {REMEDY}") from error
-    except GraftError as error:
-        raise GraftError(f"{path}: {error}") from error
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise GraftError(f"{path} does not describe a block head ({error}); {REMEDY}") from error
+    config = load_block_config(directory)
     path = Path(directory) / WEIGHTS_FILE
     tensors = read_safetensors(path, REMEDY)
     try:

@@ -2,179 +2,73 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...noise import Noise
-from ...target.kv_cache import Span, allocate
-from ...tree import DraftTree, Source, child_paths, root_tree
+from ...target.kv_cache import Span
+from ..draft import Draft, HeadState, Layer, deferred, joined, parted
 from .model import DraftHead
-
-DEFERRED = 64
-"""Positions that the head leaves unread at most: they hold memory, and the next draft waits for them."""
 
 
 @dataclass
-class Layer:
-    """What one head pass proposed: topk children of every row it expanded, best first.
+class Eagle3Layer(Layer):
+    """What one pass of the head proposed.
 
     Attributes:
-        tokens_C, logp_C, paths_C: the children's columns of the tree, by parent.
-        parents_A: rows of their parents in the tree.
-        hidden_AH: the head's outputs at their parents.
-        visible_AK: bool, which rows of the head's cache their parents see.
+        hidden_AH: the head's outputs at the parents.
+        visible_AK: bool, which rows of the head's cache the parents see.
     """
 
-    tokens_C: Tensor
-    logp_C: Tensor
-    paths_C: Tensor
-    parents_A: Tensor
     hidden_AH: Tensor
     visible_AK: Tensor
 
-    @classmethod
-    def below_root(cls, logp_1k: Tensor, tokens_1k: Tensor, hidden_1H: Tensor, visible_1K: Tensor) -> "Layer":
-        """The first layer: the root is row 0, of path 0."""
-        zero_1 = torch.zeros_like(tokens_1k[0, :1])
-        return cls(tokens_1k[0], logp_1k[0], child_paths(zero_1, tokens_1k[0]), zero_1, hidden_1H, visible_1K)
 
-    def below(
-        self, best: Any, first_row: int, logp_kk: Tensor, tokens_kk: Tensor, hidden_kH: Tensor, visible_kK: Tensor
-    ) -> "Layer":
-        """The layer below the best k of these children.
-
-        Args:
-            best: `topk` of `logp_C`.
-            first_row: of this layer's children in the tree.
-        """
-        return Layer(
-            tokens_kk.flatten(),
-            (best.values[:, None] + logp_kk).flatten(),
-            child_paths(self.paths_C[best.indices, None], tokens_kk).flatten(),
-            best.indices + first_row,
-            hidden_kH,
-            visible_kK,
-        )
+Eagle3Draft = Draft[Eagle3Layer]
 
 
-@dataclass
-class Draft:
-    """A tree that grows by one depth a pass.
-
-    Attributes:
-        root_1: its root's token.
-        noise: of the draws, where the head is told of it.
-    """
-
-    root_1: Tensor
-    layers: list[Layer]
-    noise: Noise | None = None
-
-    @property
-    def steps(self) -> int:
-        """Head passes run."""
-        return len(self.layers)
-
-    @property
-    def confidence(self) -> Tensor:
-        """exp of the best cumulative log-probability at the deepest layer (Graft Eq. 6), 0-d."""
-        return self.layers[-1].logp_C.max().exp()
-
-    @property
-    def candidates(self) -> DraftTree:
-        """The root and every node proposed so far."""
-        root = root_tree(self.root_1)
-        width = len(self.layers[0].tokens_C)
-        depths_N, sources_N = _depths_and_sources(width, self.steps, self.root_1.device)
-        # The root is its own parent once, not `width` times.
-        parents_A = torch.cat([root.parents_N, *(layer.parents_A for layer in self.layers)])
-        return DraftTree(
-            torch.cat([root.tokens_N, *(layer.tokens_C for layer in self.layers)]),
-            parents_A.repeat_interleave(width)[width - 1 :],
-            depths_N,
-            torch.cat([root.logp_N, *(layer.logp_C for layer in self.layers)]),
-            sources_N,
-            torch.cat([root.paths_N, *(layer.paths_C for layer in self.layers)]),
-        )
-
-
-@cache
-def _depths_and_sources(width: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of the candidates that so many steps propose; the same for every draft."""
-    depths = [0] + [1] * width + [depth for depth in range(2, steps + 1) for _ in range(width**2)]
-    sources = [Source.ROOT] + [Source.DRAFTED] * (len(depths) - 1)
-    return torch.tensor(depths, device=device), torch.tensor(sources, device=device)
-
-
-class Drafter:
-    """A request's part of a draft head: a key/value cache of its own, and what it has not read.
+class Drafter(HeadState):
+    """A request's part of an EAGLE-3 head.
 
     The head's row for position t reads the embedding of token t+1 beside the target's state at t, so its
     cache lags the target's tokens by one.
 
     Args:
         max_positions: of the target.
-        topk: children proposed per node, and nodes expanded per pass (EAGLE's top-k).
-        capacity: rows of the cache: committed tokens plus topk rows per pass.
+        tokens: that the request may come to.
+        num_steps: most draft steps of a round; each takes topk rows of the cache.
 
     Attributes:
-        length: positions that were read.
-        span: where the next pass stands.
-        unread: committed positions that wait for the next `begin`.
         fixed: what it has not read, where its span is fixed.
     """
 
-    def __init__(self, head: DraftHead, max_positions: int, topk: int, capacity: int) -> None:
+    def __init__(self, head: DraftHead, max_positions: int, topk: int, num_steps: int, tokens: int) -> None:
+        config, capacity = head.config, tokens + topk * num_steps
+        super().__init__((1, config.num_key_value_heads, config.head_dim), topk, capacity, head.fc.weight)
         self.head = head
         self.max_positions = max_positions
-        config = head.config
-        self.keys, self.values = allocate((2, 1, config.num_key_value_heads, capacity, config.head_dim), head.fc.weight)
-        self._prepare(topk, capacity)
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.length = self.unread = 0
-        self.span = Span()
         self.fixed: Pending | None = None
-        self.deferred: list[tuple[Tensor, Tensor]] = []
+        self._turn()
 
-    def _prepare(self, topk: int, capacity: int) -> None:
-        """What is the same in every pass: cos and sin of all positions."""
+    def _turn(self) -> None:
+        """cos and sin of all positions, [capacity, D]."""
         weight = self.head.fc.weight
         # No token beyond the limit is ever emitted, and its position must not change the others' frequencies.
-        positions_1S = torch.arange(capacity, device=weight.device)[None].clamp(max=self.max_positions - 1)
+        positions_1S = torch.arange(self.keys.shape[2], device=weight.device)[None].clamp(max=self.max_positions - 1)
         self.rope = [table[0] for table in self.head.rotary_emb(weight, positions_1S)]
-        self.topk = topk
 
     def resume(self, length: int, topk: int, capacity: int) -> None:
-        """Forgets what was read after the first `length` positions, and makes room for another request."""
-        self.unread = 0
-        self.deferred = []
-        self.advance(length - self.length)
-        self._prepare(topk, max(capacity, self.keys.shape[2]))
-        keys, values = self.keys, self.values
-        if capacity > keys.shape[2]:
-            self.keys, self.values = allocate((2, 1, keys.shape[1], capacity, keys.shape[3]), keys)
-            self.keys[:, :, :length] = keys[:, :, :length]
-            self.values[:, :, :length] = values[:, :, :length]
-
-    def advance(self, count: int) -> None:
-        """So many positions more have been read."""
-        self.length += count
-        self.span = Span(self.length)
+        super().resume(length, topk, capacity)
+        self._turn()
 
     def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
-        """What `read` has to read: these positions, and before them those that were deferred."""
         if self.fixed is not None:
             return self.fixed.tokens_F, self.fixed.aux_FE
-        if self.deferred:
-            self.deferred.append((tokens_A, aux_AE))
-            tokens_A, aux_AE = map(torch.cat, zip(*self.deferred, strict=True))
-            self.deferred = []
-        self.unread = 0
-        return tokens_A, aux_AE
+        return super().caught_up(tokens_A, aux_AE)
 
     def line(self, tokens_A: Tensor) -> "HeadRows":
         """Rows that stand in a line behind what was read."""
@@ -185,7 +79,7 @@ class Drafter:
             visible_AK = torch.arange(span.end(count), device=tokens_A.device) <= rows_A[:, None]
         return HeadRows(self, tokens_A, span, rows_A, visible_AK)
 
-    def branches(self, draft: Draft, chosen_k: Tensor, parent_k: Tensor) -> "HeadRows":
+    def branches(self, draft: Eagle3Draft, chosen_k: Tensor, parent_k: Tensor) -> "HeadRows":
         """The rows of the last pass's children that are expanded; they stand at one position."""
         last, behind = draft.layers[-1], (draft.steps - 1) * self.topk
         span = Span(self.span.start + behind, self.span.size)
@@ -301,9 +195,16 @@ class Eagle3Proposer:
         self.embed = embed
         self.max_positions = max_positions
 
-    def open(self, topk: int, capacity: int) -> Drafter:
+    most_steps: int | None = None
+    can_be_fixed: bool = True
+
+    def open(self, topk: int, num_steps: int, tokens: int) -> Drafter:
         """A request's part."""
-        return Drafter(self.head, self.max_positions, topk, capacity)
+        return Drafter(self.head, self.max_positions, topk, num_steps, tokens)
+
+    def resume(self, drafter: Drafter, length: int, topk: int, num_steps: int, tokens: int) -> None:
+        """A part whose first `length` positions another request goes on from."""
+        drafter.resume(length, topk, tokens + topk * num_steps)
 
     def read(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Catches up with newly committed positions; returns the head's outputs there, [A, H] of each request.
@@ -313,7 +214,7 @@ class Eagle3Proposer:
                 span what is pending takes their place, and the output is that of its last position alone.
         """
         fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
-        feature_AH = self.head.fuse(_joined([aux_AE for _, aux_AE in fresh]))
+        feature_AH = self.head.fuse(joined([aux_AE for _, aux_AE in fresh]))
         rows = [drafter.line(tokens_A) for drafter, (tokens_A, _) in zip(drafters, fresh, strict=True)]
         hidden = self._pass(rows, feature_AH)
         for index, (drafter, (tokens_A, _)) in enumerate(zip(drafters, fresh, strict=True)):
@@ -325,11 +226,7 @@ class Eagle3Proposer:
 
     def defer(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
-        for drafter, one in zip(drafters, fresh, strict=True):
-            drafter.deferred.append(one)
-            drafter.unread += len(one[0])
-        full = [drafter for drafter in drafters if drafter.unread >= DEFERRED]
-        if full:
+        if full := deferred(drafters, fresh):
             self.read(full, [drafter.deferred.pop() for drafter in full])
 
     def begin(
@@ -338,7 +235,7 @@ class Eagle3Proposer:
         fresh: Sequence[tuple[Tensor, Tensor]],
         roots: Sequence[Tensor],
         noises: Sequence[Noise | None],
-    ) -> list[Draft]:
+    ) -> list[Eagle3Draft]:
         """Catches up as `read` does and proposes the children of the roots.
 
         Args:
@@ -352,10 +249,11 @@ class Eagle3Proposer:
         ):
             read_K = torch.arange(drafter.span.end(0), device=root_1.device)
             visible_1K = (read_K < drafter.span.start)[None]
-            drafts.append(Draft(root_1, [Layer.below_root(logp_1k, tokens_1k, hidden_1H, visible_1K)], noise))
+            layer = Eagle3Layer.below_root(logp_1k, tokens_1k, hidden_AH=hidden_1H, visible_AK=visible_1K)
+            drafts.append(Draft(root_1, [layer], noise))
         return drafts
 
-    def deepen(self, drafters: Sequence[Drafter], drafts: Sequence[Draft]) -> list[Draft]:
+    def deepen(self, drafters: Sequence[Drafter], drafts: Sequence[Eagle3Draft]) -> list[Eagle3Draft]:
         """One more pass: expands the best of the last one's children, of drafts of one `topk` and one depth."""
         k, depth = drafters[0].topk, drafts[0].steps + 1
         best = [draft.layers[-1].logp_C.topk(k) for draft in drafts]
@@ -365,7 +263,7 @@ class Eagle3Proposer:
             for drafter, draft, one, parent_k in zip(drafters, drafts, best, parents, strict=True)
         ]
         features = [draft.layers[-1].hidden_AH[parent_k] for draft, parent_k in zip(drafts, parents, strict=True)]
-        hidden = self._pass(rows, _joined(features))
+        hidden = self._pass(rows, joined(features))
         deeper = []
         for draft, one, part, hidden_kH, (logp_kk, tokens_kk) in zip(
             drafts,
@@ -375,9 +273,8 @@ class Eagle3Proposer:
             self._propose(drafters[0].topk, hidden, [draft.noise for draft in drafts], depth),
             strict=True,
         ):
-            first_row = 1 + sum(len(layer.tokens_C) for layer in draft.layers[:-1])
-            visible_kK: Any = part.visible_AK
-            layer = draft.layers[-1].below(one, first_row, logp_kk, tokens_kk, hidden_kH, visible_kK)
+            more = {"hidden_AH": hidden_kH, "visible_AK": part.visible_AK}
+            layer = draft.layers[-1].below(one, draft.first_row, logp_kk, tokens_kk, **more)
             deeper.append(Draft(draft.root_1, [*draft.layers, layer], draft.noise))
         return deeper
 
@@ -387,7 +284,7 @@ class Eagle3Proposer:
         """The same, prompt by prompt."""
         logp_Bk, tokens_Bk = propose(self.head, hidden, noises, depth, topk)
         counts = [len(part) for part in hidden]
-        return list(zip(_parted(logp_Bk, counts), _parted(tokens_Bk, counts), strict=True))
+        return list(zip(parted(logp_Bk, counts), parted(tokens_Bk, counts), strict=True))
 
     def _pass(self, rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
         """Runs the layer over the rows of all prompts, one behind the other: its outputs at each one's, [rows, H]."""
@@ -400,9 +297,9 @@ class Eagle3Proposer:
             return torch.cat([part.attend(*tensors) for part, *tensors in parts], dim=2)
 
         embed = self.head.embed_tokens or self.embed
-        embedding_1SH = embed(_joined([part.tokens_A for part in rows])[None]).to(feature_AH.dtype)
+        embedding_1SH = embed(joined([part.tokens_A for part in rows])[None]).to(feature_AH.dtype)
         hidden_1SH = self.head.midlayer(embedding_1SH, feature_AH[None], _rope(rows), attend)
-        return _parted(hidden_1SH[0], counts)
+        return parted(hidden_1SH[0], counts)
 
 
 def propose(
@@ -415,11 +312,11 @@ def propose(
         noises: of their draws; where there is one, the likeliest to be drawn.
         depth: of the children.
     """
-    logits_BD = head.logits(_joined(hidden)).float()
+    logits_BD = head.logits(joined(hidden)).float()
     if any(noises):
-        parts = zip(_parted(logits_BD, [len(part) for part in hidden]), noises, strict=True)
+        parts = zip(parted(logits_BD, [len(part) for part in hidden]), noises, strict=True)
         told = [part if noise is None else noise.foreseen(part, head.target_ids, depth) for part, noise in parts]
-        logits_BD = _joined(told)
+        logits_BD = joined(told)
     logp_Bk, draft_ids_Bk = logits_BD.log_softmax(dim=-1).topk(topk, dim=-1)
     # A head that overflows says NaN: its proposals come last, and drafting stops.
     return logp_Bk.nan_to_num_(nan=-torch.inf, neginf=-torch.inf), head.target_ids[draft_ids_Bk]
@@ -432,11 +329,3 @@ def _rope(rows: list[HeadRows]) -> tuple[Tensor, Tensor]:
     tables = [[table.expand(-1, len(part.tokens_A), -1) for table in part.rope()] for part in rows]
     cos_1SD, sin_1SD = (torch.cat(table, dim=1) for table in zip(*tables, strict=True))
     return cos_1SD, sin_1SD
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _parted(rows: Tensor, counts: list[int]) -> list[Tensor]:
-    return [rows] if len(counts) == 1 else list(rows.split(counts))

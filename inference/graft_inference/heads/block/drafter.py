@@ -1,0 +1,163 @@
+"""From a block head to scored candidate nodes: one pass of the head, then one depth of the tree a step.
+
+The slots of a block are distributions of their places alone, whatever stands before them. The best nodes of a tree are
+those with the greatest sum of log-probabilities along their path, as DDTree takes them: each step extends the best
+paths by the likeliest tokens of the next slot. With a Markov head a slot is conditioned on the token before it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...noise import Noise
+from ..draft import Draft, HeadState, Layer, deferred, joined, parted
+from .model import BlockHead
+
+
+@dataclass
+class BlockDraft(Draft[Layer]):
+    """A tree that grows by one slot a step.
+
+    Attributes:
+        logits_KD: of every draft of the block, before any Markov bias.
+    """
+
+    logits_KD: Tensor | None = None
+
+
+class BlockProposer:
+    """A block head, for all requests of an engine.
+
+    Args:
+        embed: the target's embeddings, tokens [...] -> [..., H].
+        unembed: the target's lm_head, [..., H] -> [..., V].
+        max_positions: of the target.
+    """
+
+    can_be_fixed: bool = False
+
+    def __init__(
+        self,
+        head: BlockHead,
+        embed: Callable[[Tensor], Tensor],
+        unembed: Callable[[Tensor], Tensor],
+        max_positions: int,
+    ) -> None:
+        self.head = head
+        self.embed = embed
+        self.unembed = unembed
+        self.max_positions = max_positions
+        self.most_steps: int | None = head.config.drafts
+
+    def open(self, topk: int, num_steps: int, tokens: int) -> HeadState:
+        """A request's part: keys and values of the context."""
+        config = self.head.config
+        shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        return HeadState(shape, topk, tokens, self.head.fc.weight)
+
+    def resume(self, state: HeadState, length: int, topk: int, num_steps: int, tokens: int) -> None:
+        """A part whose first `length` positions another request goes on from."""
+        state.resume(length, topk, tokens)
+
+    def read(self, states: Sequence[HeadState], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The target's auxiliary states of newly committed positions become context, in one pass of the projections.
+
+        Args:
+            fresh: the token after each position, which is not read, and the states there.
+        """
+        parts = [state.caught_up(*one)[1] for state, one in zip(states, fresh, strict=True)]
+        positions = [
+            state.span.rows(len(part_AE), part_AE.device) for state, part_AE in zip(states, parts, strict=True)
+        ]
+        position_A = joined(positions).clamp(max=self.max_positions - 1)
+        keys_L1KTD, values_L1KTD = self.head.read_context(joined(parts)[None], position_A[None])
+        counts = [len(part_AE) for part_AE in parts]
+        keys, values = (states_L1KTD[:, 0].split(counts, dim=2) for states_L1KTD in (keys_L1KTD, values_L1KTD))
+        for state, count, key_LKTD, value_LKTD in zip(states, counts, keys, values, strict=True):
+            state.span.write(state.keys, key_LKTD)
+            state.span.write(state.values, value_LKTD)
+            state.advance(count)
+
+    def defer(self, states: Sequence[HeadState], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
+        if full := deferred(states, fresh):
+            self.read(full, [state.deferred.pop() for state in full])
+
+    def begin(
+        self,
+        states: Sequence[HeadState],
+        fresh: Sequence[tuple[Tensor, Tensor]],
+        roots: Sequence[Tensor],
+        noises: Sequence[Noise | None],
+    ) -> list[BlockDraft]:
+        """Catches up, runs the block behind each root, and proposes the roots' children.
+
+        Args:
+            noises: of the draws: the head then proposes what is likeliest to be drawn.
+        """
+        self.read(states, fresh)
+        drafts = []
+        for state, root_1, noise, logits_KD in zip(states, roots, noises, self._blocks(states, roots), strict=True):
+            draft = BlockDraft(root_1, [], noise, logits_KD)
+            draft.layers.append(Layer.below_root(*self._children(draft, state.topk, root_1)))
+            drafts.append(draft)
+        return drafts
+
+    def deepen(self, states: Sequence[HeadState], drafts: Sequence[BlockDraft]) -> list[BlockDraft]:
+        """One slot more of every draft; the head does not run."""
+        deeper = []
+        for state, draft in zip(states, drafts, strict=True):
+            last = draft.layers[-1]
+            best = last.logp_C.topk(state.topk)
+            children = self._children(draft, state.topk, last.tokens_C[best.indices])
+            layers = [*draft.layers, last.below(best, draft.first_row, *children)]
+            deeper.append(BlockDraft(draft.root_1, layers, draft.noise, draft.logits_KD))
+        return deeper
+
+    def _children(self, draft: BlockDraft, topk: int, parents_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and target ids of the likeliest children of these parents in the next slot, [A, k]."""
+        assert draft.logits_KD is not None
+        logits_AD = draft.logits_KD[draft.steps].expand(len(parents_A), -1)
+        if self.head.config.markov_rank:
+            logits_AD = logits_AD + self.head.markov_bias(parents_A).float()
+        if draft.noise is not None:
+            logits_AD = draft.noise.foreseen(logits_AD, self.head.target_ids, draft.steps + 1)
+        logp_Ak, draft_ids_Ak = logits_AD.log_softmax(dim=-1).topk(topk, dim=-1)
+        # A head that overflows says NaN: its proposals come last, and drafting stops.
+        return logp_Ak.nan_to_num_(nan=-torch.inf, neginf=-torch.inf), self.head.target_ids[draft_ids_Ak]
+
+    def _blocks(self, states: Sequence[HeadState], roots: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of the drafts of each request's block, [K, D] float32, in one pass of the head."""
+        config, slots = self.head.config, self.head.config.block_size
+        mask_P = roots[0].new_full((slots - 1,), config.mask_token_id)
+        tokens_P = torch.cat([part for root_1 in roots for part in (root_1, mask_P)])
+        position_P = torch.cat([state.span.rows(slots, tokens_P.device) for state in states])
+        position_P.clamp_(max=self.max_positions - 1)
+
+        def attend(layer: int, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor) -> Tensor:
+            parts = zip(states, *(one.split(slots, dim=2) for one in (query_BQPD, key_BKPD, value_BKPD)), strict=True)
+            return torch.cat([_attend(state, layer, config.causal, *part) for state, *part in parts], dim=2)
+
+        embedding_1PH = self.embed(tokens_P[None]).to(self.head.fc.weight.dtype)
+        hidden_PH = self.head(embedding_1PH, position_P[None], attend)[0]
+        hidden_PH = joined([part_PH[config.first_slot :] for part_PH in hidden_PH.split(slots)])
+        logits_PD = self.unembed(hidden_PH) if self.head.lm_head is None else self.head.lm_head(hidden_PH)
+        return parted(logits_PD.float(), [config.drafts] * len(states))
+
+
+def _attend(
+    state: HeadState, layer: int, causal: bool, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor
+) -> Tensor:
+    """Of one block, over its request's context and itself."""
+    context = slice(layer, layer + 1), slice(None), slice(0, state.length)
+    key_BKSD = torch.cat((state.keys[context], key_BKPD), dim=2)
+    value_BKSD = torch.cat((state.values[context], value_BKPD), dim=2)
+    mask_PS = None
+    if causal:
+        slots = query_BQPD.shape[2]
+        whole_PS = torch.ones((slots, state.length + slots), dtype=torch.bool, device=query_BQPD.device)
+        mask_PS = whole_PS.tril(state.length)
+    return F.scaled_dot_product_attention(query_BQPD, key_BKSD, value_BKSD, attn_mask=mask_PS, enable_gqa=True)

@@ -1,0 +1,214 @@
+"""A block head in the engine: its trees against plain ones, and output that stays the target's."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
+from graft_inference.bundle import Bundle, load_bundle
+from graft_inference.decode.captured import CapturedRounds
+from graft_inference.heads.block.checkpoint import save_block_head
+from graft_inference.heads.block.config import BlockHeadConfig
+from graft_inference.heads.block.drafter import BlockProposer
+from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.families import load_any_head
+from graft_inference.noise import Noise
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+
+from .recorded import RecordedGraphs
+from .test_engine import prompt
+from .tiny import learned_policy, tiny_engine, tiny_model, tiny_policy, told_policy
+
+SMALL, BLOCK = 8, 5
+LAYOUTS = {
+    "fill-in": {"block_size": BLOCK},
+    "causal": {"block_size": BLOCK, "causal": True},
+    "next token": {"block_size": BLOCK - 1, "sample_from_anchor": True},
+    "markov": {"block_size": BLOCK - 1, "sample_from_anchor": True, "markov_rank": 3},
+    "reduced": {"block_size": BLOCK, "draft_vocab_size": SMALL - 1},
+}
+
+
+def tiny_block_head(model, **changes) -> BlockHead:
+    torch.manual_seed(1)
+    config = model.config
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.vocab_size,
+        "aux_layer_ids": (0, 2),
+        "num_target_layers": config.num_hidden_layers,
+        "mask_token_id": config.vocab_size - 1,
+        "max_position_embeddings": 256,
+    }
+    head = BlockHead(BlockHeadConfig(**(sizes | changes)))
+    if head.lm_head is not None:
+        head.set_draft_vocabulary(torch.randperm(SMALL)[: head.config.draft_vocab_size].sort().values)
+    for parameter in head.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(8)
+    return head.eval().requires_grad_(False)
+
+
+def block_engine(policy=None, model=None, layout="fill-in", **settings) -> GraftEngine:
+    model = model or tiny_model("llama", vocab_size=SMALL)
+    head = tiny_block_head(model, **LAYOUTS[layout])
+    return tiny_engine(model, policy or tiny_policy(0.5), head, **settings)
+
+
+def plain_paths(logits_KD, head, root, depth, k):
+    """Every path of that depth among the k likeliest tokens of each slot, by falling probability."""
+    found = []
+    for ranks in product(range(head.config.draft_vocab_size), repeat=depth):
+        logp, before, path = 0.0, root, []
+        for slot, rank in enumerate(ranks):
+            scores = logits_KD[slot]
+            if head.config.markov_rank:
+                scores = scores + head.markov_bias(torch.tensor([before]))[0]
+            logp += float(scores.log_softmax(-1)[rank])
+            before = int(head.target_ids[rank])
+            path.append(before)
+        found.append((logp, path))
+    return sorted(found, reverse=True)[:k]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.inference_mode()
+def test_each_step_holds_the_best_paths_there_are(layout):
+    """Against every path of the product of slots; and a step more changes nothing above it."""
+    engine = block_engine(layout=layout)
+    proposer, head = engine.speculator.head, engine.head
+    assert isinstance(proposer, BlockProposer)
+    generator = torch.Generator().manual_seed(3)
+    aux = torch.randn((6, head.fc.in_features), generator=generator)
+    state, root = proposer.open(3, 3, 20), torch.tensor([4])
+    (draft,) = proposer.begin([state], [(torch.zeros(6, dtype=torch.long), aux)], [root], [None])
+    context = head.read_context(aux[None], torch.arange(6)[None])
+    tokens = torch.tensor([[4, *[head.config.mask_token_id] * (head.config.block_size - 1)]])
+    lm_head = engine.target.model.get_output_embeddings().weight
+    expected = head.draft_logits(engine.target.embed(tokens), *context, torch.tensor([6]), lm_head)[0]
+    torch.testing.assert_close(draft.logits_KD, expected, atol=1e-4, rtol=1e-4)
+    for depth in range(1, 4):
+        layer = draft.layers[-1]
+        best = layer.logp_C.sort(descending=True, stable=True)
+        tree = draft.candidates
+        ends = [int(row) for row in (tree.depths_N == depth).nonzero()[:, 0]]
+        for rank, (logp, path) in enumerate(plain_paths(draft.logits_KD, head, 4, depth, 3)):
+            assert float(best.values[rank]) == pytest.approx(logp, abs=1e-4)
+            row, found = ends[int(best.indices[rank])], []
+            while row:
+                found.insert(0, int(tree.tokens_N[row]))
+                row = int(tree.parents_N[row])
+            assert found == path
+        above = [column.clone() for column in (tree.tokens_N, tree.logp_N, tree.parents_N)]
+        (draft,) = proposer.deepen([state], [draft])
+        after = draft.candidates
+        for before, column in zip(above, (after.tokens_N, after.logp_N, after.parents_N), strict=True):
+            assert torch.equal(column[: len(before)], before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy])
+def test_greedy_output_is_the_targets_whatever_the_method(policy, layout):
+    engine = block_engine(policy(0.5), layout=layout)
+    drafted = 0
+    for seed in range(3):
+        ids = prompt(9 + seed, seed, SMALL)
+        expected = engine.generate(ids, 30, method="autoregressive").sequences
+        with engine.target.own_attention() as model:
+            assert model.generate(ids, max_new_tokens=30, do_sample=False).tolist() == expected.tolist()
+        for method in METHODS:
+            out = engine.generate(ids, 30, method=method)
+            assert out.sequences.tolist() == expected.tolist()
+            drafted += out.stats.accepted["drafted"]
+    assert drafted, "a head whose drafts are never right shows nothing"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_seed_gives_one_text_whatever_the_method(layout):
+    engine = block_engine(told_policy(0.5), layout=layout)
+    ids = prompt(7, 0, SMALL)
+    for seed in range(3):
+        expected = engine.generate(ids, 20, 1.0, "autoregressive", seed=seed).sequences
+        for method in METHODS:
+            assert engine.generate(ids, 20, 1.0, method, seed=seed).sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("layout", ["fill-in", "markov"])
+def test_prompts_decoded_together_get_what_they_get_alone(layout):
+    engine = block_engine(learned_policy(0.5), layout=layout)
+    prompts = [prompt(length, length, SMALL)[0] for length in (5, 11, 8)]
+    together = engine.generate(prompts, 20, pad_token_id=0)
+    for index, one in enumerate(prompts):
+        alone = engine.generate(one, 20)
+        assert together.sequences[index, -20:].tolist() == alone.sequences[0, -20:].tolist()
+        assert together.each[index].accepted == alone.stats.accepted
+
+
+def test_the_turns_of_a_chat_keep_what_the_head_has_read():
+    kept, fresh = block_engine(), block_engine()
+    kept.keep_prefix = True
+    ids = prompt(9, 0, SMALL)
+    for turn in range(3):
+        out, expected = kept.generate(ids, 12), fresh.generate(ids, 12)
+        assert out.sequences.tolist() == expected.sequences.tolist()
+        assert (out.stats.reused > 0) == (turn > 0)
+        ids = torch.cat((out.sequences, prompt(4, turn, SMALL)), dim=1)
+
+
+@torch.inference_mode()
+def test_told_noise_a_slot_proposes_what_will_be_drawn():
+    engine = block_engine()
+    proposer, aux = engine.speculator.head, torch.randn(4, 2 * 32)
+    noise = Noise(torch.randn(6, SMALL), 0.8)
+    state, root = proposer.open(2, 3, 20), torch.tensor([1])
+    (draft,) = proposer.begin([state], [(torch.zeros(4, dtype=torch.long), aux)], [root], [noise])
+    told = draft.logits_KD[0] / 0.8 + noise.gumbel_PV[0]
+    assert draft.layers[0].tokens_C.tolist() == told.topk(2).indices.tolist()
+
+
+def test_a_plan_deeper_than_the_block_is_refused_before_anything_runs():
+    engine = block_engine(paper_policy(3, 12, 6, 3))
+    with pytest.raises(GraftError, match=r"drafts 6 tokens in a row, but the head's blocks have 4: .*num_steps=4"):
+        engine.generate(prompt(5, 0, SMALL), 8, method="eagle3")
+
+
+def test_graphs_leave_its_rounds_alone_and_say_why():
+    engine = block_engine()
+    engine.captured = CapturedRounds(engine.target, engine.speculator, RecordedGraphs())
+    stats = engine.generate(prompt(5, 0, SMALL), 8).stats
+    assert stats.captured == 0
+    assert "cannot be captured" in stats.uncaptured
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bare_checkpoint_of_any_family_is_served(tmp_path, layout):
+    model = tiny_model("llama", vocab_size=SMALL)
+    head = tiny_block_head(model, **LAYOUTS[layout])
+    save_block_head(head, tmp_path)
+    assert isinstance(load_any_head(tmp_path), BlockHead)
+    bundle = load_bundle(tmp_path, model.config, None)
+    engine = GraftEngine.from_bundle(bundle, model, fallback=False)
+    assert engine.policy.eagle3.num_steps == head.config.drafts == 4
+    expected = engine.generate(prompt(6, 0, SMALL), 20, method="autoregressive").sequences
+    out = engine.generate(prompt(6, 0, SMALL), 20)
+    assert out.sequences.tolist() == expected.tolist()
+    assert set(out.stats.checkpoints) - {"none"}
+
+
+def test_it_is_not_served_beside_a_target_of_other_sizes(tmp_path):
+    save_block_head(tiny_block_head(tiny_model("llama", vocab_size=SMALL), **LAYOUTS["fill-in"]), tmp_path)
+    with pytest.raises(GraftError, match="wants a target with vocab_size=8"):
+        load_bundle(tmp_path, tiny_model("llama", vocab_size=9).config, None)
+    bundle = Bundle(
+        load_any_head(tmp_path), replace(tiny_policy()), SuccessorMatrix.empty(SMALL, 4, torch.device("cpu"))
+    )
+    with pytest.raises(GraftError, match=r"the target has layers 0\.\.1; a head that reads others"):
+        GraftEngine.from_bundle(bundle, tiny_model("llama", vocab_size=SMALL, num_hidden_layers=2))
