@@ -131,7 +131,7 @@ class Draft(Protocol):
 
     @property
     def steps(self) -> int:
-        """Head passes run."""
+        """Draft steps run."""
 
     @property
     def confidence(self) -> Tensor:
@@ -180,7 +180,7 @@ class HeadProposer(Protocol):
         """
 
     def deepen(self, states: Sequence[Any], drafts: Sequence[Any]) -> Sequence[Any]:
-        """One pass more, of drafts of one depth."""
+        """Adds a draft step to drafts of one depth."""
 
     def read(self, states: Sequence[Any], fresh: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """Reads newly committed positions, without proposing anything."""

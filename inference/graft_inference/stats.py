@@ -77,7 +77,7 @@ class GenerationStats:
 
     @property
     def acceptance_length(self) -> float:
-        """Acceptance length: a prompt's tokens per pass, bonus included, the prefill's token not; 1 for AR."""
+        """Tokens emitted for a pass of the target, with the bonus and without the prefill's; 1 for plain decoding."""
         return (self.emitted - self.prompts) / self.rounds if self.rounds else 1.0
 
     @property

@@ -167,7 +167,7 @@ def test_tensors_of_another_head_are_refused_by_name(tmp_path, edit, message):
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1}, DSPARK])
 def test_who_wants_an_eagle3_head_is_told_that_this_is_none(tmp_path, changes):
-    with pytest.raises(GraftError, match=r"drafts blocks \(head\.family=block\), which the engine does not serve yet"):
+    with pytest.raises(GraftError, match=r"drafts blocks \(head\.family=block\), and an EAGLE-3 head is wanted"):
         load_head(saved(tmp_path, **changes))
 
 
