@@ -1,4 +1,4 @@
-"""`export`: the bundle, one directory that the runtime, transformers and EAGLE-3 engines load."""
+"""`export`: the bundle, one directory that the runtime, transformers and other engines load."""
 
 import hashlib
 import os
@@ -16,6 +16,7 @@ import graft_inference
 from graft_inference import METHODS, GraftError
 from graft_inference.bundle import describe_target, load_bundle
 from graft_inference.files import read_json
+from graft_inference.heads.families import described
 from graft_train.config import Config
 from graft_train.data.target import load_tokenizer, target_path, text_config
 from graft_train.files import only_one, told, write_json, write_text
@@ -174,19 +175,21 @@ def _card(bundle: Path, location: str) -> str:
     """The model card: what it is, how to use it from `location`, what the evaluation found."""
     graft = read_json(bundle / "graft.json")
     target = graft["target"]["name_or_path"]
+    tag, head = described(bundle)
     paths = sorted(bundle.glob(f"{EVALUATION}*.json"), key=lambda path: path.stem)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=target if _is_hub_id(target) else None,
         license=read_json(bundle / RECORD)["settings"]["license"],
-        tags=["speculative-decoding", "eagle3", "graft"],
+        tags=["speculative-decoding", tag, "graft"],
     )
     card = ModelCard.from_template(
         data,
         template_str=CARD.read_text(encoding="utf-8"),
         target=target,
         location=location,
+        head=head,
         device=graft["policy"]["measured_on"].get("device"),
         evaluations=list(map(read_json, paths)),
         methods=METHODS,

@@ -127,13 +127,15 @@ def of_dflash(**changes):
         ({}, of_dflash(final_logit_softcapping=30.0), "final_logit_softcapping=30.0 is not known"),
         ({}, of_dflash(conv_kernel_size=2), "conv_kernel_size=2 is not known"),
         ({}, of_dflash(use_swa=True), "use_swa=True makes another network"),
-        ({}, lambda v: v.update(layer_types=["sliding_attention"] * 2), "only full_attention"),
+        ({}, lambda v: v.update(layer_types=["sliding_attention"] * 2), "only 2 of full_attention"),
+        ({}, lambda v: v.update(num_hidden_layers=2**40), "layer_types"),
+        ({}, lambda v: v.update(num_hidden_layers=2**40, layer_types=None), "num_hidden_layers=1099511627776 must be"),
         ({}, lambda v: v.update(is_neox_style=False), "is_neox_style=False makes another network"),
         ({}, lambda v: v.update(model_type="llama"), "only qwen3"),
         ({}, lambda v: v.update(unheard_of=1), "unheard_of=1 is not known"),
         (DSPARK, lambda v: v.update(markov_head_type="gated"), "markov_head_type='gated' makes another network"),
         ({}, lambda v: v.pop("num_target_layers"), "lacks the key 'num_target_layers'"),
-        ({}, lambda v: v.update(num_hidden_layers="two"), "does not describe a block head"),
+        ({}, lambda v: v.update(num_attention_heads="four"), "does not describe a block head"),
         ({}, lambda v: v.update(num_hidden_layers=3, layer_types=None), "missing .*layers.2"),
     ],
 )
@@ -141,6 +143,29 @@ def test_a_config_that_describes_another_head_is_refused_by_its_key(tmp_path, ki
     edit_config(saved(tmp_path, **kind), edit)
     with pytest.raises(GraftError, match=message):
         load_block_head(tmp_path)
+
+
+def told_of(directory) -> str:
+    """The error of a head that is refused; else where it was loaded from."""
+    try:
+        load_block_head(directory)
+    except GraftError as error:
+        return str(error)
+    return str(directory)
+
+
+@pytest.mark.parametrize("junk", [None, True, -1, 2**40, float("nan"), "x", [None], {"rope_type": "dynamic"}])
+def test_whatever_a_key_holds_the_head_loads_or_the_error_names_its_file(tmp_path, junk):
+    """No value makes something enormous either."""
+    for kind in ({}, DSPARK):
+        path = saved(tmp_path, **kind) / "config.json"
+        values = json.loads(path.read_text())
+        for part in [values, *(value for value in values.values() if isinstance(value, dict))]:
+            for name, before in list(part.items()):
+                part[name] = junk
+                path.write_text(json.dumps(values))
+                assert str(tmp_path) in told_of(tmp_path), name
+                part[name] = before
 
 
 @pytest.mark.parametrize(
@@ -167,7 +192,7 @@ def test_tensors_of_another_head_are_refused_by_name(tmp_path, edit, message):
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1}, DSPARK])
 def test_who_wants_an_eagle3_head_is_told_that_this_is_none(tmp_path, changes):
-    with pytest.raises(GraftError, match=r"drafts blocks \(head\.family=block\), and an EAGLE-3 head is wanted"):
+    with pytest.raises(GraftError, match=r"drafts blocks \(head\.family=block\): it is no EAGLE-3 head"):
         load_head(saved(tmp_path, **changes))
 
 

@@ -71,7 +71,7 @@ def write_run(run_dir: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     run_dir = write_run(tmp_path_factory.mktemp("exported") / "run")
-    export(RunConfig(str(run_dir)))  # type: ignore[arg-type]
+    run_export(run_dir)
     return run_dir
 
 
@@ -81,7 +81,8 @@ def run_dir(tmp_path):
 
 
 def run_export(run_dir: Path, **settings: Any) -> Path:
-    return export(RunConfig(str(run_dir), export=ExportConfig(**settings)))  # type: ignore[arg-type]
+    target = TargetConfig(str(run_dir / "target"))
+    return export(RunConfig(str(run_dir), target=target, export=ExportConfig(**settings)))  # type: ignore[arg-type]
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> str:

@@ -1,10 +1,16 @@
 """Every stage for two steps, in a row, then again."""
 
 import json
+from dataclasses import replace
+
+import pytest
 
 from graft_inference import METHODS, GraftEngine
+from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.build_corpus import build_corpus
 from graft_train.calibrate import calibrate
+from graft_train.config.block import BlockHeadTrainConfig
 from graft_train.distill import distill
 from graft_train.evaluate import evaluate
 from graft_train.export import export
@@ -16,9 +22,11 @@ STAGES = (regenerate, distill, build_corpus, calibrate, export, evaluate)
 DIRECTORIES = ["bundle", "corpus", "data", "evaluation", "head", "policy", "target"]
 
 
-def test_the_whole_road(tmp_path, capsys):
+@pytest.mark.parametrize("family", ["eagle3", "block"])
+def test_the_whole_road(tmp_path, capsys, family):
     write_sources(tmp_path / "sources")
     config = tiny_config(tmp_path / "run", tmp_path / "sources")
+    config.head = replace(config.head, family=family, block=BlockHeadTrainConfig(block_size=4, anchors=8))
     write_target(tmp_path / "run" / "target")
     for stage in STAGES:
         stage(config)
@@ -33,7 +41,8 @@ def test_the_whole_road(tmp_path, capsys):
     assert "graft" in (tmp_path / "run" / "bundle" / "README.md").read_text()
 
     engine = GraftEngine.from_pretrained(tmp_path / "run" / "bundle", tmp_path / "run" / "target")
-    assert engine.policy.graft.budget == config.policy.widths[-1]
+    assert isinstance(engine.head, {"eagle3": DraftHead, "block": BlockHead}[family])
+    assert engine.policy.graft.num_draft_tokens <= config.policy.widths[-1]
 
     capsys.readouterr()
     for stage in STAGES:

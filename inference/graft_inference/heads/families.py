@@ -47,6 +47,14 @@ def load_any_head(directory: Path, target_layers: int | None = None) -> Head:
     return load_block_head(directory) if is_block(directory) else load_head(directory, target_layers)
 
 
+def described(directory: Path) -> tuple[str, str]:
+    """A tag and a sentence for people: the family of a head, and in whose dialect its checkpoint is."""
+    if not is_block(directory):
+        return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
+    architecture = read_json(Path(directory) / CONFIG_FILE, REMEDY)["architectures"][0]
+    return "dflash", f"blocks drafted in one pass, as `{architecture}`"
+
+
 def most_steps(config: HeadConfig) -> int | None:
     """Draft steps that a head can run; None: any number."""
     return config.drafts if isinstance(config, BlockHeadConfig) else None

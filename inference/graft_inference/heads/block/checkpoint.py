@@ -185,11 +185,10 @@ def block_config_from_dict(values: dict[str, Any]) -> BlockHeadConfig:
     _check_keys(nested, READ_NESTED, COMPUTED_NESTED)
     if _given(values, "model_type", "qwen3") != "qwen3":
         raise GraftError(f"model_type={values['model_type']!r} makes another layer: only qwen3 can be computed here")
-    layers = values["num_hidden_layers"]
-    if _given(values, "layer_types", ["full_attention"] * layers) != ["full_attention"] * layers:
-        raise GraftError(f"layer_types={values['layer_types']} makes another network: only full_attention is computed")
-    window = values.get("sliding_window")
-    if window is not None and not values.get("layer_types") and values.get("use_sliding_window") is not False:
+    layers, kinds, window = values["num_hidden_layers"], values.get("layer_types"), values.get("sliding_window")
+    if kinds is not None and (len(kinds) != layers or any(kind != "full_attention" for kind in kinds)):
+        raise GraftError(f"layer_types={kinds} makes another network: only {layers} of full_attention are computed")
+    if window is not None and not kinds and values.get("use_sliding_window") is not False:
         raise GraftError(f"sliding_window={window} makes another network: only full_attention is computed")
     heads = values["num_attention_heads"]
     return BlockHeadConfig(

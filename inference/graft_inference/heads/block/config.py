@@ -73,6 +73,7 @@ class BlockHeadConfig:
     def __post_init__(self) -> None:
         for name in SIZES:
             _check_whole(name, getattr(self, name), 1, LARGEST)
+        _check_whole("num_hidden_layers", self.num_hidden_layers, 1, 1024)
         _check_whole("block_size", self.block_size, 2, 1024)
         _check_whole("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
         _check_whole("mask_token_id", self.mask_token_id, 0, self.vocab_size - 1)

@@ -162,7 +162,7 @@ def head_config_from_dict(values: dict[str, Any], target_layers: int | None = No
     if nested and values[SPECULATORS] != "eagle3":
         raise GraftError(f"of the speculators heads only eagle3 can be loaded, not {values[SPECULATORS]!r}")
     if values.get("block_size") is not None or "dflash_config" in values:
-        raise GraftError("this head drafts blocks (head.family=block), and an EAGLE-3 head is wanted here")
+        raise GraftError("this head drafts blocks (head.family=block): it is no EAGLE-3 head")
     layer = values["transformer_layer_config"] if nested else values
     for part in [values, layer] if nested else [values]:
         _check_keys(part, READ, COMPUTED, HARMLESS)
