@@ -60,7 +60,7 @@ def to_record(tree: DraftTree, acceptance: Acceptance) -> Tensor:
 
 
 def of_record(record: Sequence[int]) -> Emitted:
-    """What was emitted, from such a record on the host."""
+    """Reads the emitted tokens and their sources from such a record on the host."""
     count, depths = record[0], len(record) // 2
     # Emitted token i is the node at depth i + 1; the last one is nobody's proposal.
     sources = record[2 + depths : 1 + depths + count]
