@@ -3,7 +3,7 @@
 STAGES = {
     "regenerate": "Have the target answer the training prompts, or take the data's own answers.",
     "distill": "Distil the draft head from the target.",
-    "build_corpus": "Build the tables that tokens are retrieved from.",
+    "build_corpus": "Build the successor matrix that tokens are retrieved from.",
     "calibrate": "Learn the policy from traces and this device's latencies.",
     "export": "Put head, corpus and policy into one bundle, and push it to the Hub if asked.",
     "evaluate": "Measure every method on held-out prompts, and check that output is unchanged.",

@@ -1,4 +1,4 @@
-"""Builds the retrieval corpora, and prints what they hold."""
+"""Builds the retrieval corpus, and prints what it holds."""
 
 from graft_train.recipe import run
 

@@ -1,4 +1,4 @@
-"""Chooses the pruning policy for this device."""
+"""Learns the policy for this device: when drafting stops, and what is verified."""
 
 from graft_train.recipe import run
 

@@ -1,4 +1,4 @@
-"""Distils the EAGLE-3 draft head."""
+"""Distils the draft head."""
 
 from graft_train.recipe import run
 

@@ -1,4 +1,4 @@
-"""What a round costs on this device, by phase, against head passes, verified rows and context."""
+"""What a round costs on this device, by phase, against draft steps, verified nodes and context."""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -31,7 +31,7 @@ class Latency:
     """Median milliseconds per round, and the spread they were seen with.
 
     Attributes:
-        widths: rows of a verification that were timed: of those asked for, what a tree can have.
+        widths: nodes of a verification that were timed: of those asked for, what a tree can have.
         contexts: tokens in the cache at which they were timed.
         verify_ms: one target pass, [contexts][widths].
         draft_ms: the head at 0, 1, 2, ... steps.

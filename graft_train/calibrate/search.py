@@ -35,7 +35,7 @@ class Allowed:
 
 
 def best_eagle3(replay: Replay, widths: list[int]) -> Plan:
-    """The best tree of drafted nodes alone: steps and rows, tuned as well as Graft's."""
+    """The best tree of drafted nodes alone: its draft steps and nodes are tuned as well as Graft's."""
     plans = [
         QuotaPlan((QuotaCheckpoint(steps, drafted=width - 1),), replay.topk, shares_noise=replay.shares_noise)
         for steps in range(1, replay.num_steps + 1)
@@ -108,7 +108,7 @@ def _improved(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: in
             checkpoints = [one]
             continue
         if not _possible(replay, model, allowed, steps):
-            continue  # so early a tree has fewer rows than any width
+            continue  # so early a tree has fewer nodes than any width
         found = None
         for _ in range(2):  # the width that suits the rounds that stop here, then who stops, and again
             one, here_T = _best_checkpoint(replay, model, allowed, steps, rate, weight_T * stop_T)
@@ -126,8 +126,8 @@ def _improved(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: in
 def _threshold(measure_T: np.ndarray, gain_T: np.ndarray) -> float | None:
     """The value such that stopping wherever the measure exceeds it gains most; None if none gains.
 
-    Equal measures stop together, and the value lies halfway to the next: an echo promises one of few sums, whose last
-    bits are other ones where they are added up in another order.
+    Equal measures stop together, and the value lies halfway to the next. Prompt lookup promises one of few sums, whose
+    last bits depend on the order in which they are added up.
     """
     order = np.argsort(-measure_T, kind="stable")
     falling_T, sums_T = measure_T[order], np.cumsum(gain_T[order])

@@ -307,7 +307,7 @@ class _Tracer:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
     def _reach(self, trees: list[DraftTree], cache: Any) -> list[Tensor]:
-        """P(accepted) of every row of the trees: one target pass over their union."""
+        """P(accepted) of every node of the trees: one target pass over their union."""
         union = trees[0]
         for tree in trees[1:]:
             union = merge(union, tree, len(tree) - 1)
@@ -341,7 +341,7 @@ def _columns(proposal: Proposal, reach_R: Tensor) -> dict[str, Tensor]:
 
 
 def on_path(tree: DraftTree, truth_D: Tensor) -> Tensor:
-    """Which rows lie on the path of these tokens; the root does. [N] bool"""
+    """Which nodes lie on the path of these tokens; the root does. [N] bool"""
     token_N = torch.cat((tree.tokens_N[:1], truth_D))[tree.depths_N]
     match_N = (tree.tokens_N == token_N) & (tree.sources_N != Source.EMPTY)
     return ~(tree.ancestors(int(tree.depths_N.max())) & ~match_N).any(dim=1)

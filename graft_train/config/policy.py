@@ -14,20 +14,22 @@ class CalibrateConfig:
     """What the policy is chosen from.
 
     Attributes:
-        kind: what `graft` becomes: `learned`, the paper's checkpoints and thresholds (nodes scaled to the
-            best measured width), or the learned policy of one source alone.
-        latency_only: measure only the latency table again and choose anew from the traces that are there.
-        prompts: calibration prompts traced; none of them was trained on or is evaluated on.
-        max_new_tokens: tokens traced per prompt.
-        temperature: of the traced continuations; above 0 every node's P(accepted) under the target is traced.
-        topk: the head's children per node and nodes per step.
+        kind: what `graft` becomes: `learned`; `paper`, the paper's checkpoints and thresholds with as many nodes as pay
+            on this device; or the learned plan of the head alone (`draft_only`) or of the sources alone
+            (`retrieve_only`).
+        latency_only: measure the latency table again, and choose anew from the traces that are there.
+        prompts: calibration prompts that are traced. None of them was trained on or is evaluated on.
+        max_new_tokens: tokens traced of each prompt.
+        temperature: of the traced continuations. Above 0 the traces hold every node's P(accepted) under the target.
+        topk: children that the head proposes for a node, and nodes that it expands in a draft step.
         num_steps: most draft steps of a round; EAGLE-3 at depth 8 runs 9.
-        widths: nodes of one verification that may be chosen, the root included; the last is the budget.
-        retrieval_depth: longest retrieved path.
+        widths: how many nodes a verification may have, the root included. The last one bounds every tree.
+        retrieval_depth: longest path of retrieved nodes.
         checkpoints: most places where drafting may stop early.
-        minutes: most time that calibration takes: two fifths for traces, of fewer prompts where all take longer, one
-            for latencies, the rest for the race; overdrawn only by what a choice cannot do without.
-        least_rounds: traced positions below which nothing is fitted.
+        minutes: most time that calibration takes. Two fifths go to the traces, of fewer prompts where all would take
+            longer; one fifth goes to the latencies, and the rest to the race. Only what a choice cannot do without may
+            take longer.
+        least_rounds: fewest traced positions that a policy is learned from.
     """
 
     kind: str = "learned"

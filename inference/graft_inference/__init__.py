@@ -1,8 +1,8 @@
 """Graft: lossless hybrid tree speculation (arXiv 2605.20104) for transformers causal LMs.
 
-Shape suffixes: B batch, S sequence, N tree rows (the root included), T template rows, D depth (0..max),
+Shape suffixes: B batch, S sequence, N nodes of a tree (the root included), T nodes of a template, D depth (0..max),
 A accepted or newly committed positions, P places of the output, K keys or successors per token, V target vocabulary,
-D in `logp_BD` draft vocabulary, H hidden size, E tapped states concatenated, k beam width.
+D in `logp_BD` draft vocabulary, H hidden size, E aux hidden states side by side, k topk.
 """
 
 from .engine import GraftEngine

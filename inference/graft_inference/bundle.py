@@ -223,7 +223,7 @@ def load_target_model(
     device_map: str | dict[str, Any] | None = None,
     tp_plan: str | None = None,
 ) -> tuple[Any, Any | None]:
-    """The target and its tokenizer (None where it has none).
+    """Loads the target and its tokenizer (None where it has none).
 
     Args:
         device, dtype: "auto" for CUDA and bfloat16 where there is a GPU, and for the CPU and float32 elsewhere.
@@ -281,7 +281,7 @@ def check_launch(tp_plan: str | None, device_map: object) -> None:
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """A local directory as it is, a Hub id as its downloaded snapshot."""
+    """Returns a local directory as it is, and a Hub id as its downloaded snapshot."""
     if not str(path):
         raise GraftError("the name of the bundle is empty: give a directory or a Hub id")
     if Path(path).is_dir():

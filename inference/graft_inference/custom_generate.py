@@ -34,7 +34,7 @@ _bundles: WeakKeyDictionary[nn.Module, tuple[tuple[str, str | None], Any, Bundle
 """Of each model: where its bundle lies, the tokenizer that it was checked with, if any, and the bundle."""
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """A model's attention is ours while it serves a request, so that those of several threads take turns."""
-_governors: WeakKeyDictionary[nn.Module, Fallbacks] = WeakKeyDictionary()
+_fallbacks: WeakKeyDictionary[nn.Module, Fallbacks] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def generate(
         bundle = _load(model, str(draft or BUNDLE), revision, tokenizer)
         # Graphs would have to be captured for every request, as the model is given back after each.
         engine = GraftEngine.from_bundle(bundle, model, packed=False, check=check, captured=False)
-        engine.fallbacks = _governors.setdefault(model, {})
+        engine.fallbacks = _fallbacks.setdefault(model, {})
         try:
             return engine.run(request, prepared.input_ids, prepared.attention_mask).sequences
         finally:

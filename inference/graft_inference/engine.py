@@ -46,7 +46,7 @@ class GraftEngine:
     Several requests may be under way at once, streams or threads: their rounds take turns.
 
     Args:
-        target: the model, with taps where `head` wants them.
+        target: the model; its `aux_layer_ids` are those that `head` reads.
         policy: a plan per method.
         successors: the matrix that requests start from.
         eos_token_ids: generation ends after one of these, and no other.

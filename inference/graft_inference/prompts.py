@@ -35,7 +35,7 @@ class Prompts:
         pad_token_id: int | None = None,
         eos_token_ids: Set[int] = frozenset(),
     ) -> Self:
-        """Takes the padding off.
+        """Reads prompts of any kind and takes the padding off.
 
         Args:
             input_ids: [S], [B, S], or a list of B prompts of [S_i], as tensors, arrays or lists of integers; or what a

@@ -72,21 +72,21 @@ class TokenSource:
 
     @classmethod
     def open(cls, opening: Opening) -> Self:
-        """The source of one request, told its prompt."""
+        """Makes the source of one request, which has its prompt."""
         raise NotImplementedError
 
     @classmethod
     def most_ranks(cls, tables: dict[str, Any]) -> int:
-        """Guesses that it has after one token, so that templates ask for no more."""
+        """Most guesses that it has after one token; templates ask for no more."""
         return 1
 
     @classmethod
     def can_score(cls, tables: dict[str, Any]) -> bool:
-        """Whether its proposals carry what P(accepted) is read from."""
+        """Whether its proposals carry the probabilities or the evidence that P(accepted) is computed from."""
         return True
 
     def propose(self, root_1: Tensor, template: Template, noise: Noise | None) -> Proposal:
-        """What may follow the root.
+        """Proposes what may follow the root.
 
         Args:
             root_1: the last emitted token.
@@ -95,21 +95,21 @@ class TokenSource:
         raise NotImplementedError
 
     def extend(self, tokens_A: Tensor, count_1: Tensor | None = None) -> None:
-        """The request's text goes on.
+        """Takes in tokens that the request's text goes on with.
 
         Args:
             count_1: how many of the tokens count; None: all.
         """
 
     def learn(self, tokens_M: Tensor, logits_MV: Tensor, weight_M: Tensor | None = None) -> None:
-        """The target's logits after tokens that it has read; where a token occurs twice, its later row counts.
+        """Learns from the target's logits after tokens; where a token occurs twice, the later one counts.
 
         Args:
             weight_M: 0 for a row that repeats another to keep the shape, else 1; None: all 1.
         """
 
     def ranked(self, tokens_D: Tensor, noise: Noise | None) -> Tensor | None:
-        """Its guesses after each token of a path below the root, best first, [D, ranks]; None where it has but one.
+        """Returns its guesses after each token of a path, best first, [D, ranks]; None if it has one guess.
 
         Calibration chooses templates by it.
         """
@@ -121,7 +121,7 @@ class TokenSource:
         return []
 
     def adopt(self, other: Self) -> None:
-        """Takes over what another of its kind holds, which has room for no more."""
+        """Copies the state of another source of its kind, whose buffers are at most as large."""
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             mine[: len(theirs)].copy_(theirs)
 
@@ -131,7 +131,7 @@ class Draft(Protocol):
 
     @property
     def steps(self) -> int:
-        """Head passes run."""
+        """Draft steps run."""
 
     @property
     def confidence(self) -> Tensor:
@@ -143,7 +143,7 @@ class Draft(Protocol):
 
 
 class HeadProposer(Protocol):
-    """A draft head as the speculator asks it: for several requests at once, in one pass of the head.
+    """A draft head as the speculator asks it: several requests share a pass of the head.
 
     A request's own part of it (caches, what is not read yet) is opaque here: `open` makes it.
     """
@@ -154,7 +154,7 @@ class HeadProposer(Protocol):
     """Whether a request's part can stand on fixed buffers, for CUDA graphs."""
 
     def open(self, topk: int, num_steps: int, tokens: int) -> Any:
-        """A request's part.
+        """Makes a request's part.
 
         Args:
             topk: children proposed per node, and nodes expanded per step.
@@ -163,7 +163,7 @@ class HeadProposer(Protocol):
         """
 
     def resume(self, state: Any, length: int, topk: int, num_steps: int, tokens: int) -> None:
-        """Makes a part that another request left hold its first `length` positions, with room for this one."""
+        """Reuses a part that another request left: keeps its first `length` positions, makes room for this one."""
 
     def begin(
         self,
@@ -180,10 +180,10 @@ class HeadProposer(Protocol):
         """
 
     def deepen(self, states: Sequence[Any], drafts: Sequence[Any]) -> Sequence[Any]:
-        """One pass more, of drafts of one depth."""
+        """Adds a draft step to drafts of one depth."""
 
     def read(self, states: Sequence[Any], fresh: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """Reads newly committed positions, without proposing anything."""
 
     def defer(self, states: Sequence[Any], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
+        """Keeps newly committed positions for the next `begin`, where a round does not draft."""

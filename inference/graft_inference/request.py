@@ -104,7 +104,7 @@ class Request:
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
-        """Raises GraftError for a setting that there is not, or one out of its range."""
+        """Makes a request of these settings; raises GraftError for one that is unknown or out of its range."""
         known = [field.name for field in fields(cls) if field.name != "prepared"]  # which is not the caller's to say
         unknown = sorted(settings.keys() - set(known))
         if unknown:
@@ -122,7 +122,7 @@ class Request:
         eos_token_ids: Set[int],
         tokenizer: Any | None,
     ) -> Prompts:
-        """The prompts, and what pads them.
+        """Reads the prompts, and decides what pads them.
 
         Raises:
             GraftError: what `Prompts.of` raises, or a batch with a streamer.
@@ -149,7 +149,7 @@ class Request:
         return next((one for one in (*known, *sorted(eos_token_ids)) if one is not None and one >= 0), None)
 
     def rows(self, prompts: Prompts, target: Target, eos_token_ids: Set[int], tokenizer: Any | None) -> list["Row"]:
-        """What each prompt asks, before any pass.
+        """Prepares each prompt before anything is computed.
 
         Raises:
             GraftError: a token id outside the vocabulary, too many tokens, or a setting that does not work.

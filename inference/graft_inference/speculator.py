@@ -30,7 +30,7 @@ class Speculation:
             last.
         fresh_tokens_A, fresh_aux_AE: what the head has not been told: the tokens after the positions that the last
             round committed (or the last piece of the prompt), and the target's auxiliary states there.
-        noise: of this round's draws; None where nothing is drawn by chance.
+        noise: of this round's draws; None for greedy decoding.
         retrieved: this round's candidates by source, once looked up.
     """
 
@@ -45,7 +45,7 @@ class Speculation:
 
     @property
     def shared_noise(self) -> Noise | None:
-        """What of it those who propose tokens are told."""
+        """The noise, where the plan shares it with head and sources; else None."""
         return self.noise if self.builder.plan.shares_noise else None
 
     @property

@@ -49,7 +49,7 @@ class GenerationStats:
 
     @classmethod
     def together(cls, parts: Sequence[Self]) -> Self:
-        """Of all prompts, which were read and decoded at the same time."""
+        """Sums the statistics of prompts that were decoded together; times are the longest of any."""
         if len(parts) == 1:
             return parts[0]
         # The one that was under way longest took part in every pass.
@@ -69,7 +69,7 @@ class GenerationStats:
         )
 
     def count(self, source: str) -> None:
-        """One more token: of the "prefill", or of a round by its source."""
+        """Counts one more token, by its source or as "prefill"."""
         self.emitted += 1
         self.sources.append(source)
         if source != "prefill":
@@ -77,7 +77,7 @@ class GenerationStats:
 
     @property
     def acceptance_length(self) -> float:
-        """Acceptance length: a prompt's tokens per pass, bonus included, the prefill's token not; 1 for AR."""
+        """Tokens emitted for a pass of the target, with the bonus and without the prefill's; 1 for plain decoding."""
         return (self.emitted - self.prompts) / self.rounds if self.rounds else 1.0
 
     @property

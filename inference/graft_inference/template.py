@@ -25,7 +25,7 @@ def check_template(template: RankPaths, what: str) -> None:
 
 
 def chain(depth: int) -> RankPaths:
-    """One guess after the other."""
+    """A template of one guess after the other."""
     return tuple((0,) * length for length in range(1, depth + 1))
 
 
@@ -45,7 +45,7 @@ def depth_template(counts: tuple[int, ...], max_rank: int = 7) -> RankPaths:
 
 @dataclass(frozen=True)
 class Level:
-    """The nodes of one depth, as rows of the template.
+    """The nodes of one depth.
 
     Attributes:
         ranks: of each node among its parent's guesses.
@@ -61,7 +61,7 @@ class Level:
 
 
 class Template:
-    """A prefix-closed list of rank paths, by priority, ready on a device.
+    """A list of rank paths by priority, parents before children, with its tensors on a device.
 
     Args:
         rank_paths: parents before children; an empty list is a template of the root alone.
@@ -114,7 +114,7 @@ class Template:
         return len(self.parents_T)
 
     def found(self, tokens_L: Tensor, steps_L: Tensor | None) -> DraftTree:
-        """The retrieved tree of what was found, level by level, the root first.
+        """Makes the retrieved tree from tokens that were found level by level, the root first.
 
         Args:
             tokens_L: int64, -1 where nothing was found. What hangs below that was not found either.
@@ -128,7 +128,7 @@ class Template:
         return self.tree(tokens_T, step_T.masked_fill_(tokens_T < 0, -torch.inf))
 
     def tree(self, tokens_T: Tensor, step_logp_T: Tensor | None) -> DraftTree:
-        """The retrieved tree of these tokens.
+        """Makes the retrieved tree of these tokens.
 
         Args:
             tokens_T: int64, -1 where nothing was found.

@@ -15,7 +15,7 @@ MAX_NODES = 1024
 
 
 class Source(IntEnum):
-    """Where a node comes from; an EMPTY row only pads the tree to its fixed size and is never accepted.
+    """Where a node comes from; an EMPTY node only pads the tree to its fixed size and is never accepted.
 
     What lies above DRAFTED was retrieved: retrieval/sources.py numbers its sources.
     """
@@ -27,11 +27,11 @@ class Source(IntEnum):
 
 @dataclass
 class DraftTree:
-    """N rows in topological order: a parent stands before its children, the root in row 0.
+    """N nodes in topological order: a parent stands before its children, the root at index 0.
 
     Attributes:
         tokens_N: target token ids, int64.
-        parents_N: row of the parent, int64; the root is its own parent.
+        parents_N: index of the parent, int64; the root is its own parent.
         depths_N: the root has depth 0, int64.
         logp_N: cumulative draft log-probability (Graft Eq. 5), float32; 0 where no head scored the node.
         sources_N: values of `Source`, int64.
@@ -53,10 +53,10 @@ class DraftTree:
         return self.chosen(self.logp_N, 1 + rows)
 
     def chosen(self, score_N: Tensor, rows: int) -> "DraftTree":
-        """The root and the best-scored nodes, by falling score; as many rows as asked for, where there are so many.
+        """The root and the best-scored nodes, by falling score; as many as asked for, where there are so many.
 
         A child that never scores above its parent stands behind it, as the sort is stable. The result is a tree
-        whatever the scores are: the root is row 0, and a node that no number scores or whose parent is left out is
+        whatever the scores are: the root comes first, and a node that no number scores or whose parent is left out is
         EMPTY. torch would sort NaN first, and the rounding of a sum may lift a child above its parent.
 
         Args:
@@ -80,7 +80,7 @@ class DraftTree:
         )
 
     def path_sums(self, values_N: Tensor, max_depth: int) -> Tensor:
-        """[N] the sum of the values along each row's path; the root's must be 0. Doubling, as in `ancestors`."""
+        """[N] the sum of the values along each node's path; the root's must be 0. Doubling, as in `ancestors`."""
         jump_N = self.parents_N
         reach = 1
         while reach < max_depth:
@@ -90,7 +90,7 @@ class DraftTree:
         return values_N
 
     def first(self, rows: int) -> "DraftTree":
-        """The tree of the first rows."""
+        """The tree of the first nodes."""
         return DraftTree(*(getattr(self, column.name)[:rows] for column in fields(self)))
 
     def ancestors(self, max_depth: int) -> Tensor:
@@ -119,14 +119,14 @@ def child_paths(parent_paths_M: Tensor, tokens_M: Tensor) -> Tensor:
 def merge(drafted: DraftTree, retrieved: DraftTree, rows: int) -> DraftTree:
     """Hangs up to `rows` retrieved nodes below the drafted tree's root (Graft Eq. 8).
 
-    A retrieved node whose path was drafted already is the same node: it takes no row, and its children
-    hang under the drafted twin. Its row goes to the next retrieved node in order of priority, so no two
+    A retrieved node whose path was drafted already is the same node: it takes no place, and its children
+    hang under the drafted twin. Its place goes to the next retrieved node in order of priority, so no two
     siblings share a token, which exact acceptance relies on.
 
     Args:
         drafted: root and drafted nodes.
         retrieved: root and retrieved nodes by priority, EMPTY where the matrix had no successor.
-        rows: rows for retrieved nodes; the result has len(drafted) + rows rows, padded with EMPTY ones.
+        rows: places for retrieved nodes; the result has len(drafted) + rows nodes, padded with EMPTY ones.
     """
     twin_TD = retrieved.paths_N[:, None] == drafted.paths_N
     has_twin_T, twin_T = twin_TD.to(torch.uint8).max(dim=1)
@@ -160,8 +160,8 @@ def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTre
 
     Args:
         trees: each starts with the root.
-        scores: per tree, a score of each row: 0 for the root, at most the parent's for others, -inf for EMPTY.
-        rows: of the result, root included; EMPTY ones pad it. Its `logp_N` are the scores.
+        scores: per tree, a score of each node: 0 for the root, at most the parent's for others, -inf for EMPTY.
+        rows: nodes of the result, the root included; EMPTY ones pad it. Its `logp_N` are the scores.
     """
     columns = [torch.cat(column) for column in zip(*map(_columns, trees), strict=True)]
     tokens_C, parents_C, depths_C, sources_C, paths_C = columns
@@ -173,7 +173,7 @@ def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTre
         for tree in trees[1:]:
             parents_C[offset : offset + len(tree)] += offset
             offset += len(tree)
-    # A repeated row receives no score: it stays at -inf.
+    # A repeated node receives no score: it stays at -inf.
     score_C = torch.full((size,), -torch.inf, device=tokens_C.device)
     score_C.scatter_reduce_(0, first_C, torch.cat(scores), "amax")
     together = DraftTree(tokens_C, first_C.index_select(0, parents_C), depths_C, score_C, sources_C, paths_C)

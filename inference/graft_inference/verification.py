@@ -24,9 +24,9 @@ class Acceptance:
 
     Attributes:
         count: accepted nodes with the root: also the number of emitted tokens. 0-d int64.
-        path_D: rows of the accepted nodes by depth; entries past `count` are meaningless. [depth+1]
-        emitted_D: the tokens drawn at those rows; the last valid one is the bonus token. [depth+1]
-        accepted_N: which rows were accepted, bool.
+        path_D: indices of the accepted nodes by depth; entries past `count` are meaningless. [depth+1]
+        emitted_D: the tokens drawn at those nodes; the last valid one is the bonus token. [depth+1]
+        accepted_N: which nodes were accepted, bool.
     """
 
     count: Tensor
@@ -39,15 +39,15 @@ def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: in
     """Follows the drawn tokens down the tree.
 
     Args:
-        tree: N rows; siblings carry different tokens.
+        tree: N nodes; siblings carry different tokens.
         ancestors_NN: `tree.ancestors(max_depth)`.
-        drawn_N: the target's token at every row.
+        drawn_N: the target's token at every node.
         max_depth: bound on the depth of the tree.
     """
     matches_N = (tree.tokens_N == drawn_N.index_select(0, tree.parents_N)) & (tree.sources_N != Source.EMPTY)
     matches_N[0] = True
     accepted_N = (matches_N | ~ancestors_NN).all(dim=1)
-    # Accepted rows form a chain: at most one at each depth. Others go to a slot past the end.
+    # Accepted nodes form a chain: at most one at each depth. Others go to a slot past the end.
     depth_N = torch.where(accepted_N, tree.depths_N, max_depth + 1)
     path_D = torch.zeros(max_depth + 2, dtype=torch.long, device=drawn_N.device)
     path_D = path_D.scatter(0, depth_N, torch.arange(len(tree), device=drawn_N.device))[: max_depth + 1]
@@ -60,7 +60,7 @@ def to_record(tree: DraftTree, acceptance: Acceptance) -> Tensor:
 
 
 def of_record(record: Sequence[int]) -> Emitted:
-    """What was emitted, from such a record on the host."""
+    """Reads the emitted tokens and their sources from such a record on the host."""
     count, depths = record[0], len(record) // 2
     # Emitted token i is the node at depth i + 1; the last one is nobody's proposal.
     sources = record[2 + depths : 1 + depths + count]
@@ -90,7 +90,7 @@ def accepted_rows(tree: DraftTree, acceptance: Acceptance, count: int | None) ->
 def every_row(tree: DraftTree, acceptance: Acceptance, count: int | None) -> Taught:
     """Every verified node (Graft Eq. 12); accepted nodes win conflicts, then those earlier in the tree.
 
-    Empty rows pose as the root, which outranks them.
+    Empty nodes pose as the root, which outranks them.
     """
     row_N = torch.arange(len(tree), device=tree.tokens_N.device)
     empty_N = tree.sources_N == Source.EMPTY

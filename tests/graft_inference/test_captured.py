@@ -339,7 +339,7 @@ def test_a_batch_runs_eagerly_and_says_so():
     assert all("several prompts" in one.uncaptured for one in out.each)
 
 
-def test_the_governor_does_not_judge_rounds_that_capture(monkeypatch):
+def test_the_fallback_does_not_judge_rounds_that_capture(monkeypatch):
     _, engine = pair()
     engine.fallback, judged, record = True, [], Fallback.record
 

@@ -112,7 +112,7 @@ def test_graphs_may_all_go_and_others_come():
         same(eager, captured, prompt(length, 0, SMALL), 20)
 
 
-def test_a_governed_engine_is_captured_too():
+def test_an_engine_that_may_fall_back_is_captured_too():
     _, captured = pair(graphs=CudaGraphs(CUDA), device=CUDA, fallback=True)
     stats = captured.generate(prompt(9, 0, SMALL), 60).stats
     assert stats.captured == stats.rounds, stats.uncaptured

@@ -162,7 +162,7 @@ def test_processes_decide_by_the_same_times():
 @pytest.mark.parametrize(
     "plan", [paper_policy().graft, paper_policy(num_draft_tokens=12, num_steps=6).graft, learned_plan()]
 )
-def test_the_ladder_gets_cheaper_from_rung_to_rung(plan):
+def test_the_plans_to_fall_back_to_get_cheaper_one_by_one(plan):
     levels = fallback_plans(plan)
     assert tuple(levels) == NAMES
     assert levels["plan"] == plan
@@ -286,7 +286,7 @@ def test_plans_may_change_from_round_to_round(policy, scope):
     assert accepted["drafted"]
 
 
-def test_requests_that_take_turns_share_a_governor(monkeypatch):
+def test_requests_that_take_turns_share_a_fallback(monkeypatch):
     engine = governed_engine()
     FakeTime(monkeypatch)
     expected = [engine.generate(prompt(length), 60, 1.0, seed=0).sequences[0, length:].tolist() for length in (9, 70)]

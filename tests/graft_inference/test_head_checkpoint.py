@@ -161,7 +161,7 @@ def test_tensors_that_are_not_this_head_are_refused(saved, edit, message):
         (lambda c: c.update(num_hidden_layers=2), "num_hidden_layers=2 makes another network"),
         (lambda c: c.update(target_hidden_size=32), "as wide as their target"),
         (lambda c: [c.pop(name) for name in ("eagle_config", AUX_IDS)], f"{AUX_IDS} is missing"),
-        (lambda c: c.update({"eagle_config": {}, AUX_IDS: [0, 5, 8]}), "taps the target's embeddings"),
+        (lambda c: c.update({"eagle_config": {}, AUX_IDS: [0, 5, 8]}), "reads the target's embeddings"),
         (lambda c: c.update(attention_bias=True), "attention_bias=True makes another network"),
         (lambda c: c.update(speculators_model_type="dflash"), "only eagle3"),
         (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 5, 8]), "plus one"),

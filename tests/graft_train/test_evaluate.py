@@ -96,7 +96,7 @@ def test_everything_is_measured_and_written(run_dir, capsys):
     assert (run_dir / "evaluation" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_the_governor_chose_is_told(run_dir, capsys, monkeypatch):
+def test_what_the_fallback_chose_is_told(run_dir, capsys, monkeypatch):
     """In a world where every round takes equally long, the first rounds are timed plain and the rest pay."""
     ticks = count()
     monkeypatch.setattr(PhaseClock, "now", lambda clock: float(next(ticks)))

@@ -32,7 +32,7 @@ class Verified:
 
 
 def run_round(target: Target, speculator: Speculator, states: Sequence[DecodeState]) -> list[Emitted]:
-    """One pass of the target: what it emits for each prompt.
+    """Runs one round of every prompt, with one pass of the target; returns the tokens it emits for each.
 
     `captured.py` replays `verify` and `keep`, and the speculator's own steps, as CUDA graphs.
     """

@@ -79,12 +79,12 @@ class Sampler:
 
     @classmethod
     def of(cls, temperature: float, seed: int) -> Self:
-        """Of a request that says nothing else."""
+        """A sampler of a request with these settings alone."""
         warpers = [TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
         return cls(LogitsProcessorList(warpers), temperature == 0, seed)
 
     def noise(self, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Noise | None:
-        """Noise of so many places; None where nothing is drawn by chance.
+        """Returns the noise of so many places; None for greedy decoding.
 
         Trees of successive rounds reach the same places. Their noise is made once, some places ahead; a captured
         graph, which learns the place when it is replayed, makes its own.
@@ -103,7 +103,7 @@ class Sampler:
         return self.adding(self._made_PV[first : first + places])
 
     def adding(self, gumbel_PV: Tensor) -> Noise:
-        """The noise of these draws, with what the scores go through before."""
+        """Joins the noise with the temperature and the filters of this request."""
         return Noise(gumbel_PV, self.temperature, self.warpers)
 
     def draw(
@@ -115,7 +115,7 @@ class Sampler:
         history_S: Tensor | None,
         logprobs: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The target's token after every node that the output may reach.
+        """Draws the target's token after every node that the output may reach.
 
         Args:
             noise: of the places that the tree reaches, and of one more.
@@ -136,7 +136,7 @@ class Sampler:
         return tokens_N, _logprobs(scores_NV, tokens_N) if logprobs else None
 
     def _scores(self, ids_NS: Tensor, logits_NV: Tensor) -> Tensor:
-        """Raises GraftError where a processor answers with something else than scores of the vocabulary."""
+        """Applies the processors; raises GraftError where one does not return a score for every token."""
         scores_NV: Tensor = self.processors(ids_NS, logits_NV.float())
         if not isinstance(scores_NV, Tensor) or scores_NV.shape != logits_NV.shape:
             found = list(scores_NV.shape) if isinstance(scores_NV, Tensor) else type(scores_NV).__name__

@@ -18,7 +18,7 @@ DEFERRED = 64
 
 @dataclass
 class Layer:
-    """Candidates of one depth: topk children of every row above that was expanded, best first.
+    """The candidates of one depth: topk children of every node that was expanded, best first.
 
     Attributes:
         tokens_C, logp_C, paths_C: the children's columns of the tree, by parent.
@@ -103,7 +103,7 @@ class Draft(Generic[L]):
 
 @cache
 def _depths_and_sources(width: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of the candidates that so many steps propose; the same for every draft."""
+    """Depths and sources of the candidates that so many steps propose; they are the same for every draft."""
     depths = [0] + [1] * width + [depth for depth in range(2, steps + 1) for _ in range(width**2)]
     sources = [Source.ROOT] + [Source.DRAFTED] * (len(depths) - 1)
     return torch.tensor(depths, device=device), torch.tensor(sources, device=device)
@@ -145,12 +145,12 @@ class HeadState:
             self.values[:, :, :length] = values[:, :, :length]
 
     def advance(self, count: int) -> None:
-        """So many positions more have been read."""
+        """Notes that so many positions more have been read."""
         self.length += count
         self.span = Span(self.length)
 
     def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
-        """What `read` has to read: these positions, and before them those that were deferred."""
+        """Returns the positions that `read` has to read: those that were deferred, then these."""
         if self.deferred:
             self.deferred.append((tokens_A, aux_AE))
             tokens_A, aux_AE = map(torch.cat, zip(*self.deferred, strict=True))
@@ -163,7 +163,7 @@ S = TypeVar("S", bound=HeadState)
 
 
 def deferred(states: Sequence[S], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[S]:
-    """Keeps newly committed positions for the next `begin`; returns whose are so many that they are to be read now."""
+    """Keeps newly committed positions for the next `begin`; returns the states that have too many of them to wait."""
     for state, one in zip(states, fresh, strict=True):
         state.deferred.append(one)
         state.unread += len(one[0])

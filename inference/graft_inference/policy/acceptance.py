@@ -155,7 +155,7 @@ def by_evidence(model: SourceModel) -> Tensor:
 
 
 def step_scores(table_N2: Tensor, tree: DraftTree) -> Tensor:
-    """log P(accepted | parent accepted) of each row; 0 for the root.
+    """log P(accepted | parent accepted) of each node; 0 for the root.
 
     Args:
         table_N2: slope and offset of each.

@@ -14,7 +14,7 @@ LONGEST = 12
 
 
 class PromptLookup(TokenSource):
-    """The text of one request, prompt and output, and its end's longest earlier match in it.
+    """Proposes what followed the longest earlier match of the text's end, within one request's prompt and output.
 
     Prompt lookup (Saxena 2023) with the length of the match as evidence: what P(accepted) is read from. Found by
     comparing every place with the end, a few operators of fixed shapes, so that there is nothing to keep in step.
@@ -42,7 +42,7 @@ class PromptLookup(TokenSource):
         return source
 
     def propose(self, root_1: Tensor, template: Template, noise: Noise | None) -> Proposal:
-        """What followed the longest match; its length is the evidence."""
+        """Proposes what followed the longest match; the length of the match is the evidence."""
         tokens_D, length_1 = self.find(len(template) - 1)
         return Proposal(template.tree(torch.cat((root_1, tokens_D)), None), length_1)
 
@@ -62,7 +62,7 @@ class PromptLookup(TokenSource):
         super().adopt(other)
 
     def find(self, count: int) -> tuple[Tensor, Tensor]:
-        """What followed the longest match of the text's end, of equals the latest.
+        """Finds what followed the longest match of the text's end; of equally long ones the latest.
 
         What has not been written yet repeats what has: a match overlapping the end is a period.
 

@@ -1,4 +1,4 @@
-"""The sources there are. Another one is a class in a file of its own, and a line here."""
+"""The list of sources. To add one, write a class in a file of its own and name it here."""
 
 from ..proposer import TokenSource
 from ..tree import Source
@@ -9,10 +9,10 @@ SOURCES: dict[str, type[TokenSource]] = {source.name: source for source in (Matr
 
 
 def number_of(name: str) -> int:
-    """How trees number a source."""
+    """The number of a source in `DraftTree.sources_N`."""
     return Source.DRAFTED + 1 + list(SOURCES).index(name)
 
 
 def name_of(number: int) -> str:
-    """A source as statistics name it: "drafted" for the head, else its own name."""
+    """The name of a source in the statistics: "drafted" for the head, else the source's own."""
     return "drafted" if number == Source.DRAFTED else list(SOURCES)[number - Source.DRAFTED - 1]

@@ -63,7 +63,7 @@ class SuccessorMatrix:
         return replace(self, ids_VK=change(self.ids_VK), probs_VK=probs_VK, learned_V=learned_V)
 
     def expand(self, root_1: Tensor, template: Template, noise: Noise | None = None) -> DraftTree:
-        """Retrieved nodes below the root: one gather per depth (Graft Eq. 10).
+        """Looks up the template's nodes below the root: one gather per depth (Graft Eq. 10).
 
         Their `logp_N` is the cumulative log-probability where the matrix has probabilities (-inf for
         EMPTY rows), else 0.
@@ -147,7 +147,7 @@ class SuccessorMatrix:
 
 
 class MatrixSource(TokenSource):
-    """The matrix as one request has it.
+    """The source that proposes from the matrix, for one request.
 
     Args:
         learns: whether it is taught; what it learns stays in the matrix.

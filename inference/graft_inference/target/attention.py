@@ -19,7 +19,7 @@ class UntoldError(GraftError):
 
 
 class Visibility:
-    """What each of the N rows of one pass may attend to: committed rows, and some of its own pass.
+    """The attention mask of a pass of N tokens: each sees committed tokens, and some of its own pass.
 
     A committed key's index is its logical position, a row's is given; a sliding window counts these.
 
@@ -121,7 +121,7 @@ def _attend(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Of one segment, [1, q_heads, N, D]. Grouped query heads become query rows, which saves repeating K and V."""
+    """Attends for one segment, [1, q_heads, N, D]. Grouped query heads become rows, which saves repeating K and V."""
     groups, queries = query.shape[1] // key.shape[1], query.shape[2]
     bias = visible.bias(sliding_window, groups, query)
     start = visible.first_key(sliding_window)

@@ -43,7 +43,7 @@ class Span:
         return self.size if self.size is not None else int(self.start) + count
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """Where so many rows stand, int64."""
+        """Indices of so many rows in the buffer, int64."""
         return self.start + torch.arange(count, device=device)
 
     def write(self, buffer: Tensor, values: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class TreeCache(Cache):
 
     @property
     def span(self) -> Span:
-        """Of the next pass."""
+        """Where the next pass writes."""
         return self._shared[0]
 
     @span.setter

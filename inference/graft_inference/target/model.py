@@ -24,7 +24,7 @@ SWITCHING_ROPE = {"dynamic", "longrope"}
 
 @dataclass
 class TargetOutput:
-    """What one pass over N tokens yields: logits, and the tapped states concatenated (width 0 without taps)."""
+    """What one pass over N tokens yields: logits, and the aux hidden states side by side (E=0 without aux layers)."""
 
     logits_NV: Tensor
     aux_NE: Tensor
@@ -37,7 +37,7 @@ class Target:
     back. Training reads packed batches with it (`graft_train.data.states.PackedTarget`), with an attention of its own.
 
     It may be spread over devices (`device_map`, tensor parallelism): inputs go to the device of its embeddings,
-    and logits and taps come back there.
+    and logits and aux hidden states come back there.
 
     Args:
         model: in eval mode; its attention implementation is switched to ours until `release`.
@@ -199,7 +199,7 @@ class Target:
         return list(map(TargetOutput, logits, output.aux_NE.split(rows)))
 
     def verify(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> TargetOutput:
-        """One pass over all rows of a tree, each seeing the cache and its own ancestors. Commits nothing."""
+        """One pass over all nodes of a tree; each sees the cache and its own ancestors. Commits nothing."""
         return self.forward(tree.tokens_N, cache, self._visible(tree, ancestors_NN, cache))
 
     def verify_all(
@@ -217,7 +217,7 @@ class Target:
         return Visibility(self.positions(cache.span.start, tree), cache.span, ancestors_NN)
 
     def positions(self, length: int | Tensor, tree: DraftTree) -> Tensor:
-        """Of a tree's rows, [N], behind so many committed tokens; none lies beyond the limit.
+        """Positions of a tree's nodes, [N], behind so many committed tokens; none lies beyond the limit.
 
         No token beyond it is ever emitted. Learned positions end there, and some RoPE would change for all rows.
         """

@@ -1,7 +1,7 @@
 """The draft head on disk: `config.json` and `model.safetensors`, written in one dialect and read in two.
 
 Ours is SGLang's and the official EAGLE's: a flat Llama configuration, the layer named `midlayer`. vLLM's
-"speculators" dialect nests that configuration and names the layer `layers.0`. The ids of the tapped layers have
+"speculators" dialect nests that configuration and names the layer `layers.0`. The ids of the aux layers have
 two conventions: id i = *output* of layer i inside `eagle_config` (SGLang, ours), id i + 1 = *input* of that next
 layer at the top level (vLLM). We write both.
 """
@@ -89,7 +89,7 @@ def load_head(directory: Path, target_layers: int | None = None) -> DraftHead:
     """Reads a head of either dialect strictly, in the dtype it was saved in, on the CPU.
 
     Args:
-        target_layers: layers of its target, from which follows what a head taps that does not say so.
+        target_layers: layers of its target, from which follows what a head reads that does not say so.
 
     Raises:
         GraftError: a file is missing, truncated or corrupt, or the two files do not describe one head.
@@ -272,12 +272,12 @@ def _aux_layer_ids(values: dict[str, Any], target_layers: int | None) -> tuple[i
         return default_aux_layer_ids(target_layers)
     if not isinstance(given, list) or not all(type(layer) is int for layer in given):
         raise GraftError(f"{AUX_IDS}={given} must be a list of layers")
-    tapped = tuple(layer - (outputs is None) for layer in given)
-    if inputs is not None and inputs != [layer + 1 for layer in tapped]:
-        raise GraftError(f"the top-level {AUX_IDS}={inputs} must be eagle_config's {list(tapped)} plus one")
-    if min(tapped, default=0) < 0:
-        raise GraftError(f"the head taps the target's embeddings ({AUX_IDS}), which is not supported")
-    return tapped
+    layers = tuple(layer - (outputs is None) for layer in given)
+    if inputs is not None and inputs != [layer + 1 for layer in layers]:
+        raise GraftError(f"the top-level {AUX_IDS}={inputs} must be eagle_config's {list(layers)} plus one")
+    if min(layers, default=0) < 0:
+        raise GraftError(f"the head reads the target's embeddings ({AUX_IDS}), which is not supported")
+    return layers
 
 
 def _our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""From draft head to scored candidate nodes, one pass at a time."""
+"""From an EAGLE-3 head to scored candidate nodes, one draft step at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -254,7 +254,7 @@ class Eagle3Proposer:
         return drafts
 
     def deepen(self, drafters: Sequence[Drafter], drafts: Sequence[Eagle3Draft]) -> list[Eagle3Draft]:
-        """One more pass: expands the best of the last one's children, of drafts of one `topk` and one depth."""
+        """One more draft step: expands the best of the last one's children, of drafts of one `topk` and one depth."""
         k, depth = drafters[0].topk, drafts[0].steps + 1
         best = [draft.layers[-1].logp_C.topk(k) for draft in drafts]
         parents = [one.indices // k for one in best]

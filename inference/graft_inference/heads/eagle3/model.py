@@ -81,11 +81,11 @@ class DraftHeadConfig:
             raise GraftError(f"rms_norm_eps={self.rms_norm_eps!r} must lie between 0 and 1")
         if type(self.norm_before_residual) is not bool:
             raise GraftError(f"norm_before_residual={self.norm_before_residual!r} must be true or false")
-        tapped = self.aux_layer_ids
-        if not tapped or not all(type(layer) is int and 0 <= layer <= LARGEST for layer in tapped):
-            raise GraftError(f"aux_layer_ids={tapped} must be layers of the target, counted from 0")
-        if list(tapped) != sorted(set(tapped)):
-            raise GraftError(f"aux_layer_ids={tapped} must be distinct and ascending")
+        layers = self.aux_layer_ids
+        if not layers or not all(type(layer) is int and 0 <= layer <= LARGEST for layer in layers):
+            raise GraftError(f"aux_layer_ids={layers} must be layers of the target, counted from 0")
+        if list(layers) != sorted(set(layers)):
+            raise GraftError(f"aux_layer_ids={layers} must be distinct and ascending")
         self.rotary()
 
     def rotary(self) -> LlamaRotaryEmbedding:
@@ -184,7 +184,7 @@ class DraftHead(nn.Module):
     """An EAGLE-3 head. Its parameters and buffers are exactly the tensors of the checkpoint.
 
     At position t the head reads the embedding of token t+1 and the feature of position t, and predicts
-    token t+2. The first feature is `fuse(taps)`; every later one is the head's own previous output.
+    token t+2. The first feature is `fuse` of the aux hidden states; every later one is the head's own previous output.
 
     Args:
         own_embeddings: whether the checkpoint brings embeddings. Ours do not: they are the target's.
@@ -198,8 +198,7 @@ class DraftHead(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own_embeddings else None
-        taps = len(config.aux_layer_ids)
-        self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(len(config.aux_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -271,11 +270,11 @@ class DraftHead(nn.Module):
         return head.to(weights["lm_head.weight"].dtype)
 
     def fuse(self, aux_BSE: Tensor) -> Tensor:
-        """Target's tapped states, concatenated, [B, S, taps*H] -> feature [B, S, H]."""
+        """The target's aux hidden states side by side, [B, S, E] -> feature [B, S, H]."""
         return self.fc(aux_BSE)
 
     def forward(self, embedding_BSH: Tensor, feature_BSH: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
-        """One draft pass: the un-normed output, which is also the next pass's feature. [B, S, H]"""
+        """One draft step: the un-normed output, which is also the next step's feature. [B, S, H]"""
         rope = self.rotary_emb(embedding_BSH, positions_BS)
         return self.midlayer(embedding_BSH, feature_BSH, rope, attend)
 
@@ -315,7 +314,7 @@ def default_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
         GraftError: fewer than three layers.
     """
     if num_layers < 3:
-        raise GraftError(f"a target of {num_layers} layers has no three states to tap; it needs at least 3")
+        raise GraftError(f"a target of {num_layers} layers has no three layers for a head to read; it needs at least 3")
     if num_layers >= 8:
         return 1, num_layers // 2 - 1, num_layers - 4
     return 0, num_layers // 2, num_layers - 1
