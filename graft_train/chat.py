@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import cycle
 from threading import Event
 from typing import Any
 
@@ -17,13 +18,15 @@ from graft_inference.bundle import recorded_target
 from graft_inference.chat_template import check_template, encode_chat, opening, template_variables
 from graft_inference.cli import load_engine
 from graft_inference.prompts import check_text, is_plain
+from graft_inference.retrieval.sources import SOURCES
 
 with suppress(ImportError):
     import readline  # noqa: F401  # edits and remembers what is typed, where there is one
 
-NAMES = {"drafted": "head", "lookup": "lookup", "matrix": "matrix", "bonus": "target", "prefill": "target"}
+NAMES = {"drafted": "head", **{name: name for name in SOURCES}, "bonus": "target", "prefill": "target"}
 """What people call the sources of tokens."""
-STYLES = {"head": "green", "lookup": "magenta", "matrix": "cyan", "target": "default"}
+COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+STYLES = {**dict(zip(("head", *SOURCES), cycle(COLORS))), "target": "default"}
 
 Show = Callable[[str, str], None]
 """Is told the next piece of an answer, and the source of its last token."""

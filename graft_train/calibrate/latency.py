@@ -14,6 +14,7 @@ from torch import Tensor
 from graft_inference import AcceptanceModel, Checkpoint, GraftEngine, GraftError, Plan, ScoredPlan, SourceModel
 from graft_inference.retrieval.sources import SOURCES
 from graft_inference.template import RankPaths
+from graft_inference.tree import drafted_nodes
 from graft_train.calibrate.budget import Budget
 from graft_train.processes import of_main
 
@@ -85,7 +86,7 @@ class RoundTimer:
         longest: int,
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
-        most = 1 + topk + (num_steps - 1) * topk**2 + sum(map(len, templates.values()))
+        most = 1 + drafted_nodes(topk, num_steps) + sum(map(len, templates.values()))
         self.widths, self.num_steps = sorted({1, *(width for width in widths if width <= most)}), num_steps
         self.plans = _forced_plans(self.widths, topk, num_steps, templates)
         self.contexts = _contexts(prompts, min(longest, engine.target.max_positions - SAMPLE))

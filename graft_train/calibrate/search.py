@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graft_inference import AcceptanceModel, Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan, paper_policy
+from graft_inference.tree import drafted_nodes
 from graft_train.calibrate.replay import Replay
 
 THRESHOLDS = 40
@@ -173,7 +174,7 @@ def _possible(replay: Replay, model: AcceptanceModel, allowed: Allowed, steps: i
 
 
 def _most_drafted(replay: Replay, steps: int) -> int:
-    return replay.topk + (steps - 1) * replay.topk**2 if steps else 0
+    return drafted_nodes(replay.topk, steps)
 
 
 def _plan(replay: Replay, checkpoints: tuple[Checkpoint, ...], model: AcceptanceModel) -> ScoredPlan:

@@ -25,7 +25,7 @@ from graft_inference.proposer import Opening, Proposal, TokenSource
 from graft_inference.retrieval.sources import SOURCES, number_of
 from graft_inference.target.model import TargetOutput
 from graft_inference.template import RankPaths, Template, chain, depth_template
-from graft_inference.tree import DraftTree, Source, merge
+from graft_inference.tree import DraftTree, Source, drafted_nodes, merge
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import is_main
 
@@ -258,7 +258,7 @@ class _Tracer:
         # Once the noise is told, nothing of a draw is chance.
         by_chance = self.temperature and text.sampler is None
         if by_chance:
-            candidates = self.topk + (self.num_steps - 1) * self.topk**2 + sum(map(len, self.templates.values()))
+            candidates = drafted_nodes(self.topk, self.num_steps) + sum(map(len, self.templates.values()))
             cache = self.target.new_cache(length + 1 + candidates)
             self.target.prefill(sequence_S[:start], cache)
         proposer = self.engine.speculator.head

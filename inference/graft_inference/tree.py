@@ -14,6 +14,11 @@ MAX_NODES = 1024
 """Of a verification, and of a template: memory grows with their square. Devices pay for 8 to 64."""
 
 
+def drafted_nodes(topk: int, steps: int) -> int:
+    """Nodes that a head proposes in so many steps: topk children of the root, and of the topk best at each depth."""
+    return topk + (steps - 1) * topk**2 if steps else 0
+
+
 class Source(IntEnum):
     """Where a node comes from; an EMPTY node only pads the tree to its fixed size and is never accepted.
 

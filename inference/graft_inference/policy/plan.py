@@ -6,7 +6,7 @@ from typing import Any, Self
 from ..checked import check_types, exactly
 from ..errors import GraftError
 from ..template import RankPaths, check_template
-from ..tree import MAX_NODES
+from ..tree import MAX_NODES, drafted_nodes
 from .acceptance import AcceptanceModel
 
 NOTHING = AcceptanceModel()
@@ -145,7 +145,7 @@ class Plan:
 
     def candidates(self, steps: int) -> int:
         """Nodes that the head proposes in so many steps."""
-        return self.topk + (steps - 1) * self.topk**2 if steps else 0
+        return drafted_nodes(self.topk, steps)
 
     def depth(self, checkpoint: Any) -> int:
         """Bound on the depth of the trees of a checkpoint."""

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from ..errors import GraftError
 from ..template import depth_template
+from ..tree import drafted_nodes
 from .plan import AUTOREGRESSIVE, Plan, QuotaCheckpoint, QuotaPlan
 
 PLANNED = ("graft", "eagle3", "retrieve")
@@ -71,9 +72,9 @@ def paper_policy(topk: int = 10, num_draft_tokens: int = 64, num_steps: int = 9,
         kept = round(drafted * room / 60)
         retrieved = min(room - kept, len(template))
         if steps < num_steps:
-            kept = min(kept, topk + (steps - 1) * topk**2)
+            kept = min(kept, drafted_nodes(topk, steps))
             checkpoints.append(QuotaCheckpoint(steps, threshold, kept, retrieved, template))
-    full = QuotaCheckpoint(num_steps, drafted=min(room, topk + (num_steps - 1) * topk**2))
+    full = QuotaCheckpoint(num_steps, drafted=min(room, drafted_nodes(topk, num_steps)))
     template = depth_template(counts[1][2], max_rank)
     retrieved = min(num_draft_tokens - 1, round(52 * room / 60), len(template))
     return Policy(
