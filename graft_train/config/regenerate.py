@@ -18,7 +18,7 @@ class RegenerateConfig:
         Prompt and answer together should fit head.max_length.
     max_new_tokens: longest answer.
     batch: prompts answered at a time; with servers, requests in flight at each.
-    temperatures: dealt out to the batches (with servers: to the prompts) in turn; 0 is greedy.
+    temperatures: dealt out to the prompts (in process and not on a CPU: to the batches) in turn; 0 is greedy.
     base_url: an OpenAI-compatible server of the target that answers in place of this process, or a list of
         such, for example http://localhost:8000/v1. Its key, if it wants one, is read from OPENAI_API_KEY.
     server_extensions: send what vLLM and SGLang know beyond OpenAI's fields, to get exact tokens back and to

@@ -20,9 +20,10 @@ from graft_train.data.documents import of_split, read_documents
 from graft_train.data.preview import show
 from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings, room_for_prompts
 from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
-from graft_train.data.target import load_tokenizer, target_path, text_config
+from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config
 from graft_train.processes import say
 from graft_train.regenerate.in_process import answer_in_process
+from graft_train.regenerate.static_batches import answer_in_static_batches
 from graft_train.stage import run_stage
 
 __all__ = ["RegenerateConfig", "regenerate"]
@@ -67,8 +68,10 @@ def _build(config: Config, out: Path) -> None:
         from graft_train.regenerate.servers import ask_servers  # here, as without servers no client is needed
 
         ask_servers(work.prompts("train", settings.samples), path, settings, config.seed, work.chat)
-    else:
+    elif resolve_device(config.target.device).type == "cpu":
         answer_in_process(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
+    else:
+        answer_in_static_batches(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
     with path.open("ab") as file:
         append_samples(file, held_out)
 

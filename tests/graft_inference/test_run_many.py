@@ -76,7 +76,8 @@ def test_a_place_is_filled_as_soon_as_it_is_free(monkeypatch):
         ended += 1
         assert len(taken) <= ended + 2  # those that ended, with this one, and two others under way
     last_full = max(index for index, width in enumerate(widths) if width == 3)
-    assert ended == len(PROMPTS) and set(widths[: last_full + 1]) == {3}
+    assert ended == len(PROMPTS)
+    assert set(widths[: last_full + 1]) == {3}
     assert sum(widths) == sum(len(alone(engine, *one)) - 1 for one in asked())
 
 
@@ -114,7 +115,7 @@ def test_an_engine_without_a_head_answers_and_refuses_to_draft():
 def test_bad_requests_are_named():
     engine = small_engine()
     good = asked()[0]
-    with pytest.raises(GraftError, match="prompt 1: .*embedding|prompt 1: .*token"):
+    with pytest.raises(GraftError, match=r"prompt 1: .*token"):
         list(engine.run_many([good, (torch.tensor([SMALL]), good[1])], 1))
     with pytest.raises(GraftError, match="prompt 1: it is a batch of 2"):
         list(engine.run_many([good, (torch.zeros((2, 3), dtype=torch.long), good[1])], 1))
