@@ -1,9 +1,9 @@
 """In process: our engine answers, with a batch that is refilled as prompts end."""
 
-import os
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -17,8 +17,9 @@ from graft_inference.target.self_check import self_check
 from graft_train.config import Config
 from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.prompts import Prompt
-from graft_train.data.samples import Sample, answered, parse_sample, to_line
+from graft_train.data.samples import Sample, answered, keep_lines, read_lines, to_line
 from graft_train.data.target import load_target
+from graft_train.regenerate.capture import CapturingTarget, StateShards, captured_settings
 
 
 def answer_in_process(prompts: list[Prompt], path: Path, config: Config, end_ids: set[int]) -> None:
@@ -27,18 +28,36 @@ def answer_in_process(prompts: list[Prompt], path: Path, config: Config, end_ids
     Args:
         end_ids: an answer ends with the first of them.
     """
-    done = keep_whole_answers(path)
+    model = load_target(config)
+    layers: tuple[int, ...] = ()
+    shards = None
+    if config.regenerate.states:
+        layers = tuple(captured_settings(config)["aux_layer_ids"])
+        shards = StateShards(path.parent / "states", model, config.head)
+    done = shards.resume(path) if shards else keep_whole_answers(path)
     pending = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.id not in done]
-    engine = plain_engine(load_target(config), (), end_ids)
+    engine = plain_engine(model, layers, end_ids)
     with (
         path.open("ab") as file,
         tqdm(total=len(prompts), initial=len(done), desc="regenerate", unit="answer") as bar,
     ):
-        for sample, _ in answers(engine, pending, config.regenerate, config.seed):
-            # Flushed, a line outlives this process; should the machine fail, what is lost is answered again.
-            file.write(to_line(sample))
-            file.flush()
+        waiting = []
+        for sample, states_SE in answers(engine, pending, config.regenerate, config.seed):
             bar.update(1)
+            waiting.append(sample)
+            if states_SE is None or shards is None or shards.add(sample, states_SE):
+                _append(file, waiting)
+                waiting = []
+        if shards:
+            shards.flush()
+            _append(file, waiting)
+            shards.finish(config, path, layers)
+
+
+def _append(file: BinaryIO, samples: list[Sample]) -> None:
+    """Flushed, lines outlive this process; should the machine fail, what is lost is answered again."""
+    file.write(b"".join(map(to_line, samples)))
+    file.flush()
 
 
 def plain_engine(model: Any, aux_layer_ids: tuple[int, ...], end_ids: set[int]) -> GraftEngine:
@@ -47,7 +66,7 @@ def plain_engine(model: Any, aux_layer_ids: tuple[int, ...], end_ids: set[int]) 
     Raises:
         GraftError: a family that the engine cannot serve, which no head could be trained for either.
     """
-    target = Target(model, aux_layer_ids)
+    target = CapturingTarget(model, aux_layer_ids) if aux_layer_ids else Target(model, aux_layer_ids)
     self_check(target)
     if not target.is_split:
         pack_linears(model)
@@ -65,14 +84,13 @@ def answers(
     answer is the same.
 
     Returns:
-        Of each, the sample and the aux states of its tokens, where the target has aux layers.
+        Of each, the sample and the states of its tokens, where the target has aux layers.
     """
-    limit = settings.max_new_tokens
-    drawn = [
+    drawn: list[dict[str, Any]] = [
         {
             "temperature": settings.temperatures[number % len(settings.temperatures)],
             "seed": seed + number,
-            "max_new_tokens": limit,
+            "max_new_tokens": settings.max_new_tokens,
         }
         for number, _ in pending
     ]
@@ -91,17 +109,9 @@ def keep_whole_answers(path: Path) -> set[str]:
     Returns:
         Ids of the answered prompts.
     """
-    if not path.exists():
-        return set()
-    kept, size = set(), 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n") or (sample := parse_sample(line, f"{path}, line {number}")).split != "train":
-                break
-            kept.add(sample.id)
-            size += len(line)
-    os.truncate(path, size)
-    return kept
+    kept = [sample.id for sample in takewhile(lambda sample: sample.split == "train", read_lines(path))]
+    keep_lines(path, len(kept))
+    return set(kept)
 
 
 def until_end(ids: list[int], ends: set[int]) -> list[int]:

@@ -17,7 +17,6 @@ from .decode.captured import CapturedRounds
 from .decode.cuda_graph import CudaGraphs
 from .decode.prefill import prefill
 from .decode.prefix import KeptPrefix
-from .decode.refill import Finished, Running, refilled
 from .decode.round import run_round
 from .decode.state import DecodeState
 from .device import warn_if_elsewhere
@@ -30,6 +29,7 @@ from .policy.policy import Policy
 from .policy.tree_builder import TreeBuilder, builder_of, check_sources
 from .prompts import Prompts
 from .proposer import SCOPES, Opening, TokenSource
+from .refill import Finished, Running, refilled
 from .request import Request, Row, ends_of
 from .retrieval.sources import SOURCES
 from .retrieval.successor_matrix import SuccessorMatrix

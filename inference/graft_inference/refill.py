@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..request import Row
-from ..stats import GenerationStats
-from ..verification import Emitted
-from .state import DecodeState
+from .decode.state import DecodeState
+from .request import Row
+from .stats import GenerationStats
+from .verification import Emitted
 
 
 @dataclass
