@@ -97,8 +97,7 @@ def disk_states(
             more than there is.
     """
     stored, known = stored_dtype(dtype, target.model.dtype), target.config.vocab_size
-    if top is not None and top > known:
-        raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
+    check_top(top, known)
     identity = identity_of(fingerprint, samples, target.aux_layer_ids, stored, top)
     partial = directory.with_name(f"{directory.name}.partial")
     if not (directory / INDEX).exists():
@@ -129,6 +128,12 @@ def states_directory(run_dir: str) -> Path:
 
 def stored_dtype(name: str | None, of_target: torch.dtype) -> torch.dtype:
     return getattr(torch, name) if name else of_target
+
+
+def check_top(top: int | None, known: int) -> None:
+    """Raises GraftError for more logits than the target has."""
+    if top is not None and top > known:
+        raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
 
 
 def identity_of(
@@ -250,10 +255,14 @@ def _check_disk(
 
 def _stored_bytes(target: PackedTarget, samples: list[TokenSample], dtype: torch.dtype, top: int | None = None) -> int:
     """Of the states of all samples, token ids as int32."""
-    hidden = target.config.hidden_size
-    predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
-    per_token = len(target.aux_layer_ids) * hidden * dtype.itemsize + predicted + 4
+    per_token = bytes_of_token(target.config.hidden_size, len(target.aux_layer_ids), dtype, top)
     return per_token * sum(len(sample.tokens_S) for sample in samples)
+
+
+def bytes_of_token(hidden: int, aux_layers: int, dtype: torch.dtype, top: int | None) -> int:
+    """On disk."""
+    predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
+    return aux_layers * hidden * dtype.itemsize + predicted + 4
 
 
 def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[tuple[int, int, int]]:

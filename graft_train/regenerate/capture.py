@@ -3,6 +3,7 @@
 They lie beside the samples, in the layout that `head.states=disk` writes (`distill/state_source.py`).
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,23 @@ from graft_inference.errors import GraftError
 from graft_inference.target.model import Target
 from graft_train.config import Config
 from graft_train.config.head import HeadTrainConfig
+from graft_train.data.prompts import Prompt
 from graft_train.data.samples import Sample, keep_lines, read_lines, read_samples
 from graft_train.data.states import PackedTarget, TargetStates, states_of
 from graft_train.data.target import target_path, text_config
 from graft_train.distill.batches import TokenSample
 from graft_train.distill.families import aux_layers
-from graft_train.distill.state_source import INDEX, identity_of, save_shard, shard_path, stored_dtype
+from graft_train.distill.state_source import (
+    INDEX,
+    bytes_of_token,
+    check_top,
+    identity_of,
+    save_shard,
+    shard_path,
+    stored_dtype,
+)
 from graft_train.files import write_json
+from graft_train.processes import say
 from graft_train.stage import fingerprint_of
 
 SHARD_TOKENS = 1 << 13
@@ -76,9 +87,13 @@ class StateShards:
     Args:
         directory: of the shards; made if it is not there.
         model: the target.
+
+    Raises:
+        GraftError: head.states_top_k is more than the target has tokens.
     """
 
     def __init__(self, directory: Path, model: Any, head: HeadTrainConfig) -> None:
+        check_top(head.states_top_k, model.config.get_text_config().vocab_size)
         directory.mkdir(exist_ok=True)
         self.directory = directory
         self.head = head
@@ -88,6 +103,24 @@ class StateShards:
         self._number = 0
         self._parts: list[TargetStates] = []
         self._tokens = 0
+
+    def check_disk(self, prompts: list[Prompt], new_tokens: int, aux_layers: int) -> None:
+        """Says what the states will take. Raises GraftError where not even those of the prompts fit.
+
+        Args:
+            new_tokens: most that an answer has.
+        """
+        per_token = bytes_of_token(self.hidden, aux_layers, self.dtype, self.head.states_top_k)
+        lengths = [min(len(prompt.ids), self.head.max_length) for prompt in prompts]
+        least, most = sum(lengths), sum(min(length + new_tokens, self.head.max_length) for length in lengths)
+        free = shutil.disk_usage(self.directory).free
+        taken = f"{least * per_token / 2**30:.2f} to {most * per_token / 2**30:.2f} GiB"
+        say(f"regenerate: target states need {taken} on disk; {free / 2**30:.1f} are free")
+        if least * per_token > free:
+            raise GraftError(
+                f"{self.directory} has {free / 2**30:.1f} GiB free, but target states need {taken}: set "
+                "regenerate.states=false, head.states_dtype=bfloat16, or another run_dir"
+            )
 
     def resume(self, path: Path) -> set[str]:
         """Cuts the samples that have no shard yet.

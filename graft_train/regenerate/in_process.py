@@ -36,6 +36,8 @@ def answer_in_process(prompts: list[Prompt], path: Path, config: Config, end_ids
         shards = StateShards(path.parent / "states", model, config.head)
     done = shards.resume(path) if shards else keep_whole_answers(path)
     pending = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.id not in done]
+    if shards:
+        shards.check_disk([prompt for _, prompt in pending], config.regenerate.max_new_tokens, len(layers))
     engine = plain_engine(model, layers, end_ids)
     with (
         path.open("ab") as file,

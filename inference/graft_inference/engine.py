@@ -273,11 +273,11 @@ class GraftEngine:
         """
         if at_most < 1:
             raise GraftError(f"at_most={at_most}: run at least one prompt at a time")
-        plans: set[Plan] = set()
+        plans: set[tuple[Plan, bool]] = set()
 
         def begin(fresh: Sequence[tuple[int, tuple[Any, Request]]]) -> list[Running]:
+            plans.update((self._plan_of(one), self._falls_back(one)) for _, (_, one) in fresh)
             rows = [self._only_row(number, ids, request) for number, (ids, request) in fresh]
-            plans.update(request.plan or self.policy.plan(request.method) for _, (_, request) in fresh)
             if len(plans) > 1:
                 raise GraftError(f"prompts {fresh[0][0]} and on ask for another plan: run_many takes prompts of one")
             return self._begin([number for number, _ in fresh], rows, fresh[0][1][1], keep_aux)
@@ -301,8 +301,7 @@ class GraftEngine:
 
     def _begin(self, numbers: Sequence[int], rows: Sequence[Row], request: Request, keep_aux: bool) -> list[Running]:
         """Reads the prompts of requests whose plan is that of this one."""
-        plan = request.plan or self.policy.plan(request.method)
-        self._check(plan)
+        plan = self._plan_of(request)
         with self._lock, torch.inference_mode():
             states = [self._open(row, plan, GenerationStats(), None, resumes=False) for row in rows]
             for state in states:
@@ -315,14 +314,21 @@ class GraftEngine:
             one.take(([token], ["prefill"]))
         return begun
 
-    def _check(self, plan: Plan) -> None:
-        """Raises GraftError for a plan that asks for what the engine does not have."""
+    def _plan_of(self, request: Request) -> Plan:
+        """Raises GraftError for a plan that asks for what the engine does not have, or draws that would differ."""
+        if request.temperature and request.seed is None and self.target.is_parallel:
+            raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
+        plan = request.plan or self.policy.plan(request.method)
         if self.head is None and plan.drafts:
             raise GraftError("this engine has no draft head: choose the method autoregressive")
         check_sources(plan, 0 if self.head is None else self.head.config.draft_vocab_size, self.tables)
+        return plan
+
+    def _falls_back(self, request: Request) -> bool:
+        return self.fallback and request.plan is None and request.method == "graft"
 
     def _let_fall_back(self, states: Sequence[DecodeState], request: Request, plan: Plan) -> None:
-        if self.fallback and request.plan is None and request.method == "graft":
+        if self._falls_back(request):
             for state in states:
                 state.levels = tuple(map(self._builder, fallback_plans(plan).values()))
                 state.fallbacks = self.fallbacks.setdefault(plan, {})
@@ -335,10 +341,7 @@ class GraftEngine:
         logprobs: Sequence[list[Tensor]] | None = None,
     ) -> Generator[tuple[int, int], None, None]:
         """Yields tokens as they are accepted, with the index of their prompt."""
-        plan = request.plan or self.policy.plan(request.method)
-        self._check(plan)
-        if request.temperature and request.seed is None and self.target.is_parallel:
-            raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
+        plan = self._plan_of(request)
         rows = request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)
         if request.streamer is not None:
             request.streamer.put(prompts.padded_BS.cpu())

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,15 @@ def test_distill_and_build_corpus_run_no_target(config, tmp_path, monkeypatch):
     assert int(found["counts"].sum()) + sum(int(one.counted_S.sum()) for one in ran) == int(expected["counts"].sum())
 
 
+@pytest.mark.parametrize("changes", [{"states_top_k": 5}, {"states_dtype": "bfloat16"}, {"family": "block"}])
+def test_what_distill_asks_of_its_states_is_kept(config, monkeypatch, changes):
+    """The layers that a family reads where none are named, too."""
+    config.head = replace(config.head, aux_layer_ids=None, **changes)
+    regenerate(config)
+    monkeypatch.setattr(PackedTarget, "states", None)
+    assert (distill(config) / "model.safetensors").is_file()
+
+
 def test_killed_and_resumed_states_belong_to_their_samples(config, tmp_path, monkeypatch):
     regenerate(config)
     expected = stored(config)
@@ -135,6 +145,19 @@ def test_states_of_other_layers_are_refused_with_what_to_do(config):
     with pytest.raises(GraftError, match=r"aux_layer_ids: \[0, 2, 3\] -> \[0, 1, 2\].*delete .*data/states"):
         distill(config)
     with pytest.raises(GraftError, match=r"states\.aux_layer_ids"):
+        regenerate(config)
+
+
+def test_a_disk_too_small_stops_it_before_anything_is_answered(config, monkeypatch):
+    monkeypatch.setattr(capture.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(module, "plain_engine", None)
+    with pytest.raises(GraftError, match=r"GiB free, but target states need .* set regenerate\.states=false"):
+        regenerate(config)
+
+
+def test_more_logits_than_the_target_has_are_refused(config):
+    config.head = replace(config.head, states_top_k=VOCAB + 1)
+    with pytest.raises(GraftError, match=f"states_top_k={VOCAB + 1} is more than the {VOCAB} tokens"):
         regenerate(config)
 
 
