@@ -51,8 +51,8 @@ def build_corpus(config: Config) -> Path:
     successors.safetensors   ids [V, k] int32 (-1 none), probs [V, k] fp16, counts [V] int64
     inspection.json          what is printed
 
-    Where `distill` has kept this target's states of these samples (`{run_dir}/states`), they are read and the target
-    does not run. On several processes each reads its share of the samples; the result is the same for any number.
+    Where `regenerate` or `distill` has kept this target's states of these samples, they are read and the target does
+    not run. On several processes each reads its share of the samples; the result is the same for any number.
 
     Raises:
         GraftError: damaged samples, or something to merge that belongs to another target; names the file.

@@ -1,4 +1,4 @@
-"""The target's predictions from states that `distill` has captured: lm_head alone instead of the whole target."""
+"""The target's predictions from states that another stage has captured: lm_head alone instead of the whole target."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,13 @@ from graft_train.config import Config
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
 from graft_train.distill.batches import to_tensors, with_room
-from graft_train.distill.state_source import INDEX, hash_of, open_shard, places_of
+from graft_train.distill.state_source import INDEX, hash_of, open_shard, places_of, states_directory
 from graft_train.processes import say
 from graft_train.stage import fingerprint_of
 
 
 class CapturedStates:
-    """Final states by sample, read from `{run_dir}/states` when they are asked for.
+    """Final states by sample, read when they are asked for.
 
     Args:
         places: shard, start and end of each sample's states, by its tokens.
@@ -58,7 +58,7 @@ class CapturedStates:
 
 def find_captured(config: Config, model: Any) -> CapturedStates | None:
     """The states of this run's samples and target in its dtype, if they are there; says why if they do not fit."""
-    directory = Path(config.run_dir) / "states"
+    directory = states_directory(config.run_dir)
     if not (directory / INDEX).is_file():
         return None
     samples = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")

@@ -18,7 +18,9 @@ class RegenerateConfig:
         Prompt and answer together should fit head.max_length.
     max_new_tokens: longest answer.
     batch: prompts answered at a time; with servers, requests in flight at each.
-    temperatures: dealt out to the batches (with servers: to the prompts) in turn; 0 is greedy.
+    temperatures: dealt out to the prompts (in process and not on a CPU: to the batches) in turn; 0 is greedy.
+    states: keep what the target makes of each token while it answers, in {run_dir}/data/states, so that neither
+        distill (with head.states=disk) nor build_corpus runs it again; the space is that of head.states=disk.
     base_url: an OpenAI-compatible server of the target that answers in place of this process, or a list of
         such, for example http://localhost:8000/v1. Its key, if it wants one, is read from OPENAI_API_KEY.
     server_extensions: send what vLLM and SGLang know beyond OpenAI's fields, to get exact tokens back and to
@@ -33,6 +35,7 @@ class RegenerateConfig:
     max_new_tokens: int = 1024
     batch: int = 32
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.8])
+    states: bool = False
     base_url: Any = None
     server_extensions: bool = True
     retries: int = 10
@@ -44,6 +47,11 @@ class RegenerateConfig:
         check_least("regenerate", self, dict.fromkeys(names, 1) | {"retries": 0})
         if not self.temperatures or min(self.temperatures) < 0:
             raise GraftError(f"regenerate.temperatures={self.temperatures} must be a list of numbers, none negative")
+        if self.states and (self.answers != "target" or self.base_url is not None):
+            raise GraftError(
+                "regenerate.states=true keeps the states of answers that this process computes: set "
+                "regenerate.answers=target and no regenerate.base_url"
+            )
         if not all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in self.servers()):
             raise GraftError(f"regenerate.base_url={self.base_url} must be one http(s) address or a list of them")
 
@@ -55,5 +63,5 @@ class RegenerateConfig:
     def decisive(self) -> dict[str, Any]:
         """What the samples depend on: which servers answered, and how many at a time, does not matter."""
         settings = asdict(self) | {"base_url": bool(self.servers())}
-        left_out = {"retries"} | ({"batch"} if self.servers() else set())
+        left_out = {"retries", "states"} | ({"batch"} if self.servers() else set())
         return {name: value for name, value in settings.items() if name not in left_out}

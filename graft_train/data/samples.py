@@ -4,8 +4,9 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,6 +96,23 @@ def append_samples(file: BinaryIO, samples: Iterable[Sample]) -> None:
     file.write(b"".join(map(to_line, samples)))
     file.flush()
     os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> Iterator[Sample]:
+    """The samples of a file, checked, as far as its lines are whole; none where there is no file."""
+    if path.exists():
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.endswith(b"\n"):
+                    yield parse_sample(line, f"{path}, line {number}")
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Cuts a file behind its first lines, where there is one."""
+    if path.exists():
+        with path.open("rb") as lines:
+            size = sum(len(line) for line in islice(lines, count))
+        os.truncate(path, size)
 
 
 def read_samples(path: Path, split: str) -> list[Sample]:

@@ -107,6 +107,23 @@ class TargetStates:
         return cls(**{name: torch.cat([getattr(one, name) for one in states]) for name in names})
 
 
+def states_of(aux_SE: Tensor, final_SH: Tensor, logits: Iterator[Tensor], top: int | None) -> TargetStates:
+    """States of S tokens, with what the target predicts of them.
+
+    Args:
+        logits: over the whole vocabulary, [C, V], some tokens after the other.
+        top: so many best logits in place of the final states.
+    """
+    device = final_SH.device
+    if top is None:
+        choices = [logits_CV.argmax(dim=-1) for logits_CV in logits]
+        return TargetStates(aux_SE, torch.cat(choices).to(device), final_SH)
+    best = [logits_CV.float().topk(top, dim=-1) for logits_CV in logits]
+    ids_SM = torch.cat([one.indices for one in best]).to(device)
+    logits_SM = torch.cat([one.values - one.values[:, :1] for one in best]).to(device)
+    return TargetStates(aux_SE, ids_SM[:, 0], top_ids_SM=ids_SM, top_logits_SM=logits_SM)
+
+
 class PackedTarget(Target):
     """The target as training reads it: packed batches whose documents do not see one another, without a cache.
 
@@ -162,13 +179,7 @@ class PackedTarget(Target):
         final_SH = output.last_hidden_state[0].to(device)
         aux_SE = self._aux_states(tokens_S, final_SH.dtype)
         self._kept.clear()
-        if top is None:
-            choices = [logits_CV.argmax(dim=-1) for logits_CV in self._project(final_SH)]
-            return TargetStates(aux_SE, torch.cat(choices).to(device), final_SH)
-        best = [logits_CV.float().topk(top, dim=-1) for logits_CV in self._project(final_SH)]
-        ids_SM = torch.cat([one.indices for one in best]).to(device)
-        logits_SM = torch.cat([one.values - one.values[:, :1] for one in best]).to(device)
-        return TargetStates(aux_SE, ids_SM[:, 0], top_ids_SM=ids_SM, top_logits_SM=logits_SM)
+        return states_of(aux_SE, final_SH, self._project(final_SH), top)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embeddings of tokens of any shape, [..., H], scaled as its first layer reads them."""

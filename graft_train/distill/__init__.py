@@ -28,7 +28,7 @@ from graft_train.distill.loop import Training, plan_training, start_training, tr
 from graft_train.distill.measure import held_out_prompts, measure_acceptance
 from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
-from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states
+from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states, states_directory
 from graft_train.files import write_json
 from graft_train.processes import say
 from graft_train.stage import fingerprint_of, run_stage
@@ -129,7 +129,7 @@ def _source(
         case "memory":
             return memory_states(target, samples, settings.batch_tokens)
         case "disk":
-            directory, fingerprint = Path(config.run_dir) / "states", fingerprint_of(target_path(config))
+            directory, fingerprint = states_directory(config.run_dir), fingerprint_of(target_path(config))
             dtype, top = settings.states_dtype, settings.states_top_k
             return disk_states(target, samples, settings.batch_tokens, directory, fingerprint, dtype, accelerator, top)
     return online_states(target)

@@ -96,16 +96,9 @@ def disk_states(
         GraftError: the states there are of another target, tokenizer or samples, the disk is too small, or `top` is
             more than there is.
     """
-    stored, known = getattr(torch, dtype) if dtype else target.model.dtype, target.config.vocab_size
-    if top is not None and top > known:
-        raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
-    identity = {
-        "target": fingerprint,
-        "samples": hash_of(samples),
-        "aux_layer_ids": list(target.aux_layer_ids),
-        "dtype": str(stored).removeprefix("torch."),
-        "top_k": top,
-    }
+    stored, known = stored_dtype(dtype, target.model.dtype), target.config.vocab_size
+    check_top(top, known)
+    identity = identity_of(fingerprint, samples, target.aux_layer_ids, stored, top)
     partial = directory.with_name(f"{directory.name}.partial")
     if not (directory / INDEX).exists():
         with told(partial):
@@ -125,6 +118,35 @@ def disk_states(
         return TargetStates(**parts).map(lambda tensor: _as(tensor, target.model.dtype, torch.long))
 
     return lambda batch: TargetStates.cat([read(number) for number in batch.samples]).to(batch.tokens_S.device)
+
+
+def states_directory(run_dir: str) -> Path:
+    """Where a run's states are: beside the samples, where `regenerate.states` kept them, else `{run_dir}/states`."""
+    kept = Path(run_dir) / "data" / "states"
+    return kept if (kept / INDEX).is_file() else Path(run_dir) / "states"
+
+
+def stored_dtype(name: str | None, of_target: torch.dtype) -> torch.dtype:
+    return getattr(torch, name) if name else of_target
+
+
+def check_top(top: int | None, known: int) -> None:
+    """Raises GraftError for more logits than the target has."""
+    if top is not None and top > known:
+        raise GraftError(f"head.states_top_k={top} is more than the {known} tokens of the target; lower it")
+
+
+def identity_of(
+    fingerprint: str, samples: list[TokenSample], aux_layer_ids: tuple[int, ...], dtype: torch.dtype, top: int | None
+) -> dict[str, Any]:
+    """What states are of, as their index says it. Arguments as `disk_states`."""
+    return {
+        "target": fingerprint,
+        "samples": hash_of(samples),
+        "aux_layer_ids": list(aux_layer_ids),
+        "dtype": str(dtype).removeprefix("torch."),
+        "top_k": top,
+    }
 
 
 def _packs(samples: list[TokenSample], chosen: Any, batch_tokens: int) -> list[list[int]]:
@@ -160,7 +182,7 @@ def _write(
         sweep(partial)
         write_json(begun, cut)
     accelerator.wait_for_everyone()
-    missing = [number for number in range(len(shards)) if not _shard(partial, number).exists()]
+    missing = [number for number in range(len(shards)) if not shard_path(partial, number).exists()]
     accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     passes = {number: _cut(samples, shards[number], batch_tokens) for number in missing}
@@ -169,16 +191,7 @@ def _write(
         states = [_run(target, samples, chosen, top) for chosen in passes[number]]
         if number not in mine:
             continue
-        path = _shard(partial, number)
-        whole = TargetStates.cat([one.to(torch.device("cpu")) for one in states])
-        stored = vars(whole.map(lambda tensor: _as(tensor, dtype, torch.int32)))
-        tensors = {name: stored[part] for name, part in PARTS.items() if stored[part] is not None}
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise GraftError(
-                f"the target's states of {path.stem} are not finite in {identity['dtype']}: set "
-                "head.states_dtype=bfloat16 or float32"
-            )
-        _save(path, tensors)
+        save_shard(partial, number, TargetStates.cat([one.to(torch.device("cpu")) for one in states]), dtype)
     if target.is_shared and not target.is_parallel:  # all must run it equally often
         times = [
             sum(len(passes[number]) for number in missing[process :: accelerator.num_processes])
@@ -190,6 +203,19 @@ def _write(
         lengths = [len(sample.tokens_S) for sample in samples]
         write_json(partial / INDEX, identity | {"shards": shards, "lengths": lengths})
     accelerator.wait_for_everyone()
+
+
+def save_shard(directory: Path, number: int, states: TargetStates, dtype: torch.dtype) -> None:
+    """Raises GraftError for states that are not finite in this dtype."""
+    path = shard_path(directory, number)
+    stored = vars(states.map(lambda tensor: _as(tensor, dtype, torch.int32)))
+    tensors = {name: stored[part] for name, part in PARTS.items() if stored[part] is not None}
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise GraftError(
+            f"the target's states of {path.stem} are not finite in {str(dtype).removeprefix('torch.')}: set "
+            "head.states_dtype=bfloat16 or float32"
+        )
+    _save(path, tensors)
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -229,10 +255,14 @@ def _check_disk(
 
 def _stored_bytes(target: PackedTarget, samples: list[TokenSample], dtype: torch.dtype, top: int | None = None) -> int:
     """Of the states of all samples, token ids as int32."""
-    hidden = target.config.hidden_size
-    predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
-    per_token = len(target.aux_layer_ids) * hidden * dtype.itemsize + predicted + 4
+    per_token = bytes_of_token(target.config.hidden_size, len(target.aux_layer_ids), dtype, top)
     return per_token * sum(len(sample.tokens_S) for sample in samples)
+
+
+def bytes_of_token(hidden: int, aux_layers: int, dtype: torch.dtype, top: int | None) -> int:
+    """On disk."""
+    predicted = hidden * dtype.itemsize if top is None else top * (dtype.itemsize + 4)
+    return aux_layers * hidden * dtype.itemsize + predicted + 4
 
 
 def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[tuple[int, int, int]]:
@@ -262,14 +292,14 @@ def places_of(shards: list[list[int]], lengths: list[int], count: int) -> list[t
 
 
 def open_shard(directory: Path, shard: int) -> Any:
-    path = _shard(directory, shard)
+    path = shard_path(directory, shard)
     try:
         return safe_open(path, framework="pt").__enter__()
     except (OSError, SafetensorError) as error:
         raise GraftError(f"{path} is missing or damaged ({error}); delete {directory} to make it anew") from error
 
 
-def _shard(directory: Path, number: int) -> Path:
+def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.safetensors"
 
 

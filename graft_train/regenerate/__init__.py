@@ -20,9 +20,11 @@ from graft_train.data.documents import of_split, read_documents
 from graft_train.data.preview import show
 from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings, room_for_prompts
 from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
-from graft_train.data.target import load_tokenizer, target_path, text_config
+from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config
 from graft_train.processes import say
+from graft_train.regenerate.capture import captured_settings
 from graft_train.regenerate.in_process import answer_in_process
+from graft_train.regenerate.static_batches import answer_in_static_batches
 from graft_train.stage import run_stage
 
 __all__ = ["RegenerateConfig", "regenerate"]
@@ -31,7 +33,7 @@ PREVIEWED = 256
 
 
 def regenerate(config: Config) -> Path:
-    """Writes `data/samples.jsonl`; see `data/samples.py` for a line's fields.
+    """Writes `data/samples.jsonl`, see `data/samples.py` for a line's fields, and with states=true `data/states`.
 
     Raises:
         GraftError: launched as several processes, or what a stage, the data or a server lacks.
@@ -49,6 +51,8 @@ def regenerate(config: Config) -> Path:
         **prompt_settings(config.data),
         "seed": config.seed,
     }
+    if config.regenerate.states:
+        settings["states"] = captured_settings(config)
     return run_stage(config, "regenerate", "data", settings, ["target"], lambda out: _build(config, out))
 
 
@@ -67,8 +71,10 @@ def _build(config: Config, out: Path) -> None:
         from graft_train.regenerate.servers import ask_servers  # here, as without servers no client is needed
 
         ask_servers(work.prompts("train", settings.samples), path, settings, config.seed, work.chat)
-    else:
+    elif settings.states or resolve_device(config.target.device).type == "cpu":
         answer_in_process(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
+    else:
+        answer_in_static_batches(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
     with path.open("ab") as file:
         append_samples(file, held_out)
 

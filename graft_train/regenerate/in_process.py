@@ -1,92 +1,119 @@
-"""In process: transformers answers batches of prompts of like length."""
+"""In process: our engine answers, with a batch that is refilled as prompts end."""
 
-import os
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
+from graft_inference import GraftEngine, Policy, Request
+from graft_inference.policy.plan import AUTOREGRESSIVE
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_inference.target.model import Target
+from graft_inference.target.packed_linear import pack_linears
+from graft_inference.target.self_check import self_check
 from graft_train.config import Config
+from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.prompts import Prompt
-from graft_train.data.samples import Sample, answered, append_samples, parse_sample
+from graft_train.data.samples import Sample, answered, keep_lines, read_lines, to_line
 from graft_train.data.target import load_target
-
-PAD = 0
-"""Fills up shorter prompts, unseen. Every target has it, while a tokenizer's own may lack an embedding."""
+from graft_train.regenerate.capture import CapturingTarget, StateShards, captured_settings
 
 
 def answer_in_process(prompts: list[Prompt], path: Path, config: Config, end_ids: set[int]) -> None:
-    """Appends the target's answers to `path`, whole batches at a time, from the first that is not there.
+    """Appends the target's answer to every prompt that has none in `path` yet, in the order in which they end.
 
     Args:
         end_ids: an answer ends with the first of them.
     """
-    model: Any = load_target(config)
-    # A target's own generation settings would change its distribution, which the head is to learn.
-    model.generation_config = GenerationConfig(eos_token_id=sorted(end_ids), pad_token_id=PAD)
-    batches = list(_batches(prompts, config.regenerate.batch))
-    done = drop_torn_batch(path, [len(batch) for batch in batches])
-    finished = sum(map(len, batches[:done]))
+    model = load_target(config)
+    layers: tuple[int, ...] = ()
+    shards = None
+    if config.regenerate.states:
+        layers = tuple(captured_settings(config)["aux_layer_ids"])
+        shards = StateShards(path.parent / "states", model, config.head)
+    done = shards.resume(path) if shards else keep_whole_answers(path)
+    pending = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.id not in done]
+    if shards:
+        shards.check_disk([prompt for _, prompt in pending], config.regenerate.max_new_tokens, len(layers))
+    engine = plain_engine(model, layers, end_ids)
     with (
         path.open("ab") as file,
-        tqdm(total=len(prompts), initial=finished, desc="regenerate", unit="answer") as bar,
+        tqdm(total=len(prompts), initial=len(done), desc="regenerate", unit="answer") as bar,
     ):
-        for number, batch in enumerate(batches[done:], start=done):
-            append_samples(file, answer(model, batch, number, config))
-            bar.update(len(batch))
+        waiting = []
+        for sample, states_SE in answers(engine, pending, config.regenerate, config.seed):
+            bar.update(1)
+            waiting.append(sample)
+            if states_SE is None or shards is None or shards.add(sample, states_SE):
+                _append(file, waiting)
+                waiting = []
+        if shards:
+            shards.flush()
+            _append(file, waiting)
+            shards.finish(config, path, layers)
 
 
-def _batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Prompts of like length together, fixed before anything is generated."""
-    ordered = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.id))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+def _append(file: BinaryIO, samples: list[Sample]) -> None:
+    """Flushed, lines outlive this process; should the machine fail, what is lost is answered again."""
+    file.write(b"".join(map(to_line, samples)))
+    file.flush()
 
 
-def drop_torn_batch(path: Path, sizes: list[int]) -> int:
-    """Cuts what a kill left of an unfinished batch (or of the prompts behind the last one).
+def plain_engine(model: Any, aux_layer_ids: tuple[int, ...], end_ids: set[int]) -> GraftEngine:
+    """An engine that decodes token by token and has no head.
+
+    Raises:
+        GraftError: a family that the engine cannot serve, which no head could be trained for either.
+    """
+    target = CapturingTarget(model, aux_layer_ids) if aux_layer_ids else Target(model, aux_layer_ids)
+    self_check(target)
+    if not target.is_split:
+        pack_linears(model)
+    nothing = SuccessorMatrix.empty(1, 1, target.device)
+    policy = Policy(AUTOREGRESSIVE, AUTOREGRESSIVE, AUTOREGRESSIVE)
+    return GraftEngine(target, policy, None, nothing, sorted(end_ids), captured=False)
+
+
+def answers(
+    engine: GraftEngine, pending: list[tuple[int, Prompt]], settings: RegenerateConfig, seed: int
+) -> Iterator[tuple[Sample, torch.Tensor | None]]:
+    """The target's answers to numbered prompts, in the order in which they end.
+
+    A prompt's temperature and seed follow from its number: whenever it is answered, and beside whichever others, its
+    answer is the same.
 
     Returns:
-        Whole batches in the file.
+        Of each, the sample and the states of its tokens, where the target has aux layers.
     """
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    trained = sum(parse_sample(line, f"{path}, line {n}").split == "train" for n, line in enumerate(whole, start=1))
-    done, kept = 0, 0
-    while done < len(sizes) and kept + sizes[done] <= trained:
-        kept += sizes[done]
-        done += 1
-    os.truncate(path, sum(map(len, lines[:kept])))
-    return done
-
-
-@torch.inference_mode()
-def answer(model: Any, batch: list[Prompt], number: int, config: Config) -> list[Sample]:
-    """The target's answers to one batch. Its seed follows from its number: a resumed run is the same."""
-    settings = config.regenerate
-    temperature = settings.temperatures[number % len(settings.temperatures)]
-    seed = config.seed + number
-    torch.manual_seed(seed)
-    length = max(len(prompt.ids) for prompt in batch)
-    ids = torch.tensor([[PAD] * (length - len(prompt.ids)) + prompt.ids for prompt in batch], device=model.device)
-    mask = torch.tensor(
-        [[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch], device=model.device
-    )
-    sampling: dict[str, Any] = {"do_sample": bool(temperature)}
-    if temperature:
-        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, **sampling)
-    ends = set(model.generation_config.eos_token_id)
-    drawn = {"temperature": temperature, "seed": seed, "max_new_tokens": settings.max_new_tokens}
-    return [
-        answered(prompt.id, prompt.ids, until_end(row, ends), drawn)
-        for prompt, row in zip(batch, out[:, length:].tolist(), strict=True)
+    drawn: list[dict[str, Any]] = [
+        {
+            "temperature": settings.temperatures[number % len(settings.temperatures)],
+            "seed": seed + number,
+            "max_new_tokens": settings.max_new_tokens,
+        }
+        for number, _ in pending
     ]
+    requests = (
+        (torch.tensor(prompt.ids), Request(method="autoregressive", **one))
+        for (_, prompt), one in zip(pending, drawn, strict=True)
+    )
+    for one in engine.run_many(requests, settings.batch, keep_aux=bool(engine.target.aux_layer_ids)):
+        prompt = pending[one.number][1]
+        yield answered(prompt.id, prompt.ids, one.tokens, drawn[one.number]), one.aux_SE
+
+
+def keep_whole_answers(path: Path) -> set[str]:
+    """Cuts a line that a kill left torn, and the prompts behind the answers.
+
+    Returns:
+        Ids of the answered prompts.
+    """
+    kept = [sample.id for sample in takewhile(lambda sample: sample.split == "train", read_lines(path))]
+    keep_lines(path, len(kept))
+    return set(kept)
 
 
 def until_end(ids: list[int], ends: set[int]) -> list[int]:

@@ -21,9 +21,9 @@ from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.chat import Chat
 from graft_train.data.prompts import Prompt
-from graft_train.data.samples import answered, parse_sample, to_line
+from graft_train.data.samples import answered, to_line
 from graft_train.processes import say
-from graft_train.regenerate.in_process import until_end
+from graft_train.regenerate.in_process import keep_whole_answers, until_end
 
 EXTENSIONS = {
     "return_token_ids": True,
@@ -84,25 +84,6 @@ def ask_servers(prompts: list[Prompt], path: Path, settings: RegenerateConfig, s
         tqdm(total=len(prompts), initial=len(prompts) - len(pending), desc="regenerate", unit="answer") as bar,
     ):
         asyncio.run(_Questions(pending, file, bar, settings, seed, chat, len(prompts)).ask_all())
-
-
-def keep_whole_answers(path: Path) -> set[str]:
-    """Cuts a line that a kill left torn, and the prompts behind the answers.
-
-    Returns:
-        Ids of the answered prompts.
-    """
-    if not path.exists():
-        return set()
-    kept, size = set(), 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n") or (sample := parse_sample(line, f"{path}, line {number}")).split != "train":
-                break
-            kept.add(sample.id)
-            size += len(line)
-    os.truncate(path, size)
-    return kept
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,7 @@ from .policy.policy import Policy
 from .policy.tree_builder import TreeBuilder, builder_of, check_sources
 from .prompts import Prompts
 from .proposer import SCOPES, Opening, TokenSource
+from .refill import Finished, Running, refilled
 from .request import Request, Row, ends_of
 from .retrieval.sources import SOURCES
 from .retrieval.successor_matrix import SuccessorMatrix
@@ -48,6 +49,7 @@ class GraftEngine:
     Args:
         target: the model; its `aux_layer_ids` are those that `head` reads.
         policy: a plan per method.
+        head: None where no plan drafts.
         successors: the matrix that requests start from.
         eos_token_ids: generation ends after one of these, and no other.
         tokenizer: the target's, to find stop strings with.
@@ -66,7 +68,7 @@ class GraftEngine:
         self,
         target: Target,
         policy: Policy,
-        head: Head,
+        head: Head | None,
         successors: SuccessorMatrix,
         eos_token_ids: Sequence[int] = (),
         tokenizer: Any | None = None,
@@ -92,7 +94,9 @@ class GraftEngine:
         self.retrieval_scope = retrieval_scope
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
-        self.speculator = Speculator(proposer_of(head, target.embed, target.unembed, target.max_positions))
+        self.speculator = Speculator(
+            None if head is None else proposer_of(head, target.embed, target.unembed, target.max_positions)
+        )
         self.captured: CapturedRounds | None = None
         if captured or (captured is None and is_cuda):
             self.captured = CapturedRounds(target, self.speculator, CudaGraphs(target.device))
@@ -252,6 +256,86 @@ class GraftEngine:
             for _, token in decoded:
                 yield token
 
+    def run_many(
+        self, requests: Iterable[tuple[Any, Request]], at_most: int, keep_aux: bool = False
+    ) -> Generator[Finished, None, None]:
+        """Continues any number of prompts, at most so many at a time, and yields each when it has ended.
+
+        The place of a prompt that has ended goes to the next, so that none waits for the longest. Each gets what `run`
+        gives it alone. Kept prefixes are neither used nor replaced.
+
+        Args:
+            requests: a prompt and its settings each, all of one plan; read as places become free.
+            at_most: prompts under way, each with caches of its own.
+            keep_aux: hand out the target's auxiliary states too, which takes a pass more over each last token.
+
+        Raises:
+            GraftError: what `run` raises, with the number of the prompt; nothing is yielded after it.
+        """
+        if at_most < 1:
+            raise GraftError(f"at_most={at_most}: run at least one prompt at a time")
+        plans: set[tuple[Plan, bool]] = set()
+
+        def begin(fresh: Sequence[tuple[int, tuple[Any, Request]]]) -> list[Running]:
+            plans.update((self._plan_of(one), self._falls_back(one)) for _, (_, one) in fresh)
+            rows = [self._only_row(number, ids, request) for number, (ids, request) in fresh]
+            if len(plans) > 1:
+                raise GraftError(f"prompts {fresh[0][0]} and on ask for another plan: run_many takes prompts of one")
+            return self._begin([number for number, _ in fresh], rows, fresh[0][1][1], keep_aux)
+
+        def advance(running: Sequence[Running]) -> list[Emitted]:
+            with self._lock, torch.inference_mode():
+                return self._round([one.state for one in running])
+
+        yield from refilled(requests, at_most, begin, advance)
+
+    def _only_row(self, number: int, input_ids: Any, request: Request) -> Row:
+        if request.streamer is not None or request.return_logprobs:
+            raise GraftError(f"prompt {number}: run_many knows neither streamer nor return_logprobs; leave them out")
+        try:
+            prompts = request.prompts(input_ids, None, self.target.model, self.eos_token_ids, self.tokenizer)
+            if len(prompts) > 1:
+                raise GraftError(f"it is a batch of {len(prompts)}; pass its prompts one by one")
+            return request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)[0]
+        except GraftError as error:
+            raise GraftError(f"prompt {number}: {error}") from error
+
+    def _begin(self, numbers: Sequence[int], rows: Sequence[Row], request: Request, keep_aux: bool) -> list[Running]:
+        """Reads the prompts of requests whose plan is that of this one."""
+        plan = self._plan_of(request)
+        with self._lock, torch.inference_mode():
+            states = [self._open(row, plan, GenerationStats(), None, resumes=False) for row in rows]
+            for state in states:
+                state.aux = [] if keep_aux else None
+            first = prefill(self.target, self.speculator, states, [row.prompt_S for row in rows], self.prefill_chunk)
+            self._let_fall_back(states, request, plan)
+        begun = [Running(*one) for one in zip(numbers, rows, states, strict=True)]
+        for one, token in zip(begun, first, strict=True):
+            one.state.clock.mark("prefill")
+            one.take(([token], ["prefill"]))
+        return begun
+
+    def _plan_of(self, request: Request) -> Plan:
+        """Raises GraftError for a plan that asks for what the engine does not have, or draws that would differ."""
+        if request.temperature and request.seed is None and self.target.is_parallel:
+            raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
+        plan = request.plan or self.policy.plan(request.method)
+        if self.head is None and plan.drafts:
+            raise GraftError("this engine has no draft head: choose the method autoregressive")
+        proposer = self.speculator.head
+        known = 0 if self.head is None else self.head.config.draft_vocab_size
+        check_sources(plan, known, self.tables, None if proposer is None else proposer.most_steps)
+        return plan
+
+    def _falls_back(self, request: Request) -> bool:
+        return self.fallback and request.plan is None and request.method == "graft"
+
+    def _let_fall_back(self, states: Sequence[DecodeState], request: Request, plan: Plan) -> None:
+        if self._falls_back(request):
+            for state in states:
+                state.levels = tuple(map(self._builder, fallback_plans(plan).values()))
+                state.fallbacks = self.fallbacks.setdefault(plan, {})
+
     def _decode(
         self,
         prompts: Prompts,
@@ -260,20 +344,14 @@ class GraftEngine:
         logprobs: Sequence[list[Tensor]] | None = None,
     ) -> Generator[tuple[int, int], None, None]:
         """Yields tokens as they are accepted, with the index of their prompt."""
-        plan = request.plan or self.policy.plan(request.method)
-        check_sources(plan, self.head.config.draft_vocab_size, self.tables, self.speculator.head.most_steps)
-        if request.temperature and request.seed is None and self.target.is_parallel:
-            raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
+        plan = self._plan_of(request)
         rows = request.rows(prompts, self.target, self.eos_token_ids, self.tokenizer)
         if request.streamer is not None:
             request.streamer.put(prompts.padded_BS.cpu())
         # Not a decorator: inference mode must not leak to the caller between two tokens.
         with self._lock, torch.inference_mode():
             opened, first = self._prefill(rows, plan, each, logprobs or [None] * len(rows))
-            if self.fallback and request.plan is None and request.method == "graft":
-                for state in opened:
-                    state.levels = tuple(map(self._builder, fallback_plans(plan).values()))
-                    state.fallbacks = self.fallbacks.setdefault(plan, {})
+            self._let_fall_back(opened, request, plan)
         with suppress(GeneratorExit):  # the caller has enough: between two tokens everything is in order
             yield from self._rounds(rows, opened, first, request.streamer)
         for state in opened:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import GraftError
 from .noise import Noise
 from .policy.tree_builder import ScoredBuilder, TreeBuilder
 from .proposer import HeadProposer, TokenSource
@@ -94,10 +95,20 @@ class Speculator:
     """Makes the next trees of several requests; those that draft share the passes of the head.
 
     Every decision is one host read for all requests that face it.
+
+    Args:
+        head: None where no plan drafts.
     """
 
-    def __init__(self, head: HeadProposer) -> None:
-        self.head = head
+    def __init__(self, head: HeadProposer | None) -> None:
+        self._head = head
+
+    @property
+    def head(self) -> HeadProposer:
+        """Raises GraftError where there is none, and a plan drafts."""
+        if self._head is None:
+            raise GraftError("this engine has no draft head: choose the method autoregressive")
+        return self._head
 
     def draft(self, requests: Sequence[Speculation]) -> list[Chosen]:
         """Drafts from checkpoint to checkpoint until the head is unsure; the steps after that never run.
@@ -167,7 +178,8 @@ class Speculator:
             if skip:
                 asked.remove(index)
                 waiting.append(index)
-        self.head.defer([requests[index].head for index in waiting], [requests[index].fresh for index in waiting])
+        if waiting:
+            self.head.defer([requests[index].head for index in waiting], [requests[index].fresh for index in waiting])
         return asked
 
 

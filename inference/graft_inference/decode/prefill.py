@@ -76,6 +76,8 @@ def _read(
         state, prompt_S = states[index], prompts[index]
         request = state.speculation
         request.read(piece_S, output.logits_NV)
+        if state.aux is not None:
+            state.aux.append(output.aux_NE)
         tokens_A, aux_AE, now = prompt_S[start + 1 : end + 1], output.aux_NE, end - start
         if end == len(prompt_S):
             _draw_first(target, state, output.logits_NV[-1:])

@@ -79,6 +79,8 @@ def keep(state: DecodeState, verified: Verified, count: int | None) -> Tensor:
     path_A, output = verified.acceptance.path_D[:count], verified.output
     state.cache.keep_branch(path_A)
     state.speculation.observe(verified.tree, output.logits_NV, output.aux_NE, verified.acceptance, count)
+    if state.aux is not None:
+        state.aux.append(output.aux_NE[path_A])
     return torch.empty(0) if verified.logp_N is None else verified.logp_N[path_A]
 
 

@@ -25,6 +25,7 @@ class DecodeState:
         history_S: prompt and emitted tokens, where a logits processor reads them.
         logprobs: of the emitted tokens, where wanted.
         tokens: emitted tokens, where the prefix is kept.
+        aux: the target's auxiliary states of what it has read and committed, piece by piece, where they are kept.
         levels: the builders that the engine's fallback chooses from for each round; empty for the same one throughout.
         fallbacks: of those, by the bit length of how many prompts are decoded together.
     """
@@ -38,6 +39,7 @@ class DecodeState:
     clock: PhaseClock
     place: int = 0
     tokens: list[int] = field(default_factory=list)
+    aux: list[Tensor] | None = None
     levels: tuple[TreeBuilder, ...] = ()
     fallbacks: dict[int, Fallback] = field(default_factory=dict)
 

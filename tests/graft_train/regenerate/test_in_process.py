@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import graft_train.regenerate.in_process as module
 from graft_train.data.samples import read_samples
 from graft_train.data.target import load_target
 from graft_train.regenerate import regenerate
-from graft_train.regenerate.in_process import drop_torn_batch
 from tests.graft_inference.tiny_bundle import write_target
 from tests.graft_train.tiny_run import tiny_config, write_sources
 
@@ -25,31 +25,44 @@ def config(tmp_path_factory):
 
 
 def answers_of(path):
-    return path.joinpath("samples.jsonl").read_bytes()
+    return sorted(path.joinpath("samples.jsonl").read_bytes().splitlines(keepends=True))
+
+
+def copy_of(config, root):
+    copy = tiny_config(root, root)
+    copy.target.name_or_path, copy.data = f"{config.run_dir}/target", config.data
+    return copy
 
 
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
-    target = f"{config.run_dir}/target"
-    configs = [tiny_config(tmp_path / name, tmp_path) for name in ("whole", "killed")]
-    for copy in configs:
-        copy.target.name_or_path, copy.data = target, config.data
-    expected = answers_of(regenerate(configs[0]))
-
-    answer, calls = module.answer, []
+    whole, killed = (copy_of(config, tmp_path / name) for name in ("whole", "killed"))
+    expected = answers_of(regenerate(whole))
+    answers = module.answers
 
     def dying(*arguments):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return answer(*arguments)
+        yield from islice(answers(*arguments), 5)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "answer", dying)
-        regenerate(configs[1])
+        patch.setattr(module, "answers", dying)
+        regenerate(killed)
     partial = tmp_path / "killed" / "data.partial" / "samples.jsonl"
+    assert set(answers_of(partial.parent)) < set(expected)
     with partial.open("ab") as file:  # what a kill in the middle of a write leaves
-        file.write(expected.splitlines(keepends=True)[8] + b'{"id": "torn')
-    assert answers_of(regenerate(configs[1])) == expected
+        file.write(expected[8][:20])
+    asked = []
+    monkeypatch.setattr(
+        module, "answers", lambda engine, pending, *rest: asked.extend(pending) or answers(engine, pending, *rest)
+    )
+    assert answers_of(regenerate(killed)) == expected
+    assert len(asked) == 12 - 5
+
+
+def test_an_answer_does_not_depend_on_how_many_are_under_way(config, tmp_path):
+    expected = answers_of(regenerate(config))
+    copy = copy_of(config, tmp_path)
+    copy.regenerate.batch = 1
+    assert answers_of(regenerate(copy)) == expected
 
 
 def test_greedy_answers_are_generates(config):
@@ -83,7 +96,3 @@ def test_splits_share_no_document(config):
     assert not documents["train"] & documents["calibration"]
     assert not documents["train"] & documents["evaluation"]
     assert not documents["calibration"] & documents["evaluation"]
-
-
-def test_nothing_to_drop_from_a_file_that_is_not_there(tmp_path):
-    assert drop_torn_batch(tmp_path / "samples.jsonl", [4, 4]) == 0
