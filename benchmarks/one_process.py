@@ -68,9 +68,6 @@ class Accelerator(PartialState):
         for one, state in zip(self._kept, states, strict=True):
             one.load_state_dict(state)
 
-    def unwrap_model(self, model: nn.Module) -> nn.Module:
-        return model
-
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 

@@ -4,10 +4,10 @@
 
 Needs the target, data, head and corpus of a finished quickstart. The first domain is the run's own held-out prompts,
 the second prose: licences and documentation texts of the installed packages. Every policy is learned on calibration
-prompts and raced on others: the learned one, the same one learned on the other domain (transfer), without each of its
-pieces (ablation), the paper's settings (as printed, and with rows scaled to this device) and the tuned EAGLE-3 tree.
-Ratios come with 95 % intervals by bootstrap over prompts. An interrupted run goes on with the temperature it was at.
-Pieces are taken away at the first temperature only, but for the shared noise.
+prompts and raced on others: the learned one, the same one learned on the other domain (transfer), the paper's settings
+(as printed, and with nodes scaled to this device) and the tuned EAGLE-3 tree. Ratios come with 95 % intervals by
+bootstrap over prompts. An interrupted run goes on with the temperature it was at. `ablation.py` takes the learned
+policy's pieces away.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from transformers import AutoTokenizer
 from graft_inference import GraftEngine, GraftError, Plan, paper_policy
 from graft_inference.bundle import Bundle, load_successors, load_target_model
 from graft_inference.heads.eagle3.checkpoint import load_head
-from graft_train.calibrate import learn, plan_of, replay_sources, taught_by_all
-from graft_train.calibrate.measure import timer_of, told_traces, trace
+from graft_train.calibrate import learn, replays_of, taught_by_all
+from graft_train.calibrate.measure import timer_of, told_traces
 from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, full_race, ratio
 from graft_train.calibrate.replay import Replays, replay_of
-from graft_train.calibrate.report import calibration, describe, pieces
-from graft_train.calibrate.traces import Traces
+from graft_train.calibrate.report import calibration, describe
+from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.config.data import DataConfig
 from graft_train.config.policy import CalibrateConfig
 from graft_train.data.chat import Chat
@@ -88,7 +88,7 @@ def main() -> None:
                 "own": own_prompts(arguments.run_dir, count),
                 "prose": prose_prompts(arguments.run_dir / "target", count),
             }
-            runs = measure(engine, settings, domains, temperature, arguments.repeats, not result["runs"])
+            runs = measure(engine, settings, domains, temperature, arguments.repeats)
             done = {"arguments": said, "runs": runs}
             write_json(part, done)
         result["runs"] += done["runs"]
@@ -150,14 +150,13 @@ def measure(
     domains: dict[str, dict[str, list[Tensor]]],
     temperature: float,
     repeats: int,
-    ablate: bool,
 ) -> list[dict[str, Any]]:
     """Learns on each domain's calibration prompts, races on each domain's evaluation prompts."""
     settings = replace(settings, temperature=temperature)
     learned = {name: learn_on(engine, settings, prompts["calibration"], repeats) for name, prompts in domains.items()}
     found = []
     for name, one in learned.items():
-        plans = contenders(settings, learned, name, ablate)
+        plans = contenders(settings, learned, name)
         track = track_of(engine, settings, domains[name]["evaluation"], redraws=True)
         raced = race_distinct(track, plans, repeats)
         found.append(
@@ -170,8 +169,8 @@ def measure(
                 "predicted": {kind: speed / one.slowness for kind, speed in one.predicted.items()},
                 "predicted_when_chosen": one.predicted,
                 "measured_on_calibration": one.tokens_per_second,
-                "calibration_error": calibration(told_traces(one.traces, settings.shared_noise)),
-                "latency_ms": one.replays[False, False].latency.to_dict(),
+                "calibration_error": calibration(told_traces(one.traces)),
+                "latency_ms": one.replays[False].latency.to_dict(),
             }
         )
     return found
@@ -200,9 +199,9 @@ class Learned:
 def learn_on(engine: GraftEngine, settings: CalibrateConfig, prompts: list[Tensor], repeats: int) -> Learned:
     """The plans, and how slow the device is while they race: a shared machine has another speed minutes later."""
     noises = (False, True) if settings.temperature else (False,)
-    traces = {told: trace(settings, engine, prompts, told) for told in noises}
+    traces = {told: record_traces(engine, prompts, settings, told) for told in noises}
     timer = timer_of(settings, engine, prompts, traces)
-    replays = replay_sources(settings, traces, timer.latency())
+    replays = replays_of(settings, traces, timer.latency())
     plans = learn(settings, replays)
     predicted = {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()}
     pace = Pace(timer)
@@ -228,7 +227,7 @@ def race_distinct(track: Track, plans: dict[str, Plan], repeats: int) -> dict[st
     return {name: raced[runs_as[name]] for name in plans}
 
 
-def contenders(settings: CalibrateConfig, learned: dict[str, Learned], domain: str, ablate: bool) -> dict[str, Plan]:
+def contenders(settings: CalibrateConfig, learned: dict[str, Learned], domain: str) -> dict[str, Plan]:
     """The plans of one race by name."""
     plans = dict(learned[domain].plans)
     plans["paper as printed"] = paper_policy().graft
@@ -237,12 +236,7 @@ def contenders(settings: CalibrateConfig, learned: dict[str, Learned], domain: s
             plans[f"learned on {other}"] = learned[other].plans["learned"]
     if settings.temperature:
         plans["eagle3, told the noise"] = replace(plans["eagle3"], shares_noise=True)
-    for piece, change in pieces(settings).items():
-        if change and (ablate or "shared_noise" in change):
-            plans[piece] = plan_of("learned", replace(settings, **change), learned[domain].replays)
-    if ablate:
-        plans |= taught_by_all({"learned": plans["learned"]})
-    return plans
+    return plans | taught_by_all({"learned": plans["learned"]})
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -253,7 +247,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines += [
             f"## {run['domain']}, temperature {run['temperature']:g}, {prompts} prompts",
             "",
-            "| plan | steps: rows | tokens/s | acceptance | over eagle3 | over paper, scaled | over paper, printed |",
+            "| plan | steps: nodes | tokens/s | acceptance | over eagle3 | over paper, scaled | over paper, printed |",
             "|---|---|---:|---:|---:|---:|---:|",
         ]
         by_speed = sorted(run["measured"].items(), key=lambda item: -item[1]["tokens_per_second"])

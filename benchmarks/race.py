@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from graft_inference import GraftEngine
-from graft_train.calibrate import learn, replay_sources, taught_by_all
+from graft_train.calibrate import learn, replays_of, taught_by_all
 from graft_train.calibrate.budget import TABLE, TRACES
-from graft_train.calibrate.measure import timer_of, trace
+from graft_train.calibrate.measure import timer_of
 from graft_train.calibrate.race import distinct, full_race
 from graft_train.calibrate.replay import replay_of
 from graft_train.calibrate.results import Forecast
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
+from graft_train.calibrate.traces import record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.data.samples import read_samples
 from graft_train.device import describe_device
@@ -62,8 +63,8 @@ def record(engine: GraftEngine, settings: CalibrateConfig, arguments: argparse.N
     """Of every plan: foretold seconds of each prompt, [P], and measured ones, [repeats, P]; and the prompts' tokens."""
     samples = read_samples(arguments.run_dir / "data" / "samples.jsonl", "calibration")[: settings.prompts]
     prompts = [torch.tensor(sample.prompt_ids) for sample in samples]
-    traces = {False: trace(settings, engine, prompts)}
-    replays = replay_sources(settings, traces, timer_of(settings, engine, prompts, traces).latency())
+    traces = {False: record_traces(engine, prompts, settings)}
+    replays = replays_of(settings, traces, timer_of(settings, engine, prompts, traces).latency())
     plans = learn(settings, replays)
     forecasts = {name: Forecast.of(replay_of(replays, plan), plan) for name, plan in plans.items()}
     racers = plans | taught_by_all(plans)

@@ -47,6 +47,7 @@ from graft_inference.template import depth_template
 from graft_train.device import describe_device
 
 SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
     "15m": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 9},
     "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     "1b": {
@@ -73,7 +74,7 @@ SHAPES = {
     },
 }
 """Of which the last three stand for Llama 3.2 1B, Llama 3.1 8B and Qwen3 32B."""
-VOCABULARY = {"15m": 8192, "100m": 16384, "1b": 128256, "8b": 128256, "32b": 151936}
+VOCABULARY = {"tiny": 512, "15m": 8192, "100m": 16384, "1b": 128256, "8b": 128256, "32b": 151936}
 DRAFT_VOCABULARY = 32000
 PHASES = ("draft", "graft", "verify", "commit")
 LAUNCHES = {"cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"}
@@ -178,7 +179,7 @@ def random_pair(shape: str, device: str, dtype: torch.dtype) -> GraftEngine:
     torch.manual_seed(0)
     sizes = SHAPES[shape] | {"vocab_size": VOCABULARY[shape], "max_position_embeddings": 2048}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = LlamaConfig(**sizes, **ends, tie_word_embeddings=shape in ("15m", "100m", "1b"))
+    config = LlamaConfig(**sizes, **ends, tie_word_embeddings=shape not in ("8b", "32b"))
     with torch.device(device):  # where a large one would not fit on the host
         model: Any = LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
     return with_random_head(model)

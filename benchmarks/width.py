@@ -19,10 +19,11 @@ from round import with_random_head
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from graft_inference import Plan
-from graft_train.calibrate import plan_of, replay_sources
-from graft_train.calibrate.measure import timer_of, trace
+from graft_train.calibrate import plan_of, replays_of
+from graft_train.calibrate.measure import timer_of
 from graft_train.calibrate.replay import Replay, replay_of
 from graft_train.calibrate.report import describe
+from graft_train.calibrate.traces import record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.device import describe_device
 
@@ -40,20 +41,20 @@ def main() -> None:
     trained = load_engine(arguments.run)
     settings = CalibrateConfig(
         max_new_tokens=64, topk=4, num_steps=6, widths=[1, 2, 4, 6, 8, 12, 16, 24, 32], retrieval_depth=6,
-        checkpoints=2, echo=False,
+        checkpoints=2,
     )  # fmt: skip
     prompts = own_prompts(arguments.run, arguments.prompts)["calibration"]
-    traces = {False: trace(settings, trained, prompts)}
+    traces = {False: record_traces(trained, prompts, settings)}
     device = describe_device(trained.target.device)
     table = Table(title=f"{device['name']}, {device['threads']} threads, {arguments.experts} experts, {ACTIVE} a token")
-    for name in ("target", "rows", "pass, ms", "plan", "passes: rows", "over plain decoding"):
-        table.add_column(name, justify="left" if name in ("target", "plan", "passes: rows") else "right")
+    for name in ("target", "rows", "pass, ms", "plan", "steps: nodes", "over plain decoding"):
+        table.add_column(name, justify="left" if name in ("target", "plan", "steps: nodes") else "right")
     for name, model in targets(trained.target.config.vocab_size, arguments.experts).items():
         latency = timer_of(settings, with_random_head(model), prompts, traces).latency()
         for rows, milliseconds in zip(latency.widths, latency.verify_ms[0], strict=True):
             table.add_row(name, str(rows), f"{milliseconds:.1f}")
-        replays = replay_sources(settings, traces, latency)
-        plain = latency.verify_ms[0][0] + latency.graft_ms[0] + latency.commit_ms[0]
+        replays = replays_of(settings, traces, latency)
+        plain = latency.verify_ms[0][0] + latency.build_ms + latency.commit_ms
         for kind in ("eagle3", "learned"):
             plan = plan_of(kind, settings, replays)
             replay = replay_of(replays, plan)
@@ -89,7 +90,7 @@ def mean_rows(replay: Replay, plan: Plan) -> float:
     """Rows of a round on average."""
     outcome = replay.outcome(plan)
     rows = [checkpoint.num_draft_tokens for checkpoint in plan.checkpoints]
-    rows_T = torch.tensor(rows)[torch.from_numpy(outcome.stage_T)]
+    rows_T = torch.tensor(rows)[torch.from_numpy(outcome.checkpoint_T)]
     return float(rows_T[torch.from_numpy(replay.visits(outcome))].float().mean())
 
 
