@@ -20,10 +20,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from graft_train.build_corpus.captured import find_captured
@@ -39,12 +39,11 @@ from graft_train.data.states import PackedTarget
 from graft_train.data.target import load_target, target_path
 from graft_train.device import describe_device
 from graft_train.distill.batches import TokenSample, to_tensors
-from graft_train.distill.state_source import disk_states, memory_states, states_directory
+from graft_train.distill.state_source import memory_states, states_directory
 from graft_train.regenerate import end_ids
 from graft_train.regenerate.capture import StateShards, captured_settings
 from graft_train.regenerate.in_process import answers, plain_engine
 from graft_train.regenerate.static_batches import PAD, answer
-from graft_train.stage import fingerprint_of
 
 Seconds = dict[str, float]
 WAYS = ("three passes", "one pass")
@@ -89,7 +88,7 @@ class OnePass:
         with tempfile.TemporaryDirectory() as run:
             self.config.run_dir = run
             samples = timed(seconds, "answers", lambda: self._answer(prompts, Path(run) / "data" / "samples.jsonl"))
-            timed(seconds, "states", lambda: self._read_states(samples))
+            timed(seconds, "states", self._read_states)
             timed(seconds, "corpus", lambda: self._pairs(samples))
         return samples
 
@@ -107,33 +106,15 @@ class OnePass:
         shards.finish(self.config, path, self.layers)
         return samples
 
-    def _read_states(self, samples: list[Sample]) -> None:
+    def _read_states(self) -> None:
         """All of them once, as an epoch of training does."""
-        rows, head = tensors(samples, self.config), self.config.head
-        target = Stored(self.model, self.layers)
-        directory, fingerprint = states_directory(self.config.run_dir), fingerprint_of(target_path(self.config))
-        source: Any = disk_states(target, rows, head.batch_tokens, directory, fingerprint, None, Accelerator(cpu=True))
-        for number, row in enumerate(rows):
-            source(Batch(number, row))
+        for path in sorted(states_directory(self.config.run_dir).glob("*.safetensors")):
+            load_file(path)
 
     def _pairs(self, samples: list[Sample]) -> None:
         captured = find_captured(self.config, self.model)
         assert captured is not None
         list(captured.pairs(counted(samples, self.config.corpus.prompts), self.config.corpus.successors))
-
-
-class Stored:
-    """As much of a target as `disk_states` asks of one that is not to run."""
-
-    def __init__(self, model: Any, layers: tuple[int, ...]) -> None:
-        self.model, self.config, self.aux_layer_ids = model, model.config, layers
-
-
-class Batch:
-    """One sample."""
-
-    def __init__(self, number: int, row: TokenSample) -> None:
-        self.samples, self.tokens_S = [number], row.tokens_S
 
 
 def tensors(samples: list[Sample], config: Config) -> list[TokenSample]:

@@ -112,7 +112,9 @@ def test_what_distill_asks_of_its_states_is_kept(config, monkeypatch, changes):
     assert (distill(config) / "model.safetensors").is_file()
 
 
-def test_killed_and_resumed_states_belong_to_their_samples(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", [False, True])
+def test_killed_and_resumed_states_belong_to_their_samples(config, tmp_path, monkeypatch, lost):
+    """Also where the machine failed before the last shard had reached the disk."""
     regenerate(config)
     expected = stored(config)
     killed = capturing(tmp_path / "killed")
@@ -125,14 +127,19 @@ def test_killed_and_resumed_states_belong_to_their_samples(config, tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "answers", dying)
         regenerate(killed)
-    kept = (tmp_path / "killed" / "run" / "data.partial" / "samples.jsonl").read_bytes().splitlines()
+    partial = tmp_path / "killed" / "run" / "data.partial"
+    kept = (partial / "samples.jsonl").read_bytes().splitlines()
     assert 0 < len(kept) < 8, "answers are written with their shard"
+    if lost:
+        max((partial / "states").glob("shard-*")).unlink()
     asked = []
     monkeypatch.setattr(
         module, "answers", lambda engine, pending, *rest: asked.extend(pending) or answers(engine, pending, *rest)
     )
     regenerate(killed)
-    assert 12 - len(kept) <= len(asked) < 12
+    assert len(asked) < 12
+    assert (len(asked) > 12 - len(kept)) == lost
+    assert len(read_samples(path_of(killed), "train")) == 12
     found = stored(killed)
     assert found.keys() == expected.keys()
     for name, states in expected.items():
