@@ -166,7 +166,8 @@ def work(target: str, head: str) -> None:
 
     if not Path(graft_inference.__file__).is_relative_to(Path.cwd()):
         sys.exit(f"{graft_inference.__file__} is not of the checkout in {Path.cwd()}")
-    engine = GraftEngine.from_pretrained(head, target, "cpu", "float32")
+    # Which layers are packed is chosen by timing them, and chance would have the builds choose differently.
+    engine = GraftEngine.from_pretrained(head, target, "cpu", "float32", packed=False)
     policy = paper_policy(*POLICY)
     plans = {"eagle3": policy.eagle3, "graft": policy.graft}
     step = train_step()

@@ -48,5 +48,5 @@ part tests 110 "$PYTHON" -m pytest -m gpu -rs -p no:cacheprovider $tests
 part equality 50 "$PYTHON" benchmarks/equality.py "${equality[@]}"
 part round 100 "$PYTHON" benchmarks/round.py "${round[@]}"
 part train 60 "$PYTHON" benchmarks/train_step.py --arms fast "${train[@]}"
-part pair 270 "$PYTHON" benchmarks/gpu_road.py "${pair[@]}" "$@"
+part pair 260 "$PYTHON" benchmarks/gpu_road.py "${pair[@]}" "$@"
 exit "$failed"

@@ -1,6 +1,5 @@
 """A small target where none can be had: a Llama of this machine's Python sources, for `gpu_road.py`."""
 
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,8 +18,9 @@ def toy_target(directory: Path, sources: str, device: str, steps: int = 1500, ba
     """
     if (directory / "config.json").exists():
         return directory
-    paths = islice(Path(sources).rglob("*.py"), FILES)
-    texts = [path.read_text(encoding="utf-8", errors="ignore")[:20_000] for path in paths]
+    paths = sorted(Path(sources).rglob("*.py"))
+    chosen = paths[:: max(1, len(paths) // FILES)]
+    texts = [path.read_text(encoding="utf-8", errors="ignore")[:20_000] for path in chosen]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=4096, special_tokens=[END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END)

@@ -70,11 +70,14 @@ def test_the_ablation_begins_with_what_calibrate_chose(road):
 def test_an_ablation_leaves_one_piece_out(road, tmp_path):
     shutil.copytree(road[1] / "policy", tmp_path / "policy")
     latency = json.loads((tmp_path / "policy" / "latency.json").read_text())
-    # Where a pass of the target is dear and all else free, everything that may be accepted pays.
-    free = {"draft_ms": [0.0, 0.01, 0.02, 0.03], "build_ms": 0.0, "commit_ms": 0.0, "read_ms": 0.0}
+    # Where a pass of the target is dear and all else nearly free, everything that may be accepted pays.
+    free = {"draft_ms": [0.0, 0.1, 0.2, 0.3], "build_ms": 0.0, "commit_ms": 0.0, "read_ms": 0.0}
     latency |= free | {"verify_ms": [[10.0] * len(row) for row in latency["verify_ms"]]}
     latency["source_ms"] = dict.fromkeys(latency["source_ms"], 0.0)
     (tmp_path / "policy" / "latency.json").write_text(json.dumps(latency))
+    stage = json.loads((tmp_path / "policy" / "stage.json").read_text())
+    stage["settings"]["widths"] = [1, 4, 8, 40]  # room for what every proposer has
+    (tmp_path / "policy" / "stage.json").write_text(json.dumps(stage))
     plans = {name: cells[-1] for name, cells in ablated(tmp_path).items()}
     assert plans["nothing"].endswith("(matrix, lookup)")
     assert plans["the matrix"].endswith("(lookup)")
