@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from graft_inference import GraftEngine, paper_policy
-from graft_inference.heads.eagle3.drafter import DEFERRED, Eagle3Proposer
+from graft_inference.heads.draft import DEFERRED
+from graft_inference.heads.eagle3.drafter import Eagle3Proposer
 from graft_inference.policy.fallback import GRANT, LOSS_BUDGET, PLAIN_EVERY, SHARE, Fallback, fallback_plans
 from graft_inference.policy.plan import AUTOREGRESSIVE
 from graft_inference.stats import PhaseClock

@@ -44,7 +44,15 @@ class Span:
 
     def rows(self, count: int, device: torch.device) -> Tensor:
         """Indices of so many rows in the buffer, int64."""
+        if isinstance(self.start, int):
+            return torch.arange(self.start, self.start + count, device=device)
         return self.start + torch.arange(count, device=device)
+
+    def read(self, table: Tensor, count: int) -> Tensor:
+        """Reads so many rows of a table, [rows, X], from where the pass stands on."""
+        if isinstance(self.start, int):
+            return table[self.start : self.start + count]
+        return table.index_select(0, self.rows(count, table.device))
 
     def write(self, buffer: Tensor, values: Tensor) -> Tensor:
         """Writes rows, [..., count, D], into a buffer of more; returns what the pass sees."""

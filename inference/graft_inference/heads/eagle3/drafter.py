@@ -73,21 +73,24 @@ class Drafter(HeadState):
     def line(self, tokens_A: Tensor) -> "HeadRows":
         """Rows that stand in a line behind what was read."""
         count, span = len(tokens_A), self.span
-        rows_A = span.rows(count, tokens_A.device)
         visible_AK = None
         if span.is_fixed or (count > 1 and self.length):
+            rows_A = span.rows(count, tokens_A.device)
             visible_AK = torch.arange(span.end(count), device=tokens_A.device) <= rows_A[:, None]
-        return HeadRows(self, tokens_A, span, rows_A, visible_AK)
+        return HeadRows(self, tokens_A, span, span, count, visible_AK)
 
     def branches(self, draft: Eagle3Draft, chosen_k: Tensor, parent_k: Tensor) -> "HeadRows":
         """The rows of the last pass's children that are expanded; they stand at one position."""
         last, behind = draft.layers[-1], (draft.steps - 1) * self.topk
         span = Span(self.span.start + behind, self.span.size)
-        rows_k, size = span.rows(self.topk, chosen_k.device), span.end(self.topk)
-        seen_kK = F.pad(last.visible_AK[parent_k], (0, size - last.visible_AK.shape[1]))
-        visible_kK = seen_kK | (torch.arange(size, device=chosen_k.device) == rows_k[:, None])
-        positions_1 = Span(self.span.start + draft.steps - 1).rows(1, chosen_k.device)
-        return HeadRows(self, last.tokens_C[chosen_k], span, positions_1, visible_kK)
+        visible_kK, position = last.visible_AK[parent_k], Span(self.span.start + draft.steps - 1)
+        if span.is_fixed:
+            rows_k = span.rows(self.topk, chosen_k.device)
+            visible_kK = visible_kK | (torch.arange(span.end(0), device=chosen_k.device) == rows_k[:, None])
+        else:
+            own_kk = torch.eye(self.topk, dtype=torch.bool, device=chosen_k.device)
+            visible_kK = torch.cat((visible_kK, own_kk), dim=1)
+        return HeadRows(self, last.tokens_C[chosen_k], span, position, 1, visible_kK)
 
     def fix(self, rows: int) -> Self:
         """Stands on fixed buffers from now on, with room for so many positions that are not read; nothing is in it."""
@@ -154,14 +157,15 @@ class HeadRows:
 
     Attributes:
         span: where their keys and values are written.
-        positions: of each row, or the one of all of them; int64.
+        position, positions: the rows stand at so many consecutive positions from there on; at one, all of them.
         visible_AK: which rows of the cache they see; None for plain causal.
     """
 
     drafter: Drafter
     tokens_A: Tensor
     span: Span
-    positions: Tensor
+    position: Span
+    positions: int
     visible_AK: Tensor | None
 
     def attend(self, query_BQSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor) -> Tensor:
@@ -178,7 +182,7 @@ class HeadRows:
 
     def rope(self) -> tuple[Tensor, Tensor]:
         """cos and sin, [1, positions, D] each."""
-        cos_SD, sin_SD = (table.index_select(0, self.positions) for table in self.drafter.rope)
+        cos_SD, sin_SD = (self.position.read(table, self.positions) for table in self.drafter.rope)
         return cos_SD[None], sin_SD[None]
 
 
