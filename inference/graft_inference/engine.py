@@ -322,9 +322,8 @@ class GraftEngine:
         plan = request.plan or self.policy.plan(request.method)
         if self.head is None and plan.drafts:
             raise GraftError("this engine has no draft head: choose the method autoregressive")
-        proposer = self.speculator.head
         known = 0 if self.head is None else self.head.config.draft_vocab_size
-        check_sources(plan, known, self.tables, None if proposer is None else proposer.most_steps)
+        check_sources(plan, known, self.tables, None if self.head is None else self.speculator.head.most_steps)
         return plan
 
     def _falls_back(self, request: Request) -> bool:
@@ -448,10 +447,10 @@ class GraftEngine:
         self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
     ) -> tuple[TreeCache, Any | None]:
         """Those of the target and the head, holding what the last request left of the same text."""
-        tokens, head = len(prompt_S) + new_tokens, self.speculator.head
+        tokens, head = len(prompt_S) + new_tokens, self.speculator.head if plan.drafts else None
         if kept is not None:
             return kept.resume(head, kept.shared(prompt_S, plan.drafts), plan, tokens)
-        part = head.open(plan.topk, plan.num_steps, tokens) if plan.drafts else None
+        part = None if head is None else head.open(plan.topk, plan.num_steps, tokens)
         return self.target.new_cache(tokens + plan.num_draft_tokens), part
 
     def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:

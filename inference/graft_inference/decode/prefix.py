@@ -49,11 +49,13 @@ class KeptPrefix:
         """Whether a new prompt is a later turn of the same text."""
         return self.shared(prompt_S, drafts=False) >= min(self.prompt_length, len(prompt_S) - 1)
 
-    def resume(self, proposer: HeadProposer, reused: int, plan: Plan, tokens: int) -> tuple[TreeCache, Any | None]:
+    def resume(
+        self, proposer: HeadProposer | None, reused: int, plan: Plan, tokens: int
+    ) -> tuple[TreeCache, Any | None]:
         """The caches, holding the first `reused` tokens and with room for a request of so many."""
         self.cache.rewind(reused)
         self.cache.grow(tokens + plan.num_draft_tokens)
-        if self.head is None or not plan.drafts:
+        if self.head is None or proposer is None:
             return self.cache, None
         proposer.resume(self.head, reused, plan.topk, plan.num_steps, tokens)
         return self.cache, self.head
