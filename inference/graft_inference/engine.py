@@ -21,7 +21,7 @@ from .decode.round import run_round
 from .decode.state import DecodeState
 from .device import warn_if_elsewhere
 from .errors import GraftError
-from .heads.families import Head, proposer_of
+from .heads.families import Head, most_steps, proposer_of
 from .policy.fallback import Fallback, Fallbacks, fallback_plans
 from .policy.plan import Plan
 from .policy.policy import Policy
@@ -322,8 +322,11 @@ class GraftEngine:
         plan = request.plan or self.policy.plan(request.method)
         if self.head is None and plan.drafts:
             raise GraftError("this engine has no draft head: choose the method autoregressive")
-        known = 0 if self.head is None else self.head.config.draft_vocab_size
-        check_sources(plan, known, self.tables, None if self.head is None else self.speculator.head.most_steps)
+        if self.head is None:
+            check_sources(plan, 0, self.tables)
+        else:
+            shape = self.head.config
+            check_sources(plan, shape.draft_vocab_size, self.tables, most_steps(shape))
         return plan
 
     def _falls_back(self, request: Request) -> bool:
@@ -447,10 +450,10 @@ class GraftEngine:
         self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
     ) -> tuple[TreeCache, Any | None]:
         """Those of the target and the head, holding what the last request left of the same text."""
-        tokens, head = len(prompt_S) + new_tokens, self.speculator.head if plan.drafts else None
+        tokens = len(prompt_S) + new_tokens
         if kept is not None:
-            return kept.resume(head, kept.shared(prompt_S, plan.drafts), plan, tokens)
-        part = None if head is None else head.open(plan.topk, plan.num_steps, tokens)
+            return kept.resume(self.speculator, kept.shared(prompt_S, plan.drafts), plan, tokens)
+        part = self.speculator.head.open(plan.topk, plan.num_steps, tokens) if plan.drafts else None
         return self.target.new_cache(tokens + plan.num_draft_tokens), part
 
     def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:

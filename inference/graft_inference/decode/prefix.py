@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..policy.plan import Plan
-from ..proposer import HeadProposer, TokenSource
+from ..proposer import TokenSource
+from ..speculator import Speculator
 from ..target.kv_cache import TreeCache
 from .state import DecodeState
 
@@ -49,13 +50,11 @@ class KeptPrefix:
         """Whether a new prompt is a later turn of the same text."""
         return self.shared(prompt_S, drafts=False) >= min(self.prompt_length, len(prompt_S) - 1)
 
-    def resume(
-        self, proposer: HeadProposer | None, reused: int, plan: Plan, tokens: int
-    ) -> tuple[TreeCache, Any | None]:
+    def resume(self, speculator: Speculator, reused: int, plan: Plan, tokens: int) -> tuple[TreeCache, Any | None]:
         """The caches, holding the first `reused` tokens and with room for a request of so many."""
         self.cache.rewind(reused)
         self.cache.grow(tokens + plan.num_draft_tokens)
         if self.head is None or proposer is None:
             return self.cache, None
-        proposer.resume(self.head, reused, plan.topk, plan.num_steps, tokens)
+        speculator.head.resume(self.head, reused, plan.topk, plan.num_steps, tokens)
         return self.cache, self.head
