@@ -54,7 +54,7 @@ class KeptPrefix:
         """The caches, holding the first `reused` tokens and with room for a request of so many."""
         self.cache.rewind(reused)
         self.cache.grow(tokens + plan.num_draft_tokens)
-        if self.head is None or proposer is None:
+        if self.head is None or not plan.drafts:
             return self.cache, None
         speculator.head.resume(self.head, reused, plan.topk, plan.num_steps, tokens)
         return self.cache, self.head
