@@ -9,7 +9,6 @@ Peak memory is that of a process for each way, the loading included.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from graft_train.regenerate.static_batches import PAD, answer
 
 Seconds = dict[str, float]
 WAYS = ("three passes", "one pass")
+STAGES = ("answers", "states", "corpus")
 
 
 class ThreePasses:
@@ -122,9 +122,10 @@ def tensors(samples: list[Sample], config: Config) -> list[TokenSample]:
 
 
 def timed(seconds: Seconds, name: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
+    start, of_processor = time.perf_counter(), time.process_time()
     found = work()
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    seconds["cpu"] = seconds.get("cpu", 0.0) + time.process_time() - of_processor
     return found
 
 
@@ -157,7 +158,9 @@ def main() -> None:
     makers = {"three passes": ThreePasses, "one pass": OnePass}
     if arguments.only:
         makers[arguments.only](config, ends).run(turns[0], {})
-        print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}")
+        # Not getrusage's, which begins at the peak of the process that started this one.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(f"peak {int(status['VmHWM'].split()[0]) / 1024}")
         return
     ways = {name: make(configured(arguments), ends) for name, make in makers.items()}
     measured: dict[str, list[Seconds]] = {name: [] for name in WAYS}
@@ -177,16 +180,22 @@ def report(arguments: argparse.Namespace, measured: dict[str, list[Seconds]], ca
     device = describe_device(torch.device("cpu"))
     title = f"{device['name']}, {device['threads']} threads, torch {device['torch']}, {arguments.dtype}"
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
-    for column in ("way", "answers s", "states s", "corpus s", "samples/s", "least to most", "peak MiB"):
+    for column in ("way", "answers s", "states s", "corpus s", "samples/s", "least to most", "CPU s", "peak MiB"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    speeds = {name: [arguments.prompts / sum(one.values()) for one in turns] for name, turns in measured.items()}
+    speeds = {
+        name: [arguments.prompts / sum(one[part] for part in STAGES) for one in turns]
+        for name, turns in measured.items()
+    }
     for name, turns in measured.items():
-        parts = [f"{median(one[part] for one in turns):.1f}" for part in ("answers", "states", "corpus")]
+        parts = [f"{median(one[part] for one in turns):.1f}" for part in (*STAGES, "cpu")]
+        cpu = parts.pop()
         spread = f"{min(speeds[name]):.2f} to {max(speeds[name]):.2f}"
-        table.add_row(name, *parts, f"{median(speeds[name]):.2f}", spread, f"{peak_mib(name):.0f}")
+        table.add_row(name, *parts, f"{median(speeds[name]):.2f}", spread, cpu, f"{peak_mib(name):.0f}")
     Console(width=130).print(table)
     ratios = [one / three for three, one in zip(*speeds.values(), strict=True)]
-    print(f"one pass / three passes: {median(ratios):.2f}x, {min(ratios):.2f}x to {max(ratios):.2f}x by turn")
+    work = [three["cpu"] / one["cpu"] for three, one in zip(*measured.values(), strict=True)]
+    for name, found in (("samples per second", ratios), ("samples per CPU second", work)):
+        print(f"{name}, one pass / three: {median(found):.2f}x, {min(found):.2f}x to {max(found):.2f}x by turn")
 
 
 def peak_mib(way: str) -> float:
