@@ -1,0 +1,107 @@
+"""Heads of two runs on one target, calibrated alike and timed in turns on held-out prompts.
+
+    python benchmarks/heads.py --runs runs/quickstart runs/quickstart-block
+
+The first run's target, data and corpus serve both; of the others only `head/` is read. Of each head: the chain that
+engines verify, the tuned tree of the head alone, and the learned plan with all sources. Every output is compared.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from graft_inference import GraftEngine, Plan, QuotaCheckpoint, QuotaPlan, paper_policy
+from graft_inference.bundle import Bundle, load_successors
+from graft_inference.heads.families import load_any_head, most_steps
+from graft_inference.policy.plan import AUTOREGRESSIVE
+from graft_train.calibrate import learn, replays_of
+from graft_train.calibrate.measure import timer_of
+from graft_train.calibrate.race import ratio
+from graft_train.calibrate.report import describe
+from graft_train.calibrate.traces import record_traces
+from graft_train.config.policy import CalibrateConfig
+from graft_train.data.samples import read_samples
+
+Contestants = dict[str, tuple[GraftEngine, Plan]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    first = arguments.runs[0]
+    model = AutoModelForCausalLM.from_pretrained(first / "target", dtype=torch.float32).eval().requires_grad_(False)
+    contestants: Contestants = {}
+    for run in arguments.runs:
+        contestants |= dict(contestants_of(run, first, model))
+    engine = next(iter(contestants.values()))[0]
+    contestants = {"autoregressive": (engine, AUTOREGRESSIVE)} | contestants
+    report(measured(contestants, prompts_of(first, "evaluation", arguments.prompts), arguments.tokens))
+
+
+def prompts_of(run: Path, split: str, count: int) -> list[Tensor]:
+    samples = read_samples(run / "data" / "samples.jsonl", split)[:count]
+    return [torch.tensor(sample.prompt_ids) for sample in samples]
+
+
+def contestants_of(run: Path, first: Path, model: torch.nn.Module) -> Iterator[tuple[str, tuple[GraftEngine, Plan]]]:
+    """Plans of one head, by name, with its engine."""
+    head = load_any_head(run / "head")
+    steps = most_steps(head.config) or 4
+    matrix = load_successors(first / "corpus" / "successors.safetensors", head.config.vocab_size)
+    bundle = Bundle(head, paper_policy(4, 12, steps, matrix.k - 1), matrix)
+    engine = GraftEngine.from_bundle(bundle, model, check=False, fallback=False)
+    settings = CalibrateConfig(
+        topk=4, num_steps=steps, widths=[1, 2, 4, 8, 12], retrieval_depth=5, checkpoints=1, max_new_tokens=48
+    )
+    prompts = prompts_of(first, "calibration", 8)
+    traces = {False: record_traces(engine, prompts, settings)}
+    latency = timer_of(settings, engine, prompts, traces).latency()
+    plans = learn(settings, replays_of(settings, traces, latency))
+    print(f"{run}: draft_ms {[round(time, 2) for time in latency.draft_ms]}", flush=True)
+    chain = QuotaPlan((QuotaCheckpoint(steps, drafted=steps),), 1)
+    for name, plan in {"chain": chain, "tree": plans["eagle3"], "learned": plans["learned"]}.items():
+        print(f"{run} {name}: {describe(plan)}", flush=True)
+        yield f"{run.name} {name}", (engine, plan)
+
+
+def measured(contestants: Contestants, prompts: list[Tensor], tokens: int) -> dict[str, dict[str, list[float]]]:
+    """Tokens, seconds and rounds of every prompt; the order turns from prompt to prompt."""
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"tokens": [], "seconds": [], "rounds": []} for name in contestants
+    }
+    for engine, plan in contestants.values():
+        engine.generate(prompts[0], 16, plan=plan)  # warms up
+    for number, prompt in enumerate(prompts):
+        names = list(contestants)
+        names = names[number % len(names) :] + names[: number % len(names)]
+        texts = set()
+        for name in names if number % 2 else reversed(names):
+            engine, plan = contestants[name]
+            out = engine.generate(prompt, tokens, plan=plan)
+            texts.add(tuple(out.sequences[0].tolist()))
+            found[name]["tokens"].append(out.stats.emitted - 1)
+            found[name]["seconds"].append(out.stats.decode_seconds)
+            found[name]["rounds"].append(out.stats.rounds)
+        assert len(texts) == 1, f"prompt {number}: the outputs differ"
+    return found
+
+
+def report(found: dict[str, dict[str, list[float]]]) -> None:
+    print("| | tokens/s | over autoregressive (95 %) | acceptance |\n|---|---:|---:|---:|")
+    for name, one in found.items():
+        middle, low, high = ratio(one, found["autoregressive"])
+        speed, length = sum(one["tokens"]) / sum(one["seconds"]), sum(one["tokens"]) / sum(one["rounds"])
+        print(f"| {name} | {speed:.1f} | {middle:.2f}x ({low:.2f}-{high:.2f}) | {length:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
