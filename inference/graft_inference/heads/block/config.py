@@ -1,14 +1,13 @@
 """The shape of a block head."""
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from ...errors import GraftError
+from ..base import LARGEST, check_aux_layers, check_layer, check_whole, sound_rotary
 
 SIZES = (
     "hidden_size",
@@ -28,7 +27,6 @@ OWN = frozenset({
     "sample_from_anchor", "markov_rank",
 })  # fmt: skip
 """What a Qwen3 configuration does not have."""
-LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -72,41 +70,26 @@ class BlockHeadConfig:
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            _check_whole(name, getattr(self, name), 1, LARGEST)
-        _check_whole("num_hidden_layers", self.num_hidden_layers, 1, 1024)
-        _check_whole("block_size", self.block_size, 2, 1024)
-        _check_whole("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
-        _check_whole("mask_token_id", self.mask_token_id, 0, self.vocab_size - 1)
-        _check_whole("markov_rank", self.markov_rank, 0, LARGEST)
+            check_whole(name, getattr(self, name), 1, LARGEST)
+        check_whole("num_hidden_layers", self.num_hidden_layers, 1, 1024)
+        check_whole("block_size", self.block_size, 2, 1024)
+        check_whole("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
+        check_whole("mask_token_id", self.mask_token_id, 0, self.vocab_size - 1)
+        check_whole("markov_rank", self.markov_rank, 0, LARGEST)
         for name in ("causal", "sample_from_anchor"):
             if type(getattr(self, name)) is not bool:
                 raise GraftError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.markov_rank and not self.sample_from_anchor:
             raise GraftError(f"markov_rank={self.markov_rank} needs sample_from_anchor=true: no engine has the other")
-        if self.num_attention_heads % self.num_key_value_heads:
+        check_layer(self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.rms_norm_eps)
+        check_aux_layers(self.aux_layer_ids)
+        last = self.num_target_layers - 1
+        if self.aux_layer_ids[-1] >= last:
             raise GraftError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
+                f"aux_layer_ids={self.aux_layer_ids} must lie before the target's last layer, {last}: "
+                "engines differ in whether that one's output is normed"
             )
-        # RoPE's frequencies are made before any weight is looked at: their number must be a plausible one.
-        if self.head_dim % 2 or self.head_dim > 65536:
-            raise GraftError(f"head_dim={self.head_dim} must be even, for RoPE turns pairs, and at most 65536")
-        if type(self.rms_norm_eps) not in (int, float) or not 0 < self.rms_norm_eps < 1:
-            raise GraftError(f"rms_norm_eps={self.rms_norm_eps!r} must lie between 0 and 1")
-        self._check_aux_layers()
         self.rotary()
-
-    def _check_aux_layers(self) -> None:
-        layers, last = self.aux_layer_ids, self.num_target_layers - 1
-        if not layers or not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise GraftError(f"aux_layer_ids={layers} must be layers of the target, counted from 0")
-        if list(layers) != sorted(set(layers)):
-            raise GraftError(f"aux_layer_ids={layers} must be distinct and ascending")
-        if layers[-1] >= last:
-            raise GraftError(
-                f"aux_layer_ids={layers} must lie before the target's last layer, {last}: engines differ in whether "
-                "that one's output is normed"
-            )
 
     @property
     def first_slot(self) -> int:
@@ -128,21 +111,8 @@ class BlockHeadConfig:
                 )
 
     def rotary(self) -> Qwen3RotaryEmbedding:
-        """The head's RoPE, on the CPU.
-
-        Raises:
-            GraftError: parameters that transformers does not know or that give frequencies which are none.
-        """
-        try:
-            with torch.device("cpu"):
-                rotary = Qwen3RotaryEmbedding(self.qwen3_config())
-            frequencies = torch.cat([buffer.flatten() for _, buffer in rotary.named_buffers()])
-            sound = bool(frequencies.isfinite().all()) and math.isfinite(rotary.attention_scaling)
-        except Exception as error:  # whatever a kind of RoPE does with parameters that it cannot use
-            raise GraftError(f"rope_parameters={self.rope_parameters} cannot be used: {error!r}") from error
-        if not sound:
-            raise GraftError(f"rope_parameters={self.rope_parameters} give frequencies that are not finite")
-        return rotary
+        """The head's RoPE; arguments and errors as `sound_rotary`."""
+        return sound_rotary(lambda: Qwen3RotaryEmbedding(self.qwen3_config()), self.rope_parameters)
 
     def qwen3_config(self) -> Qwen3Config:
         """The configuration of the head's layers, as transformers knows it."""
@@ -151,11 +121,6 @@ class BlockHeadConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"aux_layer_ids": list(self.aux_layer_ids)}
-
-
-def _check_whole(name: str, value: Any, least: int, most: int) -> None:
-    if type(value) is not int or not least <= value <= most:
-        raise GraftError(f"{name}={value!r} must be a whole number from {least} to {most}")
 
 
 def default_aux_layer_ids(num_layers: int, count: int = 5) -> tuple[int, ...]:

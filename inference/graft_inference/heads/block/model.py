@@ -13,7 +13,7 @@ L layers, Q query heads, D head size (of logits: draft vocabulary), H hidden siz
 """
 
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,12 @@ from torch.nn import functional as F
 from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
 from ...errors import GraftError
+from ..base import HeadModule
 from .config import BlockHeadConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query_BQPD, key_BKPD, value_BKPD) of the block -> attended BQPD; owns context, mask and scale."""
 Rope = tuple[Tensor, Tensor]
-
-WEIGHT_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 class BlockAttention(nn.Module):
@@ -106,64 +105,24 @@ class MarkovHead(nn.Module):
         return self.markov_w2(self.markov_w1(tokens))
 
 
-class BlockHead(nn.Module):
-    """A block head. Its parameters and buffers are exactly the tensors of a native checkpoint.
+class BlockHead(HeadModule):
+    """A block head, with the tensors of a native checkpoint.
 
     `lm_head_VH` below is the target's lm_head; a head with a reduced draft vocabulary has rows of its own and
     does not read it.
     """
 
-    d2t: Tensor
-    t2d: Tensor
-    target_ids: Tensor
-
     def __init__(self, config: BlockHeadConfig) -> None:
-        super().__init__()
+        super().__init__(config.rotary(), config.vocab_size, config.draft_vocab_size)
         self.config = config
         self.fc = nn.Linear(len(config.aux_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
-        self.rotary_emb = config.rotary()
         self.lm_head = None
         if config.draft_vocab_size < config.vocab_size:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-            self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
-        self.register_buffer("target_ids", torch.arange(config.draft_vocab_size), persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Casts and moves everything but RoPE's frequencies, which only move: bf16 would lose the positions."""
-        exact = {name: buffer for name, buffer in self.rotary_emb.named_buffers() if not buffer.is_meta}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            setattr(self.rotary_emb, name, buffer.to(self.rotary_emb.get_buffer(name).device))
-        return self
-
-    def set_draft_vocabulary(self, token_ids_D: Tensor) -> None:
-        """Fixes which target tokens the head proposes.
-
-        Args:
-            token_ids_D: ascending target ids, [Vd] int64.
-
-        Raises:
-            GraftError: wrong number of ids, not ascending, or out of range.
-        """
-        config = self.config
-        ascending = bool((token_ids_D.diff() > 0).all())
-        in_range = bool((token_ids_D >= 0).all() and (token_ids_D < config.vocab_size).all())
-        if token_ids_D.shape != (config.draft_vocab_size,) or not ascending or not in_range:
-            raise GraftError(
-                f"a draft vocabulary is {config.draft_vocab_size} ascending ids below {config.vocab_size}; "
-                "check d2t and t2d of the checkpoint"
-            )
-        self.target_ids = token_ids_D.to(self.target_ids.device)
-        if self.lm_head is not None:
-            # Stored is the *offset* from draft id to target id, not the target id.
-            self.d2t = self.target_ids - torch.arange(len(token_ids_D), device=self.target_ids.device)
-            kept_V = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.target_ids.device)
-            self.t2d = kept_V.index_fill_(0, self.target_ids, True)
 
     @classmethod
     def of_tensors(cls, config: BlockHeadConfig, tensors: dict[str, Tensor]) -> Self:
@@ -177,18 +136,10 @@ class BlockHead(nn.Module):
         Raises:
             GraftError: names the tensors that are missing, unknown, misshapen or not finite, or of another dtype.
         """
-        maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
-        weights = {name: tensor for name, tensor in tensors.items() if name not in maps}
         with torch.device("meta"):
             head = cls(config)
-        _check_tensors(head, tensors)
-        head.load_state_dict(weights, strict=False, assign=True)  # the maps are not there yet
-        head.target_ids = torch.arange(config.draft_vocab_size)
-        if maps:
-            head.set_draft_vocabulary(head.target_ids + maps["d2t"].long())
-            if "t2d" in maps and not torch.equal(head.t2d, maps["t2d"].bool()):
-                raise GraftError("d2t and t2d name different draft vocabularies; the checkpoint is corrupt")
-        return head.to(weights["fc.weight"].dtype)
+        head.assign(tensors)
+        return head.to(tensors["fc.weight"].dtype)
 
     def read_context(self, aux_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of context tokens, of all layers, which are computed once and may be kept.
@@ -265,22 +216,3 @@ class BlockHead(nn.Module):
         if self.markov_head is None:
             raise GraftError("this head has markov_rank=0: its drafts do not depend on the token before")
         return self.markov_head(tokens)
-
-
-def _check_tensors(head: BlockHead, tensors: dict[str, Tensor]) -> None:
-    """Raises GraftError unless the tensors are those of a head's checkpoint, which may leave out t2d."""
-    own = head.state_dict()
-    missing, unknown = sorted(own.keys() - tensors.keys() - {"t2d"}), sorted(tensors.keys() - own.keys())
-    misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if missing or unknown or misshapen:
-        raise GraftError(
-            "this is not a checkpoint of the head its config describes: "
-            f"missing {missing}, unknown {unknown}, of another shape {sorted(misshapen)}"
-        )
-    maps = {"d2t": {torch.int64, torch.int32}, "t2d": {torch.bool, torch.uint8}}
-    for name, tensor in tensors.items():
-        kinds = maps.get(name, WEIGHT_DTYPES)
-        if tensor.dtype not in kinds:
-            raise GraftError(f"{name} is of {tensor.dtype}, but must be of {' or '.join(sorted(map(str, kinds)))}")
-        if not bool(tensor.isfinite().all()):
-            raise GraftError(f"{name} holds NaN or infinity")
