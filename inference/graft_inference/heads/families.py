@@ -11,7 +11,8 @@ from .block.checkpoint import DFLASH, DSPARK, load_block_config, load_block_head
 from .block.config import BlockHeadConfig
 from .block.drafter import BlockProposer
 from .block.model import BlockHead
-from .eagle3.checkpoint import CONFIG_FILE, REMEDY, load_head, load_head_config
+from .checkpoint import CONFIG_FILE, REMEDY
+from .eagle3.checkpoint import load_head, load_head_config
 from .eagle3.drafter import Eagle3Proposer
 from .eagle3.model import DraftHead, DraftHeadConfig
 

@@ -5,17 +5,26 @@ decides how it is computed is always written where both vLLM and SGLang read it:
 top level, and the layout of the slots.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ...errors import GraftError
-from ...files import read_json, read_safetensors, replace_file
-from ..eagle3.checkpoint import CONFIG_FILE, HARMLESS, REMEDY, SPECULATORS, WEIGHTS_FILE, _check_keys, _given, _rope
+from ...files import read_safetensors
+from ..checkpoint import (
+    HARMLESS,
+    REMEDY,
+    SPECULATORS,
+    WEIGHTS_FILE,
+    check_keys,
+    given_or,
+    read_config,
+    rope_and_dtype,
+    rope_of,
+    save_files,
+)
 from .config import BlockHeadConfig
 from .model import BlockHead
 
@@ -59,19 +68,11 @@ def save_block_head(head: BlockHead, directory: Path, dtype: torch.dtype | None 
     Args:
         dtype: of the weights; None: the head's. Engines want the target's.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or head.fc.weight.dtype
     tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in head.state_dict().items()
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in head.state_dict().items()
     }
-    config = block_config_to_dict(head.config, dtype)
-    replace_file(directory / WEIGHTS_FILE, lambda aside: save_file(tensors, str(aside), metadata={"format": "pt"}))
-    replace_file(
-        directory / CONFIG_FILE,
-        lambda aside: aside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
-    )
+    save_files(directory, tensors, block_config_to_dict(head.config, dtype))
 
 
 def load_block_config(directory: Path) -> BlockHeadConfig:
@@ -80,16 +81,7 @@ def load_block_config(directory: Path) -> BlockHeadConfig:
     Raises:
         GraftError: a missing or corrupt file, or a head that is computed otherwise.
     """
-    path = Path(directory) / CONFIG_FILE
-    values = read_json(path, REMEDY)
-    try:
-        return block_config_from_dict(values)
-    except KeyError as error:
-        raise GraftError(f"{path} lacks the key {error}; {REMEDY}") from error
-    except GraftError as error:
-        raise GraftError(f"{path}: {error}") from error
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise GraftError(f"{path} does not describe a block head ({error}); {REMEDY}") from error
+    return read_config(directory, block_config_from_dict, "a block head")
 
 
 def load_block_head(directory: Path) -> BlockHead:
@@ -127,9 +119,6 @@ def _own_tensors(tensors: dict[str, torch.Tensor], config: BlockHeadConfig) -> d
 
 def block_config_to_dict(config: BlockHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The native configuration that vLLM and SGLang load."""
-    rope = dict(config.rope_parameters)
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    dtype_name = str(dtype).removeprefix("torch.")
     reads = {"target_layer_ids": list(config.aux_layer_ids), "mask_token_id": config.mask_token_id}
     values = {
         "architectures": [DSPARK if config.sample_from_anchor else DFLASH],
@@ -147,12 +136,7 @@ def block_config_to_dict(config: BlockHeadConfig, dtype: torch.dtype) -> dict[st
         "rms_norm_eps": config.rms_norm_eps,
         "attention_bias": False,
         "tie_word_embeddings": False,
-        # Engines older than transformers 5 read the pair, newer ones `rope_parameters`.
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-        "rope_parameters": rope,
-        "torch_dtype": dtype_name,
-        "dtype": dtype_name,
+        **rope_and_dtype(config.rope_parameters, dtype),
         "num_target_layers": config.num_target_layers,
         "block_size": config.block_size,
         # SGLang reads is_causal only beside a list of layer_types.
@@ -180,10 +164,10 @@ def block_config_from_dict(values: dict[str, Any]) -> BlockHeadConfig:
         raise GraftError(
             f"architectures={names} makes another network: only {DFLASH} and {DSPARK} can be computed here"
         )
-    _check_keys(values, READ, COMPUTED, HARMLESS | OF_TRAINING)
+    check_keys(values, READ, COMPUTED, HARMLESS | OF_TRAINING)
     nested = values.get("dflash_config") or {}
-    _check_keys(nested, READ_NESTED, COMPUTED_NESTED)
-    if _given(values, "model_type", "qwen3") != "qwen3":
+    check_keys(nested, READ_NESTED, COMPUTED_NESTED)
+    if given_or(values, "model_type", "qwen3") != "qwen3":
         raise GraftError(f"model_type={values['model_type']!r} makes another layer: only qwen3 can be computed here")
     layers, kinds, window = values["num_hidden_layers"], values.get("layer_types"), values.get("sliding_window")
     if kinds is not None and (len(kinds) != layers or any(kind != "full_attention" for kind in kinds)):
@@ -196,10 +180,10 @@ def block_config_from_dict(values: dict[str, Any]) -> BlockHeadConfig:
         intermediate_size=values["intermediate_size"],
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=_given(values, "num_key_value_heads", heads),
-        head_dim=_given(values, "head_dim", values["hidden_size"] // heads),
+        num_key_value_heads=given_or(values, "num_key_value_heads", heads),
+        head_dim=given_or(values, "head_dim", values["hidden_size"] // heads),
         vocab_size=values["vocab_size"],
-        draft_vocab_size=_given(values, "draft_vocab_size", values["vocab_size"]),
+        draft_vocab_size=given_or(values, "draft_vocab_size", values["vocab_size"]),
         aux_layer_ids=tuple(_agreed("target_layer_ids", values, nested)),
         num_target_layers=values["num_target_layers"],
         block_size=_agreed("block_size", values, nested),
@@ -207,9 +191,9 @@ def block_config_from_dict(values: dict[str, Any]) -> BlockHeadConfig:
         max_position_embeddings=values["max_position_embeddings"],
         causal=_causal(values, nested),
         sample_from_anchor=_layout(values, nested, names == [DSPARK]),
-        markov_rank=_given(values, "markov_rank", 0),
+        markov_rank=given_or(values, "markov_rank", 0),
         rms_norm_eps=values["rms_norm_eps"],
-        rope_parameters=_rope(values),
+        rope_parameters=rope_of(values),
     )
 
 
