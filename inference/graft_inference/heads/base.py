@@ -6,6 +6,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -65,6 +66,19 @@ def sound_rotary(make: Callable[[], Rotary], rope_parameters: dict[str, Any]) ->
     if not sound:
         raise GraftError(f"rope_parameters={rope_parameters} give frequencies that are not finite")
     return rotary
+
+
+class GatedMLP(nn.Module):
+    """The gated MLP of a Llama or Qwen3 layer."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH))
 
 
 class HeadModule(nn.Module):

@@ -9,6 +9,8 @@ import pytest
 from graft_inference import GraftError
 from graft_train.build_corpus.counts import ONE, OTHER, Pairs, successor_matrix, write_counts
 
+from .test_pairs import sums_of
+
 VOCAB, K = 30, 4
 
 
@@ -17,14 +19,6 @@ def random_pairs(seed, count=200):
     generator = np.random.default_rng(seed)
     successors = generator.integers(-2, VOCAB // 2, count).clip(min=OTHER)
     return Pairs(generator.integers(0, VOCAB - 2, count), successors, generator.integers(0, 4, count) * ONE)
-
-
-def sums_of(parts):
-    sums = Counter()
-    for part in parts:
-        for context, successor, weight in zip(*(column.tolist() for column in part), strict=True):
-            sums[context, successor] += weight
-    return sums
 
 
 def assert_matrix(directory, parts):

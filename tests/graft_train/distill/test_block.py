@@ -17,7 +17,7 @@ from graft_train.config.head import HeadTrainConfig
 from graft_train.data.samples import answered, append_samples
 from graft_train.data.states import PackedTarget
 from graft_train.distill import block as family
-from graft_train.distill import distill, loop
+from graft_train.distill import distill
 from graft_train.distill.batches import PackedBatch
 from graft_train.distill.block import loss as loss_module
 from graft_train.distill.block.attention import flex_attention, merged_attention
@@ -25,11 +25,10 @@ from graft_train.distill.block.blocks import draft_blocks
 from graft_train.distill.block.layout import make_block_layout
 from graft_train.distill.block.loss import BlockLoss, block_loss, d_pace_weights, taught_drafts
 from graft_train.distill.block.strategy import BlockStrategy
-from graft_train.distill.loop import train_step
 from graft_train.distill.teacher import final_state_teacher
 
 from .pair import VOCAB, WIDTH, samples, tiny_target
-from .test_distill import make_run, metrics
+from .test_distill import distill_until_killed, make_run, metrics
 
 # Three documents: one answer; two answers; answer from its first token on.
 LENGTHS = [9, 12, 6]
@@ -428,18 +427,8 @@ def test_bf16_and_stored_logits_train(tmp_path):
 @pytest.mark.parametrize(("killed_after", "states"), [(2, "online"), (4, "disk")])
 def test_killed_and_run_again_equals_no_interruption(tmp_path, monkeypatch, killed_after, states):
     whole = distill(block_run(tmp_path / "whole", states=states))
-    config, steps = block_run(tmp_path / "killed", states=states), 0
-
-    def dying(*arguments):
-        nonlocal steps
-        if steps == killed_after:
-            raise KeyboardInterrupt
-        steps += 1
-        return train_step(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "train_step", dying)
-        distill(config)
+    config = block_run(tmp_path / "killed", states=states)
+    distill_until_killed(config, killed_after, monkeypatch)
     resumed = distill(config)
     assert metrics(resumed) == metrics(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -115,10 +115,9 @@ def test_any_number_of_states_may_be_tapped(tmp_path, taps):
     )  # the engine serves it
 
 
-@pytest.mark.parametrize(("killed_after", "states"), [(2, "online"), (4, "disk"), (8, "memory")])
-def test_killed_and_run_again_equals_no_interruption(tmp_path, monkeypatch, killed_after, states):
-    whole = distill(make_run(tmp_path / "whole", states=states))
-    config, steps = make_run(tmp_path / "killed", states=states), 0
+def distill_until_killed(config, killed_after, monkeypatch):
+    """Interrupts the training before the step after `killed_after`."""
+    steps = 0
 
     def dying(*arguments):
         nonlocal steps
@@ -130,6 +129,13 @@ def test_killed_and_run_again_equals_no_interruption(tmp_path, monkeypatch, kill
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "train_step", dying)
         distill(config)
+
+
+@pytest.mark.parametrize(("killed_after", "states"), [(2, "online"), (4, "disk"), (8, "memory")])
+def test_killed_and_run_again_equals_no_interruption(tmp_path, monkeypatch, killed_after, states):
+    whole = distill(make_run(tmp_path / "whole", states=states))
+    config = make_run(tmp_path / "killed", states=states)
+    distill_until_killed(config, killed_after, monkeypatch)
     partial = Path(config.run_dir) / "head.partial"
     assert not (Path(config.run_dir) / "head").exists()
     kept = killed_after // 3 * 3  # checkpoints come every third step

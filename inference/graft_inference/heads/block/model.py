@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
 from ...errors import GraftError
-from ..base import HeadModule
+from ..base import GatedMLP, HeadModule
 from .config import BlockHeadConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -65,26 +65,13 @@ def _turn(states_BQTD: Tensor, rope: Rope) -> Tensor:
     return states_BQTD * cos_B1TD + rotate_half(states_BQTD) * sin_B1TD
 
 
-class BlockMLP(nn.Module):
-    """The gated MLP of a Qwen3 layer."""
-
-    def __init__(self, config: BlockHeadConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_BPH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_BPH)) * self.up_proj(hidden_BPH))
-
-
 class BlockLayer(nn.Module):
     """One decoder layer; module names are the checkpoint's."""
 
     def __init__(self, config: BlockHeadConfig) -> None:
         super().__init__()
         self.self_attn = BlockAttention(config)
-        self.mlp = BlockMLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -10,12 +10,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from ...errors import GraftError
-from ..base import LARGEST, MAPS, HeadModule, check_aux_layers, check_layer, check_whole, sound_rotary
+from ..base import LARGEST, MAPS, GatedMLP, HeadModule, check_aux_layers, check_layer, check_whole, sound_rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query_BQSD, key_BKSD, value_BKSD) of this pass -> attended values BQSD; owns cache and mask."""
@@ -111,19 +110,6 @@ class DraftAttention(nn.Module):
         return self.o_proj(attended_BQSD.transpose(1, 2).flatten(2))
 
 
-class DraftMLP(nn.Module):
-    """The gated MLP of a Llama layer."""
-
-    def __init__(self, config: DraftHeadConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_BSH)) * self.up_proj(hidden_BSH))
-
-
 class DraftLayer(nn.Module):
     """The head's decoder layer; module names are the checkpoint's."""
 
@@ -131,7 +117,7 @@ class DraftLayer(nn.Module):
         super().__init__()
         self.norm_before_residual = config.norm_before_residual
         self.self_attn = DraftAttention(config)
-        self.mlp = DraftMLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
