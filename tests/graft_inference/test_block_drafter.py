@@ -205,7 +205,7 @@ def test_a_bare_checkpoint_of_any_family_is_served(tmp_path, layout):
 
 def test_it_is_not_served_beside_a_target_of_other_sizes(tmp_path):
     save_block_head(tiny_block_head(tiny_model("llama", vocab_size=SMALL), **LAYOUTS["fill-in"]), tmp_path)
-    with pytest.raises(GraftError, match="wants a target with vocab_size=8"):
+    with pytest.raises(GraftError, match="the head has vocab_size=8, but the target 9"):
         load_bundle(tmp_path, tiny_model("llama", vocab_size=9).config, None)
     bundle = Bundle(
         load_any_head(tmp_path), replace(tiny_policy()), SuccessorMatrix.empty(SMALL, 4, torch.device("cpu"))

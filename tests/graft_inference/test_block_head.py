@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.config import BlockHeadConfig, default_aux_layer_ids
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.families import check_head
 
 SIZES = {
     "hidden_size": 16,
@@ -165,10 +167,15 @@ def test_impossible_shapes_are_named(changes, message):
 
 def test_a_head_of_another_target_is_named():
     config = block_head().config
-    config.check_target(16, 13, 5)
-    for shape, message in (((32, 13, 5), "hidden_size=16, but the target 32"), ((16, 13, 6), "num_target_layers=5")):
+    sizes = {"hidden_size": 16, "vocab_size": 13, "num_hidden_layers": 5}
+    check_head(config, Qwen3Config(**sizes))
+    for name, value, message in (
+        ("hidden_size", 32, "hidden_size=16, but the target 32"),
+        ("vocab_size", 14, "vocab_size=13, but the target 14"),
+        ("num_hidden_layers", 6, "num_target_layers=5, but the target 6"),
+    ):
         with pytest.raises(GraftError, match=message):
-            config.check_target(*shape)
+            check_head(config, Qwen3Config(**(sizes | {name: value})))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import torch
 from transformers import PreTrainedModel
 
+from graft_inference.errors import GraftError
+from graft_inference.heads.block.model import BlockHead
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.samples import Sample
 from graft_train.data.states import PackedTarget
-from graft_train.distill.block.head import block_head_config, mask_token, new_block_head, published_block_head
+from graft_train.distill.block.head import block_head_config, mask_token, new_block_head
 from graft_train.distill.block.strategy import BlockStrategy
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
+from graft_train.published import published_head
 
 
 def make_strategy(model: PreTrainedModel, samples: list[Sample], settings: HeadTrainConfig) -> BlockStrategy:
@@ -21,7 +24,9 @@ def make_strategy(model: PreTrainedModel, samples: list[Sample], settings: HeadT
         GraftError: a head that this target cannot have, or of another target; a mask token that samples hold.
     """
     if settings.init_from:
-        head = published_block_head(settings.init_from, model)
+        head = published_head(settings.init_from, model.config.get_text_config()).float()
+        if not isinstance(head, BlockHead):
+            raise GraftError(f"head.init_from={settings.init_from} is an EAGLE-3 head: set head.family=eagle3")
         mask_token(samples, head.config.vocab_size, head.config.mask_token_id)
         share = coverage(samples, head.target_ids, head.config.vocab_size)
         return BlockStrategy(head, PackedTarget(model, head.config.aux_layer_ids), settings, share)

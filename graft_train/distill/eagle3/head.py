@@ -1,14 +1,10 @@
 """The untrained draft head of a target."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft_inference.bundle import resolve
 from graft_inference.errors import GraftError
-from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.states import PackedTarget
@@ -50,30 +46,6 @@ def new_head(config: DraftHeadConfig, token_ids_D: Tensor, lm_head_VH: Tensor) -
     head.set_draft_vocabulary(token_ids_D)
     with torch.no_grad():
         head.lm_head.weight.copy_(lm_head_VH[token_ids_D.to(lm_head_VH.device)])
-    return head
-
-
-def published_head(place: str, model: PreTrainedModel) -> DraftHead:
-    """A trained head to go on from, in fp32.
-
-    Args:
-        place: a directory, or a Hub id.
-
-    Raises:
-        GraftError: no head there, or one of another target.
-    """
-    try:
-        path = resolve(Path(place).expanduser())
-    except GraftError as error:
-        raise GraftError(f"head.init_from: {error}") from error
-    target = model.config.get_text_config()
-    head = load_head(path, target.num_hidden_layers).float()
-    for name in ("hidden_size", "vocab_size"):
-        own, wanted = getattr(head.config, name), getattr(target, name)
-        if own != wanted:
-            raise GraftError(
-                f"head.init_from={place} has {name}={own}, but the target {wanted}: it is another target's"
-            )
     return head
 
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ..errors import GraftError
 from ..files import read_json
 from ..proposer import HeadProposer
-from .block.checkpoint import DFLASH, DSPARK, load_block_config, load_block_head
+from .block.checkpoint import DFLASH, DSPARK, load_block_config, load_block_head, save_block_head
 from .block.config import BlockHeadConfig
 from .block.drafter import BlockProposer
 from .block.model import BlockHead
 from .checkpoint import CONFIG_FILE, REMEDY
-from .eagle3.checkpoint import load_head, load_head_config
+from .eagle3.checkpoint import load_head, load_head_config, save_head
 from .eagle3.drafter import Eagle3Proposer
 from .eagle3.model import DraftHead, DraftHeadConfig
 
@@ -46,6 +48,36 @@ def load_any_head(directory: Path, target_layers: int | None = None) -> Head:
         GraftError: a file is missing, truncated or corrupt, or the files do not describe one head.
     """
     return load_block_head(directory) if is_block(directory) else load_head(directory, target_layers)
+
+
+def save_any_head(head: Head, directory: Path) -> None:
+    """Writes a head's two files, in its own dtype; other files in `directory` stay."""
+    if isinstance(head, BlockHead):
+        save_block_head(head, directory)
+    else:
+        save_head(head, directory)
+
+
+def check_head(head: HeadConfig, target: Any) -> None:
+    """Raises GraftError unless a head was made for a target of this shape.
+
+    Args:
+        target: its (text) configuration.
+    """
+    layers = target.num_hidden_layers
+    wanted = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    if isinstance(head, BlockHeadConfig):
+        wanted["num_target_layers"] = layers
+    for name, value in wanted.items():
+        if getattr(head, name) != value:
+            raise GraftError(
+                f"the head has {name}={getattr(head, name)}, but the target {value}: it is another target's"
+            )
+    if head.aux_layer_ids[-1] >= layers:
+        raise GraftError(
+            f"the head reads layers {list(head.aux_layer_ids)}, but the target has 0..{layers - 1}: it is another "
+            "target's"
+        )
 
 
 def described(directory: Path) -> tuple[str, str]:

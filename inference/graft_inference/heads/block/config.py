@@ -101,15 +101,6 @@ class BlockHeadConfig:
         """Tokens that a whole block proposes."""
         return self.block_size - self.first_slot
 
-    def check_target(self, hidden_size: int, vocab_size: int, num_layers: int) -> None:
-        """Raises GraftError unless the head belongs to a target of this shape."""
-        wanted = {"hidden_size": hidden_size, "vocab_size": vocab_size, "num_target_layers": num_layers}
-        for name, value in wanted.items():
-            if getattr(self, name) != value:
-                raise GraftError(
-                    f"the head has {name}={getattr(self, name)}, but the target {value}: it is another target's"
-                )
-
     def rotary(self) -> Qwen3RotaryEmbedding:
         """The head's RoPE; arguments and errors as `sound_rotary`."""
         return sound_rotary(lambda: Qwen3RotaryEmbedding(self.qwen3_config()), self.rope_parameters)
