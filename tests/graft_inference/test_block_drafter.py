@@ -13,6 +13,7 @@ from graft_inference.heads.block.checkpoint import save_block_head
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.block.drafter import BlockProposer
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.block.view import SlidingWindow
 from graft_inference.heads.families import load_any_head
 from graft_inference.noise import Noise
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
@@ -28,6 +29,9 @@ LAYOUTS = {
     "next token": {"block_size": BLOCK - 1, "sample_from_anchor": True},
     "markov": {"block_size": BLOCK - 1, "sample_from_anchor": True, "markov_rank": 3},
     "reduced": {"block_size": BLOCK, "draft_vocab_size": SMALL - 1},
+    "markov fill-in": {"block_size": BLOCK, "markov_rank": 3},
+    "sliding": {"block_size": BLOCK, "causal": True, "sliding": SlidingWindow((0, 1), BLOCK + 1)},
+    "mixed": {"block_size": BLOCK, "causal": None, "sliding": SlidingWindow((1,), 3, from_anchor=True)},
 }
 
 

@@ -12,6 +12,7 @@ from graft_inference.errors import GraftError
 from graft_inference.heads.block.checkpoint import load_block_head, save_block_head
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.block.view import SlidingWindow, View
 from graft_train.config.block import BLOCK_LOSSES, BlockHeadTrainConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.samples import answered, append_samples
@@ -37,8 +38,24 @@ START = [0] * 9 + [9] * 12 + [21] * 6
 SLOTS = 4
 
 
-def layout_of(causal=False, drafts=3, anchors=100, seed=0, answer_S=ANSWER_S, lengths=LENGTHS):
-    return make_block_layout(lengths, answer_S, SLOTS, drafts, anchors, seed, causal)
+VIEWS = [
+    View(causal=False),
+    View(causal=True),
+    View(causal=True, window=5),
+    View(causal=False, window=6),
+    View(causal=True, window=2, from_anchor=True),
+    View(causal=False, window=3, from_anchor=True),
+]
+WINDOWS = {
+    "full": {},
+    "causal": {"causal": True},
+    "sliding": {"sliding": SlidingWindow((0, 1), 5)},
+    "mixed": {"causal": None, "sliding": SlidingWindow((1,), 3, from_anchor=True)},
+}
+
+
+def layout_of(view=VIEWS[0], drafts=3, anchors=100, seed=0, answer_S=ANSWER_S, lengths=LENGTHS):
+    return make_block_layout(lengths, answer_S, SLOTS, drafts, anchors, seed).seen_by(view)
 
 
 def block_head(seed=1, **changes) -> BlockHead:
@@ -75,10 +92,14 @@ def reference_mask(layout):
         block, slot = divmod(query, SLOTS)
         for key in range(mask.shape[1]):
             if key < tokens:
-                mask[query, key] = START[key] == START[anchors[block]] and key < anchors[block]
+                anchor, view = anchors[block], layout.view
+                near = view.window is None or (
+                    anchor - key <= view.window if view.from_anchor else anchor + slot - key < view.window
+                )
+                mask[query, key] = START[key] == START[anchor] and key < anchor and near
             else:
                 other, place = divmod(key - tokens, SLOTS)
-                mask[query, key] = other == block and (place <= slot or not layout.causal)
+                mask[query, key] = other == block and (place <= slot or not layout.view.causal)
     return mask
 
 
@@ -131,29 +152,29 @@ def forward_and_gradients(attention, inputs, layout):
     return (out, *torch.autograd.grad(out, inputs, upstream))
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("anchors", [100, 4])
-def test_merged_attention_is_the_reference_forward_and_backward(causal, anchors):
-    layout = layout_of(causal, anchors=anchors)
+def test_merged_attention_is_the_reference_forward_and_backward(view, anchors):
+    layout = layout_of(view, anchors=anchors)
     inputs = attention_inputs(layout)
     expected = forward_and_gradients(reference_attention, inputs, layout)
     for got, plain in zip(forward_and_gradients(merged_attention, inputs, layout), expected, strict=True):
         torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_flex_attention_is_the_reference_forward(causal):
+@pytest.mark.parametrize("view", VIEWS)
+def test_flex_attention_is_the_reference_forward(view):
     """Its backward runs on a GPU only."""
-    layout = layout_of(causal)
+    layout = layout_of(view)
     inputs = [tensor.detach() for tensor in attention_inputs(layout)]
     expected = reference_attention(*inputs, layout)
     torch.testing.assert_close(flex_attention(*inputs, layout), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("causal", [False, True])
-def test_compiled_flex_attention_is_the_reference(causal):
-    cpu = layout_of(causal)
+@pytest.mark.parametrize("view", VIEWS)
+def test_compiled_flex_attention_is_the_reference(view):
+    cpu = layout_of(view)
     layout = cpu.to(torch.device("cuda"))
     inputs = attention_inputs(cpu)
     moved = [tensor.detach().cuda().requires_grad_() for tensor in inputs]
@@ -171,7 +192,7 @@ def head_inputs():
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_slot_sees_its_anchors_state_what_comes_after_another_document_or_another_block(causal):
     """Shown by what moves when one token's state, or its embedding, is another."""
-    layout, head = layout_of(causal), block_head(causal=causal)
+    layout, head = layout_of(), block_head(causal=causal)
     embedding_SH, mask_H, aux_SE = head_inputs()
     with torch.no_grad():
         before = draft_blocks(head, embedding_SH, mask_H, aux_SE, layout)
@@ -187,13 +208,13 @@ def test_no_slot_sees_its_anchors_state_what_comes_after_another_document_or_ano
             assert moved.tolist() == [a == token for a in layout.anchors_A.tolist()], token
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("changes", [{}, {"sample_from_anchor": True, "markov_rank": 3}, {"draft_vocab_size": 16}])
-def test_training_logits_are_those_of_inference_behind_a_kept_context(causal, changes):
+def test_training_logits_are_those_of_inference_behind_a_kept_context(window, changes):
     """The context read token by token, as rounds accept them; the target's own states and embeddings."""
-    head, target = block_head(causal=causal, **changes).eval(), PackedTarget(tiny_target(), (0, 2))
+    head, target = block_head(**WINDOWS[window], **changes).eval(), PackedTarget(tiny_target(), (0, 2))
     tokens_S = torch.randint(VOCAB - 1, (len(START),), generator=torch.Generator().manual_seed(4))
-    states, layout = target.states(tokens_S, LENGTHS), layout_of(causal, head.config.drafts)
+    states, layout = target.states(tokens_S, LENGTHS), layout_of(drafts=head.config.drafts)
     embedding_SH = target.embed(tokens_S[None])[0]
     mask_H = target.embed(torch.tensor([[head.config.mask_token_id]]))[0, 0]
     rows_DH = target.lm_head_VH if head.lm_head is None else head.lm_head.weight
@@ -227,8 +248,8 @@ def test_the_first_draft_is_taught_the_token_behind_the_anchor_in_both_layouts(s
     head = block_head(causal=True, sample_from_anchor=sample_from_anchor)
     embedding_SH, mask_H, aux_SE = head_inputs()
     with torch.no_grad():
-        hidden = draft_blocks(head, embedding_SH, mask_H, aux_SE, layout_of(True, head.config.drafts))
-        other = draft_blocks(head, embedding_SH, mask_H + 1, aux_SE, layout_of(True, head.config.drafts))
+        hidden = draft_blocks(head, embedding_SH, mask_H, aux_SE, layout_of(drafts=head.config.drafts))
+        other = draft_blocks(head, embedding_SH, mask_H + 1, aux_SE, layout_of(drafts=head.config.drafts))
     assert torch.equal(hidden[:, 0], other[:, 0]) == sample_from_anchor
 
 

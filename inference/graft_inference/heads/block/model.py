@@ -178,14 +178,11 @@ class BlockHead(HeadModule):
             allowed = f"2 to {trained}" if self.config.causal else f"{trained}"
             raise GraftError(f"a block of {slots} slots was asked for, but the head was trained for {allowed}")
         positions_BP = start_B[:, None] + torch.arange(slots, device=start_B.device)
-        mask_PS = None
-        if self.config.causal:
-            whole = torch.ones(slots, keys_LBKTD.shape[3] + slots, dtype=torch.bool, device=start_B.device)
-            mask_PS = whole.tril(keys_LBKTD.shape[3])
 
         def attend(layer: int, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor) -> Tensor:
             key_BKSD = torch.cat([keys_LBKTD[layer], key_BKPD], dim=2)
             value_BKSD = torch.cat([values_LBKTD[layer], value_BKPD], dim=2)
+            mask_PS = self.config.view(layer).mask(keys_LBKTD.shape[3], slots, start_B.device)
             return F.scaled_dot_product_attention(query_BQPD, key_BKSD, value_BKSD, attn_mask=mask_PS, enable_gqa=True)
 
         hidden_BPH = self(embedding_BPH, positions_BP, attend)[:, self.config.first_slot :]
