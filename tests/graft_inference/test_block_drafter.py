@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
 from graft_inference.bundle import Bundle, load_bundle
@@ -216,3 +217,40 @@ def test_it_is_not_served_beside_a_target_of_other_sizes(tmp_path):
     )
     with pytest.raises(GraftError, match=r"the target has layers 0\.\.1; a head that reads others"):
         GraftEngine.from_bundle(bundle, tiny_model("llama", vocab_size=SMALL, num_hidden_layers=2))
+
+
+@torch.inference_mode()
+def block_logits(engine: GraftEngine) -> torch.Tensor:
+    """Of the drafts behind a made-up context."""
+    aux = torch.randn((6, engine.head.fc.in_features), generator=torch.Generator().manual_seed(3))
+    state = engine.speculator.head.open(3, 3, 20)
+    fresh = [(torch.zeros(6, dtype=torch.long), aux)]
+    return engine.speculator.head.begin([state], fresh, [torch.tensor([4])], [None])[0].logits_KD
+
+
+def test_embeddings_and_lm_head_of_its_own_are_read_and_copies_of_the_targets_are_dropped(tmp_path):
+    """DeepSpec's heads bring both."""
+    model, ids = tiny_model("llama", vocab_size=SMALL), prompt(6, 0, SMALL)
+    save_block_head(tiny_block_head(model, **LAYOUTS["fill-in"]), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    copies = {
+        "embed_tokens.weight": model.get_input_embeddings().weight,
+        "lm_head.weight": model.get_output_embeddings().weight,
+    }
+
+    def engine_of(more):
+        save_file(tensors | more, tmp_path / "model.safetensors")
+        target = tiny_model("llama", vocab_size=SMALL)
+        return GraftEngine.from_bundle(load_bundle(tmp_path, target.config, None), target, fallback=False)
+
+    plain, copied = engine_of({}), engine_of(copies)
+    assert (copied.head.embed_tokens, copied.head.lm_head) == (None, None)
+    assert torch.equal(block_logits(copied), block_logits(plain))
+    with_lm_head = engine_of({"lm_head.weight": -copies["lm_head.weight"]})
+    torch.testing.assert_close(block_logits(with_lm_head), -block_logits(plain))
+    swapped = copies["embed_tokens.weight"].clone()
+    swapped[[4, 5]] = swapped[[5, 4]]
+    with_embeddings = engine_of({"embed_tokens.weight": swapped})
+    assert not torch.allclose(block_logits(with_embeddings), block_logits(plain))
+    for engine in (with_lm_head, with_embeddings):
+        assert engine.generate(ids, 20).sequences.tolist() == plain.generate(ids, 20).sequences.tolist()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from graft_inference import METHODS, GraftEngine, GraftError
 from graft_inference import bundle as bundle_module
 from graft_inference.heads.block.checkpoint import save_block_head
+from graft_inference.heads.block.view import SlidingWindow
 from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.heads.families import load_any_head
 from graft_train.adopt import adopt
@@ -20,6 +21,7 @@ from graft_train.distill import distill
 from graft_train.evaluate import evaluate
 from graft_train.export import export
 from graft_train.regenerate import regenerate
+from tests.graft_inference.test_block_checkpoint import to_speculators as block_to_speculators
 from tests.graft_inference.test_block_drafter import tiny_block_head
 from tests.graft_inference.test_head_checkpoint import to_speculators
 from tests.graft_inference.tiny import tiny_head, tiny_model
@@ -55,7 +57,27 @@ def dspark(directory: Path) -> None:
     save_block_head(head, directory)
 
 
-PUBLISHED = (eagle3, eagle3_of_speculators, official_eagle3, dflash, dspark)
+def dflash_of_speculators(directory: Path) -> None:
+    """As its trainer makes them: all layers have a sliding window and are causal."""
+    window = SlidingWindow((0, 1), 6, from_anchor=True)
+    save_block_head(tiny_block_head(tiny_model("llama"), block_size=5, causal=True, sliding=window), directory)
+    block_to_speculators(directory)
+
+
+def dspark_of_speculators(directory: Path) -> None:
+    dspark(directory)
+    block_to_speculators(directory)
+
+
+PUBLISHED = (
+    eagle3,
+    eagle3_of_speculators,
+    official_eagle3,
+    dflash,
+    dspark,
+    dflash_of_speculators,
+    dspark_of_speculators,
+)
 
 
 def edit_config(directory: Path, edit) -> None:
@@ -103,6 +125,23 @@ def test_a_head_on_the_hub_is_recorded_with_its_commit_and_in_its_dtype(tmp_path
     settings = json.loads((head / "stage.json").read_text())["settings"]
     assert (settings["init_from"], settings["commit"]) == ("someone/eagle3", "0c64")
     assert load_any_head(head).fc.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("publish", [eagle3, dspark])
+def test_what_a_head_brings_of_its_target_is_left_out_and_what_is_its_own_stays(tmp_path, publish):
+    model = tiny_model("llama")
+    copies = {"embed_tokens.weight": model.get_input_embeddings().weight}
+    if publish is dspark:
+        copies["lm_head.weight"] = model.get_output_embeddings().weight
+    for own in ("", *copies):  # none, or one of them
+        directory = tmp_path / f"of {own}"
+        publish(directory / "published")
+        path = directory / "published" / "model.safetensors"
+        before = load_file(path)
+        save_file(before | copies | {name: -copies[name] for name in copies if name == own}, path)
+        adopted = load_file(adopt(run_of(directory, directory / "published")) / "model.safetensors")
+        assert adopted.keys() - before.keys() == {own} - {""}
+        assert all(torch.equal(adopted[name], -copies[name]) for name in adopted.keys() - before.keys())
 
 
 def test_the_same_head_again_is_reused_and_another_is_refused(tmp_path, capsys):

@@ -11,7 +11,7 @@ from graft_train.data.states import PackedTarget
 from graft_train.distill.block.head import block_head_config, mask_token, new_block_head
 from graft_train.distill.block.strategy import BlockStrategy
 from graft_train.distill.draft_vocabulary import choose_draft_vocabulary, coverage
-from graft_train.published import published_head
+from graft_train.published import published_head, share_with
 
 
 def make_strategy(model: PreTrainedModel, samples: list[Sample], settings: HeadTrainConfig) -> BlockStrategy:
@@ -29,7 +29,9 @@ def make_strategy(model: PreTrainedModel, samples: list[Sample], settings: HeadT
             raise GraftError(f"head.init_from={settings.init_from} is an EAGLE-3 head: set head.family=eagle3")
         mask_token(samples, head.config.vocab_size, head.config.mask_token_id)
         share = coverage(samples, head.target_ids, head.config.vocab_size)
-        return BlockStrategy(head, PackedTarget(model, head.config.aux_layer_ids), settings, share)
+        target = PackedTarget(model, head.config.aux_layer_ids)
+        share_with(head, target)
+        return BlockStrategy(head, target, settings, share)
     shape = block_head_config(model, samples, settings)
     target, head = PackedTarget(model, shape.aux_layer_ids), new_block_head(shape)
     vocabulary = choose_draft_vocabulary(samples, shape.vocab_size, shape.draft_vocab_size)

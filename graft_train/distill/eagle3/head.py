@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 from graft_inference.errors import GraftError
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_train.config.head import HeadTrainConfig
-from graft_train.data.states import PackedTarget
 from graft_train.distill.rope import head_rope
 
 
@@ -47,21 +46,3 @@ def new_head(config: DraftHeadConfig, token_ids_D: Tensor, lm_head_VH: Tensor) -
     with torch.no_grad():
         head.lm_head.weight.copy_(lm_head_VH[token_ids_D.to(lm_head_VH.device)])
     return head
-
-
-def share_embeddings(head: DraftHead, target: PackedTarget) -> None:
-    """Drops a head's copy of the target's embeddings, which training reads in any case.
-
-    Raises:
-        GraftError: they are not the target's.
-    """
-    if head.embed_tokens is None:
-        return
-    ids_V = torch.arange(head.config.vocab_size, device=target.model.device)
-    embedding_VH = target.embed(ids_V).to("cpu")
-    if not torch.equal(head.embed_tokens.weight.to(embedding_VH.dtype), embedding_VH):
-        raise GraftError(
-            "the head of head.init_from has embeddings of its own, and training reads the target's: go on from a head "
-            "that shares them"
-        )
-    head.embed_tokens = None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import GraftError
@@ -103,6 +104,24 @@ def check_head(head: HeadConfig, target: Any) -> None:
             f"the head reads layers {list(head.aux_layer_ids)}, but the target has 0..{layers - 1}: it is another "
             "target's"
         )
+
+
+def possible_copies(head: Head) -> list[str]:
+    """What the head has of its own although it may be its target's: of "embed_tokens" and "lm_head"."""
+    whole = isinstance(head, BlockHead) and head.config.draft_vocab_size == head.config.vocab_size
+    return [name for name in ("embed_tokens", *(["lm_head"] if whole else [])) if getattr(head, name) is not None]
+
+
+def drop_copies(head: Head, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:
+    """Drops what the head has of its own and its target alike; whoever runs the head then takes the target's.
+
+    Args:
+        embedding_VH, lm_head_VH: the target's, in its dtype, in which they are compared.
+    """
+    for name in possible_copies(head):
+        theirs_VH = embedding_VH if name == "embed_tokens" else lm_head_VH
+        if not theirs_VH.is_meta and torch.equal(getattr(head, name).weight.to(theirs_VH), theirs_VH):
+            setattr(head, name, None)
 
 
 def described(directory: Path) -> tuple[str, str]:

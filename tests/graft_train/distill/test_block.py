@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from graft_inference.errors import GraftError
@@ -506,6 +507,18 @@ def test_a_head_of_another_target_is_not_gone_on_from(tmp_path):
     save_block_head(block_head(num_target_layers=9), tmp_path / "head")
     with pytest.raises(GraftError, match=r"head.init_from=.*num_target_layers=9, but the target 4"):
         distill(block_run(tmp_path, init_from=str(tmp_path / "head")))
+
+
+def test_a_head_with_an_lm_head_of_its_own_is_not_gone_on_from(tmp_path):
+    free = family.mask_token(samples(30), VOCAB, None)
+    save_block_head(block_head(mask_token_id=free), tmp_path / "head")
+    path, lm_head_VH = tmp_path / "head" / "model.safetensors", tiny_target().get_output_embeddings().weight
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": lm_head_VH}, path)
+    distill(block_run(tmp_path / "first", init_from=str(path.parent), max_steps=1))
+    save_file(tensors | {"lm_head.weight": lm_head_VH + 1}, path)
+    with pytest.raises(GraftError, match=r"head\.init_from has lm_head of its own"):
+        distill(block_run(tmp_path / "second", init_from=str(path.parent), max_steps=1))
 
 
 @pytest.mark.parametrize(

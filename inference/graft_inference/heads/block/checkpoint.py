@@ -110,22 +110,19 @@ def load_block_head(directory: Path, target_layers: int | None = None) -> BlockH
     path = Path(directory) / WEIGHTS_FILE
     tensors = read_safetensors(path, REMEDY)
     try:
-        return BlockHead.of_tensors(config, _own_tensors(tensors, config))
+        return BlockHead.of_tensors(config, _read_tensors(tensors))
     except GraftError as error:
         raise GraftError(f"{path}: {error}; {REMEDY}") from error
 
 
-def _own_tensors(tensors: dict[str, torch.Tensor], config: BlockHeadConfig) -> dict[str, torch.Tensor]:
-    """Without those that a native checkpoint may have and that are not read.
+def _read_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without those that a checkpoint may have and that are not read.
 
     Raises:
         GraftError: a tensor that would make another network or that no engine loads.
     """
     if hidden := [name for name in tensors if "mask_hidden" in name]:
         raise GraftError(f"{hidden}: a learned state in place of the mask token's embedding is not computed here")
-    shared = {"embed_tokens.weight"} | ({"lm_head.weight"} if config.draft_vocab_size == config.vocab_size else set())
-    if own := sorted(shared & tensors.keys()):
-        raise GraftError(f"{own} are of the head's own, but the target's are used: take them out if they are the same")
     if any(name.startswith(CONFIDENCE) for name in tensors):
         warnings.warn("the head's confidence head is not used: P(accepted) is calibrated from traces", stacklevel=4)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(CONFIDENCE)}

@@ -142,7 +142,8 @@ class BlockProposer:
             parts = zip(states, *(one.split(slots, dim=2) for one in (query_BQPD, key_BKPD, value_BKPD)), strict=True)
             return torch.cat([_attend(state, layer, config.view(layer), *part) for state, *part in parts], dim=2)
 
-        embedding_1PH = self.embed(tokens_P[None]).to(self.head.fc.weight.dtype)
+        embed = self.head.embed_tokens or self.embed
+        embedding_1PH = embed(tokens_P[None]).to(self.head.fc.weight.dtype)
         hidden_PH = self.head(embedding_1PH, position_P[None], attend)[0]
         hidden_PH = joined([part_PH[config.first_slot :] for part_PH in hidden_PH.split(slots)])
         logits_PD = self.unembed(hidden_PH) if self.head.lm_head is None else self.head.lm_head(hidden_PH)
