@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .errors import GraftError
 from .files import parse_json, read_json, read_safetensors
+from .heads.checkpoint import MASK_EMBEDDING
 from .heads.families import Head, HeadConfig, check_head, load_any_config, load_any_head, most_steps
 from .policy.policy import METHODS, Policy, paper_policy
 from .policy.tree_builder import check_sources
@@ -29,7 +30,7 @@ from .retrieval.successor_matrix import SuccessorMatrix
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 """Sizes of the target that a bundle is made for."""
 
-READ = ["*.json", "*.safetensors", "pytorch_model.bin"]
+READ = ["*.json", "*.safetensors", "pytorch_model.bin", MASK_EMBEDDING]
 """What is downloaded of a bundle or a head."""
 
 PAPER_SUCCESSORS = 8

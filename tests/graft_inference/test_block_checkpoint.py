@@ -326,6 +326,11 @@ def test_whatever_a_key_holds_the_head_loads_or_the_error_names_its_file(tmp_pat
         (lambda t: t.update(mask_hidden=torch.ones(16)), "mask_hidden.*not computed here"),
         (lambda t: t.update({"lm_head.weight": torch.ones(12, 16)}), r"another shape \['lm_head.weight'\]"),
         (lambda t: t.update({"embed_tokens.weight": torch.ones(13, 8)}), r"another shape \['embed_tokens.weight'\]"),
+        (
+            lambda t: t.update({"prefix_gru.weight_ih_l0": torch.ones(1)}),
+            "the recurrent pass of Domino is not",
+        ),
+        (lambda t: t.update({"refiner_head.down_h": torch.ones(1)}), "the refiner of XPress is not computed here"),
         (lambda t: t.update(surplus=torch.ones(1)), r"unknown \['surplus'\]"),
         (lambda t: t.pop("fc.weight"), r"missing \['fc.weight'\]"),
         (lambda t: t.update({"norm.weight": torch.ones(8)}), r"another shape \['norm.weight'\]"),
@@ -339,6 +344,12 @@ def test_tensors_of_another_head_are_refused_by_name(tmp_path, edit, message):
     edit(tensors)
     save_file(tensors, path)
     with pytest.raises(GraftError, match=message):
+        load_block_head(tmp_path)
+
+
+def test_an_embedding_of_the_masks_own_is_refused(tmp_path):
+    (saved(tmp_path) / "mask_embedding.pt").write_bytes(b"")
+    with pytest.raises(GraftError, match=r"mask_embedding\.pt, an embedding of the mask's own, is not computed here"):
         load_block_head(tmp_path)
 
 

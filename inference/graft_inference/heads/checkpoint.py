@@ -16,6 +16,7 @@ Config = TypeVar("Config")
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MASK_EMBEDDING = "mask_embedding.pt"
 SPECULATORS = "speculators_model_type"
 REMEDY = "copy the head again, or train it again with graft distill"
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from graft_inference.heads.block.checkpoint import load_block_head, save_block_h
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.block.model import BlockHead
 from graft_inference.heads.block.view import SlidingWindow, View
+from graft_inference.heads.eagle3.checkpoint import save_head
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.config.block import BLOCK_LOSSES, BlockHeadTrainConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.samples import answered, append_samples
@@ -29,7 +32,8 @@ from graft_train.distill.block.loss import BlockLoss, block_loss, d_pace_weights
 from graft_train.distill.block.strategy import BlockStrategy
 from graft_train.distill.teacher import final_state_teacher
 
-from .pair import VOCAB, WIDTH, samples, tiny_target
+from ...graft_inference.test_block_checkpoint import to_speculators
+from .pair import VOCAB, WIDTH, samples, tiny_head, tiny_target
 from .test_distill import distill_until_killed, make_run, metrics
 
 # Three documents: one answer; two answers; answer from its first token on.
@@ -469,6 +473,31 @@ def test_a_published_block_head_is_gone_on_from(tmp_path):
     head = load_block_head(distill(second))
     assert head.config.block_size == SLOTS
     assert sum(metrics(Path(second.run_dir) / "head")[0]["loss"]) < 0.9 * sum(metrics(first)[0]["loss"])
+
+
+def test_a_head_of_speculators_is_gone_on_from(tmp_path):
+    """With its windows, in which it is then trained."""
+    window = SlidingWindow((1,), 3, from_anchor=True)
+    head = block_head(mask_token_id=family.mask_token(samples(30), VOCAB, None), causal=None, sliding=window)
+    save_block_head(head, tmp_path / "published")
+    to_speculators(tmp_path / "published")
+    trained = load_block_head(distill(block_run(tmp_path, init_from=str(tmp_path / "published"), max_steps=1)))
+    assert trained.config == head.config
+    assert not torch.equal(trained.fc.weight, head.fc.weight)
+
+
+def test_of_an_eagle3_head_a_new_head_takes_the_layers_and_their_projection(tmp_path):
+    eagle3 = DraftHead(replace(tiny_head().config, aux_layer_ids=(0, 1, 2)))
+    save_head(eagle3, tmp_path)
+    settings = HeadTrainConfig(family="block", init_from=str(tmp_path), draft_vocab_size=VOCAB)
+    trained = family.make_strategy(tiny_target(), samples(30), settings)
+    assert trained.head.config.aux_layer_ids == trained.target.aux_layer_ids == eagle3.config.aux_layer_ids
+    assert torch.equal(trained.head.fc.weight, eagle3.fc.weight)
+    with pytest.raises(GraftError, match=r"head\.aux_layer_ids=\[0\], but the EAGLE-3 head of head\.init_from reads"):
+        family.make_strategy(tiny_target(), samples(30), replace(settings, aux_layer_ids=[0]))
+    save_head(tiny_head(), tmp_path)
+    with pytest.raises(GraftError, match=r"aux_layer_ids=\[0, 2, 3\]: the target has layers 0\.\.3, of which a block"):
+        family.make_strategy(tiny_target(), samples(30), settings)
 
 
 def test_heads_are_saved_in_the_targets_dtype(tmp_path):

@@ -18,6 +18,7 @@ from ...errors import GraftError
 from ...files import read_safetensors
 from ..checkpoint import (
     HARMLESS,
+    MASK_EMBEDDING,
     REMEDY,
     SPECULATORS,
     WEIGHTS_FILE,
@@ -69,6 +70,13 @@ COMPUTED_NESTED = {
 READ_NESTED = frozenset({"target_layer_ids", "mask_token_id", "block_size", "causal", "causal_head", LAYOUT})
 """Both within dflash_config."""
 CONFIDENCE = "confidence_head."
+PARTS = {
+    "mask_hidden": "a learned state in place of the mask token's embedding",
+    "candidate_selector.": "the candidate selector of DFlash 2",
+    "refiner_head.": "the refiner of XPress",
+    "prefix_gru.": "the recurrent pass of Domino",
+}
+"""Beginnings of tensors that make another network of a head whose configuration may not say so."""
 AUX_IDS, NON_CAUSAL, NESTED = "aux_hidden_state_layer_ids", "sliding_window_non_causal", "transformer_layer_config"
 READ_OF_SPECULATORS = frozenset({
     "architectures", "block_size", "draft_vocab_size", "enable_confidence_head", "markov_rank", "mask_token_id",
@@ -107,6 +115,8 @@ def load_block_head(directory: Path, target_layers: int | None = None) -> BlockH
             otherwise.
     """
     config = load_block_config(directory, target_layers)
+    if (Path(directory) / MASK_EMBEDDING).exists():
+        raise GraftError(f"{directory}: {MASK_EMBEDDING}, an embedding of the mask's own, is not computed here")
     path = Path(directory) / WEIGHTS_FILE
     tensors = read_safetensors(path, REMEDY)
     try:
@@ -121,8 +131,9 @@ def _read_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Raises:
         GraftError: a tensor that would make another network or that no engine loads.
     """
-    if hidden := [name for name in tensors if "mask_hidden" in name]:
-        raise GraftError(f"{hidden}: a learned state in place of the mask token's embedding is not computed here")
+    for name in tensors:
+        if part := next((part for start, part in PARTS.items() if name.startswith(start)), None):
+            raise GraftError(f"{name}: {part} is not computed here")
     if any(name.startswith(CONFIDENCE) for name in tensors):
         warnings.warn("the head's confidence head is not used: P(accepted) is calibrated from traces", stacklevel=4)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(CONFIDENCE)}
