@@ -216,9 +216,20 @@ def with_a_mask_outside(directory: Path) -> None:
     edit_config(directory, lambda c: c["dflash_config"].update(mask_token_id=61))
 
 
+def of_a_family_that_is_not_computed(directory: Path) -> None:
+    dflash(directory)
+    edit_config(directory, lambda c: c.update(architectures=["DFlash2DraftModel"]))
+
+
+def a_whole_model(directory: Path) -> None:
+    write_target(directory)
+
+
 @pytest.mark.parametrize(
     ("publish", "message"),
     [
+        (of_a_family_that_is_not_computed, "published: DFlash2DraftModel is DFlash 2, .* cannot be computed here"),
+        (a_whole_model, "published: .*num_hidden_layers=4 makes another network"),
         (of_another_width, "published: the head has hidden_size=16, but the target 32: it is another target's"),
         (of_another_vocabulary, "published: the head has vocab_size=60, but the target 61"),
         (of_a_deeper_target, r"published: the head reads layers \[0, 1, 6\], but the target has 0\.\.3"),
