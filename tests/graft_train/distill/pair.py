@@ -30,7 +30,7 @@ def tiny_target(**changes) -> LlamaForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def tiny_head(kept: list[int] | None = None) -> DraftHead:
+def tiny_head(kept: list[int] | None = None, **changes) -> DraftHead:
     torch.manual_seed(1)
     kept = kept or list(range(0, VOCAB, 2))
     head = DraftHead(
@@ -44,6 +44,7 @@ def tiny_head(kept: list[int] | None = None) -> DraftHead:
             draft_vocab_size=len(kept),
             aux_layer_ids=(0, 2, 3),
             max_position_embeddings=64,
+            **changes,
         )
     )
     head.set_draft_vocabulary(torch.tensor(kept))
