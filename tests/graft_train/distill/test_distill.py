@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftEngine, GraftError, QuotaCheckpoint, QuotaPlan
 from graft_inference import bundle as bundle_module
-from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.heads.eagle3.checkpoint import load_head, save_head
 from graft_inference.policy.policy import Policy
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
@@ -43,6 +43,7 @@ from graft_train.distill.measure import measure_acceptance
 from graft_train.distill.metrics import StepMetrics
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.state_source import online_states
+from tests.graft_inference.plain_head import VARIANTS, varied
 
 from .pair import VOCAB, samples, tiny_head, tiny_target
 
@@ -561,6 +562,26 @@ def test_a_head_with_a_copy_of_the_targets_embeddings_is_gone_on_from_without_it
     save_file(weights | {"embed_tokens.weight": embeddings + 1}, brought / "model.safetensors")
     with pytest.raises(GraftError, match="embeddings of its own"):
         distill(make_run(tmp_path / "other", init_from=str(brought), **changes))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("changes", [VARIANTS["speculators"], VARIANTS["EAGLE 3.1"]], ids=["speculators", "EAGLE 3.1"])
+def test_a_head_of_a_newer_trainer_is_gone_on_from(tmp_path, changes, precision):
+    """It keeps its shape and learns; the engine that measures it reads what was written."""
+    published = varied(tiny_head(list(range(0, VOCAB, 3)), **changes))
+    save_head(published, tmp_path / "published")
+    weights = load_file(tmp_path / "published" / "model.safetensors")
+    weights["embed_tokens.weight"] = tiny_target().get_input_embeddings().weight.detach()
+    save_file(weights, tmp_path / "published" / "model.safetensors")
+    settings = {"epochs": 20, "mixed_precision": precision, "measure_prompts": 2, "measure_tokens": 8}
+    out = distill(make_run(tmp_path, init_from=str(tmp_path / "published"), **settings))
+    trained = load_head(out)
+    assert trained.config == published.config
+    assert torch.equal(trained.target_ids, published.target_ids)
+    assert not any(torch.equal(a, b) for a, b in zip(trained.parameters(), published.parameters(), strict=True))
+    curve = metrics(out)
+    assert sum(curve[-1]["loss"]) < 0.9 * sum(curve[0]["loss"])
+    assert json.loads((out / "training.json").read_text())["measured_acceptance_length"] >= 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
