@@ -10,6 +10,7 @@ from graft_inference.errors import GraftError
 from graft_inference.heads.eagle3.checkpoint import load_head, save_head
 from graft_inference.heads.eagle3.dialects import AUX_IDS, SLIDING, newer_than_sglang
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
+from graft_inference.heads.families import described
 
 from .plain_head import COMBINATIONS, varied
 from .plain_head import SPECULATORS as SPECULATORS_HEAD
@@ -425,6 +426,7 @@ def test_a_newer_heads_config_says_what_speculators_and_vllm_read(tmp_path):
     assert values["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {"input_norm.weight", *(f"layers.0.self_attn.{name}_norm.weight" for name in "qk")} <= names
+    assert "which SGLang does not read" in described(tmp_path)[1]
 
 
 @pytest.mark.parametrize(

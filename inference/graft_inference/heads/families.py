@@ -11,7 +11,7 @@ from .block.checkpoint import DFLASH, DSPARK, load_block_config, load_block_head
 from .block.config import BlockHeadConfig
 from .block.drafter import BlockProposer
 from .block.model import BlockHead
-from .checkpoint import CONFIG_FILE, REMEDY
+from .checkpoint import CONFIG_FILE, REMEDY, SPECULATORS
 from .eagle3.checkpoint import load_head, load_head_config
 from .eagle3.drafter import Eagle3Proposer
 from .eagle3.model import DraftHead, DraftHeadConfig
@@ -50,10 +50,12 @@ def load_any_head(directory: Path, target_layers: int | None = None) -> Head:
 
 def described(directory: Path) -> tuple[str, str]:
     """A tag and a sentence for people: the family of a head, and in whose dialect its checkpoint is."""
-    if not is_block(directory):
-        return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
-    architecture = read_json(Path(directory) / CONFIG_FILE, REMEDY)["architectures"][0]
-    return "dflash", f"blocks drafted in one pass, as `{architecture}`"
+    values = read_json(Path(directory) / CONFIG_FILE, REMEDY)
+    if is_block(directory):
+        return "dflash", f"blocks drafted in one pass, as `{values['architectures'][0]}`"
+    if SPECULATORS in values:
+        return "eagle3", 'EAGLE-3, in vLLM\'s "speculators" dialect, which SGLang does not read'
+    return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
 
 
 def most_steps(config: HeadConfig) -> int | None:
