@@ -126,10 +126,12 @@ def drop_copies(head: Head, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:
 
 def described(directory: Path) -> tuple[str, str]:
     """A tag and a sentence for people: the family of a head, and in whose dialect its checkpoint is."""
-    if not is_block(directory):
-        return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
-    architecture = read_json(Path(directory) / CONFIG_FILE, REMEDY)["architectures"][0]
-    return "dflash", f"blocks drafted in one pass, as `{architecture}`"
+    values = read_json(Path(directory) / CONFIG_FILE, REMEDY)
+    if is_block(directory):
+        return "dflash", f"blocks drafted in one pass, as `{values['architectures'][0]}`"
+    if SPECULATORS in values:
+        return "eagle3", 'EAGLE-3, in vLLM\'s "speculators" dialect, which SGLang does not read'
+    return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
 
 
 def most_steps(config: HeadConfig) -> int | None:
