@@ -1,4 +1,4 @@
-"""`graft STAGE key=value ...`: the recipes as one command, from a clone or an installed wheel; and `graft chat`."""
+"""`graft STAGE key=value ...`: the recipes as one command, from a clone or a wheel; `graft chat` and `graft serve`."""
 
 from functools import partial
 from typing import Any
@@ -90,3 +90,21 @@ def _chat(**options: Any) -> None:
 
 
 main.add_command(_chat)
+
+
+def _serve(arguments: tuple[str, ...]) -> None:
+    from graft_inference.serve.cli import main as serve
+
+    raise SystemExit(serve(arguments, prog="graft serve"))
+
+
+main.add_command(
+    click.Command(
+        "serve",
+        # The runtime's own command, which knows its options, --help among them.
+        {"ignore_unknown_options": True, "help_option_names": []},
+        _serve,
+        [click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        short_help="Serve the target through OpenAI's API, speculating with an exported bundle.",
+    )
+)
