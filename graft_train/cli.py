@@ -7,7 +7,7 @@ import click
 
 from graft_train.road import STAGES, WHOLE_ROAD
 
-HELP = """Train, calibrate, export, measure and try Graft speculative decoding.
+HELP = """Train, calibrate, export, measure, try and serve Graft speculative decoding.
 
 Each stage takes settings behind it: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
 what there is to set, and `--cfg job` what is set. Training on several GPUs is started by accelerate, see the README.
