@@ -165,11 +165,15 @@ def test_a_chat_is_what_the_engine_says(client, engine, asked, meant, streams):
         assert said.usage.prompt_tokens == len(ids)
 
 
-def test_the_answer_of_a_turn_can_be_sent_back_as_it_came(client, engine):
-    first = client.chat.completions.create(model="tiny", messages=SAID, temperature=0, max_tokens=10).choices[0].message
-    parts = [{"type": "text", "text": "and"}, {"type": "text", "text": "then"}]
-    messages = [*SAID, first.to_dict(), {"role": "user", "content": parts}]
-    second = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=10)
+def test_the_answer_of_a_turn_can_be_sent_back_as_it_came(narrow, engine):
+    """The next turn reads only what is new."""
+    with client_of(narrow) as client:
+        first = (
+            client.chat.completions.create(model="tiny", messages=SAID, temperature=0, max_tokens=10).choices[0].message
+        )
+        parts = [{"type": "text", "text": "and"}, {"type": "text", "text": "then"}]
+        messages = [*SAID, first.to_dict(), {"role": "user", "content": parts}]
+        second = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=10)
     told = [*SAID, {"role": "assistant", "content": first.content}, {"role": "user", "content": "and\nthen"}]
     ids = chat_ids(engine.tokenizer, told)
     assert second.choices[0].message.content == engine.tokenizer.decode(expected(engine, ids, 10))
@@ -377,6 +381,9 @@ def test_metrics_add_up_to_what_the_engine_did(narrow, engine):
             client.completions.create(model="tiny", prompt=text, temperature=0, max_tokens=50)
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="tiny", prompt="", max_tokens=50)
+        with pytest.raises(openai.NotFoundError) as absent:
+            client.completions.create(model="other", prompt="a")
+        assert absent.value.code == "model_not_found"
     after = metrics_of(narrow)
     grown = {key: value - before.get(key, 0) for key, value in after.items()}
     outs = [engine.generate(engine.tokenizer(text).input_ids, 50, method="eagle3").stats for text in texts]
@@ -390,7 +397,7 @@ def test_metrics_add_up_to_what_the_engine_did(narrow, engine):
     first = [1 for out in outs for _, position in proposed(out.sources) if position == 1]
     assert grown["graft_accepted_tokens_total", "1", "drafted"] == len(first)
     assert grown["graft_requests_total", "completed"] == grown["graft_request_seconds_count",] == 3
-    assert grown["graft_requests_total", "refused"] == 1
+    assert grown["graft_requests_total", "refused"] == 2
     rounds, decoded = after["graft_rounds_total", "eagle3"], after["graft_decoded_tokens_total",]
     assert after["graft_acceptance_length",] == pytest.approx(decoded / rounds)
     assert after["graft_plan_info", "", "QuotaPlan", "eagle3"] == 1

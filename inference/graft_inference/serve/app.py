@@ -30,6 +30,10 @@ CLOSED = 499
 """The status for a client that has gone: nobody reads it."""
 
 
+class NoSuchModel(Refused):
+    """A request for another model."""
+
+
 class BodyLimit:
     """Refuses bodies of more bytes, as they come.
 
@@ -136,7 +140,7 @@ def make_app(scheduler: Scheduler, metrics: Metrics, name: str, most_bytes: int)
 async def _respond(scheduler: Scheduler, http: Request, reply: Reply, asked: Asked) -> Response:
     body: Generating = reply.body
     if body.model not in (None, reply.model):
-        return _error(404, f"the model {body.model} is not here, {reply.model} is", "model", "model_not_found")
+        raise NoSuchModel(f"the model {body.model} is not here, {reply.model} is", "model")
     loop, told = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception | None]()
 
     def tell(one: Piece | Exception | None) -> None:
@@ -212,7 +216,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
 def _told(error: Exception) -> tuple[dict[str, Any], int]:
     """What a client learns of a request that was taken on and went wrong, and the status."""
     if isinstance(error, GraftError):
-        return _bad_request(error), 400
+        return _bad_request(error), 404 if isinstance(error, NoSuchModel) else 400
     if isinstance(error, Overloaded):
         return error_of(str(error), "overloaded_error"), 503
     return error_of("the server could not answer; its log says why", "internal_error"), 500
@@ -220,12 +224,12 @@ def _told(error: Exception) -> tuple[dict[str, Any], int]:
 
 def _bad_request(error: GraftError) -> dict[str, Any]:
     param = error.param if isinstance(error, Refused) else None
-    code = "context_length_exceeded" if isinstance(error, TooLong) else None
-    return error_of(" ".join(str(error).split()), "invalid_request_error", param, code)
+    codes = {TooLong: "context_length_exceeded", NoSuchModel: "model_not_found"}
+    return error_of(" ".join(str(error).split()), "invalid_request_error", param, codes.get(type(error)))
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(error_of(message, "invalid_request_error", param, code), status)
+def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
+    return JSONResponse(error_of(message, "invalid_request_error", param), status)
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
@@ -251,7 +255,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(GraftError)
     async def refused(http: Request, error: GraftError) -> Response:
         count(http, "refused")
-        return JSONResponse(_bad_request(error), 400)
+        return JSONResponse(*_told(error))
 
     @app.exception_handler(Overloaded)
     async def overloaded(http: Request, error: Overloaded) -> Response:

@@ -113,13 +113,14 @@ class Scheduler:
             if not isinstance(error, GraftError | Overloaded):
                 LOG.exception("a request failed")
             answer.fail(error)
-        try:
-            answer.close()
-        except Exception:
-            LOG.exception("a request could not be closed")
         with self._lock:
             self.unfinished -= 1
-        self._ended(answer)  # before it is told, so that whoever has the answer finds it counted
+        # Counted before it is told, so that whoever has the answer finds it counted.
+        for part_of_end in (answer.close, partial(self._ended, answer)):
+            try:
+                part_of_end()
+            except Exception:
+                LOG.exception("a request did not end in good order")
         answer.tell(None)
         return False
 
