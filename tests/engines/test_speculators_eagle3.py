@@ -59,7 +59,7 @@ def theirs(tmp_path_factory, text):
         "made": {places[name]: settings for name, settings in MADE.items()},
         "read": [places[name] for name in WRITTEN],
     }
-    found = run_driver("speculators", HERE / "speculators_driver.py", root, job)
+    found = run_driver("speculators", HERE / "speculators_eagle3_driver.py", root, job)
     return {name: (place, load_file(found[place])["logits"]) for name, place in places.items()}
 
 

@@ -28,6 +28,7 @@ from graft_inference.speculator import Speculator
 from graft_inference.target.model import Target
 
 from .families import FAMILIES, family_model
+from .plain_head import VARIANTS
 from .recorded import RecordedGraphs
 from .tiny import VOCAB, learned_policy, tiny_head, tiny_model, tiny_policy, told_policy
 
@@ -55,8 +56,8 @@ class MetaGraphs(RecordedGraphs):
         return torch.zeros(size, dtype=torch.long, device=META)
 
 
-def fixed_round(model, plan, processors=(), greedy=True, logprobs=False) -> FixedRound:
-    head, target = tiny_head(model).to(META, model.dtype), Target(model.to(META), (0, 1, 3))
+def fixed_round(model, plan, processors=(), greedy=True, logprobs=False, **changes) -> FixedRound:
+    head, target = tiny_head(model, **changes).to(META, model.dtype), Target(model.to(META), (0, 1, 3))
     cache = target.new_cache(40)
     target.prefill(torch.zeros(9, dtype=torch.long, device=META), cache)
     buffers = Buffers(cache, SIZE, rows=12, depth=5, graphs=MetaGraphs())
@@ -97,6 +98,17 @@ def test_every_piece_of_every_plan(policy, method):
         if checkpoint.num_draft_tokens > 1:
             checked(pieces.build, checkpoint, draft, retrieved)
         checked(pieces.verify, checkpoint.num_draft_tokens, pieces.builder.depths[checkpoint.steps])
+    checked(pieces.catch_up)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.inference_mode()
+def test_every_kind_of_head_drafts(changes):
+    pieces = fixed_round(tiny_model("llama"), tiny_policy().graft, **changes)
+    draft = None
+    for checkpoint in pieces.plan.checkpoints:
+        draft, _ = checked(pieces.draft, checkpoint, draft, None)
+    assert draft.steps == 4
     checked(pieces.catch_up)
 
 
