@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft_inference import AcceptanceModel, GraftEngine, GraftError, Plan, Policy, paper_policy
+from graft_inference import (
+    AcceptanceModel,
+    ChainPlan,
+    GraftEngine,
+    GraftError,
+    Plan,
+    Policy,
+    ScoredPlan,
+    paper_policy,
+)
 from graft_inference.bundle import Bundle, check_launch, load_successors
 from graft_inference.heads.families import load_any_head, most_steps
 from graft_inference.target.model import max_positions
@@ -41,6 +50,8 @@ from graft_train.processes import is_main, say
 from graft_train.stage import fingerprints_of, run_stage
 
 PLANS = ("eagle3", "draft_only", "retrieve_only", "paper", "learned")
+CHAINS = ("eagle3", "retrieve_only", "chain")
+"""Where `graft` is to be a chain: a tree cannot be faster in an engine that verifies none."""
 PUBLISHED = ("eagle3", "paper")
 """Told nothing of the draws' noise, as published."""
 BY_ALL = ", taught by all nodes"
@@ -72,14 +83,15 @@ def calibrate(config: Config) -> Path:
 
 
 def learn(settings: CalibrateConfig, replays: Replays) -> dict[str, Plan]:
-    """The best plan of each of PLANS, by replay."""
-    return {name: plan_of(name, settings, replays) for name in PLANS}
+    """The best plan of each of PLANS, or of CHAINS, by replay."""
+    return {name: plan_of(name, settings, replays) for name in (CHAINS if settings.kind == "chain" else PLANS)}
 
 
 def plan_of(name: str, settings: CalibrateConfig, replays: Replays) -> Plan:
-    """The best plan of one of PLANS under these settings."""
+    """The best plan of one of PLANS or CHAINS under these settings."""
     replay = replays[name not in PUBLISHED and True in replays]
-    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints)
+    kind = ChainPlan if settings.kind == "chain" else ScoredPlan
+    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints, kind=kind)
     match name:
         case "eagle3":
             return best_eagle3(replay, settings.widths)
