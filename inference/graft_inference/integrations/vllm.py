@@ -19,10 +19,7 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from ..bundle import load_policy, resolve
 from ..errors import GraftError
-from ..heads.families import load_any_config
-from ..policy.plan import ChainPlan
 from .chains import CPU, ChainRound, ChainRounds
 
 if current_platform.is_cpu():
@@ -60,13 +57,12 @@ class GraftProposer(EagleProposer):
         """Returns a chain for every request of the batch, as long as the policy finds it worth verifying."""
         batch = self._batch
         ends = zip(batch.req_ids, batch.num_tokens_no_spec[: batch.num_reqs], strict=True)
-        self._round = self._rounds.begin(
-            [
-                _text(batch.token_ids_cpu[row], int(end)) if self._writes(name, int(end)) else None
-                for row, (name, end) in enumerate(ends)
-            ]
-        )
-        steps = min(self._rounds.plan.num_steps, num_speculative_tokens) if self._round.drafts else 0
+        texts = [
+            _text(batch.token_ids_cpu[row], int(end)) if self._writes(name, int(end)) else None
+            for row, (name, end) in enumerate(ends)
+        ]
+        self._round = self._rounds.begin(texts, num_speculative_tokens)
+        steps = min(self._rounds.plan.num_steps, num_speculative_tokens) if self._round.is_drafting else 0
         try:
             # Without a step the head still reads what was accepted.
             super().propose(steps, *args, **kwargs)
@@ -80,7 +76,7 @@ class GraftProposer(EagleProposer):
         logp_BV = self.model.compute_logits(hidden_states).float().log_softmax(dim=-1)
         logp_B, tokens_B = logp_BV.max(dim=-1)
         self._round.deepen(tokens_B.to(CPU), logp_B.to(CPU))
-        if not self._round.drafts:
+        if not self._round.is_drafting:
             raise StopDrafting
         return tokens_B, None
 
@@ -111,7 +107,8 @@ class GraftRetriever:
         bundle = vllm_config.additional_config.get(BUNDLE)
         if not bundle:
             raise GraftError(f"the bundle is missing: --additional-config '{{\"{BUNDLE}\": \"DIRECTORY_OR_HUB_ID\"}}'")
-        self._rounds = _rounds_of(vllm_config, bundle, without_drafting=True)
+        self._rounds = _rounds_of(vllm_config, bundle).without_drafting()
+        self._most = vllm_config.speculative_config.num_speculative_tokens
 
     def load_model(self, target: torch.nn.Module) -> None:
         """vLLM calls this; there is no model."""
@@ -124,38 +121,18 @@ class GraftRetriever:
             _text(token_ids_cpu[row], int(num_tokens_no_spec[row])) if sampled else None
             for row, sampled in enumerate(sampled_token_ids)
         ]
-        return self._rounds.begin(texts).chains()
+        return self._rounds.begin(texts, self._most).chains()
 
 
 def _text(row: Any, end: int) -> Tensor:
     return torch.from_numpy(row[:end]).long()
 
 
-def _rounds_of(vllm_config: VllmConfig, bundle: str, without_drafting: bool = False) -> ChainRounds:
-    """The rounds of a bundle's policy for this target.
-
-    Raises:
-        GraftError: another target or tokenizer, a policy of trees, or longer chains than it foresees.
-    """
-    directory, model = resolve(bundle), vllm_config.model_config
-    if not (directory / "graft.json").exists():
-        raise GraftError(f"{bundle} has no graft.json: it is a head without a policy, which vLLM serves without Graft")
-    target = model.hf_text_config
-    shape = load_any_config(directory, target.num_hidden_layers)
+def _rounds_of(vllm_config: VllmConfig, bundle: str) -> ChainRounds:
+    model = vllm_config.model_config
     tokenizer = None if model.skip_tokenizer_init else cached_tokenizer_from_config(model)
-    policy, successors = load_policy(directory, shape, target, tokenizer)
-    plan = policy.graft
-    if not isinstance(plan, ChainPlan):
-        raise GraftError(
-            f"the policy of {bundle} makes trees, and vLLM verifies chains: calibrate with policy.kind=chain "
-            "policy.topk=1, and export again"
-        )
-    asked = vllm_config.speculative_config.num_speculative_tokens
-    if asked > plan.length:
-        raise GraftError(
-            f"num_speculative_tokens={asked}, but the policy of {bundle} makes chains of at most {plan.length}: lower it"
-        )
-    return ChainRounds(plan.without_drafting() if without_drafting else plan, {"matrix": successors}, asked)
+    most = vllm_config.speculative_config.num_speculative_tokens
+    return ChainRounds.of_bundle(bundle, model.hf_text_config, tokenizer, most)
 
 
 def _check(worker: Any) -> None:
