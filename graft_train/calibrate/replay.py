@@ -102,8 +102,11 @@ class Replay:
         return np.array(visited, dtype=np.int64)
 
     def accepted(self, plan: ScoredPlan) -> Tensor:
-        """Of every tree, or chain, that plans of its kind and acceptance model would make: how many of the nodes - 1 that
-        are chosen lie on the continuation, [T, steps from 0 to P, nodes from 1 to the budget]."""
+        """Nodes on the continuation, of every tree or chain that plans of its kind and acceptance model would make.
+
+        Returns:
+            By draft steps and nodes, the root included: [T, steps from 0 to P, nodes from 1 to the budget].
+        """
         model, chains = plan.acceptance, isinstance(plan, ChainPlan)
         if (model, chains) not in self._trees:
             self._trees[model, chains] = self._build(model, self._chains if chains else self._best)

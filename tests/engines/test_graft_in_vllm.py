@@ -25,7 +25,9 @@ LOOKUP = SourceModel("lookup", chain(5), (), tuple((kind / KINDS - 1.5,) * 5 for
 MATRIX = SourceModel("matrix", chain(2), (1.0,) * 2, ((-2.0,) * 2,), (0.0,))
 BOTH = AcceptanceModel(((1.0, 0.0),) * 4, (MATRIX, LOOKUP))
 PLANS = {
-    "head and sources": ChainPlan((Checkpoint(0, 2.2, 6), Checkpoint(1, 0.6, 4), Checkpoint(4, 0.0, 6)), acceptance=BOTH),
+    "head and sources": ChainPlan(
+        (Checkpoint(0, 2.2, 6), Checkpoint(1, 0.6, 4), Checkpoint(4, 0.0, 6)), acceptance=BOTH
+    ),
     "head alone, stopped early": ChainPlan(
         (Checkpoint(1, 0.8, 2), Checkpoint(2, 0.7, 3), Checkpoint(4, 0.0, 5)),
         acceptance=AcceptanceModel(BOTH.drafted),
@@ -64,19 +66,23 @@ def speculative(bundle: Path, length: int, **changes: Any) -> dict[str, Any]:
     return values | {"disable_padded_drafter_batch": True} | changes
 
 
-def served(directory: Path, target: Path, prompts: Iterable[torch.Tensor], config: dict[str, Any], **job: Any) -> dict[str, Any]:
+def served(
+    directory: Path, target: Path, prompts: Iterable[torch.Tensor], speculative_config: dict[str, Any], **job: Any
+) -> dict[str, Any]:
     """What Graft makes in vLLM."""
-    job = {"worker_cls": "graft_inference.integrations.vllm.GraftWorker"} | job
-    settings = {"max_model_len": 128} | job.pop("settings", {})
-    jobs = {"prompts": [prompt.tolist() for prompt in prompts], "max_tokens": NEW_TOKENS, "speculative_config": config, "settings": settings}
-    return run_vllm(directory, target=str(target), **jobs, **job)
+    job = {
+        "worker_cls": "graft_inference.integrations.vllm.GraftWorker",
+        "target": str(target),
+        "prompts": [prompt.tolist() for prompt in prompts],
+        "max_tokens": NEW_TOKENS,
+        "speculative_config": speculative_config,
+    } | job
+    return run_vllm(directory, **job | {"settings": {"max_model_len": 128} | job.get("settings", {})})
 
 
 def expected(target: Path, bundle: Path, plan: ChainPlan, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What our engine drafts for `SERVED` by the same plan, counted as vLLM counts."""
-    engine = GraftEngine.from_pretrained(
-        bundle, target, "cpu", "float32", fallback=False, retrieval_scope="frozen"
-    )
+    engine = GraftEngine.from_pretrained(bundle, target, "cpu", "float32", fallback=False, retrieval_scope="frozen")
     engine.eos_token_ids = frozenset()
     chains, build = [], engine.speculator.build
 

@@ -57,8 +57,8 @@ class ChainRounds:
         plan = policy.graft
         if not isinstance(plan, ChainPlan):
             raise GraftError(
-                f"the policy of {bundle} makes trees, and this engine verifies chains: calibrate with policy.kind=chain "
-                "policy.topk=1, and export again"
+                f"the policy of {bundle} makes trees, and this engine verifies chains: calibrate with "
+                "policy.kind=chain policy.topk=1, and export again"
             )
         if most > plan.length:
             raise GraftError(

@@ -3,12 +3,13 @@
     vllm serve TARGET --worker-cls graft_inference.integrations.vllm.GraftWorker --speculative-config \\
         '{"method": "eagle3", "model": "BUNDLE", "num_speculative_tokens": 6, "disable_padded_drafter_batch": true}'
 
-vLLM verifies chains, so the bundle's policy must be one of chains (`policy.kind=chain`). No file of vLLM is changed; the
-classes that are extended here are its own, of its V1 model runner, and are checked when the worker starts. The output is
-that of vLLM's own verification.
+vLLM verifies chains, so the bundle's policy must be one of chains (`policy.kind=chain`). No file of vLLM is changed.
+The classes that are extended here are its own, of its V1 model runner, and are checked when the worker starts. The
+output is that of vLLM's own verification.
 """
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,15 +36,15 @@ BUNDLE = "graft_bundle"
 """In vLLM's `additional_config`: the bundle of `GraftRetriever`."""
 
 
-class StopDrafting(Exception):  # noqa: N818  no error: the way out of vLLM's loop over draft steps
-    """Every request's draft has stopped."""
+class StopDrafting(Exception):
+    """Every request's draft has stopped: the way out of vLLM's loop over draft steps."""
 
 
 class GraftProposer(EagleProposer):
     """vLLM's EAGLE-3 drafter under a learned policy.
 
-    vLLM's own `propose` runs the head, in its cache and with its kernels. It asks `_sample_draft_tokens` for every draft
-    token, which is where the policy looks on.
+    vLLM's own `propose` runs the head, in its cache and with its kernels. It asks `_sample_draft_tokens` for every
+    draft token, which is where the policy looks on.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
@@ -63,11 +64,8 @@ class GraftProposer(EagleProposer):
         ]
         self._round = self._rounds.begin(texts, num_speculative_tokens)
         steps = min(self._rounds.plan.num_steps, num_speculative_tokens) if self._round.is_drafting else 0
-        try:
-            # Without a step the head still reads what was accepted.
+        with suppress(StopDrafting):  # without a step the head still reads what was accepted
             super().propose(steps, *args, **kwargs)
-        except StopDrafting:
-            pass
         return self._round.chains()
 
     def _sample_draft_tokens(self, hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, None]:
@@ -106,7 +104,7 @@ class GraftRetriever:
     def __init__(self, vllm_config: VllmConfig) -> None:
         bundle = vllm_config.additional_config.get(BUNDLE)
         if not bundle:
-            raise GraftError(f"the bundle is missing: --additional-config '{{\"{BUNDLE}\": \"DIRECTORY_OR_HUB_ID\"}}'")
+            raise GraftError(f'the bundle is missing: --additional-config \'{{"{BUNDLE}": "DIRECTORY_OR_HUB_ID"}}\'')
         self._rounds = _rounds_of(vllm_config, bundle).without_drafting()
         self._most = vllm_config.speculative_config.num_speculative_tokens
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graft_inference import GraftEngine, GraftError, Policy, QuotaPlan
+from graft_inference import ChainPlan, GraftEngine, GraftError, Policy, QuotaPlan
 from graft_inference.device import warn_if_elsewhere
 from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.retrieval.sources import SOURCES
@@ -102,6 +102,21 @@ def test_everything_is_learned_measured_and_written(run_dir):
     assert (policy_dir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     text = (policy_dir / "report.md").read_text()
     assert all(f"| {name} |" in text for name in PLANS)
+
+
+def test_a_policy_of_chains_is_learned_from_chains(run_dir):
+    policy_dir = calibrate(config_for(run_dir, kind="chain", topk=1, widths=[1, 2, 3, 4]))
+    report = json.loads((policy_dir / "report.json").read_text())
+    assert set(report["measured"]) == {"eagle3", "retrieve_only", "chain"}
+    assert report["graft_is"] == "chain"
+    policy = Policy.from_dict(json.loads((policy_dir / "policy.json").read_text()))
+    assert isinstance(policy.graft, ChainPlan)
+    assert policy.graft.num_draft_tokens <= 4
+
+
+def test_chains_are_not_learned_from_trees():
+    with pytest.raises(GraftError, match="policy.topk=3 must be 1"):
+        CalibrateConfig(kind="chain", topk=3)
 
 
 def test_at_a_temperature_learned_plans_know_the_noise_of_draws_and_published_ones_do_not(run_dir, monkeypatch):
