@@ -142,7 +142,7 @@ def test_a_bundle_that_makes_no_chains_is_refused(bundle):
     with pytest.raises(GraftError, match="wants a target with vocab_size"):
         ChainRounds.of_bundle(str(directory), tiny_model("llama", vocab_size=8).config, None, most=6)
     write_plan(directory, ScoredPlan((Checkpoint(2, num_draft_tokens=4),), 2, acceptance=BOTH))
-    with pytest.raises(GraftError, match="policy.kind=chain policy.topk=1"):
+    with pytest.raises(GraftError, match=r"policy\.kind=chain policy\.topk=1"):
         ChainRounds.of_bundle(str(directory), config, None, most=2)
     (directory / "graft.json").unlink()
     with pytest.raises(GraftError, match="a head without a policy"):

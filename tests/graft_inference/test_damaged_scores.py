@@ -87,9 +87,8 @@ def test_what_is_chosen_is_a_tree_whatever_the_scores_are(seed, selection):
     at = torch.rand(len(tree), generator=generator) < 0.5
     score_N = torch.where(at, wild[torch.randint(6, (len(tree),), generator=generator)], tree.logp_N)
     scored = replace(tree, logp_N=score_N)
-    chosen = {"best": lambda: scored.best(7), "pooled": lambda: tree.chosen(pooled([tree], [score_N]).logp_N, 8)}[
-        selection
-    ]()
+    pool = pooled([tree], [score_N])
+    chosen = scored.best(7) if selection == "best" else pool.chosen(pool.logp_N, 8)
     assert (len(chosen), int(chosen.sources_N[0]), int(chosen.depths_N[0])) == (8, Source.ROOT, 0)
     before = {token_path(tree, row): int(tree.depths_N[row]) for row in filled_rows(tree)}
     empty_N = chosen.sources_N == Source.EMPTY

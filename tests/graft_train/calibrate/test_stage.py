@@ -115,7 +115,7 @@ def test_a_policy_of_chains_is_learned_from_chains(run_dir):
 
 
 def test_chains_are_not_learned_from_trees():
-    with pytest.raises(GraftError, match="policy.topk=3 must be 1"):
+    with pytest.raises(GraftError, match=r"policy\.topk=3 must be 1"):
         CalibrateConfig(kind="chain", topk=3)
 
 
