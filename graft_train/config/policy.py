@@ -18,6 +18,8 @@ class CalibrateConfig:
             on this device; or the learned plan of the head alone (`draft_only`) or of the sources alone
             (`retrieve_only`); or `chain`, the best plan without branches, for engines that verify chains (vLLM).
         latency_only: measure the latency table again, and choose anew from the traces that are there.
+        latency_from: a file of latencies in another engine (graft_inference.integrations.vllm_latency), by which to
+            choose anew from the traces that are there.
         prompts: calibration prompts that are traced. None of them was trained on or is evaluated on.
         max_new_tokens: tokens traced of each prompt.
         temperature: of the traced continuations. Above 0 the traces hold every node's P(accepted) under the target.
@@ -34,6 +36,7 @@ class CalibrateConfig:
 
     kind: str = "learned"
     latency_only: bool = False
+    latency_from: str | None = None
     prompts: int = 64
     max_new_tokens: int = 256
     temperature: float = 0.0

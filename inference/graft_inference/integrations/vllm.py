@@ -87,7 +87,7 @@ class GraftWorker(Worker):
     """vLLM's worker with `GraftProposer` as its drafter."""
 
     def init_device(self) -> None:
-        _check(self)
+        check_start(self)
         super().init_device()
         runner = self.model_runner
         runner.drafter = GraftProposer(self.vllm_config, runner.device, runner)
@@ -133,7 +133,7 @@ def _rounds_of(vllm_config: VllmConfig, bundle: str) -> ChainRounds:
     return ChainRounds.of_bundle(bundle, model.hf_text_config, tokenizer, most)
 
 
-def _check(worker: Any) -> None:
+def check_start(worker: Any) -> None:
     """Raises GraftError where vLLM, or how it was started, is not what this was written for."""
     speculative = worker.vllm_config.speculative_config
     if not vllm.__version__.startswith(VERSIONS):
