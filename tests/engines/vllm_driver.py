@@ -67,15 +67,29 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     ends = {"stop_token_ids": job.get("stop_token_ids"), "ignore_eos": True}
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], detokenize=False, **ends)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    # Kernels and what is compiled when first used take no part in the seconds.
+    llm.generate(
+        prompts[:1], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False), use_tqdm=False
+    )
+    before = counted(llm)
     start = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     seconds = time.perf_counter() - start
+    after = counted(llm)
+    per_position = [late - early for early, late in zip(before.pop(PER_POSITION), after.pop(PER_POSITION), strict=True)]
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "seconds": seconds,
+        **{name: after[name] - before[name] for name in COUNTERS},
+        "accepted_per_position": per_position,
+    }
+
+
+def counted(llm: Any) -> dict[str, Any]:
+    """What vLLM has counted so far."""
     found = {metric.name: metric for metric in llm.get_metrics()}
-    result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "seconds": seconds}
-    for name, metric in COUNTERS.items():
-        result[name] = found[metric].value if metric in found else 0
-    result["accepted_per_position"] = found[PER_POSITION].values if PER_POSITION in found else []
-    return result
+    counts: dict[str, Any] = {name: found[metric].value if metric in found else 0 for name, metric in COUNTERS.items()}
+    return counts | {PER_POSITION: found[PER_POSITION].values if PER_POSITION in found else []}
 
 
 if __name__ == "__main__":
