@@ -19,6 +19,7 @@ from graft_inference.chat_template import check_template, encode_chat, opening, 
 from graft_inference.cli import load_engine
 from graft_inference.prompts import check_text, is_plain
 from graft_inference.retrieval.sources import SOURCES
+from graft_inference.spelling import Spelling
 
 with suppress(ImportError):
     import readline  # noqa: F401  # edits and remembers what is typed, where there is one
@@ -158,45 +159,10 @@ class Conversation:
             self.messages = [*messages, {"role": "assistant", "content": spelling.text}]
         return is_stopped
 
-    def _warn_if_lossy(self, spelling: "Spelling") -> None:
+    def _warn_if_lossy(self, spelling: Spelling) -> None:
         if not self.warned and not is_plain(self.engine.tokenizer, spelling.ids):
             self.warned = True
             _say("this answer has special tokens within, as of channels: later turns are told its text without them")
-
-
-class Spelling:
-    """Text of tokens, piece by piece; a character of several tokens comes with its last one."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.text = ""
-        # A piece is what its tokens add to those of the piece before, as some tokenizers go by what precedes.
-        self._start = self._end = 0
-
-    def put(self, token: int) -> str:
-        """What can no longer change."""
-        self.ids.append(token)
-        piece = self._piece()
-        return "" if piece.endswith("\ufffd") else self._take(piece)
-
-    def end(self) -> str:
-        """What was held back, when no more tokens come."""
-        return self._take(self._piece())
-
-    def _piece(self) -> str:
-        before, after = self._decoded(self._end), self._decoded(len(self.ids))
-        return after[len(before) :]
-
-    def _decoded(self, end: int) -> str:
-        ids = self.ids[self._start : end]
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _take(self, piece: str) -> str:
-        if piece:
-            self._start, self._end = self._end, len(self.ids)
-            self.text += piece
-        return piece
 
 
 def show_tokens(

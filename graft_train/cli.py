@@ -1,4 +1,4 @@
-"""`graft STAGE key=value ...`: the recipes as one command, from a clone or an installed wheel; and `graft chat`."""
+"""`graft STAGE key=value ...`: the recipes as one command, from a clone or a wheel; `graft chat` and `graft serve`."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import click
 
 from graft_train.road import STAGES, WHOLE_ROAD
 
-HELP = """Train, calibrate, export, measure and try Graft speculative decoding.
+HELP = """Train, calibrate, export, measure, try and serve Graft speculative decoding.
 
 Each stage takes settings behind it: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
 what there is to set, and `--cfg job` what is set. Training on several GPUs is started by accelerate, see the README.
@@ -90,3 +90,21 @@ def _chat(**options: Any) -> None:
 
 
 main.add_command(_chat)
+
+
+def _serve(arguments: tuple[str, ...]) -> None:
+    from graft_inference.serve.cli import main as serve
+
+    raise SystemExit(serve(arguments, prog="graft serve"))
+
+
+main.add_command(
+    click.Command(
+        "serve",
+        # The runtime's own command, which knows its options, --help among them.
+        {"ignore_unknown_options": True, "help_option_names": []},
+        _serve,
+        [click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        short_help="Serve the target through OpenAI's API, speculating with an exported bundle.",
+    )
+)

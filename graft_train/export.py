@@ -48,7 +48,8 @@ def export(config: Config) -> Path:
         config,
         "export",
         "bundle",
-        {"license": settings.license, "policy": _hash_of(run_dir / "policy" / "policy.json")},
+        {"license": settings.license, "policy": _hash_of(run_dir / "policy" / "policy.json")}
+        | _adopted(run_dir / "head"),
         ["target", "head", "corpus", "policy"],
         lambda out: _build(config, out, run_dir / "bundle"),
     )
@@ -190,6 +191,7 @@ def _card(bundle: Path, location: str) -> str:
         target=target,
         location=location,
         head=head,
+        adopted=read_json(bundle / RECORD)["settings"].get("adopted"),
         device=graft["policy"]["measured_on"].get("device"),
         evaluations=list(map(read_json, paths)),
         methods=METHODS,
@@ -210,6 +212,14 @@ def _is_hub_id(target: str) -> bool:
 def _hash_of(policy: Path) -> str:
     """Of a policy that may be chosen anew from the same traces; empty where there is none, which is refused later."""
     return hashlib.sha256(policy.read_bytes()).hexdigest()[:16] if policy.is_file() else ""
+
+
+def _adopted(head: Path) -> dict[str, str]:
+    """Of a head from the Hub that others published: which, as the card says."""
+    record = read_json(head / RECORD) if (head / RECORD).is_file() else {}
+    if record.get("stage") != "adopt" or record["settings"]["commit"] is None:
+        return {}
+    return {"adopted": f"{record['settings']['init_from']} at {record['settings']['commit']}"}
 
 
 def _evaluations_of(bundle: Path, run_dir: Path) -> dict[str, dict[str, Any]]:

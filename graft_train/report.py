@@ -109,9 +109,9 @@ def print_table(evaluation: dict[str, Any]) -> None:
     shown = [index for index, column in enumerate(COLUMNS) if column not in ("95 %", "drafted", "retrieved")]
     title = f"{asked_of(evaluation['settings'])}; draft, verify, other in ms per round"
     rows = [tuple(row[index] for index in shown) for row in rows_of(evaluation)]
-    _print(title, tuple(COLUMNS[index] for index in shown), rows, _machine(evaluation))
+    show_table(title, tuple(COLUMNS[index] for index in shown), rows, _machine(evaluation))
     for part in parts_of(evaluation):
-        _print(*part)
+        show_table(*part)
     if narrower := _narrower(evaluation):
         print(
             f"note: in {narrower:.1%} of graft's rounds its plan did not pay: a narrower one, or none, took its place"
@@ -120,7 +120,8 @@ def print_table(evaluation: dict[str, Any]) -> None:
         print(f"note: graft's calibrated plan is that of {name}; these rows show one method")
 
 
-def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], caption: str | None = None) -> None:
+def show_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], caption: str | None = None) -> None:
+    """In the terminal."""
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
@@ -129,7 +130,8 @@ def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], ca
     Console().print(table)
 
 
-def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Its lines."""
     header = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return [*header, *(f"| {' | '.join(row)} |" for row in rows)]
 
@@ -176,9 +178,9 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     parts = [
         line
         for title, columns, rows in parts_of(evaluation)
-        for line in (f"## {title.capitalize()}", "", *_markdown(columns, rows), "")
+        for line in (f"## {title.capitalize()}", "", *markdown_table(columns, rows), "")
     ]
-    table = _markdown(COLUMNS, rows_of(evaluation))
+    table = markdown_table(COLUMNS, rows_of(evaluation))
     return "\n".join(
         [
             "# Evaluation",

@@ -3,6 +3,7 @@
 STAGES = {
     "regenerate": "Have the target answer the training prompts, or take the data's own answers.",
     "distill": "Distil the draft head from the target.",
+    "adopt": "Or take a published head (head.init_from) as it is; nothing is trained.",
     "build_corpus": "Build the successor matrix that tokens are retrieved from.",
     "calibrate": "Learn the policy from traces and this device's latencies.",
     "export": "Put head, corpus and policy into one bundle, and push it to the Hub if asked.",
@@ -10,5 +11,6 @@ STAGES = {
 }
 """In the order in which they are run."""
 WHOLE_ROAD = "quickstart"
-ROAD = STAGES | {"demonstrate": "Answer a held-out prompt, each token coloured by where it came from."}
+ROAD = {name: line for name, line in STAGES.items() if name != "adopt"}
+ROAD["demonstrate"] = "Answer a held-out prompt, each token coloured by where it came from."
 """What the whole road does."""

@@ -20,7 +20,7 @@ from graft_train.processes import barrier, is_main, say
 
 RECIPE_OF = {
     "data": "regenerate",
-    "head": "distill",
+    "head": "distill, or graft adopt,",
     "corpus": "build_corpus",
     "policy": "calibrate",
     "bundle": "export",
@@ -163,11 +163,13 @@ def _is_blank(partial: Path) -> bool:
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    if found.get("stage") != wanted["stage"]:
+        return f"by graft {found.get('stage')}, not by graft {wanted['stage']}"
     old = _flat({"settings": found.get("settings"), "input": found.get("inputs")})
     new = _flat({"settings": wanted["settings"], "input": wanted["inputs"]})
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     pairs = (f"{key.removeprefix('settings.')}: {old.get(key)} -> {new.get(key)}" for key in keys)
-    return ", ".join(pairs) or "another stage"
+    return ", ".join(pairs)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -57,8 +57,8 @@ print(json.dumps(outputs))
 COMMAND = """
 from importlib.metadata import distribution
 
-[script] = distribution("graft-inference").entry_points.select(name="graft-generate")
-sys.argv = ["graft-generate", *sys.argv[3:]]
+[script] = distribution("graft-inference").entry_points.select(name=sys.argv[3])
+sys.argv = sys.argv[3:]
 sys.exit(script.load()())
 """
 
@@ -138,8 +138,14 @@ def test_every_method_decodes_without_the_training_side(site, hidden, pair, tmp_
 
 def test_the_command_is_installed_and_streams(site, hidden, pair, tmp_path):
     bundle, target = pair
-    arguments = [bundle, "--target", target, "--device", "cpu", "--max-new-tokens", 9, "return self"]
+    arguments = ["graft-generate", bundle, "--target", target, "--device", "cpu", "--max-new-tokens", 9, "return self"]
     finished = run_alone(COMMAND, site, hidden, *arguments, tmp_path=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.endswith("\n")
     assert "9 tokens, " in finished.stderr
+
+
+def test_the_server_says_what_it_lacks(site, hidden, pair, tmp_path):
+    finished = run_alone(COMMAND, site, hidden, "graft-serve", pair[0], tmp_path=tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1].endswith("is not installed: pip install 'graft-inference[serve]'")

@@ -51,8 +51,8 @@ class BlockHeadTrainConfig:
             raise GraftError(f"head.block.markov_rank={self.markov_rank} must not be negative")
         if self.markov_rank and not self.sample_from_anchor:
             raise GraftError(
-                f"head.block.markov_rank={self.markov_rank} needs head.block.sample_from_anchor=true: no engine has "
-                "the other"
+                f"head.block.markov_rank={self.markov_rank} needs head.block.sample_from_anchor=true: of the engines "
+                "vLLM alone has the other"
             )
         for name, choices in {"loss": BLOCK_LOSSES, "weighting": WEIGHTINGS}.items():
             if getattr(self, name) not in choices:

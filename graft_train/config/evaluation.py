@@ -1,6 +1,8 @@
 """Settings of the `evaluate` stage, and where the suites are that it knows by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
 
 from graft_inference.errors import GraftError
 from graft_train.config.bounds import check_least
@@ -70,6 +72,10 @@ class EvaluateConfig:
         fallback: graft may narrow its tree or stop speculating where it does not pay, as it does by default.
         check_lossless: compare every method's greedy tokens in fp32, which takes a target of that size, with
             transformers' own.
+        server: an OpenAI-compatible server of the target, speculating or not, that is timed in place of the engine,
+            for example http://localhost:8000/v1; or a list of several, which take turns and are compared with the
+            last. Its key, if it wants one, is read from OPENAI_API_KEY.
+        concurrency: requests that a server is sent at a time; each number is measured for itself.
     """
 
     suite: str | None = None
@@ -82,6 +88,8 @@ class EvaluateConfig:
     repeats: int = 5
     fallback: bool = True
     check_lossless: bool = True
+    server: Any = None
+    concurrency: list[int] = field(default_factory=lambda: [1, 8, 32])
 
     def __post_init__(self) -> None:
         # The prefill gives the first token.
@@ -96,7 +104,27 @@ class EvaluateConfig:
                 "give its question.jsonl as evaluation.path"
             )
 
+        _check_servers(self.server, self.servers())
+        if not self.concurrency or min(self.concurrency) < 1 or len(set(self.concurrency)) < len(self.concurrency):
+            raise GraftError(
+                f"evaluation.concurrency={self.concurrency} must be a list of numbers, each at least 1 and there once"
+            )
+
+    def servers(self) -> list[str]:
+        """The addresses, without a slash at the end; none where the engine is measured."""
+        given = self.server if isinstance(self.server, list) else [self.server]
+        return [str(url).rstrip("/") for url in given if url is not None]
+
     @property
     def is_own(self) -> bool:
         """Whether the run's own held-out prompts are measured."""
         return self.path is None and self.suite is None
+
+
+def _check_servers(given: Any, urls: list[str]) -> None:
+    if (given is not None and not urls) or not all(url.startswith(("http://", "https://")) for url in urls):
+        raise GraftError(f"evaluation.server={given} must be one http(s) address or a list of them")
+    if any("@" in urlsplit(url).netloc for url in urls):
+        raise GraftError("evaluation.server has a name or a key in it, which reports would show: use OPENAI_API_KEY")
+    if len(set(urls)) < len(urls):
+        raise GraftError(f"evaluation.server={given} names a server twice")

@@ -58,7 +58,8 @@ class HeadTrainConfig:
     Attributes:
         family: of the head: eagle3, which drafts one token a pass, or block, which drafts all in one.
         block: what a block head has of its own.
-        init_from: directory or Hub id of a head to go on from; its shape and draft vocabulary then stand.
+        init_from: directory or Hub id of a published head, which `adopt` takes as it is and `distill` goes on from; its
+            shape and draft vocabulary then stand.
         aux_layer_ids: target layers whose outputs feed the head; None: the family's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
         draft_vocab_size: most frequent answer tokens that can be drafted; at most the target's vocabulary.

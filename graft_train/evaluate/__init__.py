@@ -10,9 +10,9 @@ from graft_inference.files import read_json
 from graft_train.config import Config
 from graft_train.config.evaluation import EvaluateConfig
 from graft_train.data.prompts import prompt_settings
-from graft_train.data.sources import is_local
 from graft_train.evaluate.lossless import losslessness
-from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, data_of, directory_of, naming
+from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, data_of, directory_of, naming, shown_path
+from graft_train.evaluate.served import evaluate_servers
 from graft_train.evaluate.summary import acceptance, by_category, repetition, summarize
 from graft_train.evaluate.timing import Run, run_of, timed
 from graft_train.export import write_card
@@ -29,11 +29,17 @@ TIMED = "timed.json"
 def evaluate(config: Config) -> Path:
     """Writes `evaluation/` (evaluation.json, report.md, report.png) and renews the bundle's model card.
 
+    With `evaluation.server`, see `evaluate_servers`.
+
     Raises:
         GraftError: no prompts, or prompts that the target cannot take; no memory to check losslessness.
     """
     asked, name = config.evaluation, directory_of(config.evaluation)
+    if asked.servers():
+        return evaluate_servers(config)
     settings = {**asdict(asked), "seed": config.seed, "dtype": config.target.dtype}
+    for decides_nothing in ("server", "concurrency"):
+        del settings[decides_nothing]
     del settings["check_lossless"]  # or runs that were timed could not be kept where the check does not fit
     inputs = ["target", "bundle"]
     if asked.is_own:
@@ -97,15 +103,10 @@ def _facts(config: Config, asked: Asked) -> dict[str, Any]:
     lengths = [len(sample.prompt_ids) for sample in asked.samples]
     return {
         **asdict(config.evaluation),
-        "path": _shown(config.evaluation.path),
+        "path": shown_path(config.evaluation.path),
         "prompts": len(asked.samples),
         "prompt_tokens": [min(lengths), max(lengths)],
         "dtype": config.target.dtype,
         "batch": 1,
         "matrix": "built from the training split; every request starts from it anew and updates its own copy",
     }
-
-
-def _shown(path: str | None) -> str | None:
-    """A local file's name alone: what is pushed to the Hub leads nowhere on this machine."""
-    return Path(path).name if path and is_local(path) else path

@@ -5,12 +5,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from graft_inference import GraftEngine, GraftError
+from graft_inference import GraftError
 from graft_inference.files import read_json
 from graft_inference.prompts import is_plain
 from graft_inference.target.model import max_positions
@@ -54,7 +55,19 @@ def directory_of(asked: EvaluateConfig) -> str:
     elif not asked.is_own:
         split = asked.hub_split if asked.hub_split != "test" else None
         parts += [asked.path and asked.path.replace("/", "-"), asked.hub_subset, split]
+    if asked.servers():
+        parts += ["server", *map(_as_name, asked.servers())]
     return "-".join(filter(None, parts))
+
+
+def _as_name(url: str) -> str:
+    """Of a server: its host, its port, and what tells it from others there."""
+    return re.sub(r"[^\w.]+", "-", url.split("://")[1].removesuffix("/v1"))
+
+
+def shown_path(path: str | None) -> str | None:
+    """A local file's name alone: what is pushed to the Hub leads nowhere on this machine."""
+    return Path(path).name if path and is_local(path) else path
 
 
 def data_of(config: Config) -> DataConfig:
@@ -84,14 +97,20 @@ def naming(asked: EvaluateConfig) -> Iterator[None]:
         raise GraftError(f"no prompts by {named}: {reason}") from error
 
 
-def asked_of(config: Config, out: Path) -> Asked:
+Answerer = Callable[[Sample], list[int]]
+"""Gives the target's greedy answer to a prompt, as token ids."""
+
+
+def asked_of(config: Config, out: Path, answer: Answerer | None = None, limit: int | None = None) -> Asked:
     """What is measured.
 
     Args:
         out: keeps a suite's answers, which an interrupted stage goes on from.
+        answer: answers the turns that others follow; None is the run's bundle on its target.
+        limit: most tokens of prompt and answer, where something else than the target bounds them.
     """
     settings, target_config = config.evaluation, text_config(config)
-    positions = max_positions(target_config)
+    positions = min(max_positions(target_config), limit or max_positions(target_config))
     if settings.is_own:
         held_out = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
         check_room(held_out, settings.max_new_tokens, positions, "evaluation.max_new_tokens")
@@ -102,7 +121,7 @@ def asked_of(config: Config, out: Path) -> Asked:
         chat = Chat(tokenizer, set(), data.chat_template_kwargs, target_config.vocab_size)
         if settings.suite is not None:
             _check_template(settings.suite, tokenizer)
-            return _of_suite(config, chat, room, Answers(config, tokenizer, out / ANSWERS))
+            return _of_suite(config, chat, room, Answers(tokenizer, out / ANSWERS, answer or by_engine(config)))
         documents = read_documents(data)
         prompts = build_prompts(documents, chat, data, count=settings.prompts, max_tokens=room, seed=config.seed)
     return Asked([Sample(prompt.id, "evaluation", prompt.ids) for prompt in prompts])
@@ -122,14 +141,14 @@ class Answers:
 
     Args:
         path: where they are kept.
+        answer: makes them.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-        self.config = config
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, path: Path, answer: Answerer) -> None:
         self.tokenizer = tokenizer
         self.path = path
+        self.answer = answer
         self.kept: dict[str, list[int]] = read_json(path) if path.exists() else {}
-        self._engine: GraftEngine | None = None
 
     def __call__(self, prompt: Sample) -> str:
         """What the target says to a prompt, as the next turn's prompt has it.
@@ -138,7 +157,7 @@ class Answers:
             BadRecord: no text says it, as it has special tokens within.
         """
         if prompt.id not in self.kept:
-            self.kept[prompt.id] = self._new(prompt)
+            self.kept[prompt.id] = self.answer(prompt)
             if is_main():
                 write_json(self.path, self.kept)
         answer = self.kept[prompt.id]
@@ -149,13 +168,18 @@ class Answers:
             )
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
-    def _new(self, prompt: Sample) -> list[int]:
-        if self._engine is None:
-            self._engine = new_engine(self.config, self.config.target.dtype, fallback=False)
-        ids, tokens = torch.tensor(prompt.prompt_ids), self.config.evaluation.max_new_tokens
-        out = self._engine.generate(ids, tokens, method="autoregressive")
-        answer: list[int] = out.sequences[0, len(ids) :].tolist()
-        return answer
+
+def by_engine(config: Config) -> Answerer:
+    """Answers of the run's bundle, whose engine is made for the first of them."""
+    engine = cache(lambda: new_engine(config, config.target.dtype, fallback=False))
+
+    def answer(prompt: Sample) -> list[int]:
+        ids, tokens = torch.tensor(prompt.prompt_ids), config.evaluation.max_new_tokens
+        out = engine().generate(ids, tokens, method="autoregressive")
+        found: list[int] = out.sequences[0, len(ids) :].tolist()
+        return found
+
+    return answer
 
 
 def _of_suite(config: Config, chat: Chat, room: int, answer: Callable[[Sample], str]) -> Asked:

@@ -42,7 +42,7 @@ def summarize(runs: list[list[Run]], baseline: list[list[Run]]) -> dict[str, Any
     return {
         "tokens_per_second": _speed(runs),
         "speedup": _speed(runs) / _speed(baseline),
-        "speedup_interval": [float(bound) for bound in np.nanpercentile(ratios, [2.5, 97.5])],
+        "speedup_interval": interval(ratios),
         "acceptance_length": sum(stats.emitted - 1 for stats in typical) / rounds,
         "ms_per_round": {name: 1e3 * seconds / rounds for name, seconds in phases.items()},
         "prefill_ms": 1e3 * prefill / len(typical),
@@ -133,13 +133,26 @@ def _speed(runs: list[list[Run]]) -> float:
 
 
 def _speedups(runs: list[list[Run]], baseline: list[list[Run]]) -> np.ndarray:
-    """Bootstrap sample of the speed-up: prompts drawn anew, the same ones for both sides."""
-    columns = [_tokens(runs), _seconds(runs), _tokens(baseline), _seconds(baseline)]
-    chosen = np.random.default_rng(0).integers(len(runs), size=(BOOTSTRAP, len(runs)))
+    return speedups(_tokens(runs), _seconds(runs), _tokens(baseline), _seconds(baseline))
+
+
+def speedups(*columns: np.ndarray) -> np.ndarray:
+    """Bootstrap sample of a speed-up: prompts drawn anew, the same ones for both sides. [BOOTSTRAP]
+
+    Args:
+        columns: tokens and seconds of every prompt, and those of the baseline.
+    """
+    count = len(columns[0])
+    chosen = np.random.default_rng(0).integers(count, size=(BOOTSTRAP, count))
     tokens, seconds, base_tokens, base_seconds = (column[chosen].sum(axis=1) for column in columns)
     # A prompt that ends at once has no decode time: a resample of such prompts alone says nothing.
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (tokens / seconds) / (base_tokens / base_seconds)
+        return np.asarray((tokens / seconds) / (base_tokens / base_seconds))
+
+
+def interval(sample: np.ndarray) -> list[float]:
+    """What 95 % of a bootstrap sample lie between."""
+    return [float(bound) for bound in np.nanpercentile(sample, [2.5, 97.5])]
 
 
 def repetition(samples: list[Sample], runs: list[list[Run]], length: int = 8) -> float:

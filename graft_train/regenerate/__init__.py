@@ -96,7 +96,7 @@ class _Work:
         self.chat = Chat(tokenizer, ends, config.data.chat_template_kwargs, target_config.vocab_size)
         self.max_positions = max_positions(target_config)
         if urls := settings.servers():
-            from graft_train.regenerate.servers import context_limit
+            from graft_train.servers import context_limit
 
             self.max_positions = min(self.max_positions, context_limit(urls) or self.max_positions)
         room = room_for_prompts(self.max_positions, settings.max_new_tokens, "regenerate.max_new_tokens")

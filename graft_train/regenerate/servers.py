@@ -5,7 +5,6 @@ tokenised again may give other tokens than the target drew.
 """
 
 import asyncio
-import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -24,15 +23,8 @@ from graft_train.data.prompts import Prompt
 from graft_train.data.samples import answered, to_line
 from graft_train.processes import say
 from graft_train.regenerate.in_process import keep_whole_answers, until_end
+from graft_train.servers import EXTENSIONS, TIMEOUT, options, trouble
 
-EXTENSIONS = {
-    "return_token_ids": True,
-    "skip_special_tokens": False,
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
-"""The plain distribution, and the tokens drawn from it: a server may default to the model's generation settings."""
 PASSING = {408, 409, 429}
 """Refusals that the client asks again after, as after all of 500 and above."""
 OF_PROMPT = {400, 413, 422}
@@ -41,31 +33,10 @@ IN_A_ROW = 8
 """Prompts that a server may refuse one after another, or a hundredth of all, until it counts as refusing all."""
 SHOWN = 3
 """Refused prompts that are named."""
-TIMEOUT = openai.Timeout(3600.0, connect=10.0)
 
 
 class Refused(GraftError):
     """A prompt that a server does not answer, or not so that it can be used."""
-
-
-def _options(url: str) -> dict[str, Any]:
-    """How a server is spoken to; the client wants a key even where the server does not."""
-    return {"base_url": url, "api_key": os.environ.get("OPENAI_API_KEY") or "none"}
-
-
-def context_limit(urls: list[str]) -> int | None:
-    """The fewest tokens that a server takes for prompt and answer (vLLM's and SGLang's max_model_len).
-
-    None where none says so; one that does not answer now is asked again, with patience, for its answers.
-    """
-    limits = []
-    for url in urls:
-        try:
-            with openai.OpenAI(**_options(url), timeout=10.0, max_retries=0) as client:
-                limits.append(getattr(client.models.list().data[0], "max_model_len", None))
-        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-    return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def ask_servers(prompts: list[Prompt], path: Path, settings: RegenerateConfig, seed: int, chat: Chat) -> None:
@@ -113,7 +84,7 @@ class _Questions:
         async with AsyncExitStack() as opened:
             clients = {}
             for url in (url.rstrip("/") for url in self.settings.servers()):
-                client = openai.AsyncOpenAI(**_options(url), timeout=TIMEOUT, max_retries=self.settings.retries)
+                client = openai.AsyncOpenAI(**options(url), timeout=TIMEOUT, max_retries=self.settings.retries)
                 clients[url] = await opened.enter_async_context(client)
             while self.pending:
                 before = len(self.pending)
@@ -152,7 +123,7 @@ class _Questions:
             with _refusals(f"{url}/models"):
                 return str((await client.models.list()).data[0].id)
         except openai.APIError as error:
-            troubles[url] = _trouble(error)
+            troubles[url] = trouble(error)
             return None
         except (IndexError, TypeError, AttributeError) as error:
             raise GraftError(f"{url}/models names no model; is this an OpenAI-compatible server?") from error
@@ -177,10 +148,10 @@ class _Questions:
                 # An error of its own may be this prompt's doing: a server that answers others meanwhile is there.
                 there = self.answers[url] > answers or prompt.id in self.refused
                 if there and isinstance(error, openai.APIStatusError) and error.status_code == 500:
-                    self._refuse(url, number, prompt, _trouble(error))
+                    self._refuse(url, number, prompt, trouble(error))
                     continue
                 self.pending.append((number, prompt))
-                troubles[url] = _trouble(error)
+                troubles[url] = trouble(error)
                 return
             except (Refused, BadRecord) as error:
                 self._refuse(url, number, prompt, str(error))
@@ -274,15 +245,8 @@ def _refusals(url: str) -> Iterator[None]:
             raise
         refusal = Refused if error.status_code in OF_PROMPT else GraftError
         raise refusal(
-            f"{url} refuses: {_trouble(error)}. See regenerate.base_url (it ends in /v1 as a rule) and "
+            f"{url} refuses: {trouble(error)}. See regenerate.base_url (it ends in /v1 as a rule) and "
             "regenerate.server_extensions (false sends OpenAI's fields alone)"
         ) from error
     except ValueError as error:
         raise Refused(f"{url} sent something else than JSON: {error}") from error
-
-
-def _trouble(error: openai.APIError) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, openai.APIStatusError):
-        return f"{error.status_code} {error.response.text[:300]}"
-    return f"{type(error).__name__} {error.__cause__ or error}"

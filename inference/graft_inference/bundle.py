@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .errors import GraftError
 from .files import parse_json, read_json, read_safetensors
-from .heads.families import Head, HeadConfig, load_any_config, load_any_head, most_steps
+from .heads.checkpoint import MASK_EMBEDDING
+from .heads.families import Head, HeadConfig, check_head, load_any_config, load_any_head, most_steps
 from .policy.policy import METHODS, Policy, paper_policy
 from .policy.tree_builder import check_sources
 from .retrieval.successor_matrix import SuccessorMatrix
@@ -29,7 +30,7 @@ from .retrieval.successor_matrix import SuccessorMatrix
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 """Sizes of the target that a bundle is made for."""
 
-READ = ["*.json", "*.safetensors", "pytorch_model.bin"]
+READ = ["*.json", "*.safetensors", "pytorch_model.bin", MASK_EMBEDDING]
 """What is downloaded of a bundle or a head."""
 
 PAPER_SUCCESSORS = 8
@@ -65,7 +66,7 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
     layers = target_config.num_hidden_layers
     shape = load_any_config(directory, layers)
     if not (directory / "graft.json").exists() and not (directory / "successors.safetensors").exists():
-        check_sizes({}, shape, target_config, "pass the target that it was trained for")
+        check_head(shape, target_config)
         head = load_any_head(directory, layers)
         return Bundle(head, *_unmeasured(shape))
     policy, successors = load_policy(directory, shape, target_config, tokenizer)
@@ -148,19 +149,14 @@ def describe_target(name_or_path: str, target_config: Any, tokenizer: Any | None
 def check_target(head: HeadConfig, made_for: dict[str, Any], target_config: Any, tokenizer: Any | None) -> None:
     """Raises GraftError unless the target has the sizes, and the tokenizer, the head was trained with."""
     remedy = f"pass the target it was made for ({made_for['name_or_path']})"
-    check_sizes({name: made_for[name] for name in SIZES}, head, target_config, remedy)
-    fingerprint = made_for["tokenizer"]
-    if fingerprint is not None and tokenizer is not None and tokenizer_hash(tokenizer) != fingerprint:
-        raise GraftError(f"the target's tokenizer is not the one this bundle was trained with: {remedy}")
-
-
-def check_sizes(made_for: dict[str, int], head: HeadConfig, target_config: Any, remedy: str) -> None:
-    """Raises GraftError unless the target has the head's sizes and those it was made for."""
     of_head = {"vocab_size": head.vocab_size, "hidden_size": head.hidden_size}
-    for name, expected in (*of_head.items(), *made_for.items()):
+    for name, expected in (*of_head.items(), *((name, made_for[name]) for name in SIZES)):
         actual = getattr(target_config, name)
         if actual != expected:
             raise GraftError(f"this bundle wants a target with {name}={expected}, but it has {actual}: {remedy}")
+    fingerprint = made_for["tokenizer"]
+    if fingerprint is not None and tokenizer is not None and tokenizer_hash(tokenizer) != fingerprint:
+        raise GraftError(f"the target's tokenizer is not the one this bundle was trained with: {remedy}")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -21,7 +21,7 @@ from .decode.round import run_round
 from .decode.state import DecodeState
 from .device import warn_if_elsewhere
 from .errors import GraftError
-from .heads.families import Head, most_steps, proposer_of
+from .heads.families import Head, drop_copies, most_steps, possible_copies, proposer_of
 from .policy.fallback import Fallback, Fallbacks, fallback_plans
 from .policy.plan import Plan
 from .policy.policy import Policy
@@ -170,9 +170,8 @@ class GraftEngine:
             if check:
                 self_check(target)
             head = bundle.head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
-            own = getattr(head, "embed_tokens", None)
-            if own is not None and torch.equal(own.weight, target.embedding_weight):
-                head.embed_tokens = None  # a copy of the target's
+            if possible_copies(head):
+                drop_copies(head, target.embedding_weight, model.get_output_embeddings().weight)
             warn_if_elsewhere(bundle.policy, target.device)
             matrix = bundle.successors.to(target.device)
             ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))

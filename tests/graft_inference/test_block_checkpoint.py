@@ -1,6 +1,7 @@
-"""A block head's checkpoint: both native dialects, what engines read of them, and strict loading."""
+"""A block head's checkpoint: native and speculators' dialects, what engines read of them, and strict loading."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -8,12 +9,26 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.checkpoint import load_block_head, save_block_head
+from graft_inference.heads.block.view import SlidingWindow
 from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.heads.families import load_any_head
 
 from .test_block_head import block_head
 
 DSPARK = {"sample_from_anchor": True, "markov_rank": 3}
-KINDS = [{}, {"causal": True}, {"draft_vocab_size": 5}, DSPARK, {"sample_from_anchor": True}]
+SLIDING = {"causal": True, "sliding": SlidingWindow((0, 1), 7)}
+MIXED = {"causal": None, "sliding": SlidingWindow((1,), 3, from_anchor=True)}
+KINDS = [
+    {},
+    {"causal": True},
+    {"draft_vocab_size": 5},
+    DSPARK,
+    {"sample_from_anchor": True},
+    {"markov_rank": 3},
+    SLIDING,
+    MIXED,
+    DSPARK | {"causal": False, "sliding": SlidingWindow((0,), 7)},
+]
 
 
 def saved(directory, **changes):
@@ -35,6 +50,139 @@ def test_round_trip_keeps_config_tensors_and_vocabulary(tmp_path, changes):
     assert loaded.state_dict().keys() == head.state_dict().keys()
     for name, tensor in head.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def to_speculators(directory):
+    """The configuration of the same head as speculators 0.9.0 saves it; its tensors have the same names."""
+    native = json.loads((directory / "config.json").read_text())
+    reads = native.get("dflash_config", native)
+    markov = ("markov_rank", "markov_head_type", "enable_confidence_head")
+    dspark = {name: native[name] for name in markov if name in native}
+    layer = {
+        name: native[name]
+        for name in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "vocab_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "attention_bias",
+            "tie_word_embeddings", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window",
+        )
+    }  # fmt: skip
+    kind = "dspark" if native.get("markov_rank") else "dflash"
+    values = dspark | {
+        "architectures": ["DSparkDraftModel" if kind == "dspark" else "DFlashDraftModel"],
+        "auto_map": {"": "config.DFlashSpeculatorConfig"},
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in reads["target_layer_ids"]],
+        "block_size": native["block_size"],
+        "draft_vocab_size": native["draft_vocab_size"],
+        "dtype": native["dtype"],
+        "mask_token_id": reads["mask_token_id"],
+        "sample_from_anchor": reads["sample_from_anchor"],
+        "sliding_window_non_causal": native.get("is_causal") is False,
+        "speculators_config": {"algorithm": kind, "verifier": {"name_or_path": "x", "architectures": []}},
+        "speculators_model_type": kind,
+        "speculators_version": "0.9.0",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer
+        | {"model_type": "qwen3", "pad_token_id": None, "max_window_layers": 28, "use_cache": True},
+        "transformers_version": "5.19.0",
+    }
+    (directory / "config.json").write_text(json.dumps(values))
+    return directory
+
+
+OF_SPECULATORS = [
+    {},
+    {"draft_vocab_size": 5},
+    {"sample_from_anchor": True},
+    DSPARK,
+    {"markov_rank": 3, "draft_vocab_size": 5},
+    {"causal": True, "sliding": SlidingWindow((0, 1), 7, from_anchor=True)},
+    {"causal": False, "sliding": SlidingWindow((0, 1), 7, from_anchor=True)},
+    MIXED,
+    DSPARK | {"causal": False, "sliding": SlidingWindow((0,), 2, from_anchor=True)},
+]
+
+
+@pytest.mark.parametrize("changes", OF_SPECULATORS)
+def test_a_head_of_speculators_is_the_same_head(tmp_path, changes):
+    head = block_head(**changes).float()
+    directory = to_speculators(saved(tmp_path, **changes))
+    for loaded in (load_block_head(directory, head.config.num_target_layers), load_any_head(directory, 5)):
+        assert loaded.config == head.config
+        assert torch.equal(loaded.target_ids, head.target_ids)
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in head.state_dict().items())
+
+
+def test_what_a_head_of_speculators_need_not_say(tmp_path):
+    """Its earlier versions knew neither layout nor windows."""
+    directory = to_speculators(saved(tmp_path))
+    edit_config(directory, lambda v: [v.pop(name) for name in ("sample_from_anchor", "sliding_window_non_causal")])
+    edit_config(directory, lambda v: v["transformer_layer_config"].update(model_type="llama", layer_types=None))
+    assert load_block_head(directory, 5).config == block_head().config
+
+
+def of_layer(**changes):
+    return lambda values: values["transformer_layer_config"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        (
+            {},
+            lambda v: v.update(speculators_model_type="dflash2"),
+            "only dflash and dspark can be loaded",
+        ),
+        ({}, lambda v: v.update(aux_hidden_state_layer_ids=[0, 3]), r"the target's embeddings \(0\) are not read"),
+        ({}, lambda v: v.update(aux_hidden_state_layer_ids=[1, 5]), "before the target's last layer, 4"),
+        ({}, lambda v: v.update(aux_hidden_state_layer_ids=[3, 1]), "distinct and ascending"),
+        ({}, lambda v: v.update(mask_token_id=None), "mask_token_id is missing"),
+        ({}, lambda v: v.update(mask_token_id=13), "mask_token_id=13 must be"),
+        ({}, lambda v: v.update(target_hidden_size=32), "as wide as their target"),
+        ({}, lambda v: v.update(conv_kernel_size=2), "conv_kernel_size=2 is not known"),
+        ({}, lambda v: v.pop("transformer_layer_config"), "lacks the key 'transformer_layer_config'"),
+        ({}, of_layer(attention_bias=True), "attention_bias=True makes another network"),
+        ({}, of_layer(hidden_act="gelu"), "hidden_act='gelu' makes another network"),
+        ({}, of_layer(unheard_of=1), "unheard_of=1 is not known"),
+        (
+            DSPARK,
+            lambda v: v.pop("sample_from_anchor"),
+            "sample_from_anchor is missing, and speculators",
+        ),
+        (DSPARK, lambda v: v.update(markov_head_type="rnn"), "markov_head_type='rnn' makes another network"),
+        (MIXED, lambda v: v.pop("sliding_window_non_causal"), "sliding_window_non_causal is missing, and speculators"),
+        (MIXED, of_layer(sliding_window=None), "needs use_sliding_window=true and a sliding_window"),
+    ],
+)
+def test_what_speculators_makes_otherwise_is_refused_by_its_key(tmp_path, kind, edit, message):
+    edit_config(to_speculators(saved(tmp_path, **kind)), edit)
+    with pytest.raises(GraftError, match=message):
+        load_block_head(tmp_path, 5)
+
+
+def test_how_deep_its_target_is_follows_from_the_target(tmp_path):
+    with pytest.raises(GraftError, match="lacks the key 'num_target_layers'"):
+        load_block_head(to_speculators(saved(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({"architectures": ["DFlash2DraftModel"]}, "DFlash2DraftModel is DFlash 2, whose convolutions"),
+        ({"speculators_model_type": "dflash2"}, "dflash2 is DFlash 2"),
+        ({"speculators_model_type": "xpress"}, "xpress is XPress, whose refiner"),
+        ({"architectures": ["XPressDraftModel"], "speculators_model_type": "dflash"}, "XPressDraftModel is XPress"),
+        ({"speculators_model_type": "peagle"}, "peagle is P-EAGLE, whose learned state"),
+        ({"architectures": ["PeagleLlamaForCausalLM"]}, "PeagleLlamaForCausalLM is P-EAGLE"),
+        ({"architectures": ["LiLiCorrDraftModel"]}, "LiLiCorrDraftModel is LiLiCorr"),
+        ({"architectures": ["Qwen3NextMTP"]}, "Qwen3NextMTP is multi-token prediction"),
+        ({"architectures": ["DominoDraftModel"]}, "DominoDraftModel is Domino, whose recurrent"),
+    ],
+)
+def test_families_that_are_not_computed_are_named_with_the_reason(tmp_path, changes, family):
+    edit_config(saved(tmp_path), lambda values: values.update(changes))
+    with pytest.raises(GraftError, match=f"{family}.* cannot be computed here: take an EAGLE-3, DFlash or DSpark head"):
+        load_any_head(tmp_path, 5)
 
 
 def test_tensors_and_keys_are_those_of_the_native_dialects(tmp_path):
@@ -111,10 +259,8 @@ def of_dflash(**changes):
     ("kind", "edit", "message"),
     [
         ({}, lambda v: v.update(architectures=["DFlash2DraftModel"]), "DFlash2DraftModel.*only DFlashDraftModel and"),
-        ({}, lambda v: v.update(speculators_model_type="dflash"), "speculators_model_type='dflash'.*native"),
         ({}, lambda v: v.update(is_causal=True), "is_causal, dflash_config.causal and .*say different things"),
         ({}, of_dflash(sample_from_anchor=True), "sample_from_anchor=True and DFlashDraftModel"),
-        (DSPARK, lambda v: v.update(sample_from_anchor=False), "sample_from_anchor=False and Qwen3DSparkModel"),
         (
             {"sample_from_anchor": True},
             lambda v: v.pop("sample_from_anchor"),
@@ -127,7 +273,13 @@ def of_dflash(**changes):
         ({}, of_dflash(final_logit_softcapping=30.0), "final_logit_softcapping=30.0 is not known"),
         ({}, of_dflash(conv_kernel_size=2), "conv_kernel_size=2 is not known"),
         ({}, of_dflash(use_swa=True), "use_swa=True makes another network"),
-        ({}, lambda v: v.update(layer_types=["sliding_attention"] * 2), "only 2 of full_attention"),
+        ({}, lambda v: v.update(layer_types=["sliding_attention"] * 2), "needs use_sliding_window=true and a"),
+        (SLIDING, lambda v: v.update(use_sliding_window=False), "needs use_sliding_window=true and a"),
+        (SLIDING, lambda v: v.update(sliding_window=None), "needs use_sliding_window=true and a"),
+        (SLIDING, lambda v: v.update(layer_types=None), "sliding_window=7, but not in which layers"),
+        (SLIDING, lambda v: v.update(layer_types=["chunked_attention"] * 2), "there must be 2, each full_attention"),
+        (SLIDING, lambda v: v.update(layer_types=["sliding_attention"]), "there must be 2, each full_attention"),
+        (SLIDING, lambda v: v.update(sliding_window=4), "sliding_window=4 must be a whole number from 5"),
         ({}, lambda v: v.update(num_hidden_layers=2**40), "layer_types"),
         ({}, lambda v: v.update(num_hidden_layers=2**40, layer_types=None), "num_hidden_layers=1099511627776 must be"),
         ({}, lambda v: v.update(is_neox_style=False), "is_neox_style=False makes another network"),
@@ -148,7 +300,7 @@ def test_a_config_that_describes_another_head_is_refused_by_its_key(tmp_path, ki
 def told_of(directory) -> str:
     """The error of a head that is refused; else where it was loaded from."""
     try:
-        load_block_head(directory)
+        load_block_head(directory, 5)
     except GraftError as error:
         return str(error)
     return str(directory)
@@ -157,8 +309,8 @@ def told_of(directory) -> str:
 @pytest.mark.parametrize("junk", [None, True, -1, 2**40, float("nan"), "x", [None], {"rope_type": "dynamic"}])
 def test_whatever_a_key_holds_the_head_loads_or_the_error_names_its_file(tmp_path, junk):
     """No value makes something enormous either."""
-    for kind in ({}, DSPARK):
-        path = saved(tmp_path, **kind) / "config.json"
+    for kind, dialect in product(({}, DSPARK, MIXED), (lambda path: path, to_speculators)):
+        path = dialect(saved(tmp_path, **kind)) / "config.json"
         values = json.loads(path.read_text())
         for part in [values, *(value for value in values.values() if isinstance(value, dict))]:
             for name, before in list(part.items()):
@@ -172,8 +324,13 @@ def test_whatever_a_key_holds_the_head_loads_or_the_error_names_its_file(tmp_pat
     ("edit", "message"),
     [
         (lambda t: t.update(mask_hidden=torch.ones(16)), "mask_hidden.*not computed here"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(13, 16)}), "'lm_head.weight'.* are of the head's own"),
-        (lambda t: t.update({"embed_tokens.weight": torch.ones(13, 16)}), "'embed_tokens.weight'.* are of the head's"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(12, 16)}), r"another shape \['lm_head.weight'\]"),
+        (lambda t: t.update({"embed_tokens.weight": torch.ones(13, 8)}), r"another shape \['embed_tokens.weight'\]"),
+        (
+            lambda t: t.update({"prefix_gru.weight_ih_l0": torch.ones(1)}),
+            "the recurrent pass of Domino is not",
+        ),
+        (lambda t: t.update({"refiner_head.down_h": torch.ones(1)}), "the refiner of XPress is not computed here"),
         (lambda t: t.update(surplus=torch.ones(1)), r"unknown \['surplus'\]"),
         (lambda t: t.pop("fc.weight"), r"missing \['fc.weight'\]"),
         (lambda t: t.update({"norm.weight": torch.ones(8)}), r"another shape \['norm.weight'\]"),
@@ -187,6 +344,12 @@ def test_tensors_of_another_head_are_refused_by_name(tmp_path, edit, message):
     edit(tensors)
     save_file(tensors, path)
     with pytest.raises(GraftError, match=message):
+        load_block_head(tmp_path)
+
+
+def test_an_embedding_of_the_masks_own_is_refused(tmp_path):
+    (saved(tmp_path) / "mask_embedding.pt").write_bytes(b"")
+    with pytest.raises(GraftError, match=r"mask_embedding\.pt, an embedding of the mask's own, is not computed here"):
         load_block_head(tmp_path)
 
 

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
 from graft_inference.bundle import Bundle, load_bundle
@@ -13,6 +14,7 @@ from graft_inference.heads.block.checkpoint import save_block_head
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.block.drafter import BlockProposer
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.block.view import SlidingWindow
 from graft_inference.heads.families import load_any_head
 from graft_inference.noise import Noise
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
@@ -28,6 +30,9 @@ LAYOUTS = {
     "next token": {"block_size": BLOCK - 1, "sample_from_anchor": True},
     "markov": {"block_size": BLOCK - 1, "sample_from_anchor": True, "markov_rank": 3},
     "reduced": {"block_size": BLOCK, "draft_vocab_size": SMALL - 1},
+    "markov fill-in": {"block_size": BLOCK, "markov_rank": 3},
+    "sliding": {"block_size": BLOCK, "causal": True, "sliding": SlidingWindow((0, 1), BLOCK + 1)},
+    "mixed": {"block_size": BLOCK, "causal": None, "sliding": SlidingWindow((1,), 3, from_anchor=True)},
 }
 
 
@@ -205,10 +210,47 @@ def test_a_bare_checkpoint_of_any_family_is_served(tmp_path, layout):
 
 def test_it_is_not_served_beside_a_target_of_other_sizes(tmp_path):
     save_block_head(tiny_block_head(tiny_model("llama", vocab_size=SMALL), **LAYOUTS["fill-in"]), tmp_path)
-    with pytest.raises(GraftError, match="wants a target with vocab_size=8"):
+    with pytest.raises(GraftError, match="the head has vocab_size=8, but the target 9"):
         load_bundle(tmp_path, tiny_model("llama", vocab_size=9).config, None)
     bundle = Bundle(
         load_any_head(tmp_path), replace(tiny_policy()), SuccessorMatrix.empty(SMALL, 4, torch.device("cpu"))
     )
     with pytest.raises(GraftError, match=r"the target has layers 0\.\.1; a head that reads others"):
         GraftEngine.from_bundle(bundle, tiny_model("llama", vocab_size=SMALL, num_hidden_layers=2))
+
+
+@torch.inference_mode()
+def block_logits(engine: GraftEngine) -> torch.Tensor:
+    """Of the drafts behind a made-up context."""
+    aux = torch.randn((6, engine.head.fc.in_features), generator=torch.Generator().manual_seed(3))
+    state = engine.speculator.head.open(3, 3, 20)
+    fresh = [(torch.zeros(6, dtype=torch.long), aux)]
+    return engine.speculator.head.begin([state], fresh, [torch.tensor([4])], [None])[0].logits_KD
+
+
+def test_embeddings_and_lm_head_of_its_own_are_read_and_copies_of_the_targets_are_dropped(tmp_path):
+    """DeepSpec's heads bring both."""
+    model, ids = tiny_model("llama", vocab_size=SMALL), prompt(6, 0, SMALL)
+    save_block_head(tiny_block_head(model, **LAYOUTS["fill-in"]), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    copies = {
+        "embed_tokens.weight": model.get_input_embeddings().weight,
+        "lm_head.weight": model.get_output_embeddings().weight,
+    }
+
+    def engine_of(more):
+        save_file(tensors | more, tmp_path / "model.safetensors")
+        target = tiny_model("llama", vocab_size=SMALL)
+        return GraftEngine.from_bundle(load_bundle(tmp_path, target.config, None), target, fallback=False)
+
+    plain, copied = engine_of({}), engine_of(copies)
+    assert (copied.head.embed_tokens, copied.head.lm_head) == (None, None)
+    assert torch.equal(block_logits(copied), block_logits(plain))
+    with_lm_head = engine_of({"lm_head.weight": -copies["lm_head.weight"]})
+    torch.testing.assert_close(block_logits(with_lm_head), -block_logits(plain))
+    swapped = copies["embed_tokens.weight"].clone()
+    swapped[[4, 5]] = swapped[[5, 4]]
+    with_embeddings = engine_of({"embed_tokens.weight": swapped})
+    assert not torch.allclose(block_logits(with_embeddings), block_logits(plain))
+    for engine in (with_lm_head, with_embeddings):
+        assert engine.generate(ids, 20).sequences.tolist() == plain.generate(ids, 20).sequences.tolist()

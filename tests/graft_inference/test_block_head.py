@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.config import BlockHeadConfig, default_aux_layer_ids
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.block.view import SlidingWindow
+from graft_inference.heads.families import check_head
 
 SIZES = {
     "hidden_size": 16,
@@ -24,6 +27,15 @@ SIZES = {
     "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
 }
+
+VIEWS = [
+    {},
+    {"causal": True},
+    {"sliding": SlidingWindow((0, 1), 5)},
+    {"causal": True, "sliding": SlidingWindow((1,), 5)},
+    {"causal": None, "sliding": SlidingWindow((0,), 2, from_anchor=True)},
+    {"causal": True, "sliding": SlidingWindow((0, 1), 2, from_anchor=True)},
+]
 
 
 def block_head(**changes) -> BlockHead:
@@ -49,6 +61,17 @@ def drafted(head: BlockHead, aux, embedding, lm_head):
     return head.draft_logits(embedding, *context, torch.tensor([aux.shape[1]]), lm_head)
 
 
+def seen_places(config, layer, slot, tokens, slots):
+    """Places of context and block, counted from 0, that a slot sees; the anchor is at `tokens`."""
+    sliding = config.sliding
+    slides = sliding is not None and layer in sliding.layers
+    causal = slides if config.causal is None else config.causal
+    first = 0
+    if slides:
+        first = tokens - sliding.size if sliding.from_anchor else tokens + slot - sliding.size + 1
+    return list(range(max(first, 0), tokens + (slot + 1 if causal else slots)))
+
+
 def plain_logits(head: BlockHead, aux, embedding, lm_head):
     """One slot and one query head at a time, with transformers' norm and MLP."""
     config, weights = head.config, head.state_dict()
@@ -72,15 +95,15 @@ def plain_logits(head: BlockHead, aux, embedding, lm_head):
         keys, values = (torch.cat([context, read]) @ weights[f"{prefix}.self_attn.{n}_proj.weight"].T for n in "kv")
         attended = torch.zeros(slots, config.num_attention_heads, config.head_dim, dtype=torch.double)
         for slot in range(slots):
-            seen = tokens + (slot + 1 if config.causal else slots)
+            seen = seen_places(config, layer, slot, tokens, slots)
             for query_head in range(config.num_attention_heads):
                 part = slice(query_head // 2 * config.head_dim, (query_head // 2 + 1) * config.head_dim)
                 own = slice(query_head * config.head_dim, (query_head + 1) * config.head_dim)
                 query = (read @ weights[f"{prefix}.self_attn.q_proj.weight"].T)[slot, own]
                 query = turned(norm(f"{prefix}.self_attn.q_norm", query), tokens + slot)
-                key = [turned(norm(f"{prefix}.self_attn.k_norm", keys[place, part]), place) for place in range(seen)]
+                key = [turned(norm(f"{prefix}.self_attn.k_norm", keys[place, part]), place) for place in seen]
                 share = (torch.stack(key) @ query / config.head_dim**0.5).softmax(0)
-                attended[slot, query_head] = share @ values[:seen, part]
+                attended[slot, query_head] = share @ values[seen, part]
         hidden = hidden + attended.flatten(1) @ weights[f"{prefix}.self_attn.o_proj.weight"].T
         mlp = Qwen3MLP(config.qwen3_config()).double()
         names = {f"{n}_proj.weight": weights[f"{prefix}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")}
@@ -90,10 +113,10 @@ def plain_logits(head: BlockHead, aux, embedding, lm_head):
     return norm("norm", hidden)[0 if config.sample_from_anchor else 1 :] @ rows.T
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("changes", [{}, {"sample_from_anchor": True}, {"draft_vocab_size": 5}])
-def test_a_block_is_computed_by_its_formulas(causal, changes):
-    head = block_head(causal=causal, **changes)
+def test_a_block_is_computed_by_its_formulas(views, changes):
+    head = block_head(**views, **changes)
     with torch.no_grad():
         logits, expected = drafted(head, *inputs(head)), plain_logits(head, *inputs(head))
     assert logits.shape == (1, head.config.drafts, head.config.draft_vocab_size)
@@ -111,8 +134,9 @@ def test_a_context_read_in_pieces_is_the_context_read_at_once():
     torch.testing.assert_close(got, drafted(head, aux, embedding, lm_head), atol=1e-10, rtol=1e-10)
 
 
-def test_a_causal_head_may_be_asked_for_a_shorter_block_and_drafts_the_same():
-    head = block_head(causal=True)
+@pytest.mark.parametrize("views", [views for views in VIEWS if views.get("causal")])
+def test_a_causal_head_may_be_asked_for_a_shorter_block_and_drafts_the_same(views):
+    head = block_head(**views)
     aux, embedding, lm_head = inputs(head)
     whole = drafted(head, aux, embedding, lm_head)
     torch.testing.assert_close(drafted(head, aux, embedding[:, :3], lm_head), whole[:, :2], atol=1e-10, rtol=1e-10)
@@ -153,7 +177,13 @@ def test_ropes_frequencies_stay_exact_in_bf16():
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
         ({"head_dim": 5}, "head_dim=5 must be even"),
         ({"causal": 1}, "causal=1 must be true or false"),
-        ({"markov_rank": 2}, "markov_rank=2 needs sample_from_anchor=true"),
+        ({"causal": None}, "causal=None needs layers with a sliding window"),
+        ({"sliding": SlidingWindow((0, 2), 9)}, r"sliding layers \(0, 2\) must be some of 0\.\.1"),
+        ({"sliding": SlidingWindow((1, 0), 9)}, r"sliding layers \(1, 0\) must be .* ascending"),
+        ({"sliding": SlidingWindow((), 9)}, r"sliding layers \(\) must be"),
+        ({"sliding": SlidingWindow((0,), 4)}, "sliding_window=4 must be a whole number from 5"),
+        ({"sliding": SlidingWindow((0,), 9, 1)}, "sliding_window_from_anchor=1 must be true or false"),
+        ({"sliding": SlidingWindow((0,), 0, True)}, "sliding_window=0 must be a whole number from 1"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
         ({"rope_parameters": {"rope_type": "none"}}, "rope_parameters="),
     ],
@@ -165,10 +195,15 @@ def test_impossible_shapes_are_named(changes, message):
 
 def test_a_head_of_another_target_is_named():
     config = block_head().config
-    config.check_target(16, 13, 5)
-    for shape, message in (((32, 13, 5), "hidden_size=16, but the target 32"), ((16, 13, 6), "num_target_layers=5")):
+    sizes = {"hidden_size": 16, "vocab_size": 13, "num_hidden_layers": 5}
+    check_head(config, Qwen3Config(**sizes))
+    for name, value, message in (
+        ("hidden_size", 32, "hidden_size=16, but the target 32"),
+        ("vocab_size", 14, "vocab_size=13, but the target 14"),
+        ("num_hidden_layers", 6, "num_target_layers=5, but the target 6"),
+    ):
         with pytest.raises(GraftError, match=message):
-            config.check_target(*shape)
+            check_head(config, Qwen3Config(**(sizes | {name: value})))
 
 
 @pytest.mark.parametrize(

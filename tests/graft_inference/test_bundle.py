@@ -331,7 +331,7 @@ def test_a_bare_head_for_another_target_is_refused(bundle, tmp_path, size):
     for name in ("graft.json", "successors.safetensors"):
         (bundle / name).unlink()
     other = write_target(tmp_path / "other", **{size: 64})
-    with pytest.raises(GraftError, match=f"{size}=.*has 64: pass the target that it was trained for"):
+    with pytest.raises(GraftError, match=f"the head has {size}=.*, but the target 64: it is another target's"):
         load(bundle, other)
 
 

@@ -18,6 +18,7 @@ from graft_inference.target import kv_cache as bucket_cache
 from graft_inference.target.kv_cache import bucket
 
 from .families import FAMILIES, WINDOW, family_model
+from .plain_head import VARIANTS, varied
 from .recorded import RecordedGraphs
 from .test_engine import prompt
 from .test_host_reads import HostReads
@@ -32,10 +33,10 @@ def _small_buckets(monkeypatch):
     monkeypatch.setattr(bucket_cache, "SMALLEST", 32)
 
 
-def pair(policy=None, model=None, graphs=None, device="cpu", **settings):
+def pair(policy=None, model=None, graphs=None, device="cpu", head=None, **settings):
     """Two engines on one model, the second with captured rounds."""
     model = (model or tiny_model("llama", vocab_size=SMALL)).to(device)
-    head = tiny_head(model, draft_vocab_size=SMALL - 1).to(device, model.dtype)
+    head = (head or tiny_head(model, draft_vocab_size=SMALL - 1)).to(device, model.dtype)
     eager, captured = (tiny_engine(model, policy or tiny_policy(0.5), head) for _ in range(2))
     captured.target = eager.target
     for engine in (eager, captured):
@@ -69,6 +70,15 @@ def test_captured_rounds_equal_eager_ones(policy, method, temperature):
         captures = graphs.captures
         same(eager, captured, prompt(length, length, SMALL), 24, temperature, method, seed=length)
     assert graphs.captures == captures  # what the last request needs is there
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_captured_rounds_of_every_kind_of_head(changes):
+    model, ids = tiny_model("llama", vocab_size=SMALL), prompt(30, 1, SMALL)
+    alone = model.generate(ids, max_new_tokens=24, do_sample=False)
+    eager, captured = pair(model=model, head=varied(tiny_head(model, draft_vocab_size=SMALL - 1, **changes)))
+    expected, _ = same(eager, captured, ids, 24)
+    assert expected.sequences.tolist() == alone.tolist()
 
 
 STOPS = {

@@ -7,8 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft_inference.errors import GraftError
-from graft_inference.heads.eagle3.checkpoint import AUX_IDS, load_head, save_head
+from graft_inference.heads.eagle3.checkpoint import load_head, save_head
+from graft_inference.heads.eagle3.dialects import AUX_IDS, SLIDING, newer_than_sglang
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
+from graft_inference.heads.families import described
+
+from .plain_head import COMBINATIONS, varied
+from .plain_head import SPECULATORS as SPECULATORS_HEAD
 
 
 def make_head(**changes) -> DraftHead:
@@ -218,13 +223,33 @@ def test_sizes_are_whole_numbers_that_the_tensors_have(saved, name, value):
         ({"eagle_config": [1, 5, 8]}, "does not describe a draft head"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True makes another"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' makes another"),
-        ({"sliding_window": 8}, "sliding_window=8 makes another"),
+        ({"sliding_window": 8}, "sliding_window=8 is ambiguous without layer_types"),
+        ({"layer_types": [SLIDING], "sliding_window": None}, "contradicts sliding_window=None"),
         (
-            {"layer_types": ["sliding_attention"], "sliding_window": 8},
-            r"layer_types=\['sliding_attention'\] makes another",
+            {"layer_types": [SLIDING], "sliding_window": 8, "use_sliding_window": False},
+            "contradicts sliding_window=8 and use_sliding_window=False",
         ),
+        ({"layer_types": [SLIDING], "sliding_window": 0}, "sliding_window=0 must be a whole number"),
+        ({"layer_types": [SLIDING, "full_attention"], "sliding_window": 8}, "makes another network"),
+        ({"layer_types": ["chunked_attention"]}, "makes another network"),
+        ({"norm_output": "yes"}, "norm_output='yes' must be true or false"),
+        ({"norm_before_fc": True, "fc_norm": True}, "a head has one of them"),
+        (
+            {"norm_before_fc": False, "eagle_config": {AUX_IDS: [1, 5, 8], "norm_before_fc": True}},
+            r"different things of norm_before_fc: \[False, True\]",
+        ),
+        ({"eagle_config": {AUX_IDS: [1, 5, 8], "parallel_draft_step": 4}}, "parallel_draft_step=4 makes another"),
+        ({"pard_token": 7}, r"P-EAGLE head \(pard_token\).* not computed here"),
+        ({"ptd_token_id": 7}, r"P-EAGLE head \(ptd_token_id\)"),
+        ({"mask_token_id": 7}, r"P-EAGLE head \(mask_token_id\)"),
+        ({"architectures": ["PEagleDraftModel"]}, r"P-EAGLE head \(PEagleDraftModel\)"),
+        ({"speculators_model_type": "peagle"}, r"P-EAGLE head \(peagle\)"),
         ({"use_qk_norm": True}, "use_qk_norm=True is not known here"),
         ({"architectures": ["Eagle3Gemma"], "model_type": "gemma3"}, "model_type='gemma3' makes another layer"),
+        (
+            {"rope_parameters": {"full_attention": {}}, "layer_types": [SLIDING], "sliding_window": 8},
+            f"none for {SLIDING}",
+        ),
     ],
 )
 def test_what_changes_the_pass_is_refused_by_name(saved, changes, message):
@@ -248,6 +273,8 @@ def test_what_changes_the_pass_is_refused_by_name(saved, changes, message):
             "partial_rotary_factor": 1,
         },
         {"eagle_config": {AUX_IDS: [1, 5, 8], "use_input_layernorm_in_first_layer": True, "use_last_layernorm": True}},
+        {"eagle_config": {AUX_IDS: [1, 5, 8], "norm_before_fc": False}, "num_aux_hidden_states": 3},
+        {"architectures": ["Eagle3Qwen3vlForCausalLM"], "model_type": "qwen3_vl"},
         {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
@@ -357,13 +384,116 @@ def test_a_speculators_head_is_the_same_head(tmp_path, draft_vocab_size):
     assert torch.equal(loaded.target_ids, head.target_ids)
 
 
-def test_without_the_key_the_dialects_disagree_about_the_residual(saved):
+def test_without_the_key_engines_disagree_about_the_residual(saved):
     edit_config(saved, lambda c: c.pop("norm_before_residual"))
     assert load_head(saved).config.norm_before_residual is False
     edit_config(saved, lambda c: c.update(norm_before_residual=True))
     to_speculators(saved)
     edit_config(saved, lambda c: c.pop("norm_before_residual"))
-    assert load_head(saved).config.norm_before_residual is True
+    with pytest.raises(GraftError, match="norm_before_residual is missing, for which speculators takes false and vLLM"):
+        load_head(saved)
+
+
+NEWER = ("qk_norm", "sliding_window", "norm_before_fc", "fc_norm", "norm_output")
+
+
+@pytest.mark.parametrize("changes", COMBINATIONS, ids=lambda changes: "-".join(filter(changes.get, changes)) or "plain")
+def test_every_kind_of_head_comes_back_from_the_dialect_that_can_say_it(tmp_path, changes):
+    head = varied(make_head(**changes))
+    save_head(head, tmp_path)
+    loaded = load_head(tmp_path)
+    assert loaded.config == head.config
+    assert loaded.state_dict().keys() == head.state_dict().keys()
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    values, names = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors").keys()
+    newer = {name for name in NEWER if changes.get(name)}
+    assert set(newer_than_sglang(head.config)) == newer
+    assert ("speculators_model_type" in values) == any(name.startswith("layers.0.") for name in names) == bool(newer)
+    assert any(name.startswith("midlayer.") for name in names) == (not newer)
+
+
+def test_a_newer_heads_config_says_what_speculators_and_vllm_read(tmp_path):
+    save_head(make_head(**SPECULATORS_HEAD), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert "model_type" not in values  # by which vLLM would take it for another kind of configuration
+    assert (values["speculators_model_type"], values["architectures"]) == ("eagle3", ["Eagle3DraftModel"])
+    assert [values[name] for name in ("norm_before_residual", "norm_before_fc", "norm_output")] == [True] * 3
+    assert (values["fc_norm"], values[AUX_IDS], values["draft_vocab_size"]) == (False, [2, 6, 9], 4)
+    layer = values["transformer_layer_config"]
+    assert (layer["model_type"], layer["layer_types"], layer["sliding_window"]) == ("qwen3", [SLIDING], 3)
+    assert (layer["use_sliding_window"], layer["num_hidden_layers"], layer["vocab_size"]) == (True, 1, 10)
+    assert values["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {"input_norm.weight", *(f"layers.0.self_attn.{name}_norm.weight" for name in "qk")} <= names
+    assert "which SGLang does not read" in described(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_before_fc": False}, r"unknown \['input_norm.weight'\]"),
+        (
+            {"norm_before_fc": False, "fc_norm": True},
+            r"missing \['fc_norm.0.weight', .* unknown \['input_norm.weight'\]",
+        ),
+    ],
+)
+def test_norms_must_be_those_that_the_config_names(tmp_path, changes, message):
+    save_head(make_head(**SPECULATORS_HEAD), tmp_path)
+    edit_config(tmp_path, lambda c: c.update(changes))
+    with pytest.raises(GraftError, match=message):
+        load_head(tmp_path)
+
+
+def test_a_flat_qwen3_head_is_read_as_vllm_reads_it(tmp_path):
+    """vLLM's names: the architecture says the layer, and its flags stand at the top level."""
+    head = varied(make_head(**SPECULATORS_HEAD, rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
+    save_head(head, tmp_path)
+
+    def flatten(values):
+        layer = values.pop("transformer_layer_config") | {"architectures": ["Eagle3Qwen3ForCausalLM"]}
+        for name in ("speculators_model_type", "speculators_version", "speculators_config"):
+            del values[name]
+        values |= layer | {"rope_parameters": dict.fromkeys((SLIDING, "full_attention"), layer["rope_parameters"])}
+
+    edit_config(tmp_path, flatten)
+    assert load_head(tmp_path).config == head.config
+    edit_config(tmp_path, lambda c: c.update(architectures=["LlamaForCausalLMEagle3"]))
+    with pytest.raises(GraftError, match=r"unknown .*k_norm"):
+        load_head(tmp_path)
+
+
+def test_what_modelopt_writes_is_read(saved):
+    """NVIDIA's modelopt 0.47.0: a flat configuration with `layers.0`, d2t without t2d, outputs' ids alone."""
+    edit_tensors(saved, lambda t: t.pop("t2d"))
+    edit_tensors(saved, lambda t: [t.update({n.replace("midlayer.", "layers.0."): t.pop(n)}) for n in list(t)])
+
+    def rewrite(values):
+        for name in ("norm_before_residual", "target_hidden_size", AUX_IDS, "rope_parameters", "dtype"):
+            del values[name]
+        values["eagle_config"] |= {
+            "use_input_layernorm_in_first_layer": True,
+            "use_last_layernorm": True,
+            "use_mtp_layernorm": False,
+            "next_layer_regular": True,
+            "parallel_draft_step": 1,
+            "parallel_draft_heads_num_layers": 1,
+        }
+        values |= {"pretraining_tp": 1, "use_cache": True, "initializer_range": 0.02, "attention_dropout": 0.0}
+
+    edit_config(saved, rewrite)
+    head, expected = load_head(saved), make_head(norm_before_residual=False)
+    assert head.config == expected.config
+    assert head.target_ids.tolist() == [0, 3, 4, 9]
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(head.state_dict()[name], tensor), name
+
+
+def test_the_learned_state_of_p_eagle_is_refused(saved):
+    edit_tensors(saved, lambda t: t.update(mask_hidden=torch.zeros(1, 48)))
+    with pytest.raises(GraftError, match=r"model.safetensors: this is a P-EAGLE head \(mask_hidden\)"):
+        load_head(saved)
 
 
 def test_what_a_head_taps_follows_from_its_target_where_it_does_not_say(saved):

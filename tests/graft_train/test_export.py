@@ -285,6 +285,15 @@ def test_a_hub_target_is_named_as_the_base_model(run_dir):
     assert ModelCard.load(bundle / "README.md").data.base_model == "Qwen/Qwen3-8B"
 
 
+@pytest.mark.parametrize("commit", ["0c64", None])
+def test_the_card_names_an_adopted_head_of_the_hub_and_no_path_of_this_machine(run_dir, commit):
+    adopted = {"stage": "adopt", "settings": {"init_from": "someone/eagle3", "commit": commit}}
+    write_json(run_dir / "head" / "stage.json", {"fingerprint": "head", "inputs": {}} | adopted)
+    text = ModelCard.load(run_export(run_dir) / "README.md").text
+    assert ("Its weights are those of someone/eagle3 at 0c64" in text) == (commit is not None)
+    assert ("someone" in text) == (commit is not None)
+
+
 def test_an_evaluation_of_this_bundle_gets_onto_the_card_and_of_another_not(run_dir):
     bundle = run_export(run_dir)
     evaluation = run_dir / "evaluation"

@@ -121,7 +121,7 @@ def _mask(bias: Tensor, part_KGAPD: Tensor) -> Tensor:
 
 def _own_scores(query_KGAPD: Tensor, key_KAPD: Tensor, layout: BlockLayout) -> Tensor:
     scores = (query_KGAPD @ key_KAPD[:, None].transpose(-1, -2)).float() * query_KGAPD.shape[-1] ** -0.5
-    if layout.causal:
+    if layout.view.causal:
         behind = torch.ones(layout.slots, layout.slots, dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill_(behind, -torch.inf)
     return scores

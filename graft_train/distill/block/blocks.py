@@ -26,12 +26,14 @@ def draft_blocks(
     """
     attention = attention or fastest_attention(embedding_SH.device)
     keys_LBKSD, values_LBKSD = head.read_context(aux_SE[None], layout.positions_S[None])
+    views = [head.config.view(layer) for layer in range(head.config.num_hidden_layers)]
+    layouts = {view: layout.seen_by(view) for view in views}
 
     def attend(layer: int, query_BQND: Tensor, key_BKND: Tensor, value_BKND: Tensor) -> Tensor:
         # Under autocast RoPE leaves queries and keys in fp32, and the projections values in bf16.
         dtype = value_BKND.dtype
         context = keys_LBKSD[layer].to(dtype), values_LBKSD[layer].to(dtype)
-        return attention(query_BQND.to(dtype), *context, key_BKND.to(dtype), value_BKND, layout)
+        return attention(query_BQND.to(dtype), *context, key_BKND.to(dtype), value_BKND, layouts[views[layer]])
 
     masks_AMH = mask_H.expand(len(layout.anchors_A), layout.slots - 1, -1)
     embedding_APH = torch.cat([embedding_SH[layout.anchors_A][:, None], masks_AMH], dim=1)

@@ -1,14 +1,10 @@
 """The untrained block head of a target, or one to go on from."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from graft_inference.bundle import resolve
 from graft_inference.errors import GraftError
-from graft_inference.heads.block.checkpoint import load_block_head
 from graft_inference.heads.block.config import BlockHeadConfig, default_aux_layer_ids
 from graft_inference.heads.block.model import BlockHead
 from graft_train.config.head import HeadTrainConfig
@@ -86,25 +82,4 @@ def new_block_head(config: BlockHeadConfig) -> BlockHead:
     if head.markov_head is not None:
         nn.init.normal_(head.markov_head.markov_w1.weight, std=0.01)
         nn.init.zeros_(head.markov_head.markov_w2.weight)
-    return head
-
-
-def published_block_head(place: str, model: PreTrainedModel) -> BlockHead:
-    """A trained head to go on from, in fp32.
-
-    Args:
-        place: a directory, or a Hub id.
-
-    Raises:
-        GraftError: no block head there, or one of another target.
-    """
-    try:
-        path = resolve(Path(place).expanduser())
-    except GraftError as error:
-        raise GraftError(f"head.init_from: {error}") from error
-    head, target = load_block_head(path).float(), model.config.get_text_config()
-    try:
-        head.config.check_target(target.hidden_size, target.vocab_size, target.num_hidden_layers)
-    except GraftError as error:
-        raise GraftError(f"head.init_from={place}: {error}") from error
     return head

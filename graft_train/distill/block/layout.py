@@ -1,11 +1,13 @@
 """Where in a packed batch blocks are drafted, and what each of their slots may see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from graft_inference.heads.block.view import View
 
 
 @dataclass
@@ -22,7 +24,7 @@ class BlockLayout:
         anchors_A: ascending; the last accepted token of a draft, whose own state is not known yet.
         started_AK: whether draft k of the anchor is a token of the anchor's own answer.
         slots: P.
-        causal: whether a slot sees only itself and the slots before it in its block.
+        view: what they see of the tokens before their anchor, and of each other.
     """
 
     lengths: list[int]
@@ -31,12 +33,16 @@ class BlockLayout:
     anchors_A: Tensor
     started_AK: Tensor
     slots: int
-    causal: bool
+    view: View = field(default_factory=lambda: View(causal=False))
 
     def to(self, device: torch.device) -> "BlockLayout":
         tensors = ("positions_S", "document_S", "anchors_A", "started_AK")
         moved = {name: getattr(self, name).to(device) for name in tensors}
-        return BlockLayout(self.lengths, **moved, slots=self.slots, causal=self.causal)
+        return replace(self, **moved)
+
+    def seen_by(self, view: View) -> "BlockLayout":
+        """The same blocks in a layer whose slots see what this view says."""
+        return replace(self, view=view)
 
     @property
     def slot_positions_N(self) -> Tensor:
@@ -57,13 +63,16 @@ class BlockLayout:
 
     @cached_property
     def biases(self) -> list[Tensor]:
-        """Of each piece what is added to its slots' scores: 0 before the anchor, else -inf; fp32, [slots, keys]."""
+        """Of each piece what is added to its slots' scores: 0 for what they see, else -inf; fp32, [slots, keys]."""
         biases = []
         for anchors, tokens in self.pieces:
             keys = torch.arange(tokens.start, tokens.stop, device=self.anchors_A.device)
-            hidden = keys >= self.anchors_A[anchors][:, None]
-            bias = torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -torch.inf)
-            biases.append(bias.repeat_interleave(self.slots, dim=0))
+            anchor_N1 = self.anchors_A[anchors].repeat_interleave(self.slots)[:, None]
+            hidden = keys >= anchor_N1
+            if self.view.window is not None:
+                first_P = self.view.first_seen(self.slots, keys.device)
+                hidden |= keys < anchor_N1 + first_P.repeat(len(anchor_N1) // self.slots)[:, None]
+            biases.append(torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -torch.inf))
         return biases
 
     @cached_property
@@ -71,21 +80,24 @@ class BlockLayout:
         """For flex_attention: A * P queries over the S tokens and, behind them, the A * P slots."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        document_S, anchors_A, slots, causal = self.document_S, self.anchors_A, self.slots, self.causal
+        document_S, anchors_A, slots, view = self.document_S, self.anchors_A, self.slots, self.view
+        first_P = None if view.window is None else view.first_seen(slots, document_S.device)
         tokens, queries = len(document_S), len(anchors_A) * slots
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             anchor, own = anchors_A[query // slots], key - tokens
             token = key.clamp(max=tokens - 1)
             context = (key < tokens) & (key < anchor) & (document_S[token] == document_S[anchor])
+            if first_P is not None:
+                context = context & (key >= anchor + first_P[query % slots])
             block = (key >= tokens) & (own // slots == query // slots)
-            return context | (block & (own <= query) if causal else block)
+            return context | (block & (own <= query) if view.causal else block)
 
         return create_block_mask(sees, None, None, queries, tokens + queries, device=document_S.device)
 
 
 def make_block_layout(
-    lengths: list[int], loss_mask_S: Tensor, slots: int, drafts: int, anchors: int, seed: int, causal: bool
+    lengths: list[int], loss_mask_S: Tensor, slots: int, drafts: int, anchors: int, seed: int
 ) -> BlockLayout:
     """Draws anchors uniformly, without replacement, among the tokens whose successor can be taught.
 
@@ -112,4 +124,4 @@ def make_block_layout(
         token_A = (anchors_A + draft + 1).clamp(max=len(loss_mask_S) - 1)
         inside_A = inside_A & (anchors_A + draft + 1 < len(loss_mask_S)) & follows_S[token_A]
         started_AK[:, draft] = inside_A
-    return BlockLayout(lengths, positions_S, document_S, anchors_A, started_AK, slots, causal)
+    return BlockLayout(lengths, positions_S, document_S, anchors_A, started_AK, slots)

@@ -55,13 +55,7 @@ class BlockStrategy(Strategy):
     def prepare(self, batch: PackedBatch, states: TargetStates, seed: int) -> BlockBatch:
         config, device = self.head.config, batch.tokens_S.device
         layout = make_block_layout(
-            batch.lengths,
-            batch.loss_mask_S,
-            config.block_size,
-            config.drafts,
-            self.settings.anchors,
-            seed,
-            config.causal,
+            batch.lengths, batch.loss_mask_S, config.block_size, config.drafts, self.settings.anchors, seed
         ).to(device)
         taught = taught_drafts(layout, batch.tokens_S, states.choice_S, self.head.target_ids, config.vocab_size)
         return BlockBatch(batch, states, taught.trained_AK.sum(0), layout, taught)

@@ -1,5 +1,7 @@
 """Attention of the unroll: each column sees the step-0 keys of its document causally, and its own later keys.
 
+A head's sliding window hides step-0 keys alone, and counts from the column: as trainers of such heads have it.
+
 One definition and two fast forms of it. Both split a column's softmax in parts (step-0 keys; one own key
 per later step), compute each where it is cheap, and merge them by their log-sum-exps, so that no mask over
 the keys of all steps ever exists.
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graft_inference.heads.eagle3.model import first_step_sees
 from graft_train.distill.eagle3.layout import Layout
 
 UnrollAttention = Callable[[Tensor, list[Tensor], list[Tensor], Layout], Tensor]
@@ -32,7 +35,7 @@ def fastest_attention(device: torch.device) -> UnrollAttention:
 def reference_attention(query_BQCD: Tensor, keys: list[Tensor], values: list[Tensor], layout: Layout) -> Tensor:
     """The definition, with the full mask over the keys of all steps written out."""
     column_C1, document_S = layout.columns_C[:, None], layout.document_S
-    causal_CS = torch.arange(len(document_S), device=column_C1.device) <= column_C1
+    causal_CS = first_step_sees(column_C1, torch.arange(len(document_S), device=column_C1.device), layout.window)
     causal_CS = causal_CS & (document_S[column_C1] == document_S)
     own_CC = torch.eye(len(column_C1), dtype=torch.bool, device=column_C1.device)
     mask_CT = torch.cat([causal_CS] + [own_CC] * (len(keys) - 1), dim=1)
@@ -93,7 +96,7 @@ class _Merged(torch.autograd.Function):
         key_BQSD, value_BQSD = _spread(key_BKSD, group), _spread(value_BKSD, group)
         query_BKGCD, scale = query_BQCD.unflatten(1, group), query_BQCD.shape[-1] ** -0.5
 
-        # Every column has one causal piece; those after a prompt have another one, the prompt.
+        # A column has a causal piece and, after a prompt, another one, the prompt; or one piece with a window's mask.
         parts = [torch.zeros_like(query_BQCD), torch.zeros_like(query_BQCD)]
         lse_BQC2 = query_BQCD.new_full((*query_BQCD.shape[:3], 2), -torch.inf, dtype=torch.float32)
         for piece in layout.pieces:
@@ -104,6 +107,7 @@ class _Merged(torch.autograd.Function):
                     key_BQSD[:, :, piece.keys],
                     value_BQSD[:, :, piece.keys],
                     is_causal=piece.causal,
+                    attn_mask=piece.mask(query_BQCD.dtype),
                 )
             )
         scores = [(query_BKGCD * key[:, :, None]).sum(-1).flatten(1, 2).float() * scale for key in own_keys]
@@ -137,6 +141,7 @@ class _Merged(torch.autograd.Function):
                 lse_BQC[queries],
                 0.0,
                 piece.causal,
+                attn_mask=piece.mask(query_BQCD.dtype),
             )
             query_grad[queries] += grads[0]
             key_grad[keys] += grads[1]

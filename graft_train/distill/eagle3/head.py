@@ -1,17 +1,12 @@
 """The untrained draft head of a target."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft_inference.bundle import resolve
 from graft_inference.errors import GraftError
-from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig, default_aux_layer_ids
 from graft_train.config.head import HeadTrainConfig
-from graft_train.data.states import PackedTarget
 from graft_train.distill.rope import head_rope
 
 
@@ -51,45 +46,3 @@ def new_head(config: DraftHeadConfig, token_ids_D: Tensor, lm_head_VH: Tensor) -
     with torch.no_grad():
         head.lm_head.weight.copy_(lm_head_VH[token_ids_D.to(lm_head_VH.device)])
     return head
-
-
-def published_head(place: str, model: PreTrainedModel) -> DraftHead:
-    """A trained head to go on from, in fp32.
-
-    Args:
-        place: a directory, or a Hub id.
-
-    Raises:
-        GraftError: no head there, or one of another target.
-    """
-    try:
-        path = resolve(Path(place).expanduser())
-    except GraftError as error:
-        raise GraftError(f"head.init_from: {error}") from error
-    target = model.config.get_text_config()
-    head = load_head(path, target.num_hidden_layers).float()
-    for name in ("hidden_size", "vocab_size"):
-        own, wanted = getattr(head.config, name), getattr(target, name)
-        if own != wanted:
-            raise GraftError(
-                f"head.init_from={place} has {name}={own}, but the target {wanted}: it is another target's"
-            )
-    return head
-
-
-def share_embeddings(head: DraftHead, target: PackedTarget) -> None:
-    """Drops a head's copy of the target's embeddings, which training reads in any case.
-
-    Raises:
-        GraftError: they are not the target's.
-    """
-    if head.embed_tokens is None:
-        return
-    ids_V = torch.arange(head.config.vocab_size, device=target.model.device)
-    embedding_VH = target.embed(ids_V).to("cpu")
-    if not torch.equal(head.embed_tokens.weight.to(embedding_VH.dtype), embedding_VH):
-        raise GraftError(
-            "the head of head.init_from has embeddings of its own, and training reads the target's: go on from a head "
-            "that shares them"
-        )
-    head.embed_tokens = None

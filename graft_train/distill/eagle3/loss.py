@@ -85,7 +85,7 @@ def distillation_loss(
         The loss, 0-d, and what was summed.
     """
     # Where the draft did not start (not `started`) this is another draft's output; any will do.
-    hidden_NKH = head.norm(torch.stack([output.roll(step, 0) for step, output in enumerate(outputs)], dim=1))
+    hidden_NKH = head.normed(torch.stack([output.roll(step, 0) for step, output in enumerate(outputs)], dim=1))
     weight_NK = taught.trained_NK * coefficient_K
     loss, value_NK, draft_NK = _LinearDivergence.apply(
         hidden_NKH, head.lm_head.weight, teacher, taught.index_N, weight_NK, taught.drafted_N, name

@@ -42,7 +42,8 @@ class Eagle3Strategy(Strategy):
         self.register_buffer("teacher_DH", lm_head_VH[head.target_ids.to(lm_head_VH.device)], persistent=False)
 
     def prepare(self, batch: PackedBatch, states: TargetStates, seed: int) -> UnrollBatch:
-        layout = make_layout(batch.lengths, batch.loss_mask_S).to(batch.tokens_S.device)
+        layout = make_layout(batch.lengths, batch.loss_mask_S, self.head.config.sliding_window)
+        layout = layout.to(batch.tokens_S.device)
         kept_V, skip = getattr(self.head, "t2d", None), self.settings.skip_out_of_vocabulary
         taught = taught_positions(layout, states.choice_S, kept_V, self.steps, skip)
         return UnrollBatch(batch, states, taught.trained_NK.sum(0), layout, taught)

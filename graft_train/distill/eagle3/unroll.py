@@ -1,8 +1,8 @@
 """EAGLE-3's training-time test: the head drafts several steps ahead at every column at once.
 
 At step k, column t reads the embedding of token t+1+k and the head's own previous output at t, and its
-query sees the step-0 keys of its document up to t plus one key per later step, the one of its own column:
-what a server's draft chain that starts at t would have in its cache.
+query sees the step-0 keys of its document up to t, within the head's window, plus one key per later step, the one of
+its own column: what a server's draft chain that starts at t would have in its cache.
 """
 
 import torch
@@ -29,7 +29,7 @@ def unroll(
         attention: default: the fastest for the device.
 
     Returns:
-        Per step the head's un-normed output at the layout's columns, [C, H]. Output [k] of column t
+        Per step the head's output at the layout's columns, [C, H]. Output [k] of column t
         predicts token t+2+k; where that lies beyond t's answer it is meaningless.
     """
     attention = attention or fastest_attention(embedding_SH.device)

@@ -16,6 +16,7 @@ Config = TypeVar("Config")
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MASK_EMBEDDING = "mask_embedding.pt"
 SPECULATORS = "speculators_model_type"
 REMEDY = "copy the head again, or train it again with graft distill"
 
@@ -102,17 +103,20 @@ def check_keys(
             )
 
 
-def rope_of(layer: dict[str, Any]) -> dict[str, Any]:
+def rope_of(layer: dict[str, Any], kind: str = "full_attention") -> dict[str, Any]:
     """RoPE's parameters, of the transformers 5 kind.
+
+    Args:
+        kind: of `layer_types`, where layers differ in their RoPE.
 
     Raises:
         GraftError: the two kinds of keys contradict each other, or one is not known.
     """
     new, old = layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {}
     if new and all(isinstance(value, dict) for value in new.values()):
-        if "full_attention" not in new:
-            raise GraftError(f"rope_parameters={new} has none for full_attention")
-        new = new["full_attention"]
+        if kind not in new:
+            raise GraftError(f"rope_parameters={new} has none for {kind}")
+        new = new[kind]
     given = [_named_rope(part) for part in (new, old) if part]
     theta = layer.get("rope_theta")
     if theta is not None:

@@ -2,58 +2,136 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..errors import GraftError
 from ..files import read_json
 from ..proposer import HeadProposer
-from .block.checkpoint import DFLASH, DSPARK, load_block_config, load_block_head
+from .block.checkpoint import DFLASH, DSPARK, TYPES, load_block_config, load_block_head, save_block_head
 from .block.config import BlockHeadConfig
 from .block.drafter import BlockProposer
 from .block.model import BlockHead
-from .checkpoint import CONFIG_FILE, REMEDY
-from .eagle3.checkpoint import load_head, load_head_config
+from .checkpoint import CONFIG_FILE, REMEDY, SPECULATORS
+from .eagle3.checkpoint import load_head, load_head_config, save_head
 from .eagle3.drafter import Eagle3Proposer
 from .eagle3.model import DraftHead, DraftHeadConfig
 
 Head = DraftHead | BlockHead
 HeadConfig = DraftHeadConfig | BlockHeadConfig
 
+OTHERS = {
+    "dflash2": "DFlash 2, whose convolutions and candidate selector",
+    "domino": "Domino, whose recurrent pass over the drafts",
+    "lilicorr": "LiLiCorr, whose correction of the drafts",
+    "xpress": "XPress, whose refiner of the drafts",
+    "peagle": "P-EAGLE, whose learned state in place of the target's",
+    "mtp": "multi-token prediction, whose layers of the target's kind",
+    "medusa": "Medusa, whose heads without attention",
+}
+"""Families that others have and that are not computed here: how their names read without signs, and what is lacking."""
+
 
 def is_block(directory: Path) -> bool:
     """Whether a head's configuration is that of a block head; any other is read as EAGLE-3's.
 
     Raises:
-        GraftError: no configuration that can be read.
+        GraftError: no configuration that can be read, or one of a family that is known and not computed here.
     """
     values = read_json(Path(directory) / CONFIG_FILE, REMEDY)
-    architectures = values.get("architectures") if isinstance(values, dict) else None
-    return isinstance(architectures, list) and bool({DFLASH, DSPARK} & set(map(str, architectures)))
+    values = values if isinstance(values, dict) else {}
+    kind, architectures = values.get(SPECULATORS), values.get("architectures")
+    names = list(map(str, architectures if isinstance(architectures, list) else []))
+    _refuse_others(directory, [str(kind), *names])
+    return bool({DFLASH, DSPARK} & set(names)) if kind is None else kind in TYPES
+
+
+def _refuse_others(directory: Path, names: list[str]) -> None:
+    for name in names:
+        for mark, family in OTHERS.items():
+            if mark in name.lower().replace("_", "").replace("-", ""):
+                raise GraftError(
+                    f"{directory}: {name} is {family} cannot be computed here: take an EAGLE-3, DFlash or DSpark head"
+                )
 
 
 def load_any_config(directory: Path, target_layers: int | None = None) -> HeadConfig:
     """The shape of a head of any family; see `load_any_head`."""
-    return load_block_config(directory) if is_block(directory) else load_head_config(directory, target_layers)
+    load = load_block_config if is_block(directory) else load_head_config
+    return load(directory, target_layers)
 
 
 def load_any_head(directory: Path, target_layers: int | None = None) -> Head:
     """Reads a head of any family strictly, in the dtype it was saved in, on the CPU.
 
     Args:
-        target_layers: layers of its target, from which follows what an EAGLE-3 head reads that does not say so.
+        target_layers: layers of its target, from which follows what some dialects do not say.
 
     Raises:
         GraftError: a file is missing, truncated or corrupt, or the files do not describe one head.
     """
-    return load_block_head(directory) if is_block(directory) else load_head(directory, target_layers)
+    load = load_block_head if is_block(directory) else load_head
+    return load(directory, target_layers)
+
+
+def save_any_head(head: Head, directory: Path) -> None:
+    """Writes a head's two files, in its own dtype; other files in `directory` stay."""
+    if isinstance(head, BlockHead):
+        save_block_head(head, directory)
+    else:
+        save_head(head, directory)
+
+
+def check_head(head: HeadConfig, target: Any) -> None:
+    """Raises GraftError unless a head was made for a target of this shape.
+
+    Args:
+        target: its (text) configuration.
+    """
+    layers = target.num_hidden_layers
+    wanted = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    if isinstance(head, BlockHeadConfig):
+        wanted["num_target_layers"] = layers
+    for name, value in wanted.items():
+        if getattr(head, name) != value:
+            raise GraftError(
+                f"the head has {name}={getattr(head, name)}, but the target {value}: it is another target's"
+            )
+    if head.aux_layer_ids[-1] >= layers:
+        raise GraftError(
+            f"the head reads layers {list(head.aux_layer_ids)}, but the target has 0..{layers - 1}: it is another "
+            "target's"
+        )
+
+
+def possible_copies(head: Head) -> list[str]:
+    """What the head has of its own although it may be its target's: of "embed_tokens" and "lm_head"."""
+    whole = isinstance(head, BlockHead) and head.config.draft_vocab_size == head.config.vocab_size
+    return [name for name in ("embed_tokens", *(["lm_head"] if whole else [])) if getattr(head, name) is not None]
+
+
+def drop_copies(head: Head, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:
+    """Drops what the head has of its own and its target alike; whoever runs the head then takes the target's.
+
+    Args:
+        embedding_VH, lm_head_VH: the target's, in its dtype, in which they are compared.
+    """
+    for name in possible_copies(head):
+        theirs_VH = embedding_VH if name == "embed_tokens" else lm_head_VH
+        if not theirs_VH.is_meta and torch.equal(getattr(head, name).weight.to(theirs_VH), theirs_VH):
+            setattr(head, name, None)
 
 
 def described(directory: Path) -> tuple[str, str]:
     """A tag and a sentence for people: the family of a head, and in whose dialect its checkpoint is."""
-    if not is_block(directory):
-        return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
-    architecture = read_json(Path(directory) / CONFIG_FILE, REMEDY)["architectures"][0]
-    return "dflash", f"blocks drafted in one pass, as `{architecture}`"
+    values = read_json(Path(directory) / CONFIG_FILE, REMEDY)
+    if is_block(directory):
+        return "dflash", f"blocks drafted in one pass, as `{values['architectures'][0]}`"
+    if SPECULATORS in values:
+        return "eagle3", 'EAGLE-3, in vLLM\'s "speculators" dialect, which SGLang does not read'
+    return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
 
 
 def most_steps(config: HeadConfig) -> int | None:

@@ -2,16 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.checkpoint import load_block_head, save_block_head
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.block.view import SlidingWindow, View
+from graft_inference.heads.eagle3.checkpoint import save_head
+from graft_inference.heads.eagle3.model import DraftHead
 from graft_train.config.block import BLOCK_LOSSES, BlockHeadTrainConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.data.samples import answered, append_samples
@@ -27,7 +32,8 @@ from graft_train.distill.block.loss import BlockLoss, block_loss, d_pace_weights
 from graft_train.distill.block.strategy import BlockStrategy
 from graft_train.distill.teacher import final_state_teacher
 
-from .pair import VOCAB, WIDTH, samples, tiny_target
+from ...graft_inference.test_block_checkpoint import to_speculators
+from .pair import VOCAB, WIDTH, samples, tiny_head, tiny_target
 from .test_distill import distill_until_killed, make_run, metrics
 
 # Three documents: one answer; two answers; answer from its first token on.
@@ -37,8 +43,24 @@ START = [0] * 9 + [9] * 12 + [21] * 6
 SLOTS = 4
 
 
-def layout_of(causal=False, drafts=3, anchors=100, seed=0, answer_S=ANSWER_S, lengths=LENGTHS):
-    return make_block_layout(lengths, answer_S, SLOTS, drafts, anchors, seed, causal)
+VIEWS = [
+    View(causal=False),
+    View(causal=True),
+    View(causal=True, window=5),
+    View(causal=False, window=6),
+    View(causal=True, window=2, from_anchor=True),
+    View(causal=False, window=3, from_anchor=True),
+]
+WINDOWS = {
+    "full": {},
+    "causal": {"causal": True},
+    "sliding": {"sliding": SlidingWindow((0, 1), 5)},
+    "mixed": {"causal": None, "sliding": SlidingWindow((1,), 3, from_anchor=True)},
+}
+
+
+def layout_of(view=VIEWS[0], drafts=3, anchors=100, seed=0, answer_S=ANSWER_S, lengths=LENGTHS):
+    return make_block_layout(lengths, answer_S, SLOTS, drafts, anchors, seed).seen_by(view)
 
 
 def block_head(seed=1, **changes) -> BlockHead:
@@ -75,10 +97,14 @@ def reference_mask(layout):
         block, slot = divmod(query, SLOTS)
         for key in range(mask.shape[1]):
             if key < tokens:
-                mask[query, key] = START[key] == START[anchors[block]] and key < anchors[block]
+                anchor, view = anchors[block], layout.view
+                near = view.window is None or (
+                    anchor - key <= view.window if view.from_anchor else anchor + slot - key < view.window
+                )
+                mask[query, key] = START[key] == START[anchor] and key < anchor and near
             else:
                 other, place = divmod(key - tokens, SLOTS)
-                mask[query, key] = other == block and (place <= slot or not layout.causal)
+                mask[query, key] = other == block and (place <= slot or not layout.view.causal)
     return mask
 
 
@@ -131,29 +157,29 @@ def forward_and_gradients(attention, inputs, layout):
     return (out, *torch.autograd.grad(out, inputs, upstream))
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("anchors", [100, 4])
-def test_merged_attention_is_the_reference_forward_and_backward(causal, anchors):
-    layout = layout_of(causal, anchors=anchors)
+def test_merged_attention_is_the_reference_forward_and_backward(view, anchors):
+    layout = layout_of(view, anchors=anchors)
     inputs = attention_inputs(layout)
     expected = forward_and_gradients(reference_attention, inputs, layout)
     for got, plain in zip(forward_and_gradients(merged_attention, inputs, layout), expected, strict=True):
         torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_flex_attention_is_the_reference_forward(causal):
+@pytest.mark.parametrize("view", VIEWS)
+def test_flex_attention_is_the_reference_forward(view):
     """Its backward runs on a GPU only."""
-    layout = layout_of(causal)
+    layout = layout_of(view)
     inputs = [tensor.detach() for tensor in attention_inputs(layout)]
     expected = reference_attention(*inputs, layout)
     torch.testing.assert_close(flex_attention(*inputs, layout), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("causal", [False, True])
-def test_compiled_flex_attention_is_the_reference(causal):
-    cpu = layout_of(causal)
+@pytest.mark.parametrize("view", VIEWS)
+def test_compiled_flex_attention_is_the_reference(view):
+    cpu = layout_of(view)
     layout = cpu.to(torch.device("cuda"))
     inputs = attention_inputs(cpu)
     moved = [tensor.detach().cuda().requires_grad_() for tensor in inputs]
@@ -171,7 +197,7 @@ def head_inputs():
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_slot_sees_its_anchors_state_what_comes_after_another_document_or_another_block(causal):
     """Shown by what moves when one token's state, or its embedding, is another."""
-    layout, head = layout_of(causal), block_head(causal=causal)
+    layout, head = layout_of(), block_head(causal=causal)
     embedding_SH, mask_H, aux_SE = head_inputs()
     with torch.no_grad():
         before = draft_blocks(head, embedding_SH, mask_H, aux_SE, layout)
@@ -187,13 +213,13 @@ def test_no_slot_sees_its_anchors_state_what_comes_after_another_document_or_ano
             assert moved.tolist() == [a == token for a in layout.anchors_A.tolist()], token
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("changes", [{}, {"sample_from_anchor": True, "markov_rank": 3}, {"draft_vocab_size": 16}])
-def test_training_logits_are_those_of_inference_behind_a_kept_context(causal, changes):
+def test_training_logits_are_those_of_inference_behind_a_kept_context(window, changes):
     """The context read token by token, as rounds accept them; the target's own states and embeddings."""
-    head, target = block_head(causal=causal, **changes).eval(), PackedTarget(tiny_target(), (0, 2))
+    head, target = block_head(**WINDOWS[window], **changes).eval(), PackedTarget(tiny_target(), (0, 2))
     tokens_S = torch.randint(VOCAB - 1, (len(START),), generator=torch.Generator().manual_seed(4))
-    states, layout = target.states(tokens_S, LENGTHS), layout_of(causal, head.config.drafts)
+    states, layout = target.states(tokens_S, LENGTHS), layout_of(drafts=head.config.drafts)
     embedding_SH = target.embed(tokens_S[None])[0]
     mask_H = target.embed(torch.tensor([[head.config.mask_token_id]]))[0, 0]
     rows_DH = target.lm_head_VH if head.lm_head is None else head.lm_head.weight
@@ -227,8 +253,8 @@ def test_the_first_draft_is_taught_the_token_behind_the_anchor_in_both_layouts(s
     head = block_head(causal=True, sample_from_anchor=sample_from_anchor)
     embedding_SH, mask_H, aux_SE = head_inputs()
     with torch.no_grad():
-        hidden = draft_blocks(head, embedding_SH, mask_H, aux_SE, layout_of(True, head.config.drafts))
-        other = draft_blocks(head, embedding_SH, mask_H + 1, aux_SE, layout_of(True, head.config.drafts))
+        hidden = draft_blocks(head, embedding_SH, mask_H, aux_SE, layout_of(drafts=head.config.drafts))
+        other = draft_blocks(head, embedding_SH, mask_H + 1, aux_SE, layout_of(drafts=head.config.drafts))
     assert torch.equal(hidden[:, 0], other[:, 0]) == sample_from_anchor
 
 
@@ -449,6 +475,31 @@ def test_a_published_block_head_is_gone_on_from(tmp_path):
     assert sum(metrics(Path(second.run_dir) / "head")[0]["loss"]) < 0.9 * sum(metrics(first)[0]["loss"])
 
 
+def test_a_head_of_speculators_is_gone_on_from(tmp_path):
+    """With its windows, in which it is then trained."""
+    window = SlidingWindow((1,), 3, from_anchor=True)
+    head = block_head(mask_token_id=family.mask_token(samples(30), VOCAB, None), causal=None, sliding=window)
+    save_block_head(head, tmp_path / "published")
+    to_speculators(tmp_path / "published")
+    trained = load_block_head(distill(block_run(tmp_path, init_from=str(tmp_path / "published"), max_steps=1)))
+    assert trained.config == head.config
+    assert not torch.equal(trained.fc.weight, head.fc.weight)
+
+
+def test_of_an_eagle3_head_a_new_head_takes_the_layers_and_their_projection(tmp_path):
+    eagle3 = DraftHead(replace(tiny_head().config, aux_layer_ids=(0, 1, 2)))
+    save_head(eagle3, tmp_path)
+    settings = HeadTrainConfig(family="block", init_from=str(tmp_path), draft_vocab_size=VOCAB)
+    trained = family.make_strategy(tiny_target(), samples(30), settings)
+    assert trained.head.config.aux_layer_ids == trained.target.aux_layer_ids == eagle3.config.aux_layer_ids
+    assert torch.equal(trained.head.fc.weight, eagle3.fc.weight)
+    with pytest.raises(GraftError, match=r"head\.aux_layer_ids=\[0\], but the EAGLE-3 head of head\.init_from reads"):
+        family.make_strategy(tiny_target(), samples(30), replace(settings, aux_layer_ids=[0]))
+    save_head(tiny_head(), tmp_path)
+    with pytest.raises(GraftError, match=r"aux_layer_ids=\[0, 2, 3\]: the target has layers 0\.\.3, of which a block"):
+        family.make_strategy(tiny_target(), samples(30), settings)
+
+
 def test_heads_are_saved_in_the_targets_dtype(tmp_path):
     config = block_run(tmp_path, max_steps=1, epochs=1)
     config.target.dtype = "bfloat16"
@@ -485,6 +536,18 @@ def test_a_head_of_another_target_is_not_gone_on_from(tmp_path):
     save_block_head(block_head(num_target_layers=9), tmp_path / "head")
     with pytest.raises(GraftError, match=r"head.init_from=.*num_target_layers=9, but the target 4"):
         distill(block_run(tmp_path, init_from=str(tmp_path / "head")))
+
+
+def test_a_head_with_an_lm_head_of_its_own_is_not_gone_on_from(tmp_path):
+    free = family.mask_token(samples(30), VOCAB, None)
+    save_block_head(block_head(mask_token_id=free), tmp_path / "head")
+    path, lm_head_VH = tmp_path / "head" / "model.safetensors", tiny_target().get_output_embeddings().weight
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": lm_head_VH}, path)
+    distill(block_run(tmp_path / "first", init_from=str(path.parent), max_steps=1))
+    save_file(tensors | {"lm_head.weight": lm_head_VH + 1}, path)
+    with pytest.raises(GraftError, match=r"head\.init_from has lm_head of its own"):
+        distill(block_run(tmp_path / "second", init_from=str(path.parent), max_steps=1))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftEngine, GraftError, QuotaCheckpoint, QuotaPlan
 from graft_inference import bundle as bundle_module
-from graft_inference.heads.eagle3.checkpoint import load_head
+from graft_inference.heads.eagle3.checkpoint import load_head, save_head
 from graft_inference.policy.policy import Policy
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
@@ -37,14 +37,14 @@ from graft_train.distill.checkpoint import resume_checkpoint, save_checkpoint
 from graft_train.distill.eagle3.layout import make_layout
 from graft_train.distill.eagle3.loss import reference_loss
 from graft_train.distill.eagle3.strategy import Eagle3Strategy
-from graft_train.distill.eagle3.unroll import unroll
 from graft_train.distill.loop import start_training, train_step
 from graft_train.distill.measure import measure_acceptance
 from graft_train.distill.metrics import StepMetrics
 from graft_train.distill.optimizer import learning_rate, make_optimizers
 from graft_train.distill.state_source import online_states
+from tests.graft_inference.plain_head import VARIANTS, varied
 
-from .pair import VOCAB, samples, tiny_head, tiny_target
+from .pair import VOCAB, plain_unroll, samples, tiny_head, tiny_target
 
 SETTINGS = {
     "draft_vocab_size": 8,
@@ -176,9 +176,9 @@ def start(**changes):
     return start_training(Accelerator(cpu=True), trained, source, tensors, trained.settings)
 
 
-def accumulate(batches: list[list[int]], clip: float = 1e9) -> tuple[dict[str, torch.Tensor], object]:
+def accumulate(batches: list[list[int]], clip: float = 1e9, head=None) -> tuple[dict[str, torch.Tensor], object]:
     """The gradients of one optimizer step over these batches."""
-    training = start(clip=clip)
+    training = start(clip=clip, head=head)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*unused):
@@ -197,10 +197,11 @@ def test_accumulated_batches_of_unequal_counts_equal_one_batch():
         torch.testing.assert_close(parts_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_a_steps_gradient_is_that_of_the_definition():
+@pytest.mark.parametrize("changes", [VARIANTS["plain"], VARIANTS["speculators"]], ids=["plain", "speculators"])
+def test_a_steps_gradient_is_that_of_the_definition(changes):
     """Step k weighs 0.8^k over the drafts trained at step k in the whole optimizer step, and no other's count."""
-    gradients, sums = accumulate([[0, 1, 2], [3, 4]])
-    trained = strategy()
+    gradients, sums = accumulate([[0, 1, 2], [3, 4]], head=varied(tiny_head(**changes)))
+    trained = strategy(varied(tiny_head(**changes)))
     head, target = trained.head, trained.target
     batch = collate(to_tensors(samples(), 64, VOCAB), [0, 1, 2, 3, 4], torch.device("cpu"))
     states, kept_V = online_states(target)(batch), torch.zeros(VOCAB, dtype=torch.bool)
@@ -212,7 +213,7 @@ def test_a_steps_gradient_is_that_of_the_definition():
     counts = [sum(bool(kept_V[states.choice_S[s - 1]]) for s in places) for places in foreseen]
     assert 0 < counts[2] < counts[1] < counts[0] < len(foreseen[0])
     assert sums.trained_K.tolist() == counts
-    outputs = unroll(head, target.embed(batch.tokens_S), states.aux_SE, layout, 3)
+    outputs = plain_unroll(head, target.embed(batch.tokens_S), states.aux_SE, layout, 3)
     logits_SV = states.final_SH @ target.lm_head_VH.T
     weights = [0.8**step / counts[step] for step in range(3)]
     reference_loss(head, outputs, logits_SV, layout, loss_mask_S, weights).backward()
@@ -559,8 +560,28 @@ def test_a_head_with_a_copy_of_the_targets_embeddings_is_gone_on_from_without_it
     plain = distill(make_run(tmp_path / "plain", init_from=str(first), **changes))
     assert metrics(distill(make_run(tmp_path / "with", init_from=str(brought), **changes))) == metrics(plain)
     save_file(weights | {"embed_tokens.weight": embeddings + 1}, brought / "model.safetensors")
-    with pytest.raises(GraftError, match="embeddings of its own"):
+    with pytest.raises(GraftError, match="embed_tokens of its own"):
         distill(make_run(tmp_path / "other", init_from=str(brought), **changes))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("changes", [VARIANTS["speculators"], VARIANTS["EAGLE 3.1"]], ids=["speculators", "EAGLE 3.1"])
+def test_a_head_of_a_newer_trainer_is_gone_on_from(tmp_path, changes, precision):
+    """It keeps its shape and learns; the engine that measures it reads what was written."""
+    published = varied(tiny_head(list(range(0, VOCAB, 3)), **changes))
+    save_head(published, tmp_path / "published")
+    weights = load_file(tmp_path / "published" / "model.safetensors")
+    weights["embed_tokens.weight"] = tiny_target().get_input_embeddings().weight.detach()
+    save_file(weights, tmp_path / "published" / "model.safetensors")
+    settings = {"epochs": 20, "mixed_precision": precision, "measure_prompts": 2, "measure_tokens": 8}
+    out = distill(make_run(tmp_path, init_from=str(tmp_path / "published"), **settings))
+    trained = load_head(out)
+    assert trained.config == published.config
+    assert torch.equal(trained.target_ids, published.target_ids)
+    assert not any(torch.equal(a, b) for a, b in zip(trained.parameters(), published.parameters(), strict=True))
+    curve = metrics(out)
+    assert sum(curve[-1]["loss"]) < 0.9 * sum(curve[0]["loss"])
+    assert json.loads((out / "training.json").read_text())["measured_acceptance_length"] >= 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):

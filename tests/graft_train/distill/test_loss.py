@@ -14,8 +14,9 @@ from graft_train.distill.eagle3.loss import distillation_loss, reference_loss, t
 from graft_train.distill.eagle3.unroll import unroll
 from graft_train.distill.metrics import StepSums
 from graft_train.distill.teacher import final_state_teacher, top_logits_teacher
+from tests.graft_inference.plain_head import VARIANTS, varied
 
-from .pair import VOCAB, tiny_head, tiny_target
+from .pair import VOCAB, plain_unroll, tiny_head, tiny_target
 
 # Document 0: prompt 0..2, answer 3..6, then a user's turn. Document 1, at 8: prompt 8, answer 9..15.
 # Document 2, at 16: answers 17..19 and, after one token, 21..23.
@@ -111,6 +112,29 @@ def test_chunked_loss_is_the_plain_one_with_its_gradients(monkeypatch, chunk, sk
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     for parameter, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[parameter], gradient, atol=1e-5, rtol=1e-4, msg=parameter)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_kind_of_head_has_the_plain_heads_loss_and_gradients(changes):
+    """From the layout to the gradients of all parameters; the plain head's by autograd through its loops."""
+    model, target = tiny_target(), PackedTarget(tiny_target(), (0, 2, 3))
+    tokens_S = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4))
+    states, embedding_SH, weights = target.states(tokens_S, LENGTHS), target.embed(tokens_S), [1.0, 0.4, 0.1]
+    head, plain = (varied(tiny_head(**changes)) for _ in range(2))
+    layout = make_layout(LENGTHS, ANSWER_S, head.config.sliding_window)
+    taught = taught_positions(layout, states.choice_S, head.t2d, 3)
+    teacher = final_state_teacher(states.final_SH, target.lm_head_VH[head.target_ids])
+    outputs = unroll(head, embedding_SH, states.aux_SE, layout, 3)
+    loss, _ = distillation_loss(head, outputs, teacher, taught, torch.tensor(weights))
+    loss.backward()
+    logits_SV = torch.cat([model(tokens[None]).logits[0] for tokens in tokens_S.split(LENGTHS)])
+    outputs = plain_unroll(plain, embedding_SH, states.aux_SE, layout, 3)
+    expected = reference_loss(plain, outputs, logits_SV, layout, ANSWER_S, weights)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for (name, got), wanted in zip(head.named_parameters(), plain.parameters(), strict=True):
+        assert wanted.grad.any(), name
+        torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("top", [1, 5, VOCAB])

@@ -9,17 +9,19 @@ from graft_train.data.states import PackedTarget
 from graft_train.distill.eagle3.attention import flex_attention, merged_attention, reference_attention
 from graft_train.distill.eagle3.layout import make_layout
 from graft_train.distill.eagle3.unroll import unroll
+from tests.graft_inference.plain_head import VARIANTS, varied
 
-from .pair import VOCAB, tiny_head, tiny_target
+from .pair import VOCAB, plain_unroll, tiny_head, tiny_target
 
 # Three documents: two answers in the second, one that is answer from its first token on.
 LENGTHS = [6, 8, 4]
 ANSWER_S = torch.tensor([0, 0, 1, 1, 1, 1] + [0, 1, 1, 1, 0, 1, 1, 1] + [1, 1, 1, 1], dtype=torch.bool)
 LAYOUT = make_layout(LENGTHS, ANSWER_S)
 START = [0] * 6 + [6] * 8 + [14] * 4
+WINDOWED = make_layout(LENGTHS, ANSWER_S, window=3)
 
 
-def loop_attention(query_QCD, keys, values):
+def loop_attention(query_QCD, keys, values, window=None):
     """One query at a time: the words of the contract."""
     queries, columns, size = query_QCD.shape
     groups = queries // keys[0].shape[0]
@@ -27,7 +29,7 @@ def loop_attention(query_QCD, keys, values):
     for head in range(queries):
         for place in range(columns):
             column = int(LAYOUT.columns_C[place])
-            seen = slice(START[column], column + 1)
+            seen = slice(max(START[column], column + 1 - (window or 99)), column + 1)
             seen_k = [keys[0][head // groups, seen]] + [k[head // groups, place][None] for k in keys[1:]]
             seen_v = [values[0][head // groups, seen]] + [v[head // groups, place][None] for v in values[1:]]
             scores = torch.cat(seen_k) @ query_QCD[head, place] / size**0.5
@@ -46,10 +48,11 @@ def random_attention_inputs(later: int, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("later", [0, 1, 3])
-def test_reference_sees_its_document_causally_and_its_own_column(later):
+@pytest.mark.parametrize("layout", [LAYOUT, WINDOWED], ids=["full", "windowed"])
+def test_reference_sees_its_document_causally_and_its_own_column(later, layout):
     query, keys, values = random_attention_inputs(later)
-    out = reference_attention(query, keys, values, LAYOUT)
-    expected = loop_attention(query[0], [k[0] for k in keys], [v[0] for v in values])
+    out = reference_attention(query, keys, values, layout)
+    expected = loop_attention(query[0], [k[0] for k in keys], [v[0] for v in values], layout.window)
     torch.testing.assert_close(out[0], expected)
 
 
@@ -59,16 +62,18 @@ def forward_and_gradients(attention, query, keys, values, layout=LAYOUT):
     return (out, *torch.autograd.grad(out, [query, *keys, *values], upstream))
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, WINDOWED], ids=["full", "windowed"])
 @pytest.mark.parametrize("later", [0, 1, 3])
-def test_merged_attention_is_the_reference_forward_and_backward(later):
+def test_merged_attention_is_the_reference_forward_and_backward(later, layout):
     inputs = random_attention_inputs(later, torch.float32)
-    expected = forward_and_gradients(reference_attention, *inputs)
-    for got, plain in zip(forward_and_gradients(merged_attention, *inputs), expected, strict=True):
+    expected = forward_and_gradients(reference_attention, *inputs, layout)
+    for got, plain in zip(forward_and_gradients(merged_attention, *inputs, layout), expected, strict=True):
         torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, WINDOWED], ids=["full", "windowed"])
 @pytest.mark.parametrize("later", [0, 1, 3])
-def test_flex_attention_is_the_reference_forward(later):
+def test_flex_attention_is_the_reference_forward(later, layout):
     """Its backward runs on a GPU only."""
     inputs = random_attention_inputs(later, torch.float32)
     with torch.no_grad():
@@ -77,8 +82,8 @@ def test_flex_attention_is_the_reference_forward(later):
             [key.detach() for key in inputs[1]],
             [value.detach() for value in inputs[2]],
         )
-        expected = reference_attention(query, *rest, LAYOUT)
-        torch.testing.assert_close(flex_attention(query, *rest, LAYOUT), expected, atol=1e-5, rtol=1e-5)
+        expected = reference_attention(query, *rest, layout)
+        torch.testing.assert_close(flex_attention(query, *rest, layout), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_block_mask_is_built_once_for_all_steps(monkeypatch):
@@ -93,12 +98,13 @@ def test_the_block_mask_is_built_once_for_all_steps(monkeypatch):
     assert len(built) == 1
 
 
-def test_merged_attention_in_long_documents_is_the_reference():
-    """Longer than flash attention's blocks, with a prompt and an answer that end inside one."""
+@pytest.mark.parametrize("window", [None, 1, 64, 301, 699])
+def test_merged_attention_in_long_documents_is_the_reference(window):
+    """Longer than flash attention's blocks, with a prompt and an answer that end inside one; and than a band."""
     lengths = [700, 90, 333]
     loss_mask_S = torch.zeros(sum(lengths), dtype=torch.bool)
     loss_mask_S[300:700] = loss_mask_S[750:790] = loss_mask_S[1000:1100] = True
-    layout = make_layout(lengths, loss_mask_S)
+    layout = make_layout(lengths, loss_mask_S, window)
     torch.manual_seed(0)
     query = torch.randn(1, 2, len(layout.columns_C), 16, requires_grad=True)
     widths = [sum(lengths), len(layout.columns_C)]
@@ -122,9 +128,10 @@ def test_merged_attention_in_bf16_stays_near_fp32():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", [LAYOUT, WINDOWED], ids=["full", "windowed"])
 @pytest.mark.parametrize("later", [0, 3])
-def test_compiled_flex_attention_is_the_reference(later):
-    layout = LAYOUT.to(torch.device("cuda"))
+def test_compiled_flex_attention_is_the_reference(later, layout):
+    layout = layout.to(torch.device("cuda"))
     query, keys, values = random_attention_inputs(later, torch.float32)
     moved = [tensor.detach().cuda().requires_grad_() for tensor in (query, *keys, *values)]
     inputs = (moved[0], moved[1 : 2 + later], moved[2 + later :])
@@ -133,8 +140,8 @@ def test_compiled_flex_attention_is_the_reference(later):
         torch.testing.assert_close(got, plain, atol=1e-4, rtol=1e-4)
 
 
-def head_inputs():
-    target, head = PackedTarget(tiny_target(), (0, 2, 3)), tiny_head()
+def head_inputs(**changes):
+    target, head = PackedTarget(tiny_target(), (0, 2, 3)), varied(tiny_head(**changes))
     tokens_S = torch.randint(VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(4))
     return head, target.embed(tokens_S), target.states(tokens_S, LENGTHS).aux_SE
 
@@ -181,14 +188,29 @@ def test_a_row_without_drafts_trains_nothing_and_does_not_fail():
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())
 
 
-def test_unroll_equals_the_chain_that_a_server_drafts():
+@pytest.mark.parametrize("attention", [reference_attention, merged_attention])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_the_unroll_of_every_variant_is_the_plain_heads_chains(changes, attention):
+    """Every column of every document, as far as its own tokens go."""
+    head, embedding_SH, aux_SE = head_inputs(**changes)
+    layout = make_layout(LENGTHS, ANSWER_S, head.config.sliding_window)
+    outputs = unroll(head, embedding_SH, aux_SE, layout, 3, attention)
+    for step, expected in enumerate(plain_unroll(head, embedding_SH, aux_SE, layout, 3)):
+        inside = expected.any(dim=1)
+        assert inside.sum() > 4
+        torch.testing.assert_close(outputs[step][inside], expected[inside], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_unroll_equals_the_chain_that_a_server_drafts(changes):
     """From t, drafting the row's own tokens: trained states and served states are the same."""
-    model, head = tiny_target(), tiny_head(list(range(VOCAB))).eval()
+    model, head = tiny_target(), varied(tiny_head(list(range(VOCAB)), **changes)).eval()
     tapped = PackedTarget(model, (0, 2, 3))
     tokens_S = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(5))
     aux_SE = tapped.states(tokens_S, [12]).aux_SE
     start = 6  # the last position whose states the server has
-    layout = make_layout([12], torch.arange(12) > start)
+    layout = make_layout([12], torch.arange(12) > start, head.config.sliding_window)
     outputs = unroll(head, tapped.embed(tokens_S), aux_SE, layout, 4)
     with torch.no_grad():
         target = Target(model, (0, 2, 3))

@@ -1,8 +1,11 @@
-"""A block head on disk: `config.json` and `model.safetensors` in the native dialects of DFlash and DSpark.
+"""A block head on disk: `config.json` and `model.safetensors`, written natively and read in two dialects.
 
-A head with fill-in slots is written as `DFlashDraftModel`, one with next-token slots as `Qwen3DSparkModel`. What
-decides how it is computed is always written where both vLLM and SGLang read it: `is_causal` and `layer_types` at the
-top level, and the layout of the slots.
+A head with fill-in slots is written as `DFlashDraftModel`, one with next-token slots or a Markov bias as
+`Qwen3DSparkModel`. What decides how it is computed is always written where both vLLM and SGLang read it: `is_causal`
+and `layer_types` at the top level, and the layout of the slots.
+
+speculators' dialect nests the layers' configuration, as that of its EAGLE-3 heads does, and counts the aux layers
+from 1. It is read as the native configuration of the same head.
 """
 
 import warnings
@@ -15,6 +18,7 @@ from ...errors import GraftError
 from ...files import read_safetensors
 from ..checkpoint import (
     HARMLESS,
+    MASK_EMBEDDING,
     REMEDY,
     SPECULATORS,
     WEIGHTS_FILE,
@@ -27,15 +31,21 @@ from ..checkpoint import (
 )
 from .config import BlockHeadConfig
 from .model import BlockHead
+from .view import SlidingWindow
 
 DFLASH, DSPARK = "DFlashDraftModel", "Qwen3DSparkModel"
+TYPES = ("dflash", "dspark")
+"""`speculators_model_type` of the block heads that can be read."""
 LAYOUT = "sample_from_anchor"
+FROM_ANCHOR = "sliding_window_from_anchor"
+"""A key of our own, beside `sliding_window`: the dialect has no other for how speculators counts."""
+FULL, SLIDING = "full_attention", "sliding_attention"
 READ = frozenset({
     "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size", "max_position_embeddings", "rms_norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window",
     "num_target_layers", "block_size", "is_causal", LAYOUT, "dflash_config", "target_layer_ids", "mask_token_id",
-    "markov_rank", "enable_confidence_head",
+    "markov_rank", "enable_confidence_head", FROM_ANCHOR,
 })  # fmt: skip
 """Keys that what is computed is read from."""
 COMPUTED = {
@@ -60,6 +70,18 @@ COMPUTED_NESTED = {
 READ_NESTED = frozenset({"target_layer_ids", "mask_token_id", "block_size", "causal", "causal_head", LAYOUT})
 """Both within dflash_config."""
 CONFIDENCE = "confidence_head."
+PARTS = {
+    "mask_hidden": "a learned state in place of the mask token's embedding",
+    "candidate_selector.": "the candidate selector of DFlash 2",
+    "refiner_head.": "the refiner of XPress",
+    "prefix_gru.": "the recurrent pass of Domino",
+}
+"""Beginnings of tensors that make another network of a head whose configuration may not say so."""
+AUX_IDS, NON_CAUSAL, NESTED = "aux_hidden_state_layer_ids", "sliding_window_non_causal", "transformer_layer_config"
+READ_OF_SPECULATORS = frozenset({
+    "architectures", "block_size", "draft_vocab_size", "enable_confidence_head", "markov_rank", "mask_token_id",
+    "target_hidden_size", LAYOUT, SPECULATORS, AUX_IDS, NON_CAUSAL, NESTED,
+})  # fmt: skip
 
 
 def save_block_head(head: BlockHead, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -75,43 +97,43 @@ def save_block_head(head: BlockHead, directory: Path, dtype: torch.dtype | None 
     save_files(directory, tensors, block_config_to_dict(head.config, dtype))
 
 
-def load_block_config(directory: Path) -> BlockHeadConfig:
-    """The shape of a native DFlash or DSpark head.
-
-    Raises:
-        GraftError: a missing or corrupt file, or a head that is computed otherwise.
-    """
-    return read_config(directory, block_config_from_dict, "a block head")
+def load_block_config(directory: Path, target_layers: int | None = None) -> BlockHeadConfig:
+    """The shape of a DFlash or DSpark head; arguments and errors as `load_block_head`."""
+    return read_config(directory, lambda values: block_config_from_dict(values, target_layers), "a block head")
 
 
-def load_block_head(directory: Path) -> BlockHead:
-    """Reads a native DFlash or DSpark head strictly, in the dtype it was saved in, on the CPU.
+def load_block_head(directory: Path, target_layers: int | None = None) -> BlockHead:
+    """Reads a DFlash or DSpark head of either dialect strictly, in the dtype it was saved in, on the CPU.
 
     A confidence head is left out, which is said: P(accepted) is calibrated here.
 
+    Args:
+        target_layers: layers of its target, which speculators' dialect does not say.
+
     Raises:
-        GraftError: a file is missing, truncated or corrupt, or the two files do not describe one head.
+        GraftError: a file is missing, truncated or corrupt, the two files do not describe one head, or it is computed
+            otherwise.
     """
-    config = load_block_config(directory)
+    config = load_block_config(directory, target_layers)
+    if (Path(directory) / MASK_EMBEDDING).exists():
+        raise GraftError(f"{directory}: {MASK_EMBEDDING}, an embedding of the mask's own, is not computed here")
     path = Path(directory) / WEIGHTS_FILE
     tensors = read_safetensors(path, REMEDY)
     try:
-        return BlockHead.of_tensors(config, _own_tensors(tensors, config))
+        return BlockHead.of_tensors(config, _read_tensors(tensors))
     except GraftError as error:
         raise GraftError(f"{path}: {error}; {REMEDY}") from error
 
 
-def _own_tensors(tensors: dict[str, torch.Tensor], config: BlockHeadConfig) -> dict[str, torch.Tensor]:
-    """Without those that a native checkpoint may have and that are not read.
+def _read_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without those that a checkpoint may have and that are not read.
 
     Raises:
         GraftError: a tensor that would make another network or that no engine loads.
     """
-    if hidden := [name for name in tensors if "mask_hidden" in name]:
-        raise GraftError(f"{hidden}: a learned state in place of the mask token's embedding is not computed here")
-    shared = {"embed_tokens.weight"} | ({"lm_head.weight"} if config.draft_vocab_size == config.vocab_size else set())
-    if own := sorted(shared & tensors.keys()):
-        raise GraftError(f"{own} are of the head's own, but the target's are used: take them out if they are the same")
+    for name in tensors:
+        if part := next((part for start, part in PARTS.items() if name.startswith(start)), None):
+            raise GraftError(f"{name}: {part} is not computed here")
     if any(name.startswith(CONFIDENCE) for name in tensors):
         warnings.warn("the head's confidence head is not used: P(accepted) is calibrated from traces", stacklevel=4)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(CONFIDENCE)}
@@ -120,8 +142,9 @@ def _own_tensors(tensors: dict[str, torch.Tensor], config: BlockHeadConfig) -> d
 def block_config_to_dict(config: BlockHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The native configuration that vLLM and SGLang load."""
     reads = {"target_layer_ids": list(config.aux_layer_ids), "mask_token_id": config.mask_token_id}
+    is_dspark = config.sample_from_anchor or config.markov_rank > 0
     values = {
-        "architectures": [DSPARK if config.sample_from_anchor else DFLASH],
+        "architectures": [DSPARK if is_dspark else DFLASH],
         "model_type": "qwen3",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -139,26 +162,36 @@ def block_config_to_dict(config: BlockHeadConfig, dtype: torch.dtype) -> dict[st
         **rope_and_dtype(config.rope_parameters, dtype),
         "num_target_layers": config.num_target_layers,
         "block_size": config.block_size,
-        # SGLang reads is_causal only beside a list of layer_types.
-        "is_causal": config.causal,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "sliding_window": None,
-        "use_sliding_window": False,
+        **_views_to_dict(config),
     }
-    if not config.sample_from_anchor:
-        return values | {"dflash_config": reads | {"causal": config.causal, LAYOUT: False}}
+    if not is_dspark:
+        causal = {} if config.causal is None else {"causal": config.causal}
+        return values | {"dflash_config": reads | causal | {LAYOUT: False}}
     markov = {"markov_rank": config.markov_rank, "markov_head_type": "vanilla", "enable_confidence_head": False}
-    return values | reads | markov | {LAYOUT: True}
+    return values | reads | markov | {LAYOUT: config.sample_from_anchor}
 
 
-def block_config_from_dict(values: dict[str, Any]) -> BlockHeadConfig:
-    """Reads what `block_config_to_dict`, DFlash and DSpark store.
+def _views_to_dict(config: BlockHeadConfig) -> dict[str, Any]:
+    """What the slots of each layer see. Engines read an absent `is_causal` as "in sliding layers"."""
+    sliding = config.sliding
+    slides = () if sliding is None else sliding.layers
+    values: dict[str, Any] = {} if config.causal is None else {"is_causal": config.causal}
+    # SGLang reads is_causal only beside a list of layer_types.
+    values["layer_types"] = [SLIDING if layer in slides else FULL for layer in range(config.num_hidden_layers)]
+    values |= {"sliding_window": sliding and sliding.size, "use_sliding_window": sliding is not None}
+    return values | ({FROM_ANCHOR: True} if sliding is not None and sliding.from_anchor else {})
+
+
+def block_config_from_dict(values: dict[str, Any], target_layers: int | None = None) -> BlockHeadConfig:
+    """Reads what `block_config_to_dict`, DFlash, DSpark and speculators store.
 
     Raises:
         GraftError: a key is missing, contradicts another, or describes a head that this module is not.
     """
     if SPECULATORS in values:
-        raise GraftError(f"{SPECULATORS}={values[SPECULATORS]!r}: of block heads only native checkpoints are read yet")
+        values = _native(values)
+    if target_layers is not None:
+        values = {"num_target_layers": target_layers} | values
     names = values.get("architectures")
     if names not in ([DFLASH], [DSPARK]):
         raise GraftError(
@@ -169,16 +202,12 @@ def block_config_from_dict(values: dict[str, Any]) -> BlockHeadConfig:
     check_keys(nested, READ_NESTED, COMPUTED_NESTED)
     if given_or(values, "model_type", "qwen3") != "qwen3":
         raise GraftError(f"model_type={values['model_type']!r} makes another layer: only qwen3 can be computed here")
-    layers, kinds, window = values["num_hidden_layers"], values.get("layer_types"), values.get("sliding_window")
-    if kinds is not None and (len(kinds) != layers or any(kind != "full_attention" for kind in kinds)):
-        raise GraftError(f"layer_types={kinds} makes another network: only {layers} of full_attention are computed")
-    if window is not None and not kinds and values.get("use_sliding_window") is not False:
-        raise GraftError(f"sliding_window={window} makes another network: only full_attention is computed")
+    heads, sliding = values["num_attention_heads"], _sliding(values)
     heads = values["num_attention_heads"]
     return BlockHeadConfig(
         hidden_size=values["hidden_size"],
         intermediate_size=values["intermediate_size"],
-        num_hidden_layers=layers,
+        num_hidden_layers=values["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=given_or(values, "num_key_value_heads", heads),
         head_dim=given_or(values, "head_dim", values["hidden_size"] // heads),
@@ -189,9 +218,10 @@ def block_config_from_dict(values: dict[str, Any]) -> BlockHeadConfig:
         block_size=_agreed("block_size", values, nested),
         mask_token_id=_agreed("mask_token_id", values, nested),
         max_position_embeddings=values["max_position_embeddings"],
-        causal=_causal(values, nested),
+        causal=_causal(values, nested, sliding),
         sample_from_anchor=_layout(values, nested, names == [DSPARK]),
         markov_rank=given_or(values, "markov_rank", 0),
+        sliding=sliding,
         rms_norm_eps=values["rms_norm_eps"],
         rope_parameters=rope_of(values),
     )
@@ -211,13 +241,39 @@ def _agreed(name: str, *places: dict[str, Any]) -> Any:
     return given[0]
 
 
-def _causal(values: dict[str, Any], nested: dict[str, Any]) -> bool:
-    """Whether slots see those behind them, by the keys of vLLM and SGLang and by JetSpec's; not where none is there."""
+def _sliding(values: dict[str, Any]) -> SlidingWindow | None:
+    """The layers with a sliding window.
+
+    Raises:
+        GraftError: kinds of layers that are not known or not one for each layer, or a window that is not said.
+    """
+    kinds, count, window = values.get("layer_types"), values["num_hidden_layers"], values.get("sliding_window")
+    uses = values.get("use_sliding_window")
+    if kinds is None:
+        if window is not None and uses is not False:
+            raise GraftError(f"sliding_window={window}, but not in which layers: write layer_types")
+        return None
+    if len(kinds) != count or not all(kind in (FULL, SLIDING) for kind in kinds):
+        raise GraftError(f"layer_types={kinds} makes another network: there must be {count}, each {FULL} or {SLIDING}")
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
+    if not layers:
+        return None
+    if window is None or uses is not True:
+        raise GraftError(f"layer_types={kinds} needs use_sliding_window=true and a sliding_window")
+    return SlidingWindow(layers, window, given_or(values, FROM_ANCHOR, False))
+
+
+def _causal(values: dict[str, Any], nested: dict[str, Any], sliding: SlidingWindow | None) -> bool | None:
+    """Whether slots do not see those behind them: by the keys of vLLM and SGLang and by JetSpec's, else where a window
+    slides."""
     said = [values.get("is_causal"), nested.get("causal"), nested.get("causal_head")]
     given = [value for value in said if value is not None]
     if any(value != given[0] for value in given):
         raise GraftError(f"is_causal, dflash_config.causal and dflash_config.causal_head say different things: {said}")
-    return given[0] if given else False
+    if given:
+        return given[0]
+    slides = 0 if sliding is None else len(sliding.layers)
+    return {0: False, values["num_hidden_layers"]: True}.get(slides)
 
 
 def _layout(values: dict[str, Any], nested: dict[str, Any], is_dspark: bool) -> bool:
@@ -232,6 +288,42 @@ def _layout(values: dict[str, Any], nested: dict[str, Any], is_dspark: bool) -> 
             f"{LAYOUT} is missing, and engines differ in what a {DSPARK} without a Markov head then predicts: write "
             f"{LAYOUT}: true, or false for a head whose first slot is unused"
         )
-    if any(value is not is_dspark for value in given):
+    if any(value is not given[0] for value in given) or (given and given[0] and not is_dspark):
         raise GraftError(f"{LAYOUT}={given[0]} and {DSPARK if is_dspark else DFLASH}: no engine computes such a head")
-    return is_dspark
+    return given[0] if given else is_dspark
+
+
+def _native(values: dict[str, Any]) -> dict[str, Any]:
+    """The native configuration of a head in speculators' dialect, but for its target's depth.
+
+    Raises:
+        GraftError: another family, or what this module does not compute.
+    """
+    kind, layer = values[SPECULATORS], dict(values[NESTED])
+    if kind not in TYPES:
+        raise GraftError(f"of speculators' block heads only {' and '.join(TYPES)} can be loaded, not {kind!r}")
+    check_keys(values, READ_OF_SPECULATORS, COMPUTED, HARMLESS | OF_TRAINING)
+    if given_or(values, "target_hidden_size", layer["hidden_size"]) != layer["hidden_size"]:
+        raise GraftError("only heads that are as wide as their target can be loaded")
+    if min(values[AUX_IDS]) < 1:
+        raise GraftError(f"{AUX_IDS}={values[AUX_IDS]}: the target's embeddings (0) are not read here")
+    from_anchor = given_or(values, LAYOUT, False if kind == "dflash" else None)
+    if from_anchor is None:
+        raise GraftError(f"{LAYOUT} is missing, and speculators and vLLM differ in what that means")
+    # Its layers are Qwen3's, whichever configuration describes them, and it makes them with one RoPE.
+    layer |= {"architectures": [DSPARK if from_anchor or kind == "dspark" else DFLASH], "model_type": "qwen3"}
+    ropes = layer.get("rope_parameters") or {}
+    layer |= {"rope_parameters": ropes.get(SLIDING, ropes)}
+    names = ("block_size", "draft_vocab_size", "mask_token_id", "markov_rank")
+    layer |= {name: values[name] for name in names if name in values}
+    layer |= {"target_layer_ids": [place - 1 for place in values[AUX_IDS]], LAYOUT: from_anchor}
+    return layer | _views_of_speculators(values, layer)
+
+
+def _views_of_speculators(values: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """Layers with full attention are never causal, those with a sliding window unless it is said."""
+    if SLIDING not in (layer.get("layer_types") or []):
+        return {"is_causal": False}
+    if values.get(NON_CAUSAL) is None:
+        raise GraftError(f"{NON_CAUSAL} is missing, and speculators and vLLM differ in what that means")
+    return {FROM_ANCHOR: True} | ({"is_causal": False} if values[NON_CAUSAL] else {})

@@ -8,6 +8,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from ...errors import GraftError
 from ..base import LARGEST, check_aux_layers, check_layer, check_whole, sound_rotary
+from .view import SlidingWindow, View
 
 SIZES = (
     "hidden_size",
@@ -24,7 +25,7 @@ SIZES = (
 )
 OWN = frozenset({
     "aux_layer_ids", "draft_vocab_size", "num_target_layers", "block_size", "mask_token_id", "causal",
-    "sample_from_anchor", "markov_rank",
+    "sample_from_anchor", "markov_rank", "sliding",
 })  # fmt: skip
 """What a Qwen3 configuration does not have."""
 
@@ -41,9 +42,11 @@ class BlockHeadConfig:
         num_target_layers: of the target.
         block_size: slots of a block, the anchor's included.
         mask_token_id: what stands in all slots but the anchor's: a token that the target never emits.
-        causal: whether a slot sees only itself and the slots before it, so that a shorter block may be asked for.
+        causal: whether a slot sees only itself and the slots before it, so that a shorter block may be asked for. None:
+            in layers with a sliding window, but not in the others.
         sample_from_anchor: next-token slots in place of fill-in ones.
-        markov_rank: of the bias by the token before, r; 0 for none. It needs next-token slots.
+        markov_rank: of the bias by the token before, r; 0 for none.
+        sliding: the layers that do not see all of the context; None where all do.
 
     Raises:
         GraftError: a value of another type or out of its range, or a RoPE that transformers cannot build.
@@ -62,9 +65,10 @@ class BlockHeadConfig:
     block_size: int
     mask_token_id: int
     max_position_embeddings: int
-    causal: bool = False
+    causal: bool | None = False
     sample_from_anchor: bool = False
     markov_rank: int = 0
+    sliding: SlidingWindow | None = None
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
@@ -77,10 +81,12 @@ class BlockHeadConfig:
         check_whole("mask_token_id", self.mask_token_id, 0, self.vocab_size - 1)
         check_whole("markov_rank", self.markov_rank, 0, LARGEST)
         for name in ("causal", "sample_from_anchor"):
-            if type(getattr(self, name)) is not bool:
+            if type(getattr(self, name)) is not bool and not (name == "causal" and self.causal is None):
                 raise GraftError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.markov_rank and not self.sample_from_anchor:
-            raise GraftError(f"markov_rank={self.markov_rank} needs sample_from_anchor=true: no engine has the other")
+        if self.sliding is not None:
+            self.sliding.check(self.num_hidden_layers, self.block_size)
+        elif self.causal is None:
+            raise GraftError("causal=None needs layers with a sliding window")
         check_layer(self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.rms_norm_eps)
         check_aux_layers(self.aux_layer_ids)
         last = self.num_target_layers - 1
@@ -101,14 +107,14 @@ class BlockHeadConfig:
         """Tokens that a whole block proposes."""
         return self.block_size - self.first_slot
 
-    def check_target(self, hidden_size: int, vocab_size: int, num_layers: int) -> None:
-        """Raises GraftError unless the head belongs to a target of this shape."""
-        wanted = {"hidden_size": hidden_size, "vocab_size": vocab_size, "num_target_layers": num_layers}
-        for name, value in wanted.items():
-            if getattr(self, name) != value:
-                raise GraftError(
-                    f"the head has {name}={getattr(self, name)}, but the target {value}: it is another target's"
-                )
+    def view(self, layer: int) -> View:
+        """What the slots see in a layer of the head."""
+        slides = self.sliding is not None and layer in self.sliding.layers
+        causal = slides if self.causal is None else self.causal
+        if not slides:
+            return View(causal)
+        assert self.sliding is not None
+        return View(causal, self.sliding.size, self.sliding.from_anchor)
 
     def rotary(self) -> Qwen3RotaryEmbedding:
         """The head's RoPE; arguments and errors as `sound_rotary`."""

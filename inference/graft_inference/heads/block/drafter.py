@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ...noise import Noise
 from ..draft import Draft, HeadState, Layer, deferred, joined, parted
 from .model import BlockHead
+from .view import View
 
 
 @dataclass
@@ -139,9 +140,10 @@ class BlockProposer:
 
         def attend(layer: int, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor) -> Tensor:
             parts = zip(states, *(one.split(slots, dim=2) for one in (query_BQPD, key_BKPD, value_BKPD)), strict=True)
-            return torch.cat([_attend(state, layer, config.causal, *part) for state, *part in parts], dim=2)
+            return torch.cat([_attend(state, layer, config.view(layer), *part) for state, *part in parts], dim=2)
 
-        embedding_1PH = self.embed(tokens_P[None]).to(self.head.fc.weight.dtype)
+        embed = self.head.embed_tokens or self.embed
+        embedding_1PH = embed(tokens_P[None]).to(self.head.fc.weight.dtype)
         hidden_PH = self.head(embedding_1PH, position_P[None], attend)[0]
         hidden_PH = joined([part_PH[config.first_slot :] for part_PH in hidden_PH.split(slots)])
         logits_PD = self.unembed(hidden_PH) if self.head.lm_head is None else self.head.lm_head(hidden_PH)
@@ -149,15 +151,12 @@ class BlockProposer:
 
 
 def _attend(
-    state: HeadState, layer: int, causal: bool, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor
+    state: HeadState, layer: int, view: View, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor
 ) -> Tensor:
-    """Of one block, over its request's context and itself."""
-    context = slice(layer, layer + 1), slice(None), slice(0, state.length)
+    """Of one block, over its request's context, as far back as any slot sees, and itself."""
+    tokens = state.length if view.window is None else min(state.length, view.window)
+    context = slice(layer, layer + 1), slice(None), slice(state.length - tokens, state.length)
     key_BKSD = torch.cat((state.keys[context], key_BKPD), dim=2)
     value_BKSD = torch.cat((state.values[context], value_BKPD), dim=2)
-    mask_PS = None
-    if causal:
-        slots = query_BQPD.shape[2]
-        whole_PS = torch.ones((slots, state.length + slots), dtype=torch.bool, device=query_BQPD.device)
-        mask_PS = whole_PS.tril(state.length)
+    mask_PS = view.mask(tokens, query_BQPD.shape[2], query_BQPD.device)
     return F.scaled_dot_product_attention(query_BQPD, key_BKSD, value_BKSD, attn_mask=mask_PS, enable_gqa=True)

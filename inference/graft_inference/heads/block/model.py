@@ -6,13 +6,14 @@ other. Every layer projects the same context, so its keys and values are compute
 
 Two layouts of the slots: fill-in (DFlash), where slot k predicts the token at its own place p+k and slot 0 nothing;
 and next-token (DSpark), where slot k predicts the token behind it, p+k+1. Draft k = 1, 2, ... is the token at p+k in
-both. Embeddings and lm_head are the target's; a reduced draft vocabulary brings the lm_head's rows of its own.
+both. Embeddings and lm_head are the target's, unless a checkpoint brings its own; a reduced draft vocabulary always
+brings the lm_head's rows of its own.
 
 Shape suffixes: B batch, T context tokens, P slots of a block, K drafts of a block (in attention: key/value heads),
 L layers, Q query heads, D head size (of logits: draft vocabulary), H hidden size, E aux hidden states concatenated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Self, cast
 
 import torch
@@ -95,11 +96,14 @@ class MarkovHead(nn.Module):
 class BlockHead(HeadModule):
     """A block head, with the tensors of a native checkpoint.
 
-    `lm_head_VH` below is the target's lm_head; a head with a reduced draft vocabulary has rows of its own and
-    does not read it.
+    `lm_head_VH` below is the target's lm_head; a head that has its own does not read it.
+
+    Args:
+        own: of "embed_tokens" and "lm_head" those that the checkpoint brings. Ours bring none but the rows of a reduced
+            draft vocabulary.
     """
 
-    def __init__(self, config: BlockHeadConfig) -> None:
+    def __init__(self, config: BlockHeadConfig, own: Collection[str] = ()) -> None:
         super().__init__(config.rotary(), config.vocab_size, config.draft_vocab_size)
         self.config = config
         self.fc = nn.Linear(len(config.aux_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
@@ -107,8 +111,10 @@ class BlockHead(HeadModule):
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
-        self.lm_head = None
-        if config.draft_vocab_size < config.vocab_size:
+        self.embed_tokens, self.lm_head = None, None
+        if "embed_tokens" in own:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if "lm_head" in own or config.draft_vocab_size < config.vocab_size:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
 
     @classmethod
@@ -118,13 +124,13 @@ class BlockHead(HeadModule):
         It keeps the tensors themselves, and makes nothing of a size that they do not have.
 
         Args:
-            tensors: those of `state_dict()`; t2d, which follows from d2t, may be missing.
+            tensors: those of `state_dict()`; t2d, which follows from d2t, and what the target has, may be missing.
 
         Raises:
             GraftError: names the tensors that are missing, unknown, misshapen or not finite, or of another dtype.
         """
         with torch.device("meta"):
-            head = cls(config)
+            head = cls(config, [name for name in ("embed_tokens", "lm_head") if f"{name}.weight" in tensors])
         head.assign(tensors)
         return head.to(tensors["fc.weight"].dtype)
 
@@ -178,14 +184,11 @@ class BlockHead(HeadModule):
             allowed = f"2 to {trained}" if self.config.causal else f"{trained}"
             raise GraftError(f"a block of {slots} slots was asked for, but the head was trained for {allowed}")
         positions_BP = start_B[:, None] + torch.arange(slots, device=start_B.device)
-        mask_PS = None
-        if self.config.causal:
-            whole = torch.ones(slots, keys_LBKTD.shape[3] + slots, dtype=torch.bool, device=start_B.device)
-            mask_PS = whole.tril(keys_LBKTD.shape[3])
 
         def attend(layer: int, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor) -> Tensor:
             key_BKSD = torch.cat([keys_LBKTD[layer], key_BKPD], dim=2)
             value_BKSD = torch.cat([values_LBKTD[layer], value_BKPD], dim=2)
+            mask_PS = self.config.view(layer).mask(keys_LBKTD.shape[3], slots, start_B.device)
             return F.scaled_dot_product_attention(query_BQPD, key_BKSD, value_BKSD, attn_mask=mask_PS, enable_gqa=True)
 
         hidden_BPH = self(embedding_BPH, positions_BP, attend)[:, self.config.first_slot :]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ...noise import Noise
 from ...target.kv_cache import Span
 from ..draft import Draft, HeadState, Layer, deferred, joined, parted
-from .model import DraftHead
+from .model import DraftHead, first_step_sees
 
 
 @dataclass
@@ -73,10 +73,11 @@ class Drafter(HeadState):
     def line(self, tokens_A: Tensor) -> "HeadRows":
         """Rows that stand in a line behind what was read."""
         count, span = len(tokens_A), self.span
-        visible_AK = None
-        if span.is_fixed or (count > 1 and self.length):
-            rows_A = span.rows(count, tokens_A.device)
-            visible_AK = torch.arange(span.end(count), device=tokens_A.device) <= rows_A[:, None]
+        visible_AK, window = None, self.head.config.sliding_window
+        hides = window is not None and span.end(count) > window
+        if span.is_fixed or hides or (count > 1 and self.length):
+            rows_A, keys_K = span.rows(count, tokens_A.device), torch.arange(span.end(count), device=tokens_A.device)
+            visible_AK = first_step_sees(rows_A[:, None], keys_K, window)
         return HeadRows(self, tokens_A, span, span, count, visible_AK)
 
     def branches(self, draft: Eagle3Draft, chosen_k: Tensor, parent_k: Tensor) -> "HeadRows":
@@ -252,7 +253,8 @@ class Eagle3Proposer:
             drafters, roots, noises, hidden, self._propose(drafters[0].topk, hidden, noises, 1), strict=True
         ):
             read_K = torch.arange(drafter.span.end(0), device=root_1.device)
-            visible_1K = (read_K < drafter.span.start)[None]
+            # The last position read sees what all of its drafts will.
+            visible_1K = first_step_sees(drafter.span.start - 1, read_K, self.head.config.sliding_window)[None]
             layer = Eagle3Layer.below_root(logp_1k, tokens_1k, hidden_AH=hidden_1H, visible_AK=visible_1K)
             drafts.append(Draft(root_1, [layer], noise))
         return drafts
@@ -291,7 +293,7 @@ class Eagle3Proposer:
         return list(zip(parted(logp_Bk, counts), parted(tokens_Bk, counts), strict=True))
 
     def _pass(self, rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
-        """Runs the layer over the rows of all prompts, one behind the other: its outputs at each one's, [rows, H]."""
+        """Runs the head over the rows of all prompts, one behind the other: its outputs at each one's, [rows, H]."""
         counts = [len(part.tokens_A) for part in rows]
 
         def attend(*query_key_value: Tensor) -> Tensor:
@@ -302,7 +304,7 @@ class Eagle3Proposer:
 
         embed = self.head.embed_tokens or self.embed
         embedding_1SH = embed(joined([part.tokens_A for part in rows])[None]).to(feature_AH.dtype)
-        hidden_1SH = self.head.midlayer(embedding_1SH, feature_AH[None], _rope(rows), attend)
+        hidden_1SH = self.head.step(embedding_1SH, feature_AH[None], _rope(rows), attend)
         return parted(hidden_1SH[0], counts)
 
 

@@ -30,6 +30,7 @@ SIZES = (
     "draft_vocab_size",
     "max_position_embeddings",
 )
+SWITCHES = ("norm_before_residual", "qk_norm", "norm_before_fc", "fc_norm", "norm_output")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class DraftHeadConfig:
         vocab_size: the target's vocabulary, V.
         draft_vocab_size: tokens the head can propose, Vd <= V.
         norm_before_residual: whether the residual is the normed feature (False in EAGLE and SGLang).
+        qk_norm: whether queries and keys are normed by head, as in a Qwen3 layer.
+        sliding_window: positions that the first draft step's query sees, its own included; None: all. Later steps see
+            what the first one saw, and the draft's own positions behind it.
+        norm_before_fc: one norm over all aux hidden states side by side (as heads of gpt-oss have it).
+        fc_norm: a norm for each aux hidden state instead (EAGLE 3.1).
+        norm_output: the next draft step's feature is the normed output, which lm_head reads (EAGLE 3.1).
 
     Raises:
         GraftError: a value of another type or out of its range, or a RoPE that transformers cannot build.
@@ -58,14 +65,24 @@ class DraftHeadConfig:
     rms_norm_eps: float = 1e-5
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     norm_before_residual: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
 
     def __post_init__(self) -> None:
         for name in SIZES:
             check_whole(name, getattr(self, name), 1, LARGEST)
         check_whole("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
         check_layer(self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.rms_norm_eps)
-        if type(self.norm_before_residual) is not bool:
-            raise GraftError(f"norm_before_residual={self.norm_before_residual!r} must be true or false")
+        for name in SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise GraftError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.norm_before_fc and self.fc_norm:
+            raise GraftError("norm_before_fc and fc_norm are two ways to norm the same states: a head has one of them")
+        if self.sliding_window is not None:
+            check_whole("sliding_window", self.sliding_window, 1, LARGEST)
         check_aux_layers(self.aux_layer_ids)
         self.rotary()
 
@@ -74,9 +91,9 @@ class DraftHeadConfig:
         return sound_rotary(lambda: LlamaRotaryEmbedding(self.llama_config()), self.rope_parameters)
 
     def llama_config(self) -> LlamaConfig:
-        """The flat Llama configuration that the SGLang dialect stores, and that RoPE is built from."""
+        """The Llama configuration that RoPE is built from."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        own = ("aux_layer_ids", "draft_vocab_size", "norm_before_residual")
+        own = ("aux_layer_ids", "draft_vocab_size", "sliding_window", *SWITCHES)
         return LlamaConfig(
             **{name: value for name, value in values.items() if name not in own},
             num_hidden_layers=1,
@@ -85,6 +102,17 @@ class DraftHeadConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"aux_layer_ids": list(self.aux_layer_ids)}
+
+
+def first_step_sees(query: Any, key: Tensor, window: int | None) -> Tensor:
+    """Whether the first draft step's query at one position sees a key at another.
+
+    Args:
+        query, key: their positions, of shapes that broadcast.
+        window: of `DraftHeadConfig.sliding_window`.
+    """
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 class DraftAttention(nn.Module):
@@ -99,11 +127,14 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, input_BSW: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         heads = (-1, self.head_dim)
-        query_BQSD = self.q_proj(input_BSW).unflatten(-1, heads).transpose(1, 2)
-        key_BKSD = self.k_proj(input_BSW).unflatten(-1, heads).transpose(1, 2)
+        query_BQSD = self.q_norm(self.q_proj(input_BSW).unflatten(-1, heads)).transpose(1, 2)
+        key_BKSD = self.k_norm(self.k_proj(input_BSW).unflatten(-1, heads)).transpose(1, 2)
         value_BKSD = self.v_proj(input_BSW).unflatten(-1, heads).transpose(1, 2)
         query_BQSD, key_BKSD = apply_rotary_pos_emb(query_BQSD, key_BKSD, *rope)
         attended_BQSD = attend(query_BQSD, key_BKSD, value_BKSD)
@@ -139,7 +170,8 @@ class DraftHead(HeadModule):
     """An EAGLE-3 head.
 
     At position t the head reads the embedding of token t+1 and the feature of position t, and predicts
-    token t+2. The first feature is `fuse` of the aux hidden states; every later one is the head's own previous output.
+    token t+2. The first feature is `fuse` of the aux hidden states; every later one is the head's own previous output,
+    which is the layer's, normed with `norm_output`.
 
     Args:
         own_embeddings: whether the checkpoint brings embeddings. Ours do not: they are the target's.
@@ -149,7 +181,13 @@ class DraftHead(HeadModule):
         super().__init__(config.rotary(), config.vocab_size, config.draft_vocab_size)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own_embeddings else None
-        self.fc = nn.Linear(len(config.aux_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        taps = len(config.aux_layer_ids)
+        self.input_norm = self.fc_norm = None
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(taps * config.hidden_size, config.rms_norm_eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(taps))
+        self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -179,16 +217,29 @@ class DraftHead(HeadModule):
 
     def fuse(self, aux_BSE: Tensor) -> Tensor:
         """The target's aux hidden states side by side, [B, S, E] -> feature [B, S, H]."""
+        if self.input_norm is not None:
+            aux_BSE = self.input_norm(aux_BSE)
+        if self.fc_norm is not None:
+            taps = aux_BSE.chunk(len(self.fc_norm), dim=-1)
+            aux_BSE = torch.cat([norm(tap_BSH) for norm, tap_BSH in zip(self.fc_norm, taps, strict=True)], dim=-1)
         return self.fc(aux_BSE)
 
     def forward(self, embedding_BSH: Tensor, feature_BSH: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
-        """One draft step: the un-normed output, which is also the next step's feature. [B, S, H]"""
-        rope = self.rotary_emb(embedding_BSH, positions_BS)
-        return self.midlayer(embedding_BSH, feature_BSH, rope, attend)
+        """One draft step: its output, which is also the next step's feature. [B, S, H]"""
+        return self.step(embedding_BSH, feature_BSH, self.rotary_emb(embedding_BSH, positions_BS), attend)
+
+    def step(self, embedding_BSH: Tensor, feature_BSH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """The same, by the cos and sin of the positions."""
+        hidden_BSH = self.midlayer(embedding_BSH, feature_BSH, rope, attend)
+        return self.norm(hidden_BSH) if self.config.norm_output else hidden_BSH
+
+    def normed(self, hidden_BSH: Tensor) -> Tensor:
+        """Outputs as lm_head reads them. [..., H]"""
+        return hidden_BSH if self.config.norm_output else self.norm(hidden_BSH)
 
     def logits(self, hidden_BSH: Tensor) -> Tensor:
         """Logits over the draft vocabulary. [..., H] -> [..., Vd]"""
-        return self.lm_head(self.norm(hidden_BSH))
+        return self.lm_head(self.normed(hidden_BSH))
 
 
 def default_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:

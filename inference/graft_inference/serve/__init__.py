@@ -1,0 +1,1 @@
+"""A small server for one machine, which speaks OpenAI's API."""
