@@ -9,12 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft_inference import AcceptanceModel, GraftEngine, GraftError, Plan, Policy, paper_policy
+from graft_inference import (
+    AcceptanceModel,
+    ChainPlan,
+    GraftEngine,
+    GraftError,
+    Plan,
+    Policy,
+    ScoredPlan,
+    paper_policy,
+)
 from graft_inference.bundle import Bundle, check_launch, load_successors
 from graft_inference.heads.families import load_any_head, most_steps
 from graft_inference.target.model import max_positions
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.latency import Latency, RoundTimer
+from graft_train.calibrate.latency import Latency, RoundTimer, elsewhere
 from graft_train.calibrate.measure import load_traces, record_missing, timer_of, told_traces
 from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, race
@@ -41,6 +50,8 @@ from graft_train.processes import is_main, say
 from graft_train.stage import fingerprints_of, run_stage
 
 PLANS = ("eagle3", "draft_only", "retrieve_only", "paper", "learned")
+CHAINS = ("eagle3", "retrieve_only", "chain")
+"""Where `graft` is to be a chain: a tree cannot be faster in an engine that verifies none."""
 PUBLISHED = ("eagle3", "paper")
 """Told nothing of the draws' noise, as published."""
 BY_ALL = ", taught by all nodes"
@@ -64,22 +75,23 @@ def calibrate(config: Config) -> Path:
     """
     run_dir = Path(config.run_dir)
     settings = config.policy
-    if settings.latency_only:
+    if settings.latency_only or settings.latency_from:
         return _renew(config, run_dir / "policy")
-    values = {name: value for name, value in asdict(settings).items() if name != "latency_only"}
+    values = {name: value for name, value in asdict(settings).items() if not name.startswith("latency_")}
     values["dtype"] = config.target.dtype
     return run_stage(config, "calibrate", "policy", values, INPUTS, lambda out: _build(config, out))
 
 
 def learn(settings: CalibrateConfig, replays: Replays) -> dict[str, Plan]:
-    """The best plan of each of PLANS, by replay."""
-    return {name: plan_of(name, settings, replays) for name in PLANS}
+    """The best plan of each of PLANS, or of CHAINS, by replay."""
+    return {name: plan_of(name, settings, replays) for name in (CHAINS if settings.kind == "chain" else PLANS)}
 
 
 def plan_of(name: str, settings: CalibrateConfig, replays: Replays) -> Plan:
-    """The best plan of one of PLANS under these settings."""
+    """The best plan of one of PLANS or CHAINS under these settings."""
     replay = replays[name not in PUBLISHED and True in replays]
-    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints)
+    kind = ChainPlan if settings.kind == "chain" else ScoredPlan
+    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints, kind=kind)
     match name:
         case "eagle3":
             return best_eagle3(replay, settings.widths)
@@ -203,12 +215,13 @@ def _faster(speeds: Speeds, *names: str) -> str:
 
 
 def _renew(config: Config, directory: Path) -> Path:
-    """Measures this device and chooses anew from the traces that are there; nothing is traced or raced."""
+    """Chooses anew from the traces that are there, by latencies of this device or of another engine.
+
+    Nothing is traced or raced.
+    """
     settings = config.policy
     traces = load_traces(settings, directory, _made_of(config))
-    engine = _engine(config)
-    timer = timer_of(settings, engine, _prompts(config), traces)
-    latency = timer.latency()
+    latency, device = _new_latency(config, directory, traces)
     if not is_main():
         return directory
     replays = replays_of(settings, traces, latency)
@@ -216,20 +229,30 @@ def _renew(config: Config, directory: Path) -> Path:
     predicted = {name: replay_of(replays, plan).run(plan)[0] for name, plan in plans.items()}
     speeds = {name: (True, speed) for name, speed in predicted.items()}
     report = {
-        "device": describe_device(engine.target.device),
+        "device": device,
         "positions": len(traces[False]),
         "graft_is": _fastest(speeds, settings.kind),
         "predicted": predicted,
     }
-    if timer.contradicts():
-        say(CONTRADICTS)
     with told(directory), only_one(directory, waits=True):
         _write(config, directory, latency, plans, speeds, report)
     say(
-        f"calibrate: {directory} is chosen anew for this device; delete the bundle and run graft export to ship "
-        "it (report.md and frontier.png are still of the device that raced)"
+        f"calibrate: {directory} is chosen anew for {device.get('engine', 'this device')}; delete the bundle and run "
+        "graft export to ship it (report.md and frontier.png are still of the device that raced)"
     )
     return directory
+
+
+def _new_latency(config: Config, directory: Path, traces: dict[bool, Traces]) -> tuple[Latency, dict[str, Any]]:
+    """A latency table, and what it was measured on."""
+    settings = config.policy
+    if settings.latency_from:
+        return elsewhere(Path(settings.latency_from), directory / "latency.json", settings)
+    engine = _engine(config)
+    timer = timer_of(settings, engine, _prompts(config), traces)
+    if timer.contradicts():
+        say(CONTRADICTS)
+    return timer.latency(), describe_device(engine.target.device)
 
 
 def _fastest(speeds: Speeds, kind: str) -> str:

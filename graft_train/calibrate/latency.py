@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,10 +13,12 @@ from scipy.stats import sem
 from torch import Tensor
 
 from graft_inference import AcceptanceModel, Checkpoint, GraftEngine, GraftError, Plan, ScoredPlan, SourceModel
+from graft_inference.files import read_json
 from graft_inference.retrieval.sources import SOURCES
 from graft_inference.template import RankPaths
 from graft_inference.tree import drafted_nodes
 from graft_train.calibrate.budget import Budget
+from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import of_main
 
 SAMPLE, WARM_UP = 12, 2
@@ -63,6 +66,37 @@ class Latency:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency, dict[str, Any]]:
+    """The latency table of another engine, and what it was measured on.
+
+    Args:
+        path: `widths`, `contexts`, `verify_ms`, `draft_ms` and `measured_on`, all as in `Latency`.
+        own: of the engine that traced. What choosing and looking up take on the host is read there: the code is the
+            same.
+
+    Raises:
+        GraftError: other values in the files, or fewer draft steps or nodes than plans may have.
+    """
+    values, here = read_json(path, "measure it again"), read_json(own, "run graft calibrate without latency_from")
+    try:
+        measured_on = {name: str(value) for name, value in values.pop("measured_on").items()}
+        latency = Latency(**here | values | {"commit_ms": 0.0})
+        columns: list[list[Any]] = [latency.widths, latency.contexts, latency.draft_ms, *latency.verify_ms]
+        whole = all(isinstance(one, int | float) for column in columns for one in column)
+        sizes = len(latency.contexts), *(len(times) for times in latency.verify_ms)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GraftError(f"{path} is no table of latencies ({error}): measure it again") from error
+    if not whole or sizes != (len(latency.verify_ms), *[len(latency.widths)] * len(latency.verify_ms)):
+        raise GraftError(f"{path} is no table of latencies: its lists do not fit together; measure it again")
+    if max(latency.widths) < max(settings.widths) or len(latency.draft_ms) <= settings.num_steps:
+        raise GraftError(
+            f"{path} has times of {max(latency.widths) - 1} verified tokens and {len(latency.draft_ms) - 1} draft "
+            f"steps, but policy.widths has up to {max(settings.widths) - 1} and policy.num_steps is "
+            f"{settings.num_steps}: measure more, or lower these"
+        )
+    return latency, measured_on
 
 
 class RoundTimer:

@@ -1,5 +1,6 @@
 """Replays plans over traces, without the models."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from graft_inference import AcceptanceModel, Plan, QuotaCheckpoint, ScoredPlan
+from graft_inference import AcceptanceModel, ChainPlan, Plan, QuotaCheckpoint, ScoredPlan
 from graft_inference.tree import PATH_BASE
 from graft_train.calibrate.fit import drafted_scores, fit_acceptance, source_scores
 from graft_train.calibrate.latency import Latency
@@ -28,19 +30,6 @@ class Outcome:
     checkpoint_T: np.ndarray
     tokens_T: np.ndarray
     ms_T: np.ndarray
-
-
-@dataclass
-class Table:
-    """Trees of one acceptance model, from all that so many draft steps propose.
-
-    Attributes:
-        accepted: nodes on the true path among the best nodes - 1, [T, steps from 0 to P, nodes from 1].
-        promise_T: expected tokens of all nodes of the source that promises most, the root included.
-    """
-
-    accepted: Tensor
-    promise_T: Tensor
 
 
 class Replay:
@@ -71,7 +60,8 @@ class Replay:
         none_TR = torch.cat([source.tokens_TR < 0 for source in traces.sources.values()], dim=1)
         self._keys_TR = torch.where(none_TR, own_R, self._keys_TR)
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
-        self._tables: dict[AcceptanceModel, Table] = {}
+        self._trees: dict[tuple[AcceptanceModel, bool], Tensor] = {}
+        self._promises: dict[AcceptanceModel, np.ndarray] = {}
         self._runs: dict[Plan, tuple[float, float]] = {}
 
     @cached_property
@@ -111,15 +101,25 @@ class Replay:
                 position += steps[position]
         return np.array(visited, dtype=np.int64)
 
-    def table(self, model: AcceptanceModel) -> Table:
-        """Every tree this model would make, to the budget."""
-        if model not in self._tables:
-            self._tables[model] = self._build(model)
-        return self._tables[model]
+    def accepted(self, plan: ScoredPlan) -> Tensor:
+        """Nodes on the continuation, of every tree or chain that plans of its kind and acceptance model would make.
+
+        Returns:
+            By draft steps and nodes, the root included: [T, steps from 0 to P, nodes from 1 to the budget].
+        """
+        model, chains = plan.acceptance, isinstance(plan, ChainPlan)
+        if (model, chains) not in self._trees:
+            self._trees[model, chains] = self._build(model, self._chains if chains else self._best)
+        return self._trees[model, chains]
 
     def promise(self, model: AcceptanceModel) -> np.ndarray:
-        """What decides whether the head is asked at every position, [T]; see `Table.promise_T`."""
-        return self.table(model).promise_T.numpy()
+        """What decides whether the head is asked at every position, [T]: the expected tokens of all nodes of the source
+        that promises most, the root included."""
+        if model not in self._promises:
+            scores = self._retrieved_scores(model)
+            promise_T = 1 + torch.stack([score_TR.exp().sum(dim=1) for score_TR in scores]).amax(dim=0)
+            self._promises[model] = promise_T.numpy()
+        return self._promises[model]
 
     def _stops(self, plan: Plan) -> np.ndarray:
         checkpoint_T = np.full(len(self.traces), len(plan.checkpoints) - 1)
@@ -135,8 +135,7 @@ class Replay:
         """Accepted nodes of a round that stops at this checkpoint, [T]."""
         if not isinstance(plan, ScoredPlan):
             return self._accepted_by_quota(checkpoint)
-        accepted = self.table(plan.acceptance).accepted
-        return accepted[:, checkpoint.steps, checkpoint.num_draft_tokens - 1].numpy()
+        return self.accepted(plan)[:, checkpoint.steps, checkpoint.num_draft_tokens - 1].numpy()
 
     def _accepted_by_quota(self, checkpoint: QuotaCheckpoint) -> np.ndarray:
         """The best drafted nodes by log-probability, then the first new ones of the matrix's template."""
@@ -189,30 +188,63 @@ class Replay:
             self._pools[steps] = first_TN, true_TN
         return self._pools[steps]
 
-    def _build(self, model: AcceptanceModel) -> Table:
-        traces = self.traces
-        score_TC = torch.full_like(traces.logp_TC, -torch.inf)
+    def _build(self, model: AcceptanceModel, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """`accepted`. `choose` has it of so many steps from the scores of the pool, [T, N]."""
+        score_TC = torch.full_like(self.traces.logp_TC, -torch.inf)
         if model.drafted:
-            score_TC = drafted_scores(traces, model)
-        models = {source.name: source for source in model.sources}
-        scores = [source_scores(source, models.get(name)) for name, source in traces.sources.items()]
-        retrieved_TR = torch.cat(scores, dim=1)
-        accepted = [self._trees(steps, score_TC, retrieved_TR) for steps in range(self.num_steps + 1)]
-        promise_T = 1 + torch.stack([score_TR.exp().sum(dim=1) for score_TR in scores]).amax(dim=0)
-        return Table(torch.stack(accepted, dim=1), promise_T)
+            score_TC = drafted_scores(self.traces, model)
+        retrieved_TR = torch.cat(self._retrieved_scores(model), dim=1)
+        accepted = []
+        for steps in range(self.num_steps + 1):
+            count = int((self.traces.depths_C <= steps).sum())
+            score_TN = torch.cat((score_TC[:, :count], retrieved_TR), dim=1)
+            # A repeated node takes its better score, and the place of the first.
+            first_TN = self._pool(steps)[0]
+            pool_TN = torch.full_like(score_TN, -torch.inf).scatter_reduce(1, first_TN, score_TN, "amax")
+            accepted.append(_to_budget(F.pad(choose(steps, pool_TN), (1, 0)), self.budget))
+        return torch.stack(accepted, dim=1)
 
-    def _trees(self, steps: int, score_TC: Tensor, retrieved_TR: Tensor) -> Tensor:
-        """accepted by nodes, as in `Table`, for one number of steps."""
-        first_TN, true_TN = self._pool(steps)
-        count = int((self.traces.depths_C <= steps).sum())
-        score_TN = torch.cat((score_TC[:, :count], retrieved_TR), dim=1)
-        # A repeated node takes its better score, and the place of the first.
-        pool = torch.full_like(score_TN, -torch.inf).scatter_reduce(1, first_TN, score_TN, "amax")
-        ordered = pool.sort(dim=1, descending=True, stable=True)
+    def _retrieved_scores(self, model: AcceptanceModel) -> list[Tensor]:
+        models = {source.name: source for source in model.sources}
+        return [source_scores(source, models.get(name)) for name, source in self.traces.sources.items()]
+
+    def _best(self, steps: int, pool_TN: Tensor) -> Tensor:
+        """Accepted nodes among the best 1, 2, ... (`DraftTree.chosen`)."""
+        ordered = pool_TN.sort(dim=1, descending=True, stable=True)
         chosen, values = ordered.indices[:, : self.budget - 1], ordered.values[:, : self.budget - 1]
-        true = true_TN.gather(1, chosen) & (values > -torch.inf)
-        root = torch.zeros(len(pool), 1, dtype=torch.bool)
-        return _to_budget(torch.cat((root, true), dim=1).cumsum(1), self.budget)
+        true = self._pool(steps)[1].gather(1, chosen) & (values > -torch.inf)
+        return true.cumsum(1)
+
+    def _chains(self, steps: int, pool_TN: Tensor) -> Tensor:
+        """Accepted nodes of the best path of at most 1, 2, ... nodes (`tree.best_chain`)."""
+        first_TN, true_TN = self._pool(steps)
+        parents_TN, depths_N = self._parents(steps)
+        # Column 0 is the root's, which is its own parent.
+        jump_TN = F.pad(1 + first_TN, (1, 0)).gather(1, F.pad(1 + parents_TN, (1, 0)))
+        expected_TN, accepted_TN = F.pad(pool_TN.exp(), (1, 0)), F.pad(true_TN.long(), (1, 0))
+        reach, deepest = 1, int(depths_N.max())
+        while reach < deepest:
+            expected_TN = expected_TN + expected_TN.gather(1, jump_TN)
+            accepted_TN = accepted_TN + accepted_TN.gather(1, jump_TN)
+            jump_TN = jump_TN.gather(1, jump_TN)
+            reach *= 2
+        columns = []
+        for most in range(1, min(self.budget - 1, deepest) + 1):
+            out_TN = F.pad((pool_TN == -torch.inf) | (depths_N > most), (1, 0))
+            columns.append(accepted_TN.gather(1, expected_TN.masked_fill(out_TN, -1.0).argmax(dim=1, keepdim=True)))
+        return torch.cat(columns, dim=1)
+
+    def _parents(self, steps: int) -> tuple[Tensor, Tensor]:
+        """The pool's columns of the parents, -1 for the root's children, [T, N]; and depths, [N]."""
+        count = int((self.traces.depths_C <= steps).sum())
+        retrieved, depths, start = [], [self.traces.depths_C[:count].long()], count
+        for source in self.traces.sources.values():
+            columns = {path: start + row for row, path in enumerate(source.template)} | {(): -1}
+            retrieved += [columns[path[:-1]] for path in source.template]
+            depths.append((source.template_RL >= 0).sum(dim=1))
+            start += len(source.template)
+        parents_TR = torch.tensor(retrieved).expand(len(self.traces), -1)
+        return torch.cat((self.traces.parents_TC[:, :count].long(), parents_TR), dim=1), torch.cat(depths)
 
 
 Replays = dict[bool, Replay]

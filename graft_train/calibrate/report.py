@@ -35,6 +35,7 @@ COLORS = {
     "retrieve_only": "#7c3aed",
     "paper": "#ca8a04",
     "learned": "#c2410c",
+    "chain": "#c2410c",
 }
 
 

@@ -28,11 +28,13 @@ class Allowed:
         widths: nodes of a verification.
         checkpoints: most places where drafting may stop early.
         retrieve_first: may leave out drafting.
+        kind: of the plan: trees or chains.
     """
 
     widths: tuple[int, ...]
     checkpoints: int = 3
     retrieve_first: bool = True
+    kind: type[ScoredPlan] = ScoredPlan
 
 
 def best_eagle3(replay: Replay, widths: list[int]) -> Plan:
@@ -64,7 +66,7 @@ def best_learned(replay: Replay, model: AcceptanceModel, allowed: Allowed) -> Pl
     plans = [plan for plan in found if plan]
     if model.drafted and model.sources:
         # One node, and nothing asked: where no candidate is worth its place.
-        plans.append(_plan(replay, (Checkpoint(0),), AcceptanceModel()))
+        plans.append(_plan(replay, AcceptanceModel(), (Checkpoint(0),), allowed.kind))
     return _fastest(replay, plans)
 
 
@@ -80,7 +82,8 @@ def _converged(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: i
     widths = _possible(replay, model, allowed, last)
     if not widths:
         return None
-    plan = _fastest(replay, [_plan(replay, (Checkpoint(last, num_draft_tokens=width),), model) for width in widths])
+    single = [(Checkpoint(last, num_draft_tokens=width),) for width in widths]
+    plan: Plan = _fastest(replay, [_plan(replay, model, checkpoints, allowed.kind) for checkpoints in single])
     speed = replay.run(plan)[0]
     for _ in range(4):
         better = _improved(replay, model, allowed, last, plan, speed / 1e3)
@@ -121,7 +124,7 @@ def _improved(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: in
             checkpoints.insert(0, replace(one, threshold=found if steps == 0 else -found))
             value_T = np.where(stop_T, here_T, value_T)
         stop_T = np.ones_like(stop_T)
-    return _plan(replay, tuple(checkpoints), model)
+    return _plan(replay, model, tuple(checkpoints), allowed.kind)
 
 
 def _threshold(measure_T: np.ndarray, gain_T: np.ndarray) -> float | None:
@@ -147,7 +150,7 @@ def _best_checkpoint(
     checkpoints = [Checkpoint(steps, num_draft_tokens=width) for width in _possible(replay, model, allowed, steps)]
     worth = []
     for one in checkpoints:
-        outcome = replay.outcome(_plan(replay, (one,), model))
+        outcome = replay.outcome(_plan(replay, model, (one,), allowed.kind))
         worth.append(outcome.tokens_T - rate * outcome.ms_T)
     best = int(np.argmax([value_T @ weight_T for value_T in worth]))
     return checkpoints[best], worth[best]
@@ -177,10 +180,10 @@ def _most_drafted(replay: Replay, steps: int) -> int:
     return drafted_nodes(replay.topk, steps)
 
 
-def _plan(replay: Replay, checkpoints: tuple[Checkpoint, ...], model: AcceptanceModel) -> ScoredPlan:
-    return ScoredPlan(
-        checkpoints, replay.topk, learns_accepted=True, shares_noise=replay.shares_noise, acceptance=model
-    )
+def _plan(
+    replay: Replay, model: AcceptanceModel, checkpoints: tuple[Checkpoint, ...], kind: type[ScoredPlan]
+) -> ScoredPlan:
+    return kind(checkpoints, replay.topk, learns_accepted=True, shares_noise=replay.shares_noise, acceptance=model)
 
 
 def _fastest(replay: Replay, plans: Iterable[Plan]) -> Plan:

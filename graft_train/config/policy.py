@@ -6,7 +6,7 @@ from math import inf
 from graft_inference.errors import GraftError
 from graft_train.config.bounds import check_least
 
-KINDS = ("learned", "paper", "draft_only", "retrieve_only")
+KINDS = ("learned", "paper", "draft_only", "retrieve_only", "chain")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -16,8 +16,10 @@ class CalibrateConfig:
     Attributes:
         kind: what `graft` becomes: `learned`; `paper`, the paper's checkpoints and thresholds with as many nodes as pay
             on this device; or the learned plan of the head alone (`draft_only`) or of the sources alone
-            (`retrieve_only`).
+            (`retrieve_only`); or `chain`, the best plan without branches, for engines that verify chains (vLLM).
         latency_only: measure the latency table again, and choose anew from the traces that are there.
+        latency_from: a file of latencies in another engine (graft_inference.integrations.vllm_latency), by which to
+            choose anew from the traces that are there.
         prompts: calibration prompts that are traced. None of them was trained on or is evaluated on.
         max_new_tokens: tokens traced of each prompt.
         temperature: of the traced continuations. Above 0 the traces hold every node's P(accepted) under the target.
@@ -34,6 +36,7 @@ class CalibrateConfig:
 
     kind: str = "learned"
     latency_only: bool = False
+    latency_from: str | None = None
     prompts: int = 64
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -48,6 +51,8 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise GraftError(f"policy.kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
+        if self.kind == "chain" and self.topk != 1:
+            raise GraftError(f"policy.kind=chain drafts one token after the other: policy.topk={self.topk} must be 1")
         if not self.widths or min(self.widths) < 1 or max(self.widths) < 2:
             raise GraftError(f"policy.widths={list(self.widths)} must hold widths from 1, one of them at least 2")
         least = {

@@ -8,7 +8,7 @@ D in `logp_BD` draft vocabulary, H hidden size, E aux hidden states side by side
 from .engine import GraftEngine
 from .errors import GraftError
 from .policy.acceptance import AcceptanceModel, SourceModel
-from .policy.plan import Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
+from .policy.plan import ChainPlan, Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 from .policy.policy import METHODS, Policy, paper_policy
 from .request import Request
 from .stats import Generation, GenerationStats
@@ -16,6 +16,7 @@ from .stats import Generation, GenerationStats
 __all__ = [
     "METHODS",
     "AcceptanceModel",
+    "ChainPlan",
     "Checkpoint",
     "Generation",
     "GenerationStats",

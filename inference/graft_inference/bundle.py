@@ -69,14 +69,25 @@ def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> 
         check_head(shape, target_config)
         head = load_any_head(directory, layers)
         return Bundle(head, *_unmeasured(shape))
+    policy, successors = load_policy(directory, shape, target_config, tokenizer)
+    return Bundle(load_any_head(directory, layers), policy, successors)
+
+
+def load_policy(
+    directory: Path, shape: HeadConfig, target_config: Any, tokenizer: Any | None
+) -> tuple[Policy, SuccessorMatrix]:
+    """A bundle without its head, checked as `load_bundle` does.
+
+    Args:
+        shape: of the head.
+    """
     policy, made_for = load_graft(directory / "graft.json")
     check_target(shape, made_for, target_config, tokenizer)
-    head = load_any_head(directory, layers)
     here = describe_target(made_for["name_or_path"], target_config, tokenizer)
     successors = load_successors(directory / "successors.safetensors", shape.vocab_size, here)
     for plan in map(policy.plan, METHODS):
         check_sources(plan, shape.draft_vocab_size, {"matrix": successors}, most_steps(shape))
-    return Bundle(head, policy, successors)
+    return policy, successors
 
 
 def _unmeasured(shape: HeadConfig) -> tuple[Policy, SuccessorMatrix]:

@@ -157,16 +157,15 @@ def merge(drafted: DraftTree, retrieved: DraftTree, rows: int) -> DraftTree:
     )
 
 
-def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTree:
-    """The root and the best-scored nodes of several trees of one root, by falling score.
+def pooled(trees: list[DraftTree], scores: list[Tensor]) -> DraftTree:
+    """All nodes of several trees of one root, their scores as `logp_N`.
 
     A path that several trees hold is one node: it takes its best score, and the source of the first tree
-    that has it.
+    that has it. What repeats it stays, scored -inf and without children.
 
     Args:
         trees: each starts with the root.
         scores: per tree, a score of each node: 0 for the root, at most the parent's for others, -inf for EMPTY.
-        rows: nodes of the result, the root included; EMPTY ones pad it. Its `logp_N` are the scores.
     """
     columns = [torch.cat(column) for column in zip(*map(_columns, trees), strict=True)]
     tokens_C, parents_C, depths_C, sources_C, paths_C = columns
@@ -181,8 +180,24 @@ def compete(trees: list[DraftTree], scores: list[Tensor], rows: int) -> DraftTre
     # A repeated node receives no score: it stays at -inf.
     score_C = torch.full((size,), -torch.inf, device=tokens_C.device)
     score_C.scatter_reduce_(0, first_C, torch.cat(scores), "amax")
-    together = DraftTree(tokens_C, first_C.index_select(0, parents_C), depths_C, score_C, sources_C, paths_C)
-    return together.chosen(score_C, rows)
+    return DraftTree(tokens_C, first_C.index_select(0, parents_C), depths_C, score_C, sources_C, paths_C)
+
+
+def best_chain(pool: DraftTree, max_depth: int, rows: int) -> DraftTree:
+    """The root and the path below it with the most expected accepted nodes, padded with EMPTY ones.
+
+    Args:
+        pool: its `logp_N` is log P(accepted) of each node, as `pooled` leaves it.
+        max_depth: bound on the depth of its nodes.
+        rows: nodes of the result, the root included: a longer path is cut off.
+    """
+    found_N = pool.logp_N > -torch.inf
+    # Nothing below what was not found was found either; a root is no accepted node.
+    chance_N = torch.where(found_N, pool.logp_N, -torch.inf).exp()
+    chance_N[0] = 0.0
+    expected_N = pool.path_sums(chance_N, max_depth).masked_fill_(~found_N | (pool.depths_N >= rows), -1.0)
+    on_path_N = pool.ancestors(max_depth).index_select(0, expected_N.argmax(dim=0, keepdim=True))[0]
+    return pool.chosen(torch.where(on_path_N, pool.logp_N, -torch.inf), rows)
 
 
 def _columns(tree: DraftTree) -> tuple[Tensor, ...]:

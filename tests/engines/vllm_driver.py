@@ -3,7 +3,8 @@
 The job:
     target              directory of the target; a tokenizer is not needed
     prompts             token ids of each prompt
-    max_tokens          new tokens of each; no token ends a text sooner
+    max_tokens          new tokens of each
+    stop_token_ids      which end a text sooner; may be absent
     speculative_config  as vLLM has it; null for plain decoding
     worker_cls          qualified name of a worker class in place of vLLM's own; may be absent
     settings            more arguments of `vllm.LLM`; may be absent
@@ -14,11 +15,13 @@ The result:
     draft_tokens           tokens that were drafted for them
     accepted               of these, how many the target accepted, those behind max_tokens included
     accepted_per_position  the same by place in the draft
+    seconds                from the first request to the last token
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +64,32 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("worker_cls"):
         settings["worker_cls"] = job["worker_cls"]
     llm = LLM(model=job["target"], speculative_config=job["speculative_config"], **settings)
-    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
+    ends = {"stop_token_ids": job.get("stop_token_ids"), "ignore_eos": True}
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], detokenize=False, **ends)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    # Kernels and what is compiled when first used take no part in the seconds.
+    llm.generate(
+        prompts[:1], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False), use_tqdm=False
+    )
+    before = counted(llm)
+    start = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    after = counted(llm)
+    per_position = [late - early for early, late in zip(before.pop(PER_POSITION), after.pop(PER_POSITION), strict=True)]
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "seconds": seconds,
+        **{name: after[name] - before[name] for name in COUNTERS},
+        "accepted_per_position": per_position,
+    }
+
+
+def counted(llm: Any) -> dict[str, Any]:
+    """What vLLM has counted so far."""
     found = {metric.name: metric for metric in llm.get_metrics()}
-    result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
-    for name, metric in COUNTERS.items():
-        result[name] = found[metric].value if metric in found else 0
-    result["accepted_per_position"] = found[PER_POSITION].values if PER_POSITION in found else []
-    return result
+    counts: dict[str, Any] = {name: found[metric].value if metric in found else 0 for name, metric in COUNTERS.items()}
+    return counts | {PER_POSITION: found[PER_POSITION].values if PER_POSITION in found else []}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from graft_inference import METHODS
 from graft_inference.decode.captured import CapturedRounds
-from graft_inference.tree import Source, compete
+from graft_inference.tree import Source, pooled
 
 from .recorded import RecordedGraphs
 from .test_engine import prompt
@@ -78,7 +78,7 @@ def test_a_target_that_overflows_leaves_nothing_in_the_matrix():
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("selection", ["best", "compete"])
+@pytest.mark.parametrize("selection", ["best", "pooled"])
 def test_what_is_chosen_is_a_tree_whatever_the_scores_are(seed, selection):
     """The root first, and every node that may be accepted below its own parent."""
     tree = random_tree(seed, nodes=20)
@@ -87,7 +87,8 @@ def test_what_is_chosen_is_a_tree_whatever_the_scores_are(seed, selection):
     at = torch.rand(len(tree), generator=generator) < 0.5
     score_N = torch.where(at, wild[torch.randint(6, (len(tree),), generator=generator)], tree.logp_N)
     scored = replace(tree, logp_N=score_N)
-    chosen = {"best": lambda: scored.best(7), "compete": lambda: compete([tree], [score_N], 8)}[selection]()
+    pool = pooled([tree], [score_N])
+    chosen = scored.best(7) if selection == "best" else pool.chosen(pool.logp_N, 8)
     assert (len(chosen), int(chosen.sources_N[0]), int(chosen.depths_N[0])) == (8, Source.ROOT, 0)
     before = {token_path(tree, row): int(tree.depths_N[row]) for row in filled_rows(tree)}
     empty_N = chosen.sources_N == Source.EMPTY
@@ -101,6 +102,6 @@ def test_a_child_that_rounding_lifts_above_its_parent_does_not_hang_elsewhere():
     tree = random_tree(0, nodes=20)
     child = int((tree.depths_N == 2).nonzero()[0])
     score_N = torch.full((len(tree),), -5.0).index_fill(0, torch.tensor([child]), -1.0)
-    chosen = compete([tree], [score_N], 2)
+    chosen = tree.chosen(pooled([tree], [score_N]).logp_N, 2)
     assert chosen.tokens_N.tolist() == [int(tree.tokens_N[0]), int(tree.tokens_N[child])]
     assert chosen.sources_N.tolist() == [Source.ROOT, Source.EMPTY]

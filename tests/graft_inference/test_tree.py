@@ -6,7 +6,7 @@ import torch
 from graft_inference.retrieval.sources import number_of
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.template import Template
-from graft_inference.tree import DraftTree, Source, child_paths, compete, merge, root_tree
+from graft_inference.tree import DraftTree, Source, best_chain, child_paths, merge, pooled, root_tree
 
 MATRIX = number_of("matrix")
 PATHS = ((0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0))
@@ -141,13 +141,14 @@ def test_merge_refills_the_rows_of_duplicates():
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("rows", [1, 4, 9, 16])
-def test_compete_equals_a_sorted_trie(seed, rows):
+def test_the_best_of_a_pool_equal_a_sorted_trie(seed, rows):
     """Of every path its best score, of all paths the best; duplicates free their rows."""
     drafted, matrix = random_tree(seed, nodes=7), random_matrix(seed)
     retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu"), MATRIX))
     # A score that falls from parent to child, and ranks between the drafted nodes' own.
     retrieved.logp_N = torch.where(retrieved.sources_N >= 0, -0.37 * retrieved.depths_N, -torch.inf)
-    tree = compete([drafted, retrieved], [drafted.logp_N, retrieved.logp_N], rows)
+    pool = pooled([drafted, retrieved], [drafted.logp_N, retrieved.logp_N])
+    tree = pool.chosen(pool.logp_N, rows)
 
     best: dict[tuple[int, ...], tuple[float, int]] = {}
     for source in (drafted, retrieved):
@@ -167,7 +168,7 @@ def test_compete_equals_a_sorted_trie(seed, rows):
         assert tree.depths_N[row] == len(path)
 
 
-def test_compete_by_hand():
+def test_a_pool_by_hand():
     """Root 0, drafted 1 (-0.5) and 2 (-0.9); retrieved 2 (-0.2), 2 3 (-0.4) and 4 (-1). Five rows: 4 is left out."""
 
     def tree(tokens, parents, depths, logp, source):
@@ -180,9 +181,46 @@ def test_compete_by_hand():
 
     drafted = tree([0, 1, 2], [0, 0, 0], [0, 1, 1], [0.0, -0.5, -0.9], Source.DRAFTED)
     retrieved = tree([0, 2, 3, 4], [0, 0, 1, 0], [0, 1, 2, 1], [0.0, -0.2, -0.4, -1.0], MATRIX)
-    best = compete([drafted, retrieved], [drafted.logp_N, retrieved.logp_N], 4)
+    pool = pooled([drafted, retrieved], [drafted.logp_N, retrieved.logp_N])
+    best = pool.chosen(pool.logp_N, 4)
     assert best.tokens_N.tolist() == [0, 2, 3, 1]
     assert best.parents_N.tolist() == [0, 0, 1, 0]
     assert best.sources_N.tolist() == [Source.ROOT, Source.DRAFTED, MATRIX, Source.DRAFTED]
     assert best.logp_N.tolist() == pytest.approx([0.0, -0.2, -0.4, -0.5])
     assert best.first(2).tokens_N.tolist() == [0, 2]
+
+
+def reference_best_path(pool: DraftTree, most: int) -> tuple[tuple[int, ...], float]:
+    """Every path that the pool holds, one after the other: the most expected accepted nodes within `most` tokens."""
+    best = ((), 0.0)
+    for row in filled_rows(pool):
+        place, expected = row, 0.0
+        while place:
+            expected += float(pool.logp_N[place].exp())
+            place = int(pool.parents_N[place])
+        if pool.logp_N[row] > -torch.inf and pool.depths_N[row] <= most and expected > best[1] + 1e-6:
+            best = (token_path(pool, row), expected)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("rows", [1, 2, 4, 9])
+def test_the_best_chain_equals_a_search_of_all_paths(seed, rows):
+    drafted, matrix = random_tree(seed, nodes=9), random_matrix(seed)
+    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu"), MATRIX))
+    retrieved.logp_N = torch.where(retrieved.sources_N >= 0, -0.37 * retrieved.depths_N, -torch.inf)
+    pool = pooled([drafted, retrieved], [drafted.logp_N, retrieved.logp_N])
+    chain = best_chain(pool, max_depth=9, rows=rows)
+    path, expected = reference_best_path(pool, rows - 1)
+    kept = filled_rows(chain)
+    assert len(chain) == rows
+    assert tuple(chain.tokens_N[kept].tolist()) == path
+    assert chain.parents_N[kept].tolist() == list(range(len(path))), "one after the other"
+    assert float(chain.logp_N[kept].exp().sum()) == pytest.approx(expected)
+
+
+def test_a_chain_of_nothing_is_the_root():
+    tree = random_tree(0, nodes=5)
+    nothing = torch.full_like(tree.logp_N, -torch.inf).index_fill(0, torch.tensor([0]), 0.0)
+    chain = best_chain(pooled([tree], [nothing]), max_depth=5, rows=3)
+    assert chain.sources_N.tolist() == [Source.ROOT, Source.EMPTY, Source.EMPTY]

@@ -91,7 +91,7 @@ class QuotaCheckpoint:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one method does; a `QuotaPlan` or a `ScoredPlan`.
+    """What one method does; a `QuotaPlan`, a `ScoredPlan` or a `ChainPlan`.
 
     Attributes:
         checkpoints: by rising steps.
@@ -177,9 +177,10 @@ class Plan:
         try:
             rest = dict(values)
             cls = KINDS[rest.pop("kind")]
-            kind_of = Checkpoint if cls is ScoredPlan else QuotaCheckpoint
+            is_scored = issubclass(cls, ScoredPlan)
+            kind_of = Checkpoint if is_scored else QuotaCheckpoint
             rest["checkpoints"] = tuple(exactly(kind_of, checkpoint) for checkpoint in values["checkpoints"])
-            if cls is ScoredPlan:
+            if is_scored:
                 rest["acceptance"] = AcceptanceModel.from_dict(values["acceptance"])
             return exactly(cls, rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -267,6 +268,27 @@ class ScoredPlan(Plan):
         return replace(self, checkpoints=(replace(chosen, steps=0, num_draft_tokens=nodes),))
 
 
-KINDS: dict[str, type[Plan]] = {"quotas": QuotaPlan, "scores": ScoredPlan}
+@dataclass(frozen=True)
+class ChainPlan(ScoredPlan):
+    """Of all nodes that compete, the one path with the most expected accepted tokens: for engines that verify chains.
+
+    The head drafts its likeliest token after the other, and what the sources propose lengthens that chain or takes its
+    place.
+    """
+
+    topk: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.topk != 1:
+            raise GraftError(f"a chain has one token after the other, so topk={self.topk} must be 1")
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a chain."""
+        return max(min(one.num_draft_tokens - 1, self.depth(one)) for one in self.checkpoints)
+
+
+KINDS: dict[str, type[Plan]] = {"quotas": QuotaPlan, "scores": ScoredPlan, "chains": ChainPlan}
 """As `graft.json` names them."""
 AUTOREGRESSIVE = QuotaPlan((QuotaCheckpoint(0),), topk=1)

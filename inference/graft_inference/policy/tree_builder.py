@@ -11,9 +11,9 @@ from ..noise import Noise
 from ..proposer import TokenSource
 from ..retrieval.sources import SOURCES, number_of
 from ..template import Template
-from ..tree import DraftTree, compete, merge
+from ..tree import DraftTree, best_chain, merge, pooled
 from .acceptance import SourceScorer, step_scores
-from .plan import Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
+from .plan import ChainPlan, Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 
 
 def check_sources(plan: Plan, draft_vocab_size: int, tables: dict[str, Any], most_steps: int | None = None) -> None:
@@ -127,12 +127,26 @@ class ScoredBuilder(TreeBuilder):
         return promises.amax(dim=0, keepdim=True) > checkpoint.threshold
 
     def build(self, checkpoint: Checkpoint, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
+        pool = self._pool(checkpoint, drafted, retrieved)
+        return pool.chosen(pool.logp_N, checkpoint.num_draft_tokens)
+
+    def _pool(self, checkpoint: Checkpoint, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
+        """All candidates, their `logp_N` log P(accepted)."""
         step_N = step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted)
         own_N = drafted.path_sums(step_N, checkpoint.steps)
-        scores = [own_N, *(tree.logp_N for tree in retrieved)]
-        return compete([drafted, *retrieved], scores, checkpoint.num_draft_tokens)
+        return pooled([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)])
+
+
+class ChainBuilder(ScoredBuilder):
+    """The best path through the nodes of all sources."""
+
+    def build(self, checkpoint: Checkpoint, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
+        pool = self._pool(checkpoint, drafted, retrieved)
+        return best_chain(pool, self.depths[checkpoint.steps], checkpoint.num_draft_tokens)
 
 
 def builder_of(plan: Plan, device: torch.device) -> TreeBuilder:
     """The builder of a plan's kind."""
+    if isinstance(plan, ChainPlan):
+        return ChainBuilder(plan, device)
     return ScoredBuilder(plan, device) if isinstance(plan, ScoredPlan) else QuotaBuilder(plan, device)  # type: ignore[arg-type]

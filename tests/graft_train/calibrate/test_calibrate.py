@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from graft_inference import Checkpoint, GraftError, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
+from graft_inference import ChainPlan, Checkpoint, GraftError, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 from graft_inference.policy.acceptance import by_evidence
 from graft_train.calibrate import fit as fit_module
 from graft_train.calibrate import latency as latency_module
@@ -131,6 +131,53 @@ def test_replay_reproduces_the_engines_rounds(engine, prompts, traces, replay, n
     visited = replay.outcome(plan).checkpoint_T[replay.visits(replay.outcome(plan))]
     for index, one in enumerate(plan.checkpoints):
         assert sum(s.checkpoints[one.name] for s in stats) == (visited == index).sum()
+
+
+@pytest.fixture(scope="module")
+def chain_traces(engine, prompts):
+    return record_traces(engine, prompts, settings(topk=1))
+
+
+def chains(traces) -> dict[str, ChainPlan]:
+    gated = Checkpoint(0, 2.5, num_draft_tokens=9), Checkpoint(1, 0.3, num_draft_tokens=4), Checkpoint(4)
+    both = ChainPlan((replace(gated[-1], num_draft_tokens=6),), acceptance=fit_acceptance(traces), learns_accepted=True)
+    everything = replace(both, checkpoints=(*gated[:-1], both.checkpoints[0]))
+    return {
+        "both": both,
+        "everything": everything,
+        "head alone": ChainPlan(
+            (Checkpoint(1, 0.3, num_draft_tokens=2), Checkpoint(4, num_draft_tokens=5)),
+            acceptance=replace(both.acceptance, sources=()),
+        ),
+        "retrieved alone": replace(both, checkpoints=(Checkpoint(0, num_draft_tokens=8),)),
+        "lookup and head": without(everything, "matrix"),
+        "cut short": replace(both, checkpoints=(Checkpoint(4, num_draft_tokens=3),)),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["both", "everything", "head alone", "retrieved alone", "lookup and head", "cut short"]
+)
+def test_replay_reproduces_the_rounds_of_chains(engine, prompts, chain_traces, name):
+    replay, plan = Replay(chain_traces, LATENCY, BUDGET), chains(chain_traces)[name]
+    stats = [engine.generate(prompt, NEW, plan=plan).stats for prompt in prompts]
+    acceptance_length = sum(s.emitted - 1 for s in stats) / sum(s.rounds for s in stats)
+    assert acceptance_length > 1.05
+    assert replay.run(plan)[1] == pytest.approx(acceptance_length, abs=1e-9)
+    visited = replay.outcome(plan).checkpoint_T[replay.visits(replay.outcome(plan))]
+    for index, one in enumerate(plan.checkpoints):
+        assert sum(s.checkpoints[one.name] for s in stats) == (visited == index).sum()
+
+
+def test_the_learned_chain_is_as_fast_as_any_of_its_parts(chain_traces):
+    replay = Replay(chain_traces, LATENCY, BUDGET)
+    allowed = replace(ALLOWED, kind=ChainPlan)
+    model = replay.fitted
+    learned = best_learned(replay, model, allowed)
+    assert isinstance(learned, ChainPlan)
+    parts = [replace(model, sources=()), replace(model, drafted=())]
+    assert replay.run(learned)[0] >= max(replay.run(best_learned(replay, part, allowed))[0] for part in parts)
+    assert replay.run(learned)[0] >= replay.run(best_eagle3(replay, WIDTHS))[0]
 
 
 def test_a_forecast_has_the_tokens_rounds_and_time_of_every_prompt(engine, prompts, traces, replay):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graft_inference import GraftEngine, GraftError, Policy, QuotaPlan
+from graft_inference import ChainPlan, GraftEngine, GraftError, Policy, QuotaPlan
 from graft_inference.device import warn_if_elsewhere
 from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.retrieval.sources import SOURCES
@@ -102,6 +102,80 @@ def test_everything_is_learned_measured_and_written(run_dir):
     assert (policy_dir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     text = (policy_dir / "report.md").read_text()
     assert all(f"| {name} |" in text for name in PLANS)
+
+
+def test_a_policy_of_chains_is_learned_from_chains(run_dir):
+    policy_dir = calibrate(config_for(run_dir, kind="chain", topk=1, widths=[1, 2, 3, 4]))
+    report = json.loads((policy_dir / "report.json").read_text())
+    assert set(report["measured"]) == {"eagle3", "retrieve_only", "chain"}
+    assert report["graft_is"] == "chain"
+    policy = Policy.from_dict(json.loads((policy_dir / "policy.json").read_text()))
+    assert isinstance(policy.graft, ChainPlan)
+    assert policy.graft.num_draft_tokens <= 4
+
+
+def write_latency(path: Path, **changes) -> Path:
+    """Times of an engine in which a pass of the head takes next to nothing, and one more verified token as much as
+    another pass."""
+    table = {
+        "widths": [1, 2, 3, 4],
+        "contexts": [16],
+        "verify_ms": [[1.0, 1.01, 1.02, 1.03]],
+        "draft_ms": [0.0, 0.01, 0.02],
+        "measured_on": {"engine": "another engine, 8 requests at a time", "name": "Abacus"},
+    }
+    write_json(path, table | changes)
+    return path
+
+
+CHAINS = {"kind": "chain", "topk": 1, "widths": [1, 2, 3, 4]}
+
+
+def test_a_policy_is_chosen_by_another_engines_latencies(run_dir, tmp_path):
+    policy_dir = calibrate(config_for(run_dir, **CHAINS))
+    traced = (policy_dir / "traces.safetensors").read_bytes()
+    chosen = {}
+    for name, changes in {
+        "all is cheap": {},
+        "tokens are dear": {"verify_ms": [[1.0, 9.0, 18.0, 27.0]]},
+    }.items():
+        latency = write_latency(tmp_path / "latency.json", **changes)
+        assert calibrate(config_for(run_dir, **CHAINS, latency_from=str(latency))) == policy_dir
+        policy = Policy.from_dict(json.loads((policy_dir / "policy.json").read_text()))
+        chosen[name] = policy.graft
+        assert policy.measured_on["device"]["engine"] == "another engine, 8 requests at a time"
+        assert json.loads((policy_dir / "latency.json").read_text())["verify_ms"] == (
+            changes.get("verify_ms") or [[1.0, 1.01, 1.02, 1.03]]
+        )
+    assert (policy_dir / "traces.safetensors").read_bytes() == traced
+    assert chosen["all is cheap"].num_draft_tokens > 1
+    assert chosen["tokens are dear"].num_draft_tokens == 1, "plain decoding"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"widths": [1, 2, 3], "verify_ms": [[1.0, 2.0, 3.0]]}, "times of 2 verified tokens and 2 draft steps"),
+        ({"draft_ms": [0.0, 1.0]}, "1 draft steps, but"),
+        ({"verify_ms": [[1.0, 2.0]]}, "do not fit together"),
+        ({"contexts": [16, 32]}, "do not fit together"),
+        ({"draft_ms": [0.0, "fast", 2.0]}, "do not fit together"),
+        ({"more": 1}, "no table of latencies"),
+        ({"measured_on": None}, "no table of latencies"),
+    ],
+)
+def test_latencies_that_do_not_fit_choose_nothing(run_dir, tmp_path, changes, told):
+    policy_dir = calibrate(config_for(run_dir, **CHAINS))
+    before = (policy_dir / "policy.json").read_bytes()
+    latency = write_latency(tmp_path / "latency.json", **changes)
+    with pytest.raises(GraftError, match=told):
+        calibrate(config_for(run_dir, **CHAINS, latency_from=str(latency)))
+    assert (policy_dir / "policy.json").read_bytes() == before
+
+
+def test_chains_are_not_learned_from_trees():
+    with pytest.raises(GraftError, match=r"policy\.topk=3 must be 1"):
+        CalibrateConfig(kind="chain", topk=3)
 
 
 def test_at_a_temperature_learned_plans_know_the_noise_of_draws_and_published_ones_do_not(run_dir, monkeypatch):

@@ -1,0 +1,1 @@
+"""Graft inside other engines, which run the models themselves."""
