@@ -19,7 +19,7 @@ test: lint
 test-engines: setup engines
 	$(BIN)/python -m pytest -m engines
 
-engines: $(ENGINES)/vllm/.installed $(ENGINES)/speculators/.installed
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama_cpp/.installed $(ENGINES)/speculators/.installed
 
 setup: $(INSTALLED)
 

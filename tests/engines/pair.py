@@ -21,17 +21,18 @@ from graft_train.files import write_json
 from ..graft_inference.tiny_bundle import tiny_successors, tiny_tokenizer
 
 VOCAB, LAYERS, NEW_TOKENS = 64, 6, 40
-PROMPTS = torch.randint(VOCAB - 1, (100, 6), generator=torch.Generator().manual_seed(3))
-SERVED = PROMPTS[:4]
+PROMPTS = torch.randint(VOCAB - 2, (100, 6), generator=torch.Generator().manual_seed(3))
+SERVED = PROMPTS[:16]
 """Prompts that no head was trained on."""
+LETTER = {"drafted": "d", "bonus": "b"}
 TRAINING = {
     "epochs": 100,
-    "max_steps": 150,
+    "max_steps": 200,
     "batch_tokens": 1024,
     "batches_per_step": 1,
     "learning_rate": 3e-3,
     "mixed_precision": "no",
-    "log_every": 150,
+    "log_every": 200,
     "validation_samples": 1,
     "measure_prompts": 1,
     "trackers": [],
@@ -56,10 +57,17 @@ def write_target(directory: Path) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data.mul_(3)
-    model.lm_head.weight.data[-1] = 0  # its logit is never the highest: the mask of a block head
+            parameter.data.mul_(4)
+    # A token's likeliest successor is another one; what came before changes that now and then.
+    model.model.embed_tokens.weight.data.mul_(5)
+    order = torch.randperm(VOCAB - 2, generator=torch.Generator().manual_seed(1))
+    model.lm_head.weight.data[order] = model.model.embed_tokens.weight.data[: VOCAB - 2]
+    model.lm_head.weight.data[VOCAB - 2 :] = 0  # never the likeliest: the end of a text, and the mask of a block head
     model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "eos_token": "<eos>"})
+    assert tokenizer.eos_token_id == VOCAB - 2  # which is never written, so no text ends
+    tokenizer.save_pretrained(directory)
     return model.eval().requires_grad_(False)
 
 
@@ -101,28 +109,20 @@ def _record(directory: Path) -> None:
     write_json(directory / "stage.json", {"fingerprint": directory.name, "settings": {}, "inputs": {}})
 
 
-def chain(bundle: Path, target: Path, length: int) -> dict[str, Any]:
-    """What our engine drafts for `SERVED` in chains of one length, counted as vLLM counts.
+def chain(bundle: Path, target: Path, length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """What our engine drafts for `SERVED` in chains of one length, until `NEW_TOKENS` are there.
 
     Returns:
-        `tokens` of each prompt, `drafts` (rounds), drafted tokens `accepted`, and `accepted_per_position`.
+        The new tokens of each prompt, and how many drafted tokens each of its rounds accepted. The last round may
+        accept more than is asked for.
     """
     engine = GraftEngine.from_pretrained(bundle, target, "cpu", "float32", fallback=False)
     plan = QuotaPlan((QuotaCheckpoint(length, drafted=length),), topk=1)
-    found: dict[str, Any] = {"tokens": [], "drafts": 0, "accepted": 0, "accepted_per_position": [0] * length}
+    tokens, rounds = [], []
     for prompt in SERVED:
-        # A last round may accept more than is asked for, which vLLM counts.
         out = engine.generate(prompt, NEW_TOKENS + length, plan=plan)
-        found["tokens"].append(out.sequences[0, len(prompt) :][:NEW_TOKENS].tolist())
-        emitted, accepted = 1, 0
-        for source in out.stats.sources[1:]:
-            if source == "drafted":
-                found["accepted_per_position"][accepted] += 1
-                accepted += 1
-                continue
-            emitted, found["drafts"] = emitted + accepted + 1, found["drafts"] + 1
-            found["accepted"] += accepted
-            accepted = 0
-            if emitted >= NEW_TOKENS:
-                break
-    return found
+        tokens.append(out.sequences[0, len(prompt) :][:NEW_TOKENS].tolist())
+        accepted = [len(drafted) for drafted in "".join(map(LETTER.get, out.stats.sources[1:])).split("b")]
+        emitted = [1 + sum(accepted[:count]) + count for count in range(len(accepted))]
+        rounds.append(accepted[: next(count for count, there in enumerate(emitted) if there >= NEW_TOKENS)])
+    return tokens, rounds
