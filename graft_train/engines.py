@@ -175,6 +175,12 @@ def broken_rules(engine: str, head: HeadConfig, layers: int) -> list[Rule]:
     return [rule for rule in RULES if rule.engine == engine and kind in rule.kinds and rule.applies(head, layers)]
 
 
+def faults_of(head: HeadConfig, layers: int) -> list[str]:
+    """A sentence for each engine that is not for this head."""
+    faults = {name: [rule.fault for rule in broken_rules(engine, head, layers)] for engine, name in NAMES.items()}
+    return [f"this head is not for {name}, which {'; and '.join(found)}" for name, found in faults.items() if found]
+
+
 def check_engines(engines: Sequence[str], head: HeadConfig, layers: int) -> None:
     """Raises GraftError unless each of these engines runs the head as it was trained."""
     for engine in engines:

@@ -22,7 +22,7 @@ from graft_inference.heads.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_fil
 from graft_inference.heads.families import described, load_any_config
 from graft_train.config import Config
 from graft_train.data.target import load_tokenizer, target_path, text_config
-from graft_train.engines import check_engines, serving
+from graft_train.engines import check_engines, faults_of, serving
 from graft_train.files import only_one, told, write_json, write_text
 from graft_train.flat_code import flat_modules
 from graft_train.processes import is_main, say
@@ -144,7 +144,9 @@ def _build(config: Config, out: Path, final: Path) -> None:
     _write_code(out, str(final.resolve()))
     write_text(out / "README.md", _card(out, str(final)))
     # A bundle that the engine would refuse must not appear.
-    load_bundle(out, target_config, tokenizer)
+    head = load_bundle(out, target_config, tokenizer).head
+    for fault in faults_of(head.config, target_config.num_hidden_layers):
+        say(f"export: {fault}")
 
 
 def _dtype_of(config: Config) -> torch.dtype | None:

