@@ -15,11 +15,11 @@ quickstart: $(MODEL)
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadscope
 
-# What is exported, in other engines: each has an environment of its own, 7 GB in all, under $GRAFT_ENGINES or .engines.
+# What is exported, in other engines: each has an environment of its own, 6 GB in all, under $GRAFT_ENGINES or .engines.
 test-engines: setup engines
 	$(BIN)/python -m pytest -m engines
 
-engines: $(ENGINES)/vllm/.installed $(ENGINES)/speculators/.installed
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama_cpp/.installed $(ENGINES)/speculators/.installed
 
 setup: $(INSTALLED)
 

@@ -7,23 +7,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
+from transformers import AutoConfig
 
 import graft_inference
 from graft_inference import METHODS, GraftError
 from graft_inference.bundle import describe_target, load_bundle
-from graft_inference.files import read_json
-from graft_inference.heads.families import described
+from graft_inference.files import read_json, read_safetensors
+from graft_inference.heads.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_files
+from graft_inference.heads.families import described, load_any_config
 from graft_train.config import Config
 from graft_train.data.target import load_tokenizer, target_path, text_config
+from graft_train.engines import check_engines, faults_of, serving
 from graft_train.files import only_one, told, write_json, write_text
 from graft_train.flat_code import flat_modules
 from graft_train.processes import is_main, say
 from graft_train.report import asked_of, categories_of
-from graft_train.stage import RECORD, run_stage
+from graft_train.stage import RECORD, fingerprints_of, run_stage
 
 EVALUATION = "evaluation"
 """Of the run's own held-out prompts; those of another data set have its name behind it."""
@@ -38,12 +42,17 @@ def export(config: Config) -> Path:
     """Writes `bundle/`, and pushes it if asked, newly made or reused.
 
     Raises:
-        GraftError: stages that do not fit together, or a push without a repository or permission.
+        GraftError: stages that do not fit together, a head that an engine of `export.engines` would run wrong, or a
+            push without a repository or permission.
     """
     settings = config.export
     if settings.push_to_hub:
         _check_repo_id(settings.repo_id)
     run_dir = Path(config.run_dir)
+    if settings.engines:
+        fingerprints_of(config, ["head"])  # a missing stage is told first
+        layers = text_config(config).num_hidden_layers
+        check_engines(settings.engines, load_any_config(run_dir / "head", layers), layers)
     bundle = run_stage(
         config,
         "export",
@@ -120,8 +129,7 @@ def push(bundle: Path, repo_id: str, private: bool) -> str:
 
 def _build(config: Config, out: Path, final: Path) -> None:
     run_dir = Path(config.run_dir)
-    for file in ("config.json", "model.safetensors"):
-        _copy(run_dir / "head" / file, out)
+    _copy_head(run_dir / "head", out, _dtype_of(config))
     _copy(run_dir / "corpus" / "successors.safetensors", out)
     policy = read_json(run_dir / "policy" / "policy.json")
     tokenizer = load_tokenizer(config)
@@ -137,7 +145,27 @@ def _build(config: Config, out: Path, final: Path) -> None:
     _write_code(out, str(final.resolve()))
     write_text(out / "README.md", _card(out, str(final)))
     # A bundle that the engine would refuse must not appear.
-    load_bundle(out, target_config, tokenizer)
+    head = load_bundle(out, target_config, tokenizer).head
+    for fault in faults_of(head.config, target_config.num_hidden_layers):
+        say(f"export: {fault}")
+
+
+def _dtype_of(config: Config) -> torch.dtype | None:
+    """In which the target's own checkpoint is, and engines compute it; None where that does not say."""
+    whole = AutoConfig.from_pretrained(target_path(config))
+    return whole.dtype or whole.get_text_config().dtype
+
+
+def _copy_head(head: Path, directory: Path, dtype: torch.dtype | None) -> None:
+    """Copies a head's files in this dtype: SGLang computes a head in its own, which must be the target's."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        _copy(head / name, directory)
+    tensors = read_safetensors(directory / WEIGHTS_FILE)
+    if dtype is None or all(tensor.dtype == dtype for tensor in tensors.values() if tensor.is_floating_point()):
+        return
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    name = str(dtype).removeprefix("torch.")
+    save_files(directory, cast, read_json(directory / CONFIG_FILE) | {"torch_dtype": name, "dtype": name})
 
 
 def _copy(source: Path, directory: Path) -> None:
@@ -177,6 +205,8 @@ def _card(bundle: Path, location: str) -> str:
     graft = read_json(bundle / "graft.json")
     target = graft["target"]["name_or_path"]
     tag, head = described(bundle)
+    layers = graft["target"]["num_hidden_layers"]
+    dtype = read_json(bundle / CONFIG_FILE)["dtype"]
     paths = sorted(bundle.glob(f"{EVALUATION}*.json"), key=lambda path: path.stem)
     data = ModelCardData(
         library_name="transformers",
@@ -192,6 +222,7 @@ def _card(bundle: Path, location: str) -> str:
         location=location,
         head=head,
         adopted=read_json(bundle / RECORD)["settings"].get("adopted"),
+        engines=serving(load_any_config(bundle, layers), layers, target, location, dtype).values(),
         device=graft["policy"]["measured_on"].get("device"),
         evaluations=list(map(read_json, paths)),
         methods=METHODS,

@@ -22,10 +22,13 @@ def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked_for_engines = "engines" in config.option.markexpr
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         engine = item.get_closest_marker("engines")
-        if engine and not python_of(*engine.args).exists():
+        if engine and not asked_for_engines:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run make engines, then pytest -m engines"))
+        elif engine and not python_of(*engine.args).exists():
             item.add_marker(pytest.mark.skip(reason=f"needs {python_of(*engine.args)}: run make engines"))

@@ -39,7 +39,6 @@ ENVIRONMENT = {
 DEFAULTS = {
     "dtype": "float32",
     "enforce_eager": True,
-    "max_model_len": 256,
     "skip_tokenizer_init": True,
     "enable_prefix_caching": False,
     "disable_log_stats": False,
