@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.config import BlockHeadConfig
+from graft_inference.heads.eagle3.dialects import newer_than_sglang
 from graft_inference.heads.families import HeadConfig
 
 EAGLE3, DFLASH, DSPARK = "EAGLE-3", "DFlash", "DSpark"
@@ -85,6 +86,7 @@ class Rule:
 
 
 OTHER_LAYERS = "train with other head.aux_layer_ids"
+PLAIN_HEAD = "train a head without head.init_from"
 FULL_VOCABULARY = "train with a head.draft_vocab_size of the whole vocabulary"
 RULES = (
     Rule(
@@ -100,6 +102,14 @@ RULES = (
         lambda head, layers: head.norm_before_residual,
         "does not read norm_before_residual and computes another head, which it does not say",
         "train with head.norm_before_residual=false",
+    ),
+    Rule(
+        "sglang",
+        (EAGLE3,),
+        lambda head, layers: newer_than_sglang(head),
+        "refuses the dialect that such a head is written in, and would leave out its sliding window, its norms of "
+        "queries and keys, of the states and of the output",
+        PLAIN_HEAD,
     ),
     Rule(
         "sglang",
@@ -131,6 +141,13 @@ RULES = (
     ),
     Rule(
         "llama_cpp",
+        (EAGLE3,),
+        lambda head, layers: newer_than_sglang(head),
+        "is not known to read heads of newer trainers",
+        PLAIN_HEAD,
+    ),
+    Rule(
+        "llama_cpp",
         BLOCKS,
         lambda head, layers: head.causal,
         "drops is_causal in its converter, and lets every slot see those behind it",
@@ -158,6 +175,13 @@ RULES = (
         "writes uninitialised memory for the d2t that a head of the whole vocabulary does not have, unless one of "
         "zeros, and a t2d of ones, are added to model.safetensors",
         "train with a head.draft_vocab_size below the target's vocabulary",
+    ),
+    Rule(
+        "openvino",
+        (EAGLE3,),
+        lambda head, layers: newer_than_sglang(head),
+        "is not known to read heads of newer trainers",
+        PLAIN_HEAD,
     ),
     Rule("openvino", BLOCKS, lambda head, layers: True, "is not known to serve block heads", "train an EAGLE-3 head"),
 )
