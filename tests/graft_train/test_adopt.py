@@ -40,6 +40,12 @@ def eagle3_of_speculators(directory: Path) -> None:
     to_speculators(directory)
 
 
+def eagle3_of_a_newer_trainer(directory: Path) -> None:
+    """Qwen3's layer, a sliding window, and EAGLE 3.1's norms: parts that speculators' dialect alone has."""
+    parts = {"qk_norm": True, "sliding_window": 6, "fc_norm": True, "norm_output": True}
+    save_head(tiny_head(tiny_model("llama"), **parts), directory)
+
+
 def official_eagle3(directory: Path) -> None:
     """A pickle of tensors, which does not say which layers the head reads: 1, n//2 - 1 and n - 4 of its target's n."""
     save_head(tiny_head(tiny_model("llama", num_hidden_layers=8), aux_layer_ids=(1, 3, 4)), directory)
@@ -72,6 +78,7 @@ def dspark_of_speculators(directory: Path) -> None:
 PUBLISHED = (
     eagle3,
     eagle3_of_speculators,
+    eagle3_of_a_newer_trainer,
     official_eagle3,
     dflash,
     dspark,
