@@ -149,7 +149,7 @@ RULES = (
     Rule(
         "llama_cpp",
         BLOCKS,
-        lambda head, layers: head.causal,
+        lambda head, layers: head.causal is not False,
         "drops is_causal in its converter, and lets every slot see those behind it",
         "train with head.block.causal=false",
     ),
@@ -190,7 +190,7 @@ RULES = (
 def kind_of(head: HeadConfig) -> str:
     if not isinstance(head, BlockHeadConfig):
         return EAGLE3
-    return DSPARK if head.sample_from_anchor else DFLASH
+    return DSPARK if head.sample_from_anchor or head.markov_rank else DFLASH
 
 
 def broken_rules(engine: str, head: HeadConfig, layers: int) -> list[Rule]:

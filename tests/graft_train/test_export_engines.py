@@ -12,6 +12,7 @@ from graft_inference import GraftError
 from graft_inference.heads.block.checkpoint import save_block_head
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.block.view import SlidingWindow
 from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.heads.eagle3.model import DraftHeadConfig
 from graft_inference.heads.families import load_any_head
@@ -93,6 +94,13 @@ def test_what_an_engine_would_run_wrong_is_refused_for_it_alone(head, engine, me
         check_engines([engine], head, LAYERS)
     spared = [rule for rule in broken_rules(engine, head, LAYERS) if message not in f"{NAMES[engine]} {rule.fault}"]
     assert not spared  # nothing else is held against it
+
+
+def test_adopted_block_heads_are_judged_by_how_they_are_written():
+    """With a Markov bias in fill-in slots, and causal in sliding layers alone."""
+    assert kind_of(block(markov_rank=3)) == "DSpark"
+    mixed = block(num_hidden_layers=2, causal=None, sliding=SlidingWindow((1,), 9))
+    assert any("is_causal" in rule.fault for rule in broken_rules("llama_cpp", mixed, LAYERS))
 
 
 def test_every_rule_is_tested_and_every_engine_is_described():
