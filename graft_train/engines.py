@@ -106,7 +106,7 @@ RULES = (
     Rule(
         "sglang",
         (EAGLE3,),
-        lambda head, layers: newer_than_sglang(head),
+        lambda head, layers: bool(newer_than_sglang(head)),
         "refuses the dialect that such a head is written in, and would leave out its sliding window, its norms of "
         "queries and keys, of the states and of the output",
         PLAIN_HEAD,
@@ -142,7 +142,7 @@ RULES = (
     Rule(
         "llama_cpp",
         (EAGLE3,),
-        lambda head, layers: newer_than_sglang(head),
+        lambda head, layers: bool(newer_than_sglang(head)),
         "is not known to read heads of newer trainers",
         PLAIN_HEAD,
     ),
@@ -179,7 +179,7 @@ RULES = (
     Rule(
         "openvino",
         (EAGLE3,),
-        lambda head, layers: newer_than_sglang(head),
+        lambda head, layers: bool(newer_than_sglang(head)),
         "is not known to read heads of newer trainers",
         PLAIN_HEAD,
     ),
