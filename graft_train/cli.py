@@ -1,4 +1,4 @@
-"""`graft STAGE key=value ...`: the recipes as one command, from a clone or a wheel; `graft chat` and `graft serve`."""
+"""`graft STAGE key=value ...`: the recipes as one command, from a clone or a wheel; and what is done with a bundle."""
 
 from functools import partial
 from typing import Any
@@ -51,6 +51,22 @@ def _command(name: str, line: str) -> click.Command:
 
 for _name, _line in (STAGES | {WHOLE_ROAD: "All of them in a row, at the quickstart's size."}).items():
     main.add_command(_command(_name, _line))
+
+
+@click.command("inspect", short_help="Show what is inside an exported bundle.")
+@click.argument("bundle", type=click.Path())
+def _inspect(bundle: str) -> None:
+    """Show what is inside BUNDLE, a directory or a Hub id: target, head, policy, corpus, engines, evaluations."""
+    from graft_inference import GraftError
+    from graft_train.inspect import inspect
+
+    try:
+        inspect(bundle)
+    except GraftError as error:
+        raise click.ClickException(str(error)) from error
+
+
+main.add_command(_inspect)
 
 
 METHODS = ("graft", "eagle3", "retrieve", "autoregressive")

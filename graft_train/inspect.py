@@ -1,0 +1,111 @@
+"""`graft inspect BUNDLE`: what is inside, in one screen."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from graft_inference import ChainPlan, GraftError, Plan, QuotaCheckpoint
+from graft_inference.bundle import load_graft, load_successors, resolve
+from graft_inference.files import read_json
+from graft_inference.heads.families import described, load_any_head
+from graft_inference.policy.policy import PLANNED, Policy
+from graft_inference.retrieval.successor_matrix import SuccessorMatrix
+from graft_train.engines import serving
+from graft_train.report import print_table
+
+SHOWN = 12
+"""Characters of a hash that people compare."""
+
+
+def inspect(place: str) -> None:
+    """Prints what a bundle holds: target, head, policy, corpus, files, engines that serve it, and its evaluations.
+
+    Args:
+        place: directory or Hub id.
+
+    Raises:
+        GraftError: no bundle, or one that cannot be read.
+    """
+    directory = resolve(place)
+    if not (directory / "graft.json").exists():
+        raise GraftError(f"{place} has no graft.json: it is no bundle, but may be a head (graft adopt takes one)")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for name, line in facts_of(directory, place):
+        grid.add_row(name, line)
+    Console().print(grid)
+    for path in sorted(directory.glob("evaluation*.json")):
+        print()
+        print_table(read_json(path))
+
+
+def facts_of(directory: Path, place: str) -> Iterator[tuple[str, str]]:
+    """What there is to say, line by line; a line that goes on with what the one before says has no name."""
+    policy, target = load_graft(directory / "graft.json")
+    layers = target["num_hidden_layers"]
+    yield "bundle", place
+    sizes = f"{layers} layers, {target['hidden_size']:,} wide, {target['vocab_size']:,} tokens"
+    yield "target", f"{target['name_or_path']}: {sizes}, tokenizer {(target['tokenizer'] or 'not told')[:SHOWN]}"
+    head = load_any_head(directory, layers)
+    shape, dtype = head.config, str(next(head.parameters()).dtype).removeprefix("torch.")
+    yield "head", described(directory)[1]
+    vocabulary = f"{shape.draft_vocab_size:,} of {shape.vocab_size:,} tokens"
+    size = sum(parameter.numel() for parameter in head.parameters())
+    yield "", f"{size:,} parameters in {dtype}, reads layers {list(shape.aux_layer_ids)}, drafts {vocabulary}"
+    for name in PLANNED:
+        yield name, in_words(policy.plan(name))
+    yield "measured on", _measured_on(policy)
+    yield "corpus", _of_matrix(load_successors(directory / "successors.safetensors", shape.vocab_size))
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        yield "file", f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB, sha256 {digest[:SHOWN]}"
+    for engine in serving(shape, layers, target["name_or_path"], place, dtype).values():
+        faults = f"not for this head: it {'; it '.join(engine.faults)}" if engine.faults else engine.seen
+        yield engine.name, faults
+
+
+def in_words(plan: Plan) -> str:
+    """A plan as a sentence."""
+    *early, last = plan.checkpoints
+    ways = [_early(one) for one in early]
+    ways.append(f"{'else ' if ways else ''}{_steps(last.steps)} {_nodes(last)}")
+    made = "chains" if isinstance(plan, ChainPlan) else "trees"
+    asked = f"asks {' and '.join(plan.sources)}" if plan.sources else "asks no source"
+    return f"makes {made}: {', '.join(ways)}; {asked}"
+
+
+def _early(checkpoint: Any) -> str:
+    if not checkpoint.steps:
+        return f"no draft where retrieval promises over {checkpoint.threshold:.2f} tokens {_nodes(checkpoint)}"
+    return f"{_steps(checkpoint.steps)} where the head is at most {checkpoint.threshold:.2f} sure {_nodes(checkpoint)}"
+
+
+def _steps(steps: int) -> str:
+    return f"{steps} draft step{'s' if steps > 1 else ''}" if steps else "no draft"
+
+
+def _nodes(checkpoint: Any) -> str:
+    if isinstance(checkpoint, QuotaCheckpoint):
+        return f"(1 + {checkpoint.drafted} drafted + {checkpoint.retrieved} retrieved nodes)"
+    return f"({checkpoint.num_draft_tokens} node{'s' if checkpoint.num_draft_tokens > 1 else ''})"
+
+
+def _measured_on(policy: Policy) -> str:
+    measured = policy.measured_on
+    device = measured.get("device")
+    if not device:
+        return str(measured.get("source", "no device"))
+    what = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
+    traced = f"; {measured['positions']:,} positions traced" if "positions" in measured else ""
+    return f"{device.get('name', 'a device without a name')} ({what}){traced}"
+
+
+def _of_matrix(matrix: SuccessorMatrix) -> str:
+    known = int((matrix.ids_VK >= 0).any(dim=1).sum())
+    return f"up to {matrix.k} successors of {known:,} tokens ({known / len(matrix.ids_VK):.0%} of the vocabulary)"
