@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from graft_inference import ChainPlan, GraftError, Plan, QuotaCheckpoint
 from graft_inference.bundle import load_graft, load_successors, resolve
@@ -37,11 +38,14 @@ def inspect(place: str) -> None:
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for name, line in facts_of(directory, place):
-        grid.add_row(name, line)
+        grid.add_row(name, Text(line))  # names may have brackets, which are markup elsewhere
     Console().print(grid)
     for path in sorted(directory.glob("evaluation*.json")):
         print()
-        print_table(read_json(path))
+        try:
+            print_table(read_json(path))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GraftError(f"{path} is no evaluation that graft evaluate wrote ({error!r}): run it again") from error
 
 
 def facts_of(directory: Path, place: str) -> Iterator[tuple[str, str]]:
@@ -61,7 +65,7 @@ def facts_of(directory: Path, place: str) -> Iterator[tuple[str, str]]:
         yield name, in_words(policy.plan(name))
     yield "measured on", _measured_on(policy)
     yield "corpus", _of_matrix(load_successors(directory / "successors.safetensors", shape.vocab_size))
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(path for path in directory.glob("*.safetensors") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         yield "file", f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB, sha256 {digest[:SHOWN]}"
@@ -102,7 +106,7 @@ def _measured_on(policy: Policy) -> str:
     if not device:
         return str(measured.get("source", "no device"))
     what = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
-    traced = f"; {measured['positions']:,} positions traced" if "positions" in measured else ""
+    traced = f"; {measured['positions']} positions traced" if "positions" in measured else ""
     return f"{device.get('name', 'a device without a name')} ({what}){traced}"
 
 

@@ -82,14 +82,10 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
     values, here = read_json(path, "measure it again"), read_json(own, "run graft calibrate without latency_from")
     try:
         measured_on = {name: str(value) for name, value in values.pop("measured_on").items()}
+        _check_table(**values)
         latency = Latency(**here | values | {"commit_ms": 0.0})
-        columns: list[list[Any]] = [latency.widths, latency.contexts, latency.draft_ms, *latency.verify_ms]
-        whole = all(isinstance(one, int | float) for column in columns for one in column)
-        sizes = len(latency.contexts), *(len(times) for times in latency.verify_ms)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise GraftError(f"{path} is no table of latencies ({error}): measure it again") from error
-    if not whole or sizes != (len(latency.verify_ms), *[len(latency.widths)] * len(latency.verify_ms)):
-        raise GraftError(f"{path} is no table of latencies: its lists do not fit together; measure it again")
     if max(latency.widths) < max(settings.widths) or len(latency.draft_ms) <= settings.num_steps:
         raise GraftError(
             f"{path} has times of {max(latency.widths) - 1} verified tokens and {len(latency.draft_ms) - 1} draft "
@@ -97,6 +93,22 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
             f"{settings.num_steps}: measure more, or lower these"
         )
     return latency, measured_on
+
+
+def _check_table(widths: list[int], contexts: list[int], verify_ms: list[list[float]], draft_ms: list[float]) -> None:
+    """Raises ValueError or TypeError unless every width and context has a time, and more work takes no less."""
+    for name, counts in {"widths": widths, "contexts": contexts}.items():
+        if not counts or any(type(count) is not int for count in counts) or counts != sorted({*counts}):
+            raise ValueError(f"{name} must be whole numbers that rise")
+    if widths[0] != 1 or draft_ms[:1] != [0.0]:
+        raise ValueError("widths begin with 1, the root, and draft_ms with 0, for no step")
+    if [len(times) for times in verify_ms] != [len(widths)] * len(contexts):
+        raise ValueError("verify_ms must have a time of every width for every context")
+    for times in [*verify_ms, draft_ms]:
+        if any(type(time) not in (int, float) for time in times) or times != sorted(times):
+            raise ValueError("times must be numbers that do not fall")
+    if min(times[0] for times in verify_ms) <= 0:
+        raise ValueError("a pass takes time")
 
 
 class RoundTimer:

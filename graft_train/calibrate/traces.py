@@ -103,12 +103,15 @@ class Traces:
                 recorded = json.loads((file.metadata() or {}).get("made_of", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            raise GraftError(f"{path} cannot be read ({error}): run graft calibrate without latency_only") from error
+            raise GraftError(
+                f"{path} cannot be read ({error}): run graft calibrate without latency_only and latency_from"
+            ) from error
         for name, expected in made_of.items():
             if recorded.get(name) != expected:
                 raise GraftError(
-                    f"{path} was traced with another {name} ({recorded.get(name)}, now {expected}): delete "
-                    f"{path.parent} and run graft calibrate without policy.latency_only"
+                    f"{path} was traced with another {name} ({recorded.get(name)}, now {expected}): give the settings "
+                    f"that it was traced with, or delete {path.parent} and run graft calibrate without "
+                    "policy.latency_only and policy.latency_from"
                 )
         parts = [one.name for one in fields(SourceTraces)]
         if set(tensors) != {*COLUMNS, *(f"{source}.{part}" for source in SOURCES for part in parts)}:

@@ -12,7 +12,6 @@ from graft_train.config.evaluation import EvaluateConfig
 from graft_train.data.prompts import prompt_settings
 from graft_train.evaluate.lossless import losslessness
 from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, data_of, directory_of, naming, shown_path
-from graft_train.evaluate.served import evaluate_servers
 from graft_train.evaluate.summary import acceptance, by_category, repetition, summarize
 from graft_train.evaluate.timing import Run, run_of, timed
 from graft_train.export import write_card
@@ -36,6 +35,8 @@ def evaluate(config: Config) -> Path:
     """
     asked, name = config.evaluation, directory_of(config.evaluation)
     if asked.servers():
+        from graft_train.evaluate.served import evaluate_servers  # which needs the client of servers
+
         return evaluate_servers(config)
     settings = {**asdict(asked), "seed": config.seed, "dtype": config.target.dtype}
     for decides_nothing in ("server", "concurrency"):

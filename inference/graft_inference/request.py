@@ -22,6 +22,7 @@ from .target.model import Target
 
 DEFAULT_NEW_TOKENS = 128
 WHOLE = ("max_new_tokens", "max_length", "min_new_tokens", "top_k", "seed", "pad_token_id")
+LEAST_TEMPERATURE = 1e-5
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 """Settings that are numbers, of whatever library: whole ones, and others."""
 
@@ -87,8 +88,11 @@ class Request:
                 object.__setattr__(self, name, _number(name, value))
         for name in ("logits_processor", "stopping_criteria"):
             object.__setattr__(self, name, _callables(name, getattr(self, name) or ()))
-        if self.temperature is None or not self.temperature >= 0:
-            raise GraftError(f"temperature={self.temperature!r}: 0 is greedy, more samples")
+        if self.temperature is None or not (self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE):
+            raise GraftError(
+                f"temperature={self.temperature!r}: 0 is greedy, {LEAST_TEMPERATURE:g} or more samples; scores divided "
+                "by less overflow"
+            )
         if not isinstance(self.plan, Plan | None):
             raise GraftError(f"plan={self.plan!r}: pass a Plan, or leave it out and name a method")
         if self.tokenizer is not None and not _is_callable(self.tokenizer, "convert_ids_to_tokens"):

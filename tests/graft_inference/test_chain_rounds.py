@@ -141,6 +141,9 @@ def test_a_bundle_that_makes_no_chains_is_refused(bundle):
         ChainRounds.of_bundle(str(directory), config, tiny_tokenizer("<end>"), most=6)
     with pytest.raises(GraftError, match="wants a target with vocab_size"):
         ChainRounds.of_bundle(str(directory), tiny_model("llama", vocab_size=8).config, None, most=6)
+    write_plan(directory, PLANS["nothing"])
+    with pytest.raises(GraftError, match=r"is plain decoding, .*start the engine without speculation"):
+        ChainRounds.of_bundle(str(directory), config, None, most=1)
     write_plan(directory, ScoredPlan((Checkpoint(2, num_draft_tokens=4),), 2, acceptance=BOTH))
     with pytest.raises(GraftError, match=r"policy\.kind=chain policy\.topk=1"):
         ChainRounds.of_bundle(str(directory), config, None, most=2)

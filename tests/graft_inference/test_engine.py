@@ -509,6 +509,7 @@ def test_accepted_tokens_add_up(method):
         ({"method": "medusa"}, "unknown method 'medusa': choose one of graft, eagle3"),
         ({"max_new_tokens": 0}, "ask for at least 1"),
         ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"temperature": 1e-38}, "temperature=1e-38: 0 is greedy, 1e-05 or more samples"),
         (
             {"plan": QuotaPlan((QuotaCheckpoint(0, retrieved=1, template=((4,),)),))},
             "the source matrix for 5 guesses after a token, but it keeps 4",

@@ -70,12 +70,23 @@ def test_the_command_shows_it_in_one_screen(bundle):
     assert len(shown.output.splitlines()) < 40
 
 
+def test_names_with_brackets_are_shown_as_they_are(bundle):
+    graft = json.loads((bundle / "graft.json").read_text())
+    graft["target"]["name_or_path"] = "models/[/bold]tiny"
+    (bundle / "graft.json").write_text(json.dumps(graft))
+    (bundle / "gone.safetensors").symlink_to(bundle / "nowhere")
+    shown = CliRunner().invoke(main, ["inspect", str(bundle)])
+    assert shown.exit_code == 0, shown.output
+    assert "models/[/bold]tiny" in shown.output
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
         (lambda bundle: (bundle / "graft.json").unlink(), "it is no bundle, but may be a head"),
         (lambda bundle: (bundle / "model.safetensors").write_bytes(b"cut"), "truncated or corrupt"),
         (lambda bundle: (bundle / "successors.safetensors").unlink(), "successors.safetensors is missing"),
+        (lambda bundle: (bundle / "evaluation.json").write_text("{}"), "is no evaluation that graft evaluate wrote"),
     ],
 )
 def test_what_is_no_bundle_is_refused_in_one_line(bundle, damage, told):

@@ -60,6 +60,10 @@ class ChainRounds:
                 f"the policy of {bundle} makes trees, and this engine verifies chains: calibrate with "
                 "policy.kind=chain policy.topk=1, and export again"
             )
+        if not plan.length:
+            raise GraftError(
+                f"the policy of {bundle} is plain decoding, as nothing else pays: start the engine without speculation"
+            )
         if most > plan.length:
             raise GraftError(
                 f"num_speculative_tokens={most}, but the policy of {bundle} makes chains of at most {plan.length} "

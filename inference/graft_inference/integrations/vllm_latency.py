@@ -5,7 +5,8 @@
     graft calibrate ... policy.latency_from=latency.json
 
 Plans that leave no choice are timed in turn: so many draft steps, so many verified tokens, for so many requests at a
-time. Milliseconds are those of one request's share of a step.
+time. Milliseconds are those of one request's share of a step. In every plan, that of plain decoding included, the head
+reads what was accepted, as it does where a policy leaves it out.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 
 from ..device import device_name
+from ..errors import GraftError
 from ..files import replace_file
 from .vllm import EagleProposer, Worker, check_start
 
@@ -119,13 +121,22 @@ def _start(arguments: argparse.Namespace) -> LLM:
 
 
 def _times(llm: LLM, plan: tuple[int, int], arguments: argparse.Namespace) -> list[float]:
-    """Seconds from round to round, where all requests take part."""
+    """Seconds from round to round, where all requests take part.
+
+    Raises:
+        GraftError: reading the texts takes so many passes that some requests end before the last one begins.
+    """
     llm.collective_rpc("force", args=plan)
     texts = torch.randint(llm.model_config.get_vocab_size(), (arguments.at_once, arguments.context)).tolist()
     # Tokens are accepted by chance at most, so each round gives about one.
     sampling = SamplingParams(temperature=0.0, max_tokens=ROUNDS, ignore_eos=True, detokenize=False)
     llm.generate([{"prompt_token_ids": text} for text in texts], sampling, use_tqdm=False)
     whole = [moment for moment, count in llm.collective_rpc("moments")[0] if count == arguments.at_once][WARM_UP:]
+    if len(whole) < 2:
+        raise GraftError(
+            f"--at-once {arguments.at_once} texts of --context {arguments.context} tokens were not read before the "
+            "first of them ended: lower either, or raise max_num_batched_tokens in --settings"
+        )
     return [later - earlier for earlier, later in pairwise(whole)]
 
 
