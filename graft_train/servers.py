@@ -14,6 +14,8 @@ EXTENSIONS = {
 }
 """The plain distribution, and the tokens drawn from it: a server may default to the model's generation settings."""
 TIMEOUT = openai.Timeout(3600.0, connect=10.0)
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading an answer raises that has not the promised form; the client checks none."""
 
 
 def options(url: str) -> dict[str, Any]:
@@ -31,9 +33,9 @@ def context_limit(urls: list[str]) -> int | None:
         try:
             with openai.OpenAI(**options(url), timeout=10.0, max_retries=0) as client:
                 limits.append(getattr(client.models.list().data[0], "max_model_len", None))
-        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
+        except (openai.OpenAIError, *MALFORMED):
             continue
-    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def trouble(error: openai.APIError) -> str:

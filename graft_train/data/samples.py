@@ -134,18 +134,21 @@ def read_samples(path: Path, split: str) -> list[Sample]:
     return chosen
 
 
-def check_room(samples: Sequence[Sample], max_new_tokens: int, positions: int, setting: str) -> None:
+def check_room(
+    samples: Sequence[Sample], max_new_tokens: int, positions: int, setting: str, bound: str = "target's"
+) -> None:
     """Raises GraftError for a prompt behind which so many new tokens do not fit.
 
     Args:
         positions: most tokens of prompt and continuation together.
         setting: says how many new tokens there are, for the error.
+        bound: whose positions these are, for the error.
     """
     longest = max(samples, key=lambda sample: len(sample.prompt_ids))
     if len(longest.prompt_ids) + max_new_tokens > positions:
         raise GraftError(
             f"{setting}={max_new_tokens} after the {len(longest.prompt_ids)} tokens of prompt {longest.id} exceeds the "
-            f"target's {positions} positions: ask for fewer"
+            f"{bound} {positions} positions: ask for fewer"
         )
 
 

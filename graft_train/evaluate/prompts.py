@@ -110,10 +110,12 @@ def asked_of(config: Config, out: Path, answer: Answerer | None = None, limit: i
         limit: most tokens of prompt and answer, where something else than the target bounds them.
     """
     settings, target_config = config.evaluation, text_config(config)
-    positions = min(max_positions(target_config), limit or max_positions(target_config))
+    own = max_positions(target_config)
+    positions = min(own, limit or own)
     if settings.is_own:
         held_out = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "evaluation")[: settings.prompts]
-        check_room(held_out, settings.max_new_tokens, positions, "evaluation.max_new_tokens")
+        bound = "target's" if positions == own else "server's"
+        check_room(held_out, settings.max_new_tokens, positions, "evaluation.max_new_tokens", bound)
         return Asked(held_out)
     room = room_for_prompts(positions, settings.max_new_tokens, "evaluation.max_new_tokens")
     data, tokenizer = data_of(config), load_tokenizer(config)
@@ -207,7 +209,9 @@ def _of_suite(config: Config, chat: Chat, room: int, answer: Callable[[Sample], 
     if left_out:
         say(f"evaluate: left out {left_out} turns of questions, whose prompts are longer than {room} tokens")
     if not taken:
-        raise GraftError(f"no question has a prompt of at most {room} tokens, which the target's length allows")
+        raise GraftError(
+            f"no question has a prompt of at most {room} tokens, which the target's length or its server allows"
+        )
     return asked
 
 

@@ -3,13 +3,15 @@
 import asyncio
 import hashlib
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
+from operator import index
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import openai
@@ -17,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from graft_inference.errors import GraftError
 from graft_train.data.samples import Sample
-from graft_train.servers import EXTENSIONS, TIMEOUT, options, trouble
+from graft_train.servers import EXTENSIONS, MALFORMED, TIMEOUT, options, trouble
 
 BUSY = {429, 503}
 """What a server says that takes no more requests at the moment."""
@@ -91,18 +93,18 @@ class Server:
         with failures(url), openai.OpenAI(**options(url), timeout=10.0, max_retries=0) as client:
             try:
                 return cls(url, str(client.models.list().data[0].id))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except MALFORMED as error:
                 raise GraftError(f"{url}/models names no model; is this an OpenAI-compatible server?") from error
 
     def counts(self) -> dict[str, float] | None:
         """Rounds, the tokens they emitted, and those of them by proposal's place, since the server started.
 
-        None where it has no `/metrics`, or no figures of speculation there.
+        None where it has no `/metrics`, or no figures of speculation there that can be read.
         """
         try:
             with urlopen(f"{self.url.removesuffix('/v1')}/metrics", timeout=10.0) as response:
                 return counts_of(response.read().decode())
-        except (URLError, OSError, ValueError):
+        except (OSError, HTTPException, *MALFORMED):
             return None
 
     def answer(self, sample: Sample, asking: Asking, tokenizer: Any) -> list[int]:
@@ -111,8 +113,7 @@ class Server:
             said = client.completions.create(
                 model=self.model, prompt=sample.prompt_ids, extra_body=asking.fields(0)
             ).choices[0]
-            ids = getattr(said, "token_ids", None)
-            return list(tokenizer(said.text, add_special_tokens=False).input_ids if ids is None else ids)
+            return _ids_of(said) or list(tokenizer(said.text, add_special_tokens=False).input_ids)
 
     def run(self, samples: Sequence[Sample], concurrency: int, asking: Asking) -> dict[str, Any]:
         """A pass, as JSON values: its seconds, its requests, and what `/metrics` gained. Raises GraftError."""
@@ -121,8 +122,8 @@ class Server:
         with failures(self.url):
             requests = asyncio.run(self._all(samples, concurrency, asking))
         seconds, after = time.perf_counter() - start, self.counts()
-        gained = before and after and {name: after[name] - before.get(name, 0.0) for name in after}
-        return {"seconds": seconds, "requests": [vars(one) for one in requests], "counts": gained}
+        counts = gained(before, after) if before and after else None
+        return {"seconds": seconds, "requests": [vars(one) for one in requests], "counts": counts}
 
     async def _all(self, samples: Sequence[Sample], concurrency: int, asking: Asking) -> list[Timed]:
         pending, found = deque(enumerate(samples)), {}
@@ -155,7 +156,7 @@ class Server:
         async for chunk in stream:
             tokens = chunk.usage.completion_tokens if chunk.usage else tokens
             for choice in chunk.choices:
-                new = getattr(choice, "token_ids", None) or []
+                new = _ids_of(choice)
                 ids += new
                 finish = choice.finish_reason or finish
                 if choice.text or new or choice.finish_reason:
@@ -163,8 +164,34 @@ class Server:
                     first = first or (last, len(new) or 1)
         if first is None or finish is None or tokens is None:
             raise GraftError(f"{self.url} broke off its answer to {sample.id}, or did not say how many tokens it has")
+        _check_count(self.url, tokens, fields["max_tokens"], len(ids) or None)
         digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] if ids else None
         return Timed(tokens, min(first[1], tokens), first[0], last, digest)
+
+
+def _ids_of(choice: Any) -> list[int]:
+    """What a server tells beyond OpenAI's fields; empty where it does not. Raises TypeError for other than integers."""
+    return [index(one) for one in getattr(choice, "token_ids", None) or []]
+
+
+def _check_count(url: str, tokens: Any, most: int, told: int | None) -> None:
+    """Raises GraftError for a count of tokens that cannot be true.
+
+    Args:
+        most: how many were asked for.
+        told: how many token ids came; None: the server tells none.
+    """
+    if not isinstance(tokens, int) or not 0 <= tokens <= most or told not in (None, tokens):
+        came = "" if told is None else f", and {told} token ids came"
+        raise GraftError(
+            f"{url} counts completion_tokens={tokens!r} in an answer of at most {most}{came}: its speed cannot be told"
+        )
+
+
+def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float] | None:
+    """What counters gained; None where one fell, as in a server that started anew, or is no number."""
+    found = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in before | after}
+    return found if all(0 <= value < math.inf for value in found.values()) else None
 
 
 def counts_of(page: str) -> dict[str, float] | None:
@@ -187,12 +214,12 @@ def counts_of(page: str) -> dict[str, float] | None:
                 into = (f"accepted {int(sample.labels['position']) + places[sample.name]}",)
             for name in into:
                 found[name] = found.get(name, 0.0) + sample.value
-    return found if "rounds" in found or "tokens" in found else None
+    return found if {"rounds", "tokens"} <= found.keys() else None
 
 
 @contextmanager
 def failures(url: str) -> Iterator[None]:
-    """Tells in one line what a server does not do.
+    """Tells in one line what a server does not do, or does in no form that can be read.
 
     Raises:
         GraftError: names the server and the remedy.
@@ -207,3 +234,9 @@ def failures(url: str) -> Iterator[None]:
         raise GraftError(f"{url} refuses: {trouble(error)} ({remedy})") from error
     except openai.APIError as error:
         raise GraftError(f"{url} does not answer, or not to the end: {trouble(error)}") from error
+    except GraftError:
+        raise
+    except MALFORMED as error:
+        raise GraftError(
+            f"{url} does not answer as an OpenAI-compatible server does: {type(error).__name__} {error}"
+        ) from error

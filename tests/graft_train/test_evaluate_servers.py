@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,13 +12,14 @@ from click.testing import CliRunner
 from graft_inference import GraftEngine, GraftError
 from graft_train.cli import main
 from graft_train.config.evaluation import EvaluateConfig
-from graft_train.data.samples import read_samples
+from graft_train.data.samples import Sample, read_samples
 from graft_train.evaluate import evaluate, served
 from graft_train.evaluate.prompts import ANSWERS, asked_of, directory_of
 from graft_train.evaluate.server_figures import figures_of
 from graft_train.evaluate.server_passes import Asking, Server, counts_of
 from graft_train.files import write_json
 from graft_train.server_report import rows_of
+from graft_train.servers import context_limit
 from tests.graft_inference.serving import served as serving
 
 from .test_evaluate import config_for, write_run
@@ -45,6 +47,9 @@ class Fake:
         at_once: of each request, how many were under way when it came.
         dies_at: the request that it breaks off after the first piece; and all after it.
         tells_ids: whether it knows vLLM's return_token_ids.
+        spoils: changes the lines of an answer's stream.
+        pages: `/metrics`, call by call, and then the last one again; bytes are all that comes, headers included.
+        limit: its max_model_len.
     """
 
     def __init__(self) -> None:
@@ -54,8 +59,10 @@ class Fake:
         self.dies_at: int | None = None
         self.status = 200
         self.tells_ids = True
+        self.spoils: Callable[[list], list] = list
         self.model = "tiny"
-        self.page = ""
+        self.limit: object = None
+        self.pages: list[str | bytes] = [""]
         self.lock = threading.Lock()
         self.together: list[set[int]] = []
         self.barriers: list[threading.Barrier] = []
@@ -70,8 +77,15 @@ def faking(fake: Fake):
             pass
 
         def do_GET(self):
-            known = {"/metrics": fake.page, "/v1/models": json.dumps({"data": [{"id": fake.model}]})}
-            content = known.get(self.path, "").encode()
+            page = ""
+            if self.path == "/metrics":
+                page = fake.pages.pop(0) if len(fake.pages) > 1 else fake.pages[0]
+            elif self.path == "/v1/models":
+                page = json.dumps({"data": [{"id": fake.model, "max_model_len": fake.limit}]})
+            if isinstance(page, bytes):
+                self.wfile.write(page)
+                return
+            content = page.encode()
             self.send_response(200 if content else 404)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Content-Type", "application/json")
@@ -101,18 +115,16 @@ def faking(fake: Fake):
             self.send_response(fake.status)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
-            ids = body["prompt"][: body["max_tokens"]]
+            ids, lines = body["prompt"][: body["max_tokens"]], []
             for start in range(0, len(ids), 2):
                 choice = {"index": 0, "text": "x", "finish_reason": "length" if start + 2 >= len(ids) else None}
                 known = {"token_ids": ids[start : start + 2]} if fake.tells_ids else {}
-                self.tell({"choices": [choice | known]})
-                if dies:
-                    return
-            self.tell({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": len(ids), "total_tokens": 1}})
-            self.wfile.write(b"data: [DONE]\n\n")
-
-        def tell(self, value):
-            self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+                lines.append({"choices": [choice | known]})
+            usage = {"prompt_tokens": 1, "completion_tokens": len(ids), "total_tokens": 1}
+            lines.append({"choices": [], "usage": usage})
+            for line in lines[:1] if dies else [*fake.spoils(lines), "[DONE]"]:
+                said = line if isinstance(line, str) else json.dumps(line)
+                self.wfile.write(f"data: {said}\n\n".encode())
 
     fake.barriers = [threading.Barrier(len(numbers)) for numbers in fake.together]
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -286,7 +298,10 @@ def test_later_turns_of_a_suite_stand_behind_the_servers_own_answers(tmp_path):
 
 def test_a_server_that_takes_less_than_the_target_bounds_the_prompts(run_dir):
     server = serving(run_dir / "bundle", "--max-model-len", "20")
-    with server as there, pytest.raises(GraftError, match=r"9 tokens of prompt file1.py@0 exceeds .* 20 positions"):
+    with (
+        server as there,
+        pytest.raises(GraftError, match=r"9 tokens of prompt file1.py@0 exceeds the server's 20 positions"),
+    ):
         evaluate(of_servers(run_dir, there))
 
 
@@ -345,15 +360,98 @@ vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",pos
     assert counts_of("# TYPE up gauge\nup 1.0\n") is None
 
 
+def counters(rounds, tokens, more=""):
+    return (
+        f"# TYPE graft_rounds counter\ngraft_rounds_total {rounds}\n"
+        f"# TYPE graft_decoded_tokens counter\ngraft_decoded_tokens_total {tokens}\n{more}"
+    )
+
+
 def test_what_a_pass_gains_is_counted_and_not_what_was_there(run_dir):
     with faking(Fake()) as fake:
-        fake.page = '# TYPE graft_rounds counter\ngraft_rounds_total{plan="plan"} 7.0\n'
+        fake.pages = [counters(7, 20)]
         found = Server.at(fake.url).run(
             read_samples(run_dir / "data" / "samples.jsonl", "evaluation"), 2, Asking(4, 0.0, 0, True)
         )
-    assert found["counts"] == {"rounds": 0.0}
+    assert found["counts"] == {"rounds": 0.0, "tokens": 0.0}
     assert [one["tokens"] for one in found["requests"]] == [4, 4, 4]
     assert [one["first_tokens"] for one in found["requests"]] == [2, 2, 2]
+
+
+def within_a_choice(name, value):
+    """Spoils the first piece of an answer."""
+    return lambda lines: [{"choices": [lines[0]["choices"][0] | {name: value}]}, *lines[1:]]
+
+
+def counting(value):
+    """Spoils the count at the end of an answer."""
+    return lambda lines: [*lines[:-1], {"choices": [], "usage": {"completion_tokens": value}}]
+
+
+@pytest.mark.parametrize(
+    ("spoils", "words"),
+    [
+        pytest.param(lambda lines: [*lines, "{oops"], "JSONDecodeError", id="no JSON"),
+        pytest.param(lambda lines: [lines[0], {"choices": None}, *lines[1:]], "TypeError", id="no choices"),
+        pytest.param(lambda lines: [{"choices": [None]}, *lines], "AttributeError", id="an empty choice"),
+        pytest.param(within_a_choice("token_ids", 5), "TypeError", id="ids that are no list"),
+        pytest.param(within_a_choice("token_ids", ["a", "b"]), "TypeError", id="ids that are no numbers"),
+        pytest.param(counting("three"), "completion_tokens='three'", id="a count in words"),
+        pytest.param(counting(-7), "completion_tokens=-7 in", id="a count below 0"),
+        pytest.param(
+            counting(1_000_000), "completion_tokens=1000000 in an answer of at most 16", id="a count too high"
+        ),
+        pytest.param(counting(4), "completion_tokens=4 .* and 5 token ids came", id="a count other than the ids"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_or_be_true_names_the_server(run_dir, spoils, words):
+    with faking(Fake()) as fake, pytest.raises(GraftError, match=rf"{fake.url} (does not answer as|counts) .*{words}"):
+        fake.spoils = spoils
+        evaluate(of_servers(run_dir, fake, concurrency=[1]))
+
+
+def test_a_whole_answer_that_cannot_be_read_names_the_server():
+    """It streams to who asked for no stream."""
+    with faking(Fake()) as fake, pytest.raises(GraftError, match=f"{fake.url} does not answer as"):
+        Server.at(fake.url).answer(Sample("one", "evaluation", [1, 2]), Asking(4, 0.0, 0, True), None)
+
+
+def test_a_count_too_high_is_not_believed_without_ids_either(run_dir):
+    with faking(Fake()) as fake, pytest.raises(GraftError, match="completion_tokens=17 in an answer of at most 16: "):
+        fake.tells_ids, fake.spoils = False, counting(17)
+        evaluate(of_servers(run_dir, fake))
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        pytest.param([b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nabc"], id="broken off"),
+        pytest.param([b"junk\r\n\r\n"], id="no HTTP"),
+        pytest.param([counters("seven", 20)], id="no number"),
+        pytest.param([counters(7, 20), counters("NaN", 40)], id="not a number"),
+        pytest.param([counters(7, 20, "graft_accepted_tokens_total 5\n")], id="no position"),
+        pytest.param(["# TYPE graft_rounds counter\ngraft_rounds_total 7\n"], id="rounds alone"),
+        pytest.param([counters(7, 20), counters(3, 40)], id="fewer rounds"),
+        pytest.param([counters(7, 20), counters(9, 10)], id="fewer tokens"),
+    ],
+)
+def test_metrics_that_cannot_be_read_or_be_true_are_as_none(run_dir, pages):
+    samples = read_samples(run_dir / "data" / "samples.jsonl", "evaluation")
+    with faking(Fake()) as fake:
+        fake.pages = [counters(7, 20), counters(9, 24)]
+        good = Server.at(fake.url).run(samples, 1, Asking(16, 0.0, 0, True))
+        fake.pages = list(pages)
+        bad = Server.at(fake.url).run(samples, 1, Asking(16, 0.0, 0, True))
+    assert (good["counts"], bad["counts"]) == ({"rounds": 2.0, "tokens": 4.0}, None)
+    assert figures_of([good], None)["acceptance_length"] == 2.0
+    assert figures_of([bad], None)["acceptance_length"] is None
+
+
+@pytest.mark.parametrize(("limit", "found"), [(20, 20), (0, None), (-5, None), ("20", None), (None, None)])
+def test_a_limit_that_cannot_be_true_is_none(limit, found):
+    with faking(Fake()) as fake:
+        fake.limit = limit
+        assert context_limit([fake.url]) == found
 
 
 @pytest.mark.parametrize(
