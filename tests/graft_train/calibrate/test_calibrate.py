@@ -536,7 +536,7 @@ def test_traces_survive_the_disk_and_refuse_other_weights(traces, tmp_path):
     for name, source in traces.sources.items():
         assert loaded.sources[name].template == source.template
         assert all(torch.equal(column, getattr(loaded.sources[name], key)) for key, column in vars(source).items())
-    with pytest.raises(GraftError, match=r"traced with another head \(b, now c\): delete"):
+    with pytest.raises(GraftError, match=r"traced with another head \(b, now c\): give the settings .*or delete"):
         Traces.load(tmp_path / "traces.safetensors", made_of | {"head": "c"})
     (tmp_path / "traces.safetensors").write_bytes(b"xx")
     with pytest.raises(GraftError, match="cannot be read"):
