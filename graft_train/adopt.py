@@ -8,7 +8,7 @@ from graft_inference.heads.families import drop_copies, possible_copies, save_an
 from graft_train.config import Config
 from graft_train.data.target import load_target, text_config
 from graft_train.processes import say
-from graft_train.published import published_head, published_path
+from graft_train.published import head_of, published_path
 from graft_train.stage import fingerprint_of, run_stage
 
 
@@ -28,11 +28,11 @@ def adopt(config: Config) -> Path:
     # A Hub id was downloaded to a directory that is named by its commit.
     commit = None if Path(place).expanduser().is_dir() else path.name
     settings = {"init_from": place, "commit": commit, "files": fingerprint_of(path)}
-    return run_stage(config, "adopt", "head", settings, ["target"], lambda out: _build(config, place, out))
+    return run_stage(config, "adopt", "head", settings, ["target"], lambda out: _build(config, place, path, out))
 
 
-def _build(config: Config, place: str, out: Path) -> None:
-    head = published_head(place, text_config(config))
+def _build(config: Config, place: str, path: Path, out: Path) -> None:
+    head = head_of(place, path, text_config(config))
     if possible_copies(head):
         target: Any = load_target(config)
         drop_copies(head, target.get_input_embeddings().weight, target.get_output_embeddings().weight)

@@ -36,7 +36,11 @@ def published_head(place: str, target: Any) -> Head:
     Raises:
         GraftError: no head there that can be read, or one of another target.
     """
-    path = published_path(place)
+    return head_of(place, published_path(place), target)
+
+
+def head_of(place: str, path: Path, target: Any) -> Head:
+    """The same where `published_path` has found it already."""
     try:
         head = load_any_head(path, target.num_hidden_layers)
         check_head(head.config, target)

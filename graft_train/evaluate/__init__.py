@@ -9,9 +9,8 @@ from graft_inference import METHODS
 from graft_inference.files import read_json
 from graft_train.config import Config
 from graft_train.config.evaluation import EvaluateConfig
-from graft_train.data.prompts import prompt_settings
 from graft_train.evaluate.lossless import losslessness
-from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, data_of, directory_of, naming, shown_path
+from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, directory_of, made_of, shown_path
 from graft_train.evaluate.summary import acceptance, by_category, repetition, summarize
 from graft_train.evaluate.timing import Run, run_of, timed
 from graft_train.export import write_card
@@ -42,12 +41,8 @@ def evaluate(config: Config) -> Path:
     for decides_nothing in ("server", "concurrency"):
         del settings[decides_nothing]
     del settings["check_lossless"]  # or runs that were timed could not be kept where the check does not fit
-    inputs = ["target", "bundle"]
-    if asked.is_own:
-        inputs.append("data")
-    else:
-        with naming(asked):
-            settings |= prompt_settings(data_of(config))
+    stages, chosen = made_of(config)
+    inputs, settings = ["target", "bundle", *stages], settings | chosen
     directory = run_stage(config, "evaluate", name, settings, inputs, lambda out: _build(config, out), [TIMED, ANSWERS])
     if is_main():
         evaluation = read_json(directory / "evaluation.json")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from graft_train.config.evaluation import SUITES, EvaluateConfig
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.chat import Chat
 from graft_train.data.documents import Document, read_documents
-from graft_train.data.prompts import build_prompts, room_for_prompts
+from graft_train.data.prompts import build_prompts, prompt_settings, room_for_prompts
 from graft_train.data.records import Conversation, Message
 from graft_train.data.samples import Sample, check_room, read_samples
 from graft_train.data.sources import is_local
@@ -83,6 +84,14 @@ def data_of(config: Config) -> DataConfig:
         limit=None,
         streaming=False,
     )
+
+
+def made_of(config: Config) -> tuple[list[str], dict[str, Any]]:
+    """The stage, or the settings, that decide which prompts are measured."""
+    if config.evaluation.is_own:
+        return ["data"], {}
+    with naming(config.evaluation):
+        return [], prompt_settings(data_of(config))
 
 
 @contextmanager

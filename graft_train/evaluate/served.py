@@ -10,10 +10,9 @@ from tqdm import tqdm
 from graft_inference.errors import GraftError
 from graft_inference.files import read_json
 from graft_train.config import Config
-from graft_train.data.prompts import prompt_settings
 from graft_train.data.samples import Sample
 from graft_train.data.target import load_tokenizer
-from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, data_of, directory_of, naming, shown_path
+from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, directory_of, made_of, shown_path
 from graft_train.evaluate.server_figures import figures_of
 from graft_train.evaluate.server_passes import Asking, Server
 from graft_train.files import write_json, write_text
@@ -41,14 +40,10 @@ def evaluate_servers(config: Config) -> Path:
         "seed": config.seed,
         "server_extensions": config.regenerate.server_extensions,
     }
-    inputs = ["target"]
-    if asked.is_own:
-        inputs.append("data")
-    else:
-        with naming(asked):
-            settings |= prompt_settings(data_of(config))
+    stages, chosen = made_of(config)
     name, scratch = directory_of(asked), [PASSES, SERVERS, ANSWERS]
-    directory = run_stage(config, "evaluate", name, settings, inputs, lambda out: _build(config, out), scratch)
+    inputs = ["target", *stages]
+    directory = run_stage(config, "evaluate", name, settings | chosen, inputs, lambda out: _build(config, out), scratch)
     show(read_json(directory / "evaluation.json"))
     return directory
 

@@ -139,14 +139,20 @@ def test_merge_refills_the_rows_of_duplicates():
     assert tree.parents_N.tolist() == [0, 0, 0, 1], "3 hangs under the drafted twin of the retrieved 1"
 
 
+def random_candidates(seed: int, nodes: int) -> tuple[DraftTree, DraftTree]:
+    """A drafted and a retrieved tree of one root, both scored."""
+    drafted, matrix = random_tree(seed, nodes=nodes), random_matrix(seed)
+    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu"), MATRIX))
+    # A score that falls from parent to child, and ranks between the drafted nodes' own.
+    retrieved.logp_N = torch.where(retrieved.sources_N >= 0, -0.37 * retrieved.depths_N, -torch.inf)
+    return drafted, retrieved
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("rows", [1, 4, 9, 16])
 def test_the_best_of_a_pool_equal_a_sorted_trie(seed, rows):
     """Of every path its best score, of all paths the best; duplicates free their rows."""
-    drafted, matrix = random_tree(seed, nodes=7), random_matrix(seed)
-    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu"), MATRIX))
-    # A score that falls from parent to child, and ranks between the drafted nodes' own.
-    retrieved.logp_N = torch.where(retrieved.sources_N >= 0, -0.37 * retrieved.depths_N, -torch.inf)
+    drafted, retrieved = random_candidates(seed, nodes=7)
     pool = pooled([drafted, retrieved], [drafted.logp_N, retrieved.logp_N])
     tree = pool.chosen(pool.logp_N, rows)
 
@@ -206,9 +212,7 @@ def reference_best_path(pool: DraftTree, most: int) -> tuple[tuple[int, ...], fl
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("rows", [1, 2, 4, 9])
 def test_the_best_chain_equals_a_search_of_all_paths(seed, rows):
-    drafted, matrix = random_tree(seed, nodes=9), random_matrix(seed)
-    retrieved = matrix.expand(drafted.tokens_N[:1], Template(list(PATHS), torch.device("cpu"), MATRIX))
-    retrieved.logp_N = torch.where(retrieved.sources_N >= 0, -0.37 * retrieved.depths_N, -torch.inf)
+    drafted, retrieved = random_candidates(seed, nodes=9)
     pool = pooled([drafted, retrieved], [drafted.logp_N, retrieved.logp_N])
     chain = best_chain(pool, max_depth=9, rows=rows)
     path, expected = reference_best_path(pool, rows - 1)

@@ -203,7 +203,6 @@ def block_config_from_dict(values: dict[str, Any], target_layers: int | None = N
     if given_or(values, "model_type", "qwen3") != "qwen3":
         raise GraftError(f"model_type={values['model_type']!r} makes another layer: only qwen3 can be computed here")
     heads, sliding = values["num_attention_heads"], _sliding(values)
-    heads = values["num_attention_heads"]
     return BlockHeadConfig(
         hidden_size=values["hidden_size"],
         intermediate_size=values["intermediate_size"],
