@@ -107,6 +107,7 @@ def run(arguments: argparse.Namespace, prompts: list[list[int]], job: dict[str, 
         "target": str(arguments.target.resolve()),
         "prompts": prompts,
         "max_tokens": arguments.tokens,
+        "warm_up": True,
         "stop_token_ids": ends if isinstance(ends, list) else [ends],
     }
     runtime = str(Path(graft_inference.__file__).parents[1])

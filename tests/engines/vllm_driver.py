@@ -8,6 +8,7 @@ The job:
     speculative_config  as vLLM has it; null for plain decoding
     worker_cls          qualified name of a worker class in place of vLLM's own; may be absent
     settings            more arguments of `vllm.LLM`; may be absent
+    warm_up             true: answers a few tokens first, whose last round vLLM counts late; may be absent
 
 The result:
     tokens                 new token ids of each prompt
@@ -66,10 +67,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     ends = {"stop_token_ids": job.get("stop_token_ids"), "ignore_eos": True}
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], detokenize=False, **ends)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-    # Kernels and what is compiled when first used take no part in the seconds.
-    llm.generate(
-        prompts[:1], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False), use_tqdm=False
-    )
+    if job.get("warm_up"):  # kernels and what is compiled when first used take no part in the seconds
+        llm.generate(
+            prompts[:1],
+            SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+        )
     before = counted(llm)
     start = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)

@@ -86,11 +86,13 @@ class GraftProposer(EagleProposer):
 class GraftWorker(Worker):
     """vLLM's worker with `GraftProposer` as its drafter."""
 
+    proposer: type[EagleProposer] = GraftProposer
+
     def init_device(self) -> None:
-        check_start(self)
+        _check_start(self)
         super().init_device()
         runner = self.model_runner
-        runner.drafter = GraftProposer(self.vllm_config, runner.device, runner)
+        runner.drafter = self.proposer(self.vllm_config, runner.device, runner)
 
 
 class GraftRetriever:
@@ -133,7 +135,7 @@ def _rounds_of(vllm_config: VllmConfig, bundle: str) -> ChainRounds:
     return ChainRounds.of_bundle(bundle, model.hf_text_config, tokenizer, most)
 
 
-def check_start(worker: Any) -> None:
+def _check_start(worker: Any) -> None:
     """Raises GraftError where vLLM, or how it was started, is not what this was written for."""
     speculative = worker.vllm_config.speculative_config
     if not vllm.__version__.startswith(VERSIONS):

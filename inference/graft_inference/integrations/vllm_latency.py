@@ -25,7 +25,7 @@ from vllm.config import VllmConfig
 from ..device import device_name
 from ..errors import GraftError
 from ..files import replace_file
-from .vllm import EagleProposer, Worker, check_start
+from .vllm import EagleProposer, GraftWorker
 
 ROUNDS, WARM_UP, REPEATS = 16, 4, 3
 """Rounds of a run, those at its beginning that do not count, and runs of each plan."""
@@ -47,14 +47,10 @@ class ForcedProposer(EagleProposer):
         return torch.randint(self._vocab_size, (self._batch.num_reqs, self.length)).tolist()
 
 
-class TimingWorker(Worker):
-    """vLLM's worker with `ForcedProposer` as its drafter."""
+class TimingWorker(GraftWorker):
+    """The same worker with `ForcedProposer` as its drafter."""
 
-    def init_device(self) -> None:
-        check_start(self)
-        super().init_device()
-        runner = self.model_runner
-        runner.drafter = ForcedProposer(self.vllm_config, runner.device, runner)
+    proposer = ForcedProposer
 
     def force(self, steps: int, length: int) -> None:
         """Of all rounds from now on."""
