@@ -97,7 +97,7 @@ a prompt of several lines use graft-generate --chat.
 @click.option("--max-new-tokens", default=1024, show_default=True, help="Most tokens of an answer.")
 @click.option("--method", type=click.Choice(METHODS), default="graft", show_default=True)
 @click.option("--device", default="auto", help="Default: cuda where there is one, else cpu.")
-@click.option("--dtype", default="auto", help="Default: bfloat16 on cuda, float32 on a CPU.")
+@click.option("--dtype", default="auto", help="Default: bfloat16 on cuda; on a CPU the policy's own, else float32.")
 @click.option("--plain", is_flag=True, help="No colours and no live line on a terminal either.")
 def _chat(**options: Any) -> None:
     from graft_train.chat import ChatOptions, chat

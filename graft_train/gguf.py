@@ -21,6 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPIN
 from graft_inference.bundle import check_whole
 from graft_inference.errors import GraftError
 from graft_train.config import Config
+from graft_train.config.target import MEASURED
 from graft_train.stage import run_stage
 
 SUFFIX = ".gguf"
@@ -48,8 +49,9 @@ def with_directory(config: Config) -> Config:
     if name is None or (target.gguf_file is None and Path(name).suffix != SUFFIX):
         return config
     file = _found(Path(name).expanduser(), target.gguf_file)
-    settings = {"gguf": file.name, "contents": _contents(file), "dtype": target.dtype}
-    made = run_stage(config, "dequantise", "target", settings, [], lambda out: dequantise(file, out, target.dtype))
+    dtype = "float32" if target.dtype == MEASURED else target.dtype
+    settings = {"gguf": file.name, "contents": _contents(file), "dtype": dtype}
+    made = run_stage(config, "dequantise", "target", settings, [], lambda out: dequantise(file, out, dtype))
     return replace(config, target=replace(target, name_or_path=str(made), gguf_file=None))
 
 

@@ -105,7 +105,8 @@ def _measured_on(policy: Policy) -> str:
     device = measured.get("device")
     if not device:
         return str(measured.get("source", "no device"))
-    what = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
+    facts = {name: value for name, value in device.items() if name != "name"} | {"dtype": measured.get("dtype")}
+    what = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     traced = f"; {measured['positions']} positions traced" if "positions" in measured else ""
     return f"{device.get('name', 'a device without a name')} ({what}){traced}"
 

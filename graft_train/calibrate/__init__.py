@@ -22,6 +22,7 @@ from graft_inference import (
 from graft_inference.bundle import Bundle, check_launch, load_successors
 from graft_inference.heads.families import load_any_head, most_steps
 from graft_inference.target.model import max_positions
+from graft_train.arithmetic import measured_arithmetic
 from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency, RoundTimer, elsewhere
 from graft_train.calibrate.measure import load_traces, record_missing, timer_of, told_traces
@@ -280,6 +281,9 @@ def _write(
     write_json(out / "latency.json", latency.to_dict())
     names = ("device", "positions", "prompts", "graft_is", "predicted", "measured")
     measured_on = {name: report[name] for name in names if name in report} | {"dtype": config.target.dtype}
+    arithmetic = measured_arithmetic(Path(config.run_dir))
+    if arithmetic:
+        measured_on["dtypes_measured"] = arithmetic["measured"]
     policy = Policy(plans[report["graft_is"]], plans["eagle3"], plans["retrieve_only"], measured_on)
     write_json(out / "policy.json", policy.to_dict())
 

@@ -131,6 +131,24 @@ def recorded_target(path: str | Path) -> str:
     return load_graft(graft)[1]["name_or_path"]
 
 
+def measured_dtype(path: str | Path, device: str) -> str:
+    """The dtype for "auto": bfloat16 on CUDA, and on a CPU that in which the policy was measured on one, else float32.
+
+    Args:
+        path: of a bundle or a bare head: local directory or Hub id.
+        device: "auto", or a device as torch writes it.
+
+    Raises:
+        GraftError: no bundle there, or a damaged one.
+    """
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return "bfloat16"
+    graft = resolve(path) / "graft.json"
+    measured_on = load_graft(graft)[0].measured_on if graft.exists() else {}
+    on_cpu = (measured_on.get("device") or {}).get("type") == "cpu"
+    return measured_on.get("dtype", "float32") if on_cpu else "float32"
+
+
 def _check_made_for(made_for: dict[str, Any], path: Path) -> None:
     """Raises GraftError unless these are values of `describe_target`: an empty fingerprint would fit any tokenizer."""
     tokenizer = made_for["tokenizer"]
@@ -233,7 +251,8 @@ def load_target_model(
     """Loads the target and its tokenizer (None where it has none).
 
     Args:
-        device, dtype: "auto" for CUDA and bfloat16 where there is a GPU, and for the CPU and float32 elsewhere.
+        device: "auto" for CUDA where there is a GPU, and for the CPU elsewhere.
+        dtype: as torch calls it; see `measured_dtype`.
         device_map: spreads the target over devices, as transformers does; instead of `device`.
         tp_plan: "auto" shares the target out over the processes that torchrun started; instead of both.
 
@@ -243,9 +262,7 @@ def load_target_model(
     check_launch(tp_plan, device_map)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    torch_dtype = getattr(torch, dtype, None)
+    torch_dtype = getattr(torch, str(dtype), None)
     if not isinstance(torch_dtype, torch.dtype):
         raise GraftError(f"dtype {dtype!r} does not exist: use float32, bfloat16 or float16")
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from .bundle import load_bundle, load_target_model
+from .bundle import load_bundle, load_target_model, measured_dtype
 from .chat_template import check_template, encode_chat, naming_refusals, opening, template_variables
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
@@ -66,6 +66,7 @@ def load_engine(bundle: str, target: str, device: str = "auto", dtype: str = "au
     Raises:
         GraftError: what `GraftEngine.from_pretrained` raises, or a target without tokenizer.
     """
+    dtype = measured_dtype(bundle, device) if dtype == "auto" else dtype
     model, tokenizer = load_target_model(target, device, dtype)
     if tokenizer is None:
         raise GraftError(f"{target} has no tokenizer: put its files beside the model")
@@ -137,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end with this text; may be given repeatedly")
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", default="auto", help="default: bfloat16 on cuda, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", default="auto", help="default: bfloat16 on cuda; on a CPU the policy's own, else float32"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system prompt")
     parser.add_argument(

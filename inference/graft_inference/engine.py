@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
-from .bundle import Bundle, load_bundle, load_target_model
+from .bundle import Bundle, load_bundle, load_target_model, measured_dtype
 from .decode.captured import CapturedRounds
 from .decode.cuda_graph import CudaGraphs
 from .decode.prefill import prefill
@@ -123,7 +123,8 @@ class GraftEngine:
 
         Args:
             device: "auto" is CUDA where there is one, else the CPU.
-            dtype: "auto" is bfloat16 on CUDA and float32 on a CPU.
+            dtype: "auto" is bfloat16 on CUDA. On a CPU it is the one in which the policy was measured on a CPU, else
+                float32.
             packed: replace linear layers by prepacked ones where that is faster (CPU only).
             check: compare a small tree pass with the target's own linear passes (`self_check`).
             device_map: spreads the target over devices, as transformers does; instead of `device`.
@@ -135,6 +136,7 @@ class GraftEngine:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
                 cannot be served.
         """
+        dtype = measured_dtype(bundle, device) if dtype == "auto" else dtype
         model, tokenizer = load_target_model(target, device, dtype, device_map, tp_plan)
         if tokenizer is None:
             warnings.warn(

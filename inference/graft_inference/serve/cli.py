@@ -120,7 +120,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-waiting", type=int, default=32, help="requests beside them, or 503 (default: 32)")
     parser.add_argument("--max-body-mib", type=int, default=4, help="size of a request, or 413 (default: 4)")
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", default="auto", help="default: bfloat16 on cuda, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", default="auto", help="default: bfloat16 on cuda; on a CPU the policy's own, else float32"
+    )
     return parser
 
 

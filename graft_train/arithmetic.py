@@ -1,0 +1,115 @@
+"""In which dtype, and with how many threads, a CPU runs the target fastest: measured once for each run."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graft_inference.target.attention import Visibility
+from graft_inference.target.kv_cache import TreeCache
+from graft_inference.target.model import Target
+from graft_inference.target.packed_linear import pack_linears
+from graft_train.config import Config
+from graft_train.config.target import MEASURED
+from graft_train.data.target import load_target, resolve_device
+from graft_train.device import describe_device
+from graft_train.files import write_json
+from graft_train.processes import say
+from graft_train.stage import run_stage
+
+DIRECTORY = "arithmetic"
+FILE = "arithmetic.json"
+DTYPES = ("float32", "bfloat16")
+ROWS = (1, 8)
+"""Of a pass of plain decoding, and of one that verifies a small tree."""
+PROMPT = 64
+"""Tokens that a pass sees."""
+REPEATS, SECONDS = 15, 5.0
+"""Most passes of a kind, and most of the time that they get."""
+
+
+def with_dtype(config: Config) -> Config:
+    """The same configuration, with a dtype where it was left to be measured, and that many threads in this process.
+
+    Raises:
+        GraftError: no target, or no such device.
+    """
+    if config.target.dtype != MEASURED:
+        return config
+    if resolve_device(config.target.device).type != "cpu":
+        return replace(config, target=replace(config.target, dtype="bfloat16"))
+    given = {"threads": config.threads}
+    made = run_stage(config, "measure", DIRECTORY, given, ["target"], lambda out: _build(config, out))
+    found = json.loads((made / FILE).read_text())
+    torch.set_num_threads(found["threads"])
+    return replace(config, target=replace(config.target, dtype=found["dtype"]))
+
+
+def measured_arithmetic(run_dir: Path) -> dict[str, Any]:
+    """What was measured for a run, for reports; empty where its dtype was not left to be."""
+    file = run_dir / DIRECTORY / FILE
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _build(config: Config, out: Path) -> None:
+    before = torch.get_num_threads()
+    counts = [config.threads] if config.threads else _thread_counts()
+    try:
+        times = [one for dtype in DTYPES for one in _passes(config, dtype, counts)]
+    finally:
+        torch.set_num_threads(before)
+    best = fastest(times)
+    say(f"measure: {best['dtype']} with {best['threads']} threads: {_in_words(best['milliseconds'])} for a pass")
+    device = {name: value for name, value in describe_device(torch.device("cpu")).items() if name != "threads"}
+    write_json(out / FILE, {"dtype": best["dtype"], "threads": best["threads"], "device": device, "measured": times})
+
+
+def fastest(times: list[dict[str, Any]]) -> dict[str, Any]:
+    """The kind whose passes take least together; float32 and more threads where there is nothing between them."""
+    return min(times, key=lambda one: sum(one["milliseconds"].values()))
+
+
+def _thread_counts() -> list[int]:
+    """What torch would choose, half of it and a quarter: memory may be slow for more, and hyperthreads share a core."""
+    most = torch.get_num_threads()
+    return sorted({max(1, most // part) for part in (1, 2, 4)}, reverse=True)
+
+
+def _passes(config: Config, dtype: str, thread_counts: list[int]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a pass by its rows, for each number of threads, of the target in this dtype, packed as served."""
+    model = load_target(replace(config, target=replace(config.target, dtype=dtype, tp_plan=None)))
+    target = Target(model)
+    pack_linears(model)
+    cache = target.new_cache(PROMPT + max(ROWS))
+    with torch.inference_mode():
+        target.prefill(torch.zeros(PROMPT, dtype=torch.long), cache)
+        for threads in thread_counts:
+            torch.set_num_threads(threads)
+            milliseconds = {str(rows): least_milliseconds(partial(_pass, target, cache, rows)) for rows in ROWS}
+            yield {"dtype": dtype, "threads": threads, "milliseconds": milliseconds}
+
+
+def _pass(target: Target, cache: TreeCache, rows: int) -> None:
+    visible = Visibility(cache.span.rows(rows, target.device), cache.span)
+    target.forward(torch.zeros(rows, dtype=torch.long), cache, visible)
+
+
+def least_milliseconds(run: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The least time of several runs: other work only ever adds to it. The first one warms up."""
+    run()
+    times: list[float] = []
+    started = clock()
+    while len(times) < REPEATS and (not times or clock() - started < SECONDS):
+        before = clock()
+        run()
+        times.append(clock() - before)
+    return round(1e3 * min(times), 3)
+
+
+def _in_words(milliseconds: dict[str, float]) -> str:
+    return ", ".join(f"{value:.1f} ms of {rows} rows" for rows, value in milliseconds.items())
