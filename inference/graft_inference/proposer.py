@@ -145,13 +145,12 @@ class Draft(Protocol):
 class HeadProposer(Protocol):
     """A draft head as the speculator asks it: several requests share a pass of the head.
 
-    A request's own part of it (caches, what is not read yet) is opaque here: `open` makes it.
+    A request's own part of it (caches, what is not read yet) is opaque here: `open` makes it. CUDA graphs need it on
+    fixed buffers: see `fix` and `adopt` of `heads.draft.HeadState`.
     """
 
     most_steps: int | None
     """Draft steps that it can run; None: any number."""
-    can_be_fixed: bool
-    """Whether a request's part can stand on fixed buffers, for CUDA graphs."""
 
     def open(self, topk: int, num_steps: int, tokens: int) -> Any:
         """Makes a request's part.

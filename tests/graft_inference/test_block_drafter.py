@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference import METHODS, GraftEngine, GraftError, paper_policy
 from graft_inference.bundle import Bundle, load_bundle
-from graft_inference.decode.captured import CapturedRounds
 from graft_inference.heads.block.checkpoint import save_block_head
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.block.drafter import BlockProposer
@@ -19,7 +18,6 @@ from graft_inference.heads.families import load_any_head
 from graft_inference.noise import Noise
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 
-from .recorded import RecordedGraphs
 from .test_engine import prompt
 from .tiny import learned_policy, tiny_engine, tiny_model, tiny_policy, told_policy
 
@@ -183,14 +181,6 @@ def test_a_plan_deeper_than_the_block_is_refused_before_anything_runs():
     engine = block_engine(paper_policy(3, 12, 6, 3))
     with pytest.raises(GraftError, match=r"drafts 6 tokens in a row, but the head's blocks have 4: .*num_steps=4"):
         engine.generate(prompt(5, 0, SMALL), 8, method="eagle3")
-
-
-def test_graphs_leave_its_rounds_alone_and_say_why():
-    engine = block_engine()
-    engine.captured = CapturedRounds(engine.target, engine.speculator, RecordedGraphs())
-    stats = engine.generate(prompt(5, 0, SMALL), 8).stats
-    assert stats.captured == 0
-    assert "cannot be captured" in stats.uncaptured
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

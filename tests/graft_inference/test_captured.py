@@ -20,6 +20,7 @@ from graft_inference.target.kv_cache import bucket
 from .families import FAMILIES, WINDOW, family_model
 from .plain_head import VARIANTS, varied
 from .recorded import RecordedGraphs
+from .test_block_drafter import LAYOUTS, tiny_block_head
 from .test_engine import prompt
 from .test_host_reads import HostReads
 from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy, told_policy
@@ -81,6 +82,31 @@ def test_captured_rounds_of_every_kind_of_head(changes):
     assert expected.sequences.tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captured_rounds_of_every_kind_of_block_head(layout):
+    """Its context is read by whole buckets, and ends where the anchor stands; windows reach less far than the text."""
+    model, ids = tiny_model("llama", vocab_size=SMALL), prompt(30, 1, SMALL)
+    alone = model.generate(ids, max_new_tokens=24, do_sample=False)
+    eager, captured = pair(model=model, head=tiny_block_head(model, **LAYOUTS[layout]))
+    expected, out = same(eager, captured, ids, 24)
+    assert expected.sequences.tolist() == alone.tolist()
+    drafted = out.stats.accepted["drafted"]
+    for length in (3, 30):
+        _, out = same(eager, captured, prompt(length, length, SMALL), 24, method="eagle3")
+        drafted += out.stats.accepted["drafted"]
+    assert drafted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("policy", [tiny_policy, learned_policy, told_policy])
+def test_captured_rounds_of_a_block_head_under_every_plan(policy, method, temperature):
+    model = tiny_model("llama", vocab_size=SMALL)
+    eager, captured = pair(policy(0.5), model, head=tiny_block_head(model, **LAYOUTS["markov"]))
+    for length in (30, 3):
+        same(eager, captured, prompt(length, length, SMALL), 24, temperature, method, seed=length)
+
+
 STOPS = {
     (tiny_policy, 0.0): {"d3"},
     (tiny_policy, 0.3): {"d1", "d3"},
@@ -137,9 +163,12 @@ def test_requests_with_settings_of_their_own_take_turns_on_the_same_graphs(metho
         same(eager, captured, prompt(8, 0, SMALL), 12, temperature, method, seed=3, top_k=top_k)
 
 
+@pytest.mark.parametrize("layout", [None, "fill-in"])
 @pytest.mark.parametrize("scope", ["request", "engine"])
-def test_the_turns_of_a_chat_keep_their_prefix(scope):
-    eager, captured = pair(retrieval_scope=scope, keep_prefix=True)
+def test_the_turns_of_a_chat_keep_their_prefix(scope, layout):
+    model = tiny_model("llama", vocab_size=SMALL)
+    head = None if layout is None else tiny_block_head(model, **LAYOUTS[layout])
+    eager, captured = pair(model=model, head=head, retrieval_scope=scope, keep_prefix=True)
     ids = prompt(9, 0, SMALL)
     for turn in range(3):
         _, out = same(eager, captured, ids, 12, method="eagle3" if turn == 1 else "graft")

@@ -12,6 +12,7 @@ from graft_inference.target import kv_cache as bucket_cache
 
 from .families import FAMILIES, WINDOW, family_model
 from .recorded import RecordedGraphs
+from .test_block_drafter import LAYOUTS, tiny_block_head
 from .test_captured import SMALL, pair, same
 from .test_engine import prompt
 from .tiny import learned_policy, tiny_engine, tiny_model, tiny_policy
@@ -67,6 +68,15 @@ def test_captured_rounds_equal_eager_ones(policy, method, temperature, graphs):
     eager, captured = pair(policy(0.5), graphs=graphs(), device=CUDA)
     for length in (30, 3, 30):
         same(eager, captured, prompt(length, length, SMALL), 40, temperature, method, seed=length)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captured_rounds_of_every_kind_of_block_head(layout):
+    model = tiny_model("llama", vocab_size=SMALL)
+    head = tiny_block_head(model, **LAYOUTS[layout])
+    eager, captured = pair(learned_policy(0.5), model, CudaGraphs(CUDA), CUDA, head)
+    for length in (30, 3, 30):
+        same(eager, captured, prompt(length, length, SMALL), 40, seed=length)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

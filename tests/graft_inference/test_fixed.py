@@ -19,7 +19,7 @@ from graft_inference import METHODS
 from graft_inference.decode.cuda_graph import CannotCapture, NoHostReads
 from graft_inference.decode.fixed import Buffers, FixedRound
 from graft_inference.decode.sampling import Sampler
-from graft_inference.heads.eagle3.drafter import Eagle3Proposer
+from graft_inference.heads.families import proposer_of
 from graft_inference.policy.plan import ScoredPlan
 from graft_inference.policy.tree_builder import builder_of
 from graft_inference.retrieval.prompt_lookup import PromptLookup
@@ -30,6 +30,7 @@ from graft_inference.target.model import Target
 from .families import FAMILIES, family_model
 from .plain_head import VARIANTS
 from .recorded import RecordedGraphs
+from .test_block_drafter import LAYOUTS, SMALL, tiny_block_head
 from .tiny import VOCAB, learned_policy, tiny_head, tiny_model, tiny_policy, told_policy
 
 SIZE = 64
@@ -56,12 +57,13 @@ class MetaGraphs(RecordedGraphs):
         return torch.zeros(size, dtype=torch.long, device=META)
 
 
-def fixed_round(model, plan, processors=(), greedy=True, logprobs=False, **changes) -> FixedRound:
-    head, target = tiny_head(model, **changes).to(META, model.dtype), Target(model.to(META), (0, 1, 3))
+def fixed_round(model, plan, processors=(), greedy=True, logprobs=False, head=None, **changes) -> FixedRound:
+    head = (head or tiny_head(model, **changes)).to(META, model.dtype)
+    target = Target(model.to(META), head.config.aux_layer_ids)
     cache = target.new_cache(40)
     target.prefill(torch.zeros(9, dtype=torch.long, device=META), cache)
     buffers = Buffers(cache, SIZE, rows=12, depth=5, graphs=MetaGraphs())
-    proposer = Eagle3Proposer(head, target.embed, target.max_positions)
+    proposer = proposer_of(head, target.embed, target.unembed, target.max_positions)
     buffers.head = proposer.open(3, 0, SIZE).fix(buffers.fresh)
     buffers.noise_PV = None if greedy else torch.zeros((buffers.depth + 1, VOCAB), device=META)
     ids_VK = torch.zeros((VOCAB, 4), dtype=torch.int32, device=META)
@@ -105,6 +107,18 @@ def test_every_piece_of_every_plan(policy, method):
 @torch.inference_mode()
 def test_every_kind_of_head_drafts(changes):
     pieces = fixed_round(tiny_model("llama"), tiny_policy().graft, **changes)
+    draft = None
+    for checkpoint in pieces.plan.checkpoints:
+        draft, _ = checked(pieces.draft, checkpoint, draft, None)
+    assert draft.steps == 4
+    checked(pieces.catch_up)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.inference_mode()
+def test_every_kind_of_block_head_drafts(layout):
+    model = tiny_model("llama", vocab_size=SMALL)
+    pieces = fixed_round(model, tiny_policy().graft, head=tiny_block_head(model, **LAYOUTS[layout]))
     draft = None
     for checkpoint in pieces.plan.checkpoints:
         draft, _ = checked(pieces.draft, checkpoint, draft, None)

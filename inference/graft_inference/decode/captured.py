@@ -141,8 +141,6 @@ class CapturedRounds:
             return "the target's RoPE looks at every position before it is applied"
         if any(type(processor) not in CAPTURED_PROCESSORS for processor in state.sampler.processors):
             return "a logits processor may read more than the scores"
-        if state.speculation.head is not None and not self.speculator.head.can_be_fixed:
-            return "the head's rounds cannot be captured"
         if self._owner() not in (None, state.cache):
             return "the graphs serve another request that is under way"
         return None

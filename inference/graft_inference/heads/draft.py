@@ -109,6 +109,42 @@ def _depths_and_sources(width: int, steps: int, device: torch.device) -> tuple[T
     return torch.tensor(depths, device=device), torch.tensor(sources, device=device)
 
 
+@dataclass
+class Pending:
+    """What a head over fixed buffers has not read; its rows past the count mean nothing.
+
+    Attributes:
+        length_1: positions read, int64.
+        count_1: how many of the next two count, int64.
+        tokens_F, aux_FE: the token after each, and the target's states there.
+    """
+
+    length_1: Tensor
+    count_1: Tensor
+    tokens_F: Tensor
+    aux_FE: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.length_1, self.count_1, self.tokens_F, self.aux_FE]
+
+    def append(self, tokens_D: Tensor, aux_DE: Tensor, count_1: Tensor) -> None:
+        """Newly committed positions; rows past the count are overwritten later."""
+        rows_D = Span(self.count_1).rows(len(tokens_D), tokens_D.device)
+        self.tokens_F.index_copy_(0, rows_D, tokens_D)
+        self.aux_FE.index_copy_(0, rows_D, aux_DE)
+        self.count_1 += count_1
+
+    def last(self, values_FX: Tensor) -> Tensor:
+        """The last row that counts, [1, X]."""
+        return values_FX.index_select(0, self.count_1 - 1)
+
+    def clear(self) -> None:
+        """All of them have been read from now on."""
+        self.length_1 += self.count_1
+        self.count_1.zero_()
+
+
 class HeadState:
     """A request's part of a draft head: a key/value cache of its own, and what it has not read.
 
@@ -116,17 +152,20 @@ class HeadState:
         shape: of keys and values but for the tokens: (layers, heads, head_dim).
         topk: children proposed per node, and nodes expanded per step (EAGLE's top-k).
         capacity: rows of the cache.
-        like: of the dtype and device of keys and values.
+        fc_HE: the head's projection of the target's auxiliary states; keys and values are of its dtype and device.
 
     Attributes:
         length: positions that were read.
         span: where the next pass stands.
         unread: committed positions that wait for the next `begin`.
+        fixed: what it has not read, where its span is fixed.
     """
 
-    def __init__(self, shape: tuple[int, int, int], topk: int, capacity: int, like: Tensor) -> None:
+    def __init__(self, shape: tuple[int, int, int], topk: int, capacity: int, fc_HE: Tensor) -> None:
         layers, heads, width = shape
-        self.keys, self.values = allocate((2, layers, heads, capacity, width), like)
+        self.keys, self.values = allocate((2, layers, heads, capacity, width), fc_HE)
+        self.aux_width = fc_HE.shape[1]
+        self.fixed: Pending | None = None
         self.topk = topk
         self.length = self.unread = 0
         self.span = Span()
@@ -150,13 +189,38 @@ class HeadState:
         self.span = Span(self.length)
 
     def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the positions that `read` has to read: those that were deferred, then these."""
+        """Returns the positions that `read` has to read: those that were deferred, then these; if fixed, the pending."""
+        if self.fixed is not None:
+            return self.fixed.tokens_F, self.fixed.aux_FE
         if self.deferred:
             self.deferred.append((tokens_A, aux_AE))
             tokens_A, aux_AE = map(torch.cat, zip(*self.deferred, strict=True))
             self.deferred = []
         self.unread = 0
         return tokens_A, aux_AE
+
+    def fix(self, rows: int) -> Self:
+        """Stands on fixed buffers from now on, with room for so many positions that are not read; nothing is in it."""
+        length_1, count_1, tokens_F = (torch.zeros(n, dtype=torch.long, device=self.keys.device) for n in (1, 1, rows))
+        self.span = Span(length_1, self.keys.shape[2])
+        self.fixed = Pending(length_1, count_1, tokens_F, self.keys.new_zeros(rows, self.aux_width))
+        return self
+
+    def adopt(self, other: Self, tokens_1: Tensor, aux_1E: Tensor) -> None:
+        """Takes over from a request's own part, whose cache stands in these fixed buffers from now on.
+
+        Args:
+            tokens_1, aux_1E: the one position that the other has not read.
+        """
+        assert self.fixed is not None
+        if other.keys.data_ptr() != self.keys.data_ptr():
+            self.keys[:, :, : other.length] = other.keys[:, :, : other.length]
+            self.values[:, :, : other.length] = other.values[:, :, : other.length]
+            other.keys, other.values = self.keys, self.values
+        self.fixed.length_1.fill_(other.length)
+        self.fixed.count_1.fill_(1)
+        self.fixed.tokens_F[:1] = tokens_1
+        self.fixed.aux_FE[:1] = aux_1E
 
 
 S = TypeVar("S", bound=HeadState)

@@ -38,8 +38,6 @@ class BlockProposer:
         max_positions: of the target.
     """
 
-    can_be_fixed: bool = False
-
     def __init__(
         self,
         head: BlockHead,
@@ -67,7 +65,8 @@ class BlockProposer:
         """The target's auxiliary states of newly committed positions become context, in one pass of the projections.
 
         Args:
-            fresh: the token after each position, which is not read, and the states there.
+            fresh: the token after each position, which is not read, and the states there. Of a fixed span what is
+                pending takes their place.
         """
         parts = [state.caught_up(*one)[1] for state, one in zip(states, fresh, strict=True)]
         positions = [
@@ -80,7 +79,10 @@ class BlockProposer:
         for state, count, key_LKTD, value_LKTD in zip(states, counts, keys, values, strict=True):
             state.span.write(state.keys, key_LKTD)
             state.span.write(state.values, value_LKTD)
-            state.advance(count)
+            if state.fixed is None:
+                state.advance(count)
+            else:
+                state.fixed.clear()
 
     def defer(self, states: Sequence[HeadState], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
@@ -154,9 +156,14 @@ def _attend(
     state: HeadState, layer: int, view: View, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor
 ) -> Tensor:
     """Of one block, over its request's context, as far back as any slot sees, and itself."""
-    tokens = state.length if view.window is None else min(state.length, view.window)
-    context = slice(layer, layer + 1), slice(None), slice(state.length - tokens, state.length)
-    key_BKSD = torch.cat((state.keys[context], key_BKPD), dim=2)
-    value_BKSD = torch.cat((state.values[context], value_BKPD), dim=2)
-    mask_PS = view.mask(tokens, query_BQPD.shape[2], query_BQPD.device)
+    start, slots, span = 0, query_BQPD.shape[2], state.span
+    if span.is_fixed:
+        context, anchor_1 = span.end(0), span.start
+    else:
+        start = 0 if view.window is None else max(0, state.length - view.window)
+        context, anchor_1 = state.length - start, None
+    rows = slice(layer, layer + 1), slice(None), slice(start, start + context)
+    key_BKSD = torch.cat((state.keys[rows], key_BKPD), dim=2)
+    value_BKSD = torch.cat((state.values[rows], value_BKPD), dim=2)
+    mask_PS = view.mask(context, slots, query_BQPD.device, anchor_1)
     return F.scaled_dot_product_attention(query_BQPD, key_BKSD, value_BKSD, attn_mask=mask_PS, enable_gqa=True)

@@ -29,14 +29,22 @@ class View:
         slot_P = torch.arange(slots, device=device)
         return torch.full_like(slot_P, -self.window) if self.from_anchor else slot_P + 1 - self.window
 
-    def mask(self, context: int, slots: int, device: torch.device) -> Tensor | None:
-        """Whether each slot sees the last `context` tokens before the anchor, and the slots. [P, T + P]; None: all."""
-        if not self.causal and self.window is None:
+    def mask(self, context: int, slots: int, device: torch.device, anchor_1: Tensor | None = None) -> Tensor | None:
+        """Whether each slot sees so many rows of context, and the slots. [P, T + P]; None: all.
+
+        Args:
+            anchor_1: the anchor's position, [1] int64, where the rows are a bucket that begins at position 0 and holds
+                nothing from there on; None: they are the tokens before it.
+        """
+        if not self.causal and self.window is None and anchor_1 is None:
             return None
-        place_S = torch.arange(-context, slots, device=device)
-        seen_PS = torch.ones((slots, context + slots), dtype=torch.bool, device=device)
+        slot_P, place_T = torch.arange(slots, device=device), torch.arange(context, device=device)
+        place_T = place_T - (context if anchor_1 is None else anchor_1)
+        place_S = torch.cat((place_T, slot_P))
+        # Behind the anchor a bucket holds no context.
+        seen_PS = torch.cat((place_T < 0, slot_P >= 0)).repeat(slots, 1)
         if self.causal:
-            seen_PS &= place_S <= torch.arange(slots, device=device)[:, None]
+            seen_PS &= place_S <= slot_P[:, None]
         if self.window is not None:
             seen_PS &= place_S >= self.first_seen(slots, device)[:, None]
         return seen_PS

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,9 +39,6 @@ class Drafter(HeadState):
         max_positions: of the target.
         tokens: that the request may come to.
         num_steps: most draft steps of a round; each takes topk rows of the cache.
-
-    Attributes:
-        fixed: what it has not read, where its span is fixed.
     """
 
     def __init__(self, head: DraftHead, max_positions: int, topk: int, num_steps: int, tokens: int) -> None:
@@ -51,7 +47,6 @@ class Drafter(HeadState):
         self.head = head
         self.max_positions = max_positions
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.fixed: Pending | None = None
         self._turn()
 
     def _turn(self) -> None:
@@ -64,11 +59,6 @@ class Drafter(HeadState):
     def resume(self, length: int, topk: int, capacity: int) -> None:
         super().resume(length, topk, capacity)
         self._turn()
-
-    def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
-        if self.fixed is not None:
-            return self.fixed.tokens_F, self.fixed.aux_FE
-        return super().caught_up(tokens_A, aux_AE)
 
     def line(self, tokens_A: Tensor) -> "HeadRows":
         """Rows that stand in a line behind what was read."""
@@ -92,64 +82,6 @@ class Drafter(HeadState):
             own_kk = torch.eye(self.topk, dtype=torch.bool, device=chosen_k.device)
             visible_kK = torch.cat((visible_kK, own_kk), dim=1)
         return HeadRows(self, last.tokens_C[chosen_k], span, position, 1, visible_kK)
-
-    def fix(self, rows: int) -> Self:
-        """Stands on fixed buffers from now on, with room for so many positions that are not read; nothing is in it."""
-        weight = self.head.fc.weight
-        length_1, count_1, tokens_F = (torch.zeros(n, dtype=torch.long, device=weight.device) for n in (1, 1, rows))
-        self.span = Span(length_1, self.keys.shape[2])
-        self.fixed = Pending(length_1, count_1, tokens_F, weight.new_zeros(rows, self.head.fc.in_features))
-        return self
-
-    def adopt(self, other: Self, tokens_1: Tensor, aux_1E: Tensor) -> None:
-        """Takes over from a request's own drafter, whose cache stands in these fixed buffers from now on.
-
-        Args:
-            tokens_1, aux_1E: the one position that the other has not read.
-        """
-        assert self.fixed is not None
-        if other.keys.data_ptr() != self.keys.data_ptr():
-            self.keys[:, :, : other.length] = other.keys[:, :, : other.length]
-            self.values[:, :, : other.length] = other.values[:, :, : other.length]
-            other.keys, other.values = self.keys, self.values
-        self.fixed.length_1.fill_(other.length)
-        self.fixed.count_1.fill_(1)
-        self.fixed.tokens_F[:1] = tokens_1
-        self.fixed.aux_FE[:1] = aux_1E
-
-
-@dataclass
-class Pending:
-    """What a drafter over fixed buffers has not read; its rows past the count mean nothing.
-
-    Attributes:
-        length_1: positions read, int64.
-        count_1: how many of the next two count, int64.
-        tokens_F, aux_FE: the token after each, and the target's states there.
-    """
-
-    length_1: Tensor
-    count_1: Tensor
-    tokens_F: Tensor
-    aux_FE: Tensor
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.length_1, self.count_1, self.tokens_F, self.aux_FE]
-
-    def append(self, tokens_D: Tensor, aux_DE: Tensor, count_1: Tensor) -> None:
-        """Newly committed positions; rows past the count are overwritten later."""
-        rows_D = Span(self.count_1).rows(len(tokens_D), tokens_D.device)
-        self.tokens_F.index_copy_(0, rows_D, tokens_D)
-        self.aux_FE.index_copy_(0, rows_D, aux_DE)
-        self.count_1 += count_1
-
-    def read(self, values_FX: Tensor) -> Tensor:
-        """The last row that counts, [1, X]; all of them have been read from now on."""
-        last_1X = values_FX.index_select(0, self.count_1 - 1)
-        self.length_1 += self.count_1
-        self.count_1.zero_()
-        return last_1X
 
 
 @dataclass
@@ -201,7 +133,6 @@ class Eagle3Proposer:
         self.max_positions = max_positions
 
     most_steps: int | None = None
-    can_be_fixed: bool = True
 
     def open(self, topk: int, num_steps: int, tokens: int) -> Drafter:
         """A request's part."""
@@ -226,7 +157,8 @@ class Eagle3Proposer:
             if drafter.fixed is None:
                 drafter.advance(len(tokens_A))
             else:
-                hidden[index] = drafter.fixed.read(hidden[index])
+                hidden[index] = drafter.fixed.last(hidden[index])
+                drafter.fixed.clear()
         return hidden
 
     def defer(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
