@@ -189,7 +189,7 @@ class HeadState:
         self.span = Span(self.length)
 
     def caught_up(self, tokens_A: Tensor, aux_AE: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the positions that `read` has to read: those that were deferred, then these; if fixed, the pending."""
+        """Returns what `read` has to read: deferred positions, then these; on fixed buffers the pending ones."""
         if self.fixed is not None:
             return self.fixed.tokens_F, self.fixed.aux_FE
         if self.deferred:

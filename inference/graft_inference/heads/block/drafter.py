@@ -156,14 +156,11 @@ def _attend(
     state: HeadState, layer: int, view: View, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor
 ) -> Tensor:
     """Of one block, over its request's context, as far back as any slot sees, and itself."""
-    start, slots, span = 0, query_BQPD.shape[2], state.span
-    if span.is_fixed:
-        context, anchor_1 = span.end(0), span.start
-    else:
-        start = 0 if view.window is None else max(0, state.length - view.window)
-        context, anchor_1 = state.length - start, None
-    rows = slice(layer, layer + 1), slice(None), slice(start, start + context)
+    start, end = state.span.start, state.span.end(0)
+    anchor_1 = start if isinstance(start, Tensor) else None
+    first = 0 if anchor_1 is not None or view.window is None else max(0, end - view.window)
+    rows = slice(layer, layer + 1), slice(None), slice(first, end)
     key_BKSD = torch.cat((state.keys[rows], key_BKPD), dim=2)
     value_BKSD = torch.cat((state.values[rows], value_BKPD), dim=2)
-    mask_PS = view.mask(context, slots, query_BQPD.device, anchor_1)
+    mask_PS = view.mask(end - first, query_BQPD.shape[2], query_BQPD.device, anchor_1)
     return F.scaled_dot_product_attention(query_BQPD, key_BKSD, value_BKSD, attn_mask=mask_PS, enable_gqa=True)
