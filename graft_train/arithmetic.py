@@ -44,7 +44,7 @@ def with_dtype(config: Config) -> Config:
     if resolve_device(config.target.device).type != "cpu":
         return replace(config, target=replace(config.target, dtype="bfloat16"))
     given = {"threads": config.threads}
-    made = run_stage(config, "measure", DIRECTORY, given, ["target"], lambda out: _build(config, out))
+    made = run_stage(config, "measure", DIRECTORY, given, ["target"], lambda out: _build(config, out), alone=True)
     found = json.loads((made / FILE).read_text())
     torch.set_num_threads(found["threads"])
     return replace(config, target=replace(config.target, dtype=found["dtype"]))

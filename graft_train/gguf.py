@@ -51,7 +51,7 @@ def with_directory(config: Config) -> Config:
     file = _found(Path(name).expanduser(), target.gguf_file)
     dtype = "float32" if target.dtype == MEASURED else target.dtype
     settings = {"gguf": file.name, "contents": _contents(file), "dtype": dtype}
-    made = run_stage(config, "dequantise", "target", settings, [], lambda out: dequantise(file, out, dtype))
+    made = run_stage(config, "dequantise", "target", settings, [], lambda out: dequantise(file, out, dtype), alone=True)
     return replace(config, target=replace(target, name_or_path=str(made), gguf_file=None))
 
 

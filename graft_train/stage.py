@@ -29,6 +29,8 @@ RECIPE_OF = {
 RECORD = "stage.json"
 SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 """Of a checkpoint: its shape, its tokenizer with chat template, its generation settings."""
+LONGEST = 120
+"""Minutes that a stage of the main process alone may take."""
 SAMPLED, SAMPLE_BYTES = 16, 1 << 16
 """Places of a file of weights that are read, and how far."""
 
@@ -41,6 +43,7 @@ def run_stage(
     inputs: Sequence[str],
     build: Callable[[Path], None],
     scratch: Sequence[str] = (),
+    alone: bool = False,
 ) -> Path:
     """Builds `{run_dir}/{directory}`, or reuses it when it was built from the same settings and inputs.
 
@@ -52,6 +55,7 @@ def run_stage(
         settings: everything that decides the result, as JSON values.
         inputs: directories of earlier stages of this run, by name; `target` is whichever the configuration names.
         scratch: what `build` may leave in its directory to resume from; removed once nothing is to be built.
+        alone: the main process builds it, and the others of its launch wait: of what comes before they know each other.
 
     Raises:
         GraftError: an input is missing, the directory was made from other settings or inputs, or another process
@@ -65,6 +69,8 @@ def run_stage(
         elif is_main():
             with only_one(final):
                 _lead(final, record, build, scratch)
+        elif alone:
+            _wait_for(lambda: _matches(final, record), f"finish {final}", LONGEST)
         elif _is_begun(final, record):
             build(_partial(final))
             barrier()
@@ -211,12 +217,20 @@ def _versions() -> dict[str, str]:
 
 def _is_begun(final: Path, record: dict[str, Any]) -> bool:
     """Waits for the main process, which alone judges what is there: whether there is something to build with it."""
-    for _ in range(6000):
-        if _matches(final, record):
-            return False
+
+    def is_building() -> bool:
         path = _partial(final) / RECORD
         found = _read_record(path) if path.exists() else {}
-        if found.get("fingerprint") == record["fingerprint"] and "seconds" not in found:
-            return True
+        return found.get("fingerprint") == record["fingerprint"] and "seconds" not in found
+
+    _wait_for(lambda: _matches(final, record) or is_building(), f"begin {final}", 10)
+    return not _matches(final, record)
+
+
+def _wait_for(happens: Callable[[], bool], what: str, minutes: int) -> None:
+    """Raises GraftError unless the main process does that in time."""
+    for _ in range(600 * minutes):
+        if happens():
+            return
         time.sleep(0.1)
-    raise GraftError(f"the main process did not begin {final} within ten minutes; see its output")
+    raise GraftError(f"the main process did not {what} within {minutes} minutes; see its output")

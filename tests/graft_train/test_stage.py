@@ -5,7 +5,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,16 @@ from graft_train.stage import run_stage
 
 
 def stage(
-    run_dir: Path, build: Any, rate: float = 0.1, inputs: Any = (), target: str | None = None, scratch: Any = ()
+    run_dir: Path,
+    build: Any,
+    rate: float = 0.1,
+    inputs: Any = (),
+    target: str | None = None,
+    scratch: Any = (),
+    alone: bool = False,
 ) -> Path:
     config: Any = SimpleNamespace(run_dir=str(run_dir), target=TargetConfig(name_or_path=target))
-    return run_stage(config, "distill", "head", {"head": {"lr": rate}}, inputs, build, scratch)
+    return run_stage(config, "distill", "head", {"head": {"lr": rate}}, inputs, build, scratch, alone)
 
 
 def test_builds_once_and_then_reuses(tmp_path, capsys):
@@ -168,6 +176,32 @@ def test_processes_other_than_the_main_one_build_under_its_lock(tmp_path, monkey
     built: list[Path] = []
     stage(tmp_path, build)
     assert built == [tmp_path / "head.partial"]
+
+
+def test_what_the_main_process_builds_alone_the_others_wait_for(tmp_path, monkeypatch):
+    waits, found = Event(), []
+
+    def sleep(seconds: float) -> None:
+        waits.set()
+        time.sleep(seconds)
+
+    def other() -> None:
+        found.append(stage(tmp_path, lambda directory: pytest.fail("built twice"), alone=True))
+
+    def build(directory: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")
+            thread.start()
+            assert waits.wait(20)
+        assert not found
+        (directory / "made").write_text("by the main process")
+
+    thread = Thread(target=other)
+    monkeypatch.setattr("graft_train.stage.time", SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
+    stage(tmp_path, build, alone=True)
+    thread.join(20)
+    assert found == [tmp_path / "head"]
+    assert (found[0] / "made").read_text() == "by the main process"
 
 
 def test_missing_input_names_the_recipe_before_a_target_is_downloaded(tmp_path):
