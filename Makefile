@@ -34,7 +34,7 @@ lint: setup
 
 # The documentation, as a site in site/ that needs no network. The tests build it, too.
 docs: setup
-	$(BIN)/zensical build --strict
+	$(BIN)/zensical build --strict --clean
 
 # The speed table on the bundle of a finished run.
 bench: setup

@@ -36,7 +36,10 @@ def name_of(page: Path) -> str:
 def blocks(page: Path) -> list[tuple[str, str]]:
     """The fenced blocks of a page: language and text."""
     text = page.read_text(encoding="utf-8")
-    return [(one[1], one[2]) for one in re.finditer(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)]
+    return [
+        (one[1], one[2])
+        for one in re.finditer(r"^ *```(?:\{ \.)?(\w*)[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    ]
 
 
 def commands(page: Path) -> Iterator[list[str]]:

@@ -1,5 +1,6 @@
 """The documentation site is built without a warning, holds every page, and needs no network."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -59,3 +60,10 @@ def test_the_reference_is_made_of_the_docstrings(site):
     for name in ("GraftEngine.generate", "GraftEngine.stream", "Request", "proposer.TokenSource.propose"):
         assert f'id="graft_inference.{name}"' in api
     assert 'id="graft_train.calibrate.calibrate"' in (site / "api_train.html").read_text(encoding="utf-8")
+
+
+def test_the_examples_are_shown_as_they_are(site):
+    page = (site / "examples.html").read_text(encoding="utf-8")
+    shown = html.unescape(re.sub(r"<[^>]+>", "", page))
+    for script in (ROOT / "examples").glob("*.py"):
+        assert script.read_text(encoding="utf-8").strip() in shown
