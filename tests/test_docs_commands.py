@@ -42,28 +42,37 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     ]
 
 
+def whole(text: str) -> list[str]:
+    """The commands of a block: a backslash or an open quote goes on in the next line."""
+    found: list[str] = []
+    for line in text.replace("\\\n", " ").split("\n"):
+        if found and found[-1].count("'") % 2:
+            found[-1] += "\n" + line
+        else:
+            found.append(line)
+    return found
+
+
+def piped(line: str) -> Iterator[list[str]]:
+    """The words of each command of a line, without the variables before it."""
+    words: list[str] = []
+    for word in [*shlex.split(line, comments=True), "|"]:
+        if word == "|" and words:
+            yield words
+            words = []
+        elif word not in ("|", "&") and (words or not re.fullmatch(r"[A-Z0-9_]+=.*", word, re.DOTALL)):
+            words.append(word)
+
+
 def commands(page: Path) -> Iterator[list[str]]:
-    """Words of the commands in a page's bash blocks, and of those within its sentences."""
+    """Words of the commands in a page's bash blocks and indented blocks, and of those within its sentences."""
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
-    within = [" ".join(one.split()) for one in re.findall(r"`((?:graft|make|python|\w+=\S* python) [^`]+)`", prose)]
-    lines = [
-        line for language, body in blocks(page) if language == "bash" for line in body.replace("\\\n", " ").split("\n")
-    ]
-    whole: list[str] = []
-    for line in lines:  # a quoted word may run over several lines
-        if whole and whole[-1].count("'") % 2:
-            whole[-1] += "\n" + line
-        else:
-            whole.append(line)
-    for line in [*whole, *within]:
-        words = shlex.split(line, comments=True)
-        for part in " ".join(map(shlex.quote, words)).split(" '|' "):
-            found = [word for word in shlex.split(part) if word != "&"]
-            while found and re.fullmatch(r"[A-Z_]+=.*", found[0], re.DOTALL):
-                found.pop(0)
-            if found:
-                yield found
+    lines = [line for language, body in blocks(page) if language == "bash" for line in whole(body)]
+    lines += whole("\n".join(re.findall(r"^ {4}((?:graft|make|python)\b(?:.*\\\n)*.*)", prose, re.MULTILINE)))
+    lines += [" ".join(one.split()) for one in re.findall(r"`((?:graft|make|python|\w+=\S* python) [^`]+)`", prose)]
+    for line in lines:
+        yield from piped(line)
 
 
 def check_stage(name: str, overrides: list[str]) -> None:
