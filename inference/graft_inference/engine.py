@@ -60,8 +60,11 @@ class GraftEngine:
             of its chat reads only what is new. Output is the same, though not always the rounds: the matrix learns
             nothing from what is not read again. Memory stays taken.
         captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
-        fallback: where `method="graft"` does not pay, its tree is narrowed, and in the end it does not speculate.
-            A request's own `plan` and the other methods stay what they are.
+        fallback: where `method="graft"` costs more time than it saves, its tree is narrowed, and in the end it does not
+            speculate. A request's own `plan` and the other methods stay what they are.
+
+    Raises:
+        GraftError: an unknown scope, a piece of no token, or graphs asked for without CUDA.
     """
 
     def __init__(
@@ -202,8 +205,13 @@ class GraftEngine:
         Args:
             input_ids: [prompt] or [1, prompt] integers; a batch as [B, prompt] or as a list of [prompt]. Tensors,
                 arrays or lists, on any device; or what a tokenizer or its chat template returns, with its mask.
+            max_new_tokens: most new tokens of each prompt; None: see `Request`.
+            temperature: 0 is greedy.
+            method: "graft", "eagle3", "retrieve" or "autoregressive".
+            seed: of the sampling; prompt i of a batch has `seed + i`. None: another each time.
+            plan: used instead of the method's own.
             attention_mask: [B, prompt], 0 for padding, which stands on the left or the right of a prompt.
-            max_new_tokens, temperature, method, seed, plan, options: the attributes of `Request`.
+            options: further attributes of `Request`.
 
         Raises:
             GraftError: an empty or overlong prompt, a token that the target has no embedding for, a bad or unknown
@@ -240,10 +248,15 @@ class GraftEngine:
         attention_mask: Any = None,
         **options: Any,
     ) -> Generator[int, None, None]:
-        """Yields token ids of one prompt as they are accepted. Arguments as `generate`.
+        """Yields token ids of one prompt as they are accepted, several after each round.
+
+        Arguments that are not listed are those of `generate`.
 
         Args:
             stats: filled meanwhile; the last of its `sources` is that of the token just yielded.
+
+        Raises:
+            GraftError: what `generate` raises, and for a batch.
         """
         request = Request.of(
             max_new_tokens=max_new_tokens, temperature=temperature, method=method, seed=seed, **options

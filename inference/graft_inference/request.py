@@ -57,8 +57,8 @@ class Request:
         return_logprobs: whether `Generation.logprobs` is wanted.
         pad_token_id: fills up the shorter sequences of a batch; else the tokenizer's, the model's, or the end of
             sequence.
-        prepared: transformers has prepared it for prompts with their padding: nothing is added to its processors and
-            criteria, which see the padding, and lengths include it.
+        prepared: transformers has prepared this request, as it does for `custom_generate`. Then nothing is added to its
+            processors and criteria, they see the padding of prompts, and lengths include it.
     """
 
     max_new_tokens: int | None = None

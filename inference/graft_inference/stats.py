@@ -29,10 +29,11 @@ class GenerationStats:
             target's own). What several proposed counts for the first of them.
         sources: of every new token in order, the first one's being "prefill"; of a batch, prompt by prompt.
         checkpoints: rounds by the checkpoint they stopped at; "none" where no head ran.
-        captured: rounds that were replayed from CUDA graphs. Their `verify` is acceptance, cache and matrix too, and
-            their `commit` what the host adds, and all of a round that captures.
-        uncaptured: why others were not, where the engine captures.
+        captured: rounds that were replayed from CUDA graphs. In their `seconds`, `verify` includes acceptance, cache
+            and matrix, and `commit` is what the host adds. All of a round that captures a graph is `commit`.
+        uncaptured: why the other rounds were not, where the engine captures.
         fallback: rounds by the plan that the fallback chose, and why; empty where it had no say.
+        prompts: prompts that these statistics are of.
     """
 
     rounds: int = 0

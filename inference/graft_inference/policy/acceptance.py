@@ -26,7 +26,7 @@ LEAST = 1e-4
 
 @dataclass(frozen=True)
 class SourceModel:
-    """What a plan takes of one source, and how likely it is to be accepted.
+    """Which guesses a plan asks of one source, and how likely each is to be accepted (docs/policy.md).
 
     Attributes:
         name: of the source.
@@ -72,7 +72,7 @@ class SourceModel:
 
 @dataclass(frozen=True)
 class AcceptanceModel:
-    """One scale for the head and all sources.
+    """P(accepted) of every candidate, on one scale for the head and all sources (docs/policy.md).
 
     Attributes:
         drafted: (slope, offset) of the head's nodes at depth 1, 2, ...
@@ -95,7 +95,7 @@ class AcceptanceModel:
 
     @property
     def depth(self) -> int:
-        """Of the deepest retrieved node."""
+        """Depth of the deepest retrieved node; 0 if nothing is retrieved."""
         return max((source.depth for source in self.sources), default=0)
 
     @property

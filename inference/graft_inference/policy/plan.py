@@ -33,9 +33,9 @@ class Checkpoint:
     Attributes:
         steps: draft steps (passes of the head) run when it is reached; the paper's checkpoint d is steps - 1.
             0 means that the head does not run.
-        threshold: drafting stops here if the confidence is at most this (Graft Eq. 7). The last checkpoint of a plan
-            has no choice and ignores it. A first one of 0 steps that is not the last is the other way round: the head
-            is not even asked if the retrieved nodes promise more tokens than this.
+        threshold: drafting stops here if the confidence is at most this, a probability (Graft Eq. 7). The last
+            checkpoint of a plan ignores it, since drafting always stops there. At a first checkpoint of 0 steps it
+            counts tokens: the head is not asked if the retrieved nodes promise more accepted tokens than this.
         num_draft_tokens: nodes of the tree, the root included.
     """
 
@@ -55,14 +55,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class QuotaCheckpoint:
-    """The same where each source has a quota of nodes, as in the paper.
+    """A `Checkpoint` at which head and matrix have a quota of nodes each, as in the paper.
 
     Attributes:
         steps, threshold: as in `Checkpoint`.
         drafted: nodes kept from the head, best first.
         retrieved: nodes from the successor matrix.
-        template: their rank paths by priority. More paths than `retrieved` nodes refill the places that duplicates of
-            drafted nodes free.
+        template: their rank paths by priority. Paths beyond `retrieved` are used where an earlier one leads to a node
+            that was drafted already.
     """
 
     steps: int
@@ -152,7 +152,7 @@ class Plan:
         raise NotImplementedError
 
     def narrowed(self) -> Self | None:
-        """Half the nodes and half the draft steps; None where there is no half."""
+        """A plan of half the nodes and half the draft steps, for the fallback; None for a plan that is too small."""
         if self.num_draft_tokens < 3:
             return None
         steps = -(-self.num_steps // 2)
@@ -164,7 +164,7 @@ class Plan:
         raise NotImplementedError
 
     def without_drafting(self) -> Self:
-        """The retrieved nodes alone, of the checkpoint that has most of them."""
+        """A plan of the retrieved nodes alone, for the fallback: those of the checkpoint that has most of them."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -270,10 +270,10 @@ class ScoredPlan(Plan):
 
 @dataclass(frozen=True)
 class ChainPlan(ScoredPlan):
-    """Of all nodes that compete, the one path with the most expected accepted tokens: for engines that verify chains.
+    """Verifies one path instead of a tree, for engines that verify chains.
 
-    The head drafts its likeliest token after the other, and what the sources propose lengthens that chain or takes its
-    place.
+    Of all nodes that compete it is the path with the most expected accepted tokens. The head drafts its likeliest token
+    after the other. What the sources propose lengthens that chain, or takes its place.
     """
 
     topk: int = 1

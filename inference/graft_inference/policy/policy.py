@@ -17,9 +17,9 @@ class Policy:
     """Plans for the methods that need one, and what they were measured on.
 
     Attributes:
-        graft: head and sources.
-        eagle3: the head alone.
-        retrieve: the sources alone.
+        graft: the plan of head and sources.
+        eagle3: the plan of the head alone, always to its full depth.
+        retrieve: the plan of the sources alone.
         measured_on: device, versions, latencies and data behind the plans; for people.
     """
 
@@ -52,12 +52,14 @@ class Policy:
 def paper_policy(topk: int = 10, num_draft_tokens: int = 64, num_steps: int = 9, max_rank: int = 7) -> Policy:
     """The paper's settings for Qwen3-8B (thresholds in the middle of its ranges).
 
-    It gives only how many retrieved nodes stand at each depth; the paths are ours: the rank-0 chain runs
-    to the full depth and lower ranks get fewer descendants. Fewer nodes than 64 scale both sources' shares,
-    and a template is then its prefix.
+    The paper gives only how many retrieved nodes stand at each depth. The paths are ours: the rank-0 chain runs to the
+    full depth, and lower ranks get fewer descendants. For fewer nodes than 64 the shares of head and matrix are scaled
+    down, and a template is cut off at its end.
 
     Args:
-        num_steps: of the last checkpoint; those that would come after it are left out.
+        topk: children that the head proposes per node, and nodes that it expands per step.
+        num_draft_tokens: nodes of each tree, the root included.
+        num_steps: draft steps of the last checkpoint. Checkpoints that would come after it are left out.
         max_rank: greatest successor rank that the matrix keeps.
     """
     counts = {
