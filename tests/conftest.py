@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("deep", deadline=None, max_examples=2000)
 # `make mutants`: a mutant is dead at its first failure, so that nobody waits for the smallest one.
-settings.register_profile("mutants", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
+settings.register_profile("mutants", settings.get_profile("same"), max_examples=25, phases=[Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
