@@ -139,8 +139,12 @@ def matrix() -> SuccessorMatrix:
     return SuccessorMatrix(best.indices.to(torch.int32), best.values.half())
 
 
-def started(plan, head: PlainHead, prompt, sampler, logprobs: bool, keeps_aux: bool = False) -> DecodeState:
-    """A request whose prompt has been read, and whose first token is drawn, as the prefill leaves it."""
+def started(plan, head: PlainHead, prompt, sampler, noted: bool) -> DecodeState:
+    """A request whose prompt has been read, and whose first token is drawn, as the prefill leaves it.
+
+    Args:
+        noted: whether log-probabilities and auxiliary states are kept.
+    """
     lookup = PromptLookup(64, CPU)
     lookup.extend(torch.tensor(prompt))
     sources = {"matrix": MatrixSource(matrix()), "lookup": lookup}
@@ -157,10 +161,10 @@ def started(plan, head: PlainHead, prompt, sampler, logprobs: bool, keeps_aux: b
         TextCache(prompt),
         sampler,
         torch.tensor(prompt) if sampler.needs_history else None,
-        [] if logprobs else None,
+        [] if noted else None,
         GenerationStats(),
         Clock(),
-        aux=[] if keeps_aux else None,
+        aux=[] if noted else None,
     )
     first = first_token(state, prompt)
     speculation.root_1 = torch.tensor([first])

@@ -18,8 +18,10 @@ from transformers import (
 from graft_inference import Checkpoint, GraftError
 from graft_inference.decode.round import commit, judge, keep, run_round
 from graft_inference.decode.sampling import Sampler
+from graft_inference.policy.fallback import fallback_plans
 from graft_inference.policy.plan import AUTOREGRESSIVE, ChainPlan
-from graft_inference.speculator import Speculation, Speculator, read_records
+from graft_inference.policy.tree_builder import builder_of
+from graft_inference.speculator import Speculation, Speculator, is_unsure, read_records
 
 from .plain_rounds import PlainHead, PlainTarget, matrix, plain_text, seen_at, started
 from .tiny import learned_plan, tiny_policy
@@ -48,6 +50,7 @@ SAMPLERS = {
         LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.8)]), False, seed
     ),
 }
+LEVELS = st.lists(st.sampled_from([0, 0, 1, 2, 3]), min_size=1, max_size=5)
 PROMPTS = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), min_size=1, max_size=3)
 
 
@@ -70,54 +73,70 @@ def promises_enough(speculation: Speculation) -> bool:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @settings(max_examples=settings.default.max_examples // 2)
-@given(PROMPTS, st.sampled_from(list(SAMPLERS)), st.integers(0, 2**32), st.booleans(), st.booleans())
-def test_rounds_emit_plain_decodings_text_and_tell_everyone_of_it(plan, prompts, name, seed, logprobs, keeps_aux):
+@given(PROMPTS, st.sampled_from(list(SAMPLERS)), st.integers(0, 2**32), st.booleans(), LEVELS)
+def test_rounds_emit_plain_decodings_text_and_tell_everyone_of_it(plan, prompts, name, seed, noted, levels):
+    """Of prompts that are decoded together, with plans that change as the fallback changes them.
+
+    Args:
+        noted: whether log-probabilities and auxiliary states are kept.
+        levels: places of the plans to fall back to, round after round. Of three prompts the first one has no plan.
+    """
     target, head, count = PlainTarget(), PlainHead(plan.topk), 10
     speculator = Speculator(head if plan.drafts else None)
     samplers = [SAMPLERS[name](seed + index) for index in range(len(prompts))]
-    states = [
-        started(plan, head, prompt, one, logprobs, keeps_aux) for prompt, one in zip(prompts, samplers, strict=True)
-    ]
-    expected = [plain_text(one, prompt, count + 20) for prompt, one in zip(prompts, samplers, strict=True)]
+    plans = [plan] * len(prompts) if len(prompts) < 3 else [AUTOREGRESSIVE, *[plan] * (len(prompts) - 1)]
+    states = [started(*one, noted) for one in zip(plans, [head] * 3, prompts, samplers, strict=False)]
     rounds = 0
     while min(state.place for state in states) < count:
-        before = [(len(state.tokens), state.stats.checkpoints.copy()) for state in states]
-        for state in states:
-            state.speculation.noise = state.sampler.noise(state.place, 9, VOCAB, CPU)
-        skips = [promises_enough(state.speculation) for state in states]
-        emitted = run_round(target, speculator, states)
+        level = list(fallback_plans(plan).values())[levels[rounds % len(levels)] % len(fallback_plans(plan))]
+        for state, own in zip(states, plans, strict=True):
+            state.speculation.builder = builder_of(level if own is plan else own, CPU)
         rounds += 1
         assert rounds <= count, "each emits a token"
-        for state, (tokens, sources), (place, checkpoints), skip in zip(states, emitted, before, skips, strict=True):
-            assert state.tokens[place:] == tokens
-            assert len(sources) == len(tokens)
-            assert sources[-1] == "bonus"
-            assert set(sources[:-1]) <= {*plan.sources, *(["drafted"] if plan.drafts and not skip else [])}
-            part = state.speculation.head
-            stopped = where_it_stops(plan, part.confidence if part else [], skip)
-            assert state.stats.checkpoints - checkpoints == Counter([stopped.name])
-            if part and not skip:
-                assert len(part.confidence) == stopped.steps, "steps behind it never run"
-                assert (part.noise is not None) == (plan.shares_noise and not state.sampler.greedy)
-    for state, prompt, (tokens, logps) in zip(states, prompts, expected, strict=True):
-        place, text = state.place, (*prompt, *tokens[: state.place])
-        assert state.tokens == tokens[:place]
+        check_round(target, speculator, states)
+    for state, own, prompt, one in zip(states, plans, prompts, samplers, strict=True):
+        tokens, logps = plain_text(one, prompt, state.place)
+        text = (*prompt, *tokens)
+        assert state.tokens == tokens
         assert tuple(state.cache.text) == text[:-1], "all but the last token are committed"
         assert state.stats.rounds == rounds
         assert state.clock.phases == ["start", "draft", "graft", "verify", "commit"] * rounds
         assert int(state.speculation.root_1) == text[-1]
         if state.history_S is not None:
             assert tuple(state.history_S.tolist()) == text
-        if logprobs:
-            assert torch.cat(state.logprobs).tolist() == pytest.approx(logps[:place], abs=1e-4)
-        if keeps_aux:
+        if noted:
+            assert torch.cat(state.logprobs).tolist() == pytest.approx(logps, abs=1e-4)
             read = [seen_at(text[:length]) for length in range(len(prompt) + 1, len(text))]
             assert torch.cat(state.aux).tolist() == read
+        if part := state.speculation.head:
+            assert tuple(part.text) == text[: len(part.text)]
+            assert len(part.text) + len(state.speculation.fresh_tokens_A) == len(text) - 1
         if lookup := state.speculation.sources.get("lookup"):
             assert tuple(token for token in lookup.text_S.tolist() if token >= 0) == text
-        if (source := state.speculation.sources.get("matrix")) and plan.learns_accepted:
+        if (source := state.speculation.sources.get("matrix")) and own.learns_accepted:
             read = Counter(text[len(prompt) : -1])
             assert source.matrix.learned_V.tolist() == [read[token] for token in range(VOCAB)]
+
+
+def check_round(target, speculator, states):
+    """Runs one, and sees what it emits, and where drafting stopped, and that no step ran behind that."""
+    before = [(len(state.tokens), state.stats.checkpoints.copy()) for state in states]
+    for state in states:
+        state.speculation.noise = state.sampler.noise(state.place, 9, VOCAB, CPU)
+    skips = [promises_enough(state.speculation) for state in states]
+    emitted = run_round(target, speculator, states)
+    for state, (tokens, sources), (place, checkpoints), skip in zip(states, emitted, before, skips, strict=True):
+        plan, part = state.speculation.builder.plan, state.speculation.head
+        drafts = plan.drafts and not skip
+        assert state.tokens[place:] == tokens
+        assert len(sources) == len(tokens)
+        assert sources[-1] == "bonus"
+        assert set(sources[:-1]) <= {*plan.sources, *(["drafted"] if drafts else [])}
+        stopped = where_it_stops(plan, part.confidence if part else [], skip)
+        assert state.stats.checkpoints - checkpoints == Counter([stopped.name])
+        if drafts:
+            assert len(part.confidence) == stopped.steps
+            assert (part.noise is not None) == (plan.shares_noise and not state.sampler.greedy)
 
 
 @pytest.mark.parametrize("plan", [PLANS["scores"], PLANS["quotas"]], ids=["scores", "quotas"])
@@ -165,6 +184,12 @@ def test_a_round_of_nothing_but_the_root_keeps_no_log_probabilities_unless_they_
         assert len(state.logprobs or []) == 2 * logprobs
         assert (verified.logp_N is not None) == logprobs
         assert checkpoint.name == "none"
+
+
+@pytest.mark.parametrize(("confidence", "stops"), [(0.25, True), (0.5, True), (0.75, False)])
+def test_drafting_stops_at_a_confidence_of_at_most_the_threshold(confidence, stops):
+    draft = SimpleNamespace(confidence=torch.tensor(confidence))
+    assert is_unsure(draft, Checkpoint(1, 0.5)).tolist() == [stops]
 
 
 def test_a_plan_that_drafts_needs_a_head():

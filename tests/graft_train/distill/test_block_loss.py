@@ -144,3 +144,11 @@ def test_acceptance_is_counted_along_the_block():
     assert sums.matched_K.tolist() == counts["matched"]
     assert sums.chained_K.tolist() == counts["chained"]
     assert sums.reached_K.tolist() == counts["reached"]
+
+
+def test_what_drafts_are_taught_lies_on_the_device_of_the_batch():
+    """Shown on the device without memory, which refuses what lies on the CPU, as a GPU does."""
+    meta = torch.device("meta")
+    tokens_S = torch.zeros(len(START), dtype=torch.long, device=meta)
+    taught = taught_drafts(layout_of().to(meta), tokens_S, tokens_S, torch.zeros(9, dtype=torch.long, device=meta), 31)
+    assert all(one.is_meta for one in vars(taught).values())
