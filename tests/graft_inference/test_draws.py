@@ -24,7 +24,7 @@ from graft_inference.noise import LEFT_OUT, Noise, gumbel
 from graft_inference.tree import DraftTree
 from graft_inference.verification import accept
 
-from .trees import CPU, VOCAB, random_tree, trees
+from .trees import CPU, VOCAB, random_tree, tree_of, trees
 
 SEEDS = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(2**63, 2**64 - 1))
 CONTEXT_FREE = {
@@ -124,13 +124,26 @@ def test_what_is_drawn_along_the_path_is_what_plain_sampling_draws(tree, request
             lengths = range(len(history) + 1, len(history) + 1 + len(tokens))
             last = [token in ends or size == length for token, size in zip(tokens, lengths, strict=True)]
             rows, tokens = rows[: [*last, True].index(True) + 1], tokens[: [*last, True].index(True) + 1]
-            looked_at = drawn_N >= 0
-            assert looked_at.nonzero().flatten().tolist() == sorted(rows)
+        looked_at = sorted(rows) if sampler.needs_history else list(range(len(tree)))
+        assert (drawn_N != -1).nonzero().flatten().tolist() == looked_at
         assert drawn_N[rows].tolist() == tokens
         assert result.path_D[: len(rows)].tolist() == rows
         assert (logp_N is not None) == logprobs
         if logprobs:
             assert logp_N[rows].tolist() == pytest.approx(logps[: len(rows)], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ends", "length", "lengths"),
+    [((), None, [2, 3, 4, 5]), ((2,), None, [2, 3]), ((9,), 4, [2, 3]), ((2,), 9, [2, 3]), ((3,), 4, [2, 3])],
+)
+def test_a_processor_is_asked_for_each_token_up_to_the_outputs_end(ends, length, lengths):
+    """Of a text of two tokens, and a tree whose path the target follows to its end."""
+    asked = Answering(lambda scores: scores)
+    sampler = Sampler(LogitsProcessorList([asked]), True, 0, set(ends), length)
+    tree = tree_of([0, 1, 2, 3], [0, 0, 1, 2])
+    sampler.draw(tree, torch.eye(5)[1:], None, 3, torch.tensor([4, 0]), False)
+    assert asked.lengths == lengths
 
 
 @given(st.data(), st.sampled_from([0.0, 0.6, 1.0, 1.7]))
@@ -169,11 +182,14 @@ def test_a_head_foresees_what_is_drawn_if_it_is_the_target(order, depth, names, 
             assert float(found_BD[row, place]) == pytest.approx(expected, abs=2e-3)
 
 
-class Broken(LogitsProcessor):
+class Answering(LogitsProcessor):
+    """Makes this of scores, and notes how long each text was."""
+
     def __init__(self, answer):
-        self.answer = answer
+        self.answer, self.lengths = answer, []
 
     def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
         return self.answer(scores)
 
 
@@ -185,7 +201,7 @@ class Broken(LogitsProcessor):
     ],
 )
 def test_a_processor_that_does_not_score_every_token_is_named(answer, message):
-    sampler = Sampler(LogitsProcessorList([Broken(answer)]), True, 0)
+    sampler = Sampler(LogitsProcessorList([Answering(answer)]), True, 0)
     with pytest.raises(GraftError, match=message):
         sampler.draw(random_tree(0, 4), torch.zeros(4, VOCAB), None, 3, None, False)
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graft_inference import (
@@ -20,6 +20,7 @@ from graft_inference import (
 from graft_inference.policy.fallback import fallback_plans
 from graft_inference.policy.plan import ChainPlan
 from graft_inference.template import check_template
+from graft_inference.tree import drafted_nodes
 
 from .test_tree_builder import models
 from .tiny import learned_plan, learned_policy
@@ -46,26 +47,24 @@ SHARES = st.sampled_from([-1.0, 0.0, 0.3, 1.0])
 
 @st.composite
 def plans(draw) -> Plan:
-    """Of any kind, valid as far as its kind says what is."""
+    """Of any kind."""
     steps = sorted(draw(st.sets(st.integers(0, 9), min_size=1, max_size=4)))
     options = {"learns_accepted": draw(st.booleans()), "shares_noise": draw(st.booleans())}
     kind = draw(st.sampled_from([QuotaPlan, ScoredPlan, ChainPlan]))
-    if kind is not ChainPlan:
-        options["topk"] = draw(st.integers(1, 5))
-    if kind is QuotaPlan:
-        checkpoints = []
-        for step in steps:
-            template = draw(templates())
+    topk = 1 if kind is ChainPlan else draw(st.integers(1, 5))
+    checkpoints: list[Checkpoint | QuotaCheckpoint] = []
+    acceptance = draw(models())
+    for step in steps:
+        if kind is QuotaPlan:
+            template, nodes = draw(templates()), draw(st.integers(0, drafted_nodes(topk, step)))
             quota = draw(st.integers(0, len(template)))
-            checkpoints.append(QuotaCheckpoint(step, draw(SHARES), draw(st.integers(0, 40)), quota, template))
-    else:
-        options["acceptance"] = draw(models())
-        checkpoints = [Checkpoint(step, draw(SHARES), draw(st.integers(1, 60))) for step in steps]
-    try:
-        return kind(tuple(checkpoints), **options)
-    except GraftError:
-        assume(False)
-        raise
+            checkpoints.append(QuotaCheckpoint(step, draw(SHARES), nodes, quota, template))
+        else:
+            nodes = draw(st.integers(1, 1 + drafted_nodes(topk, step) + acceptance.candidates))
+            checkpoints.append(Checkpoint(step, draw(SHARES), nodes))
+    if steps[-1] and not steps[0] and (kind is QuotaPlan or not acceptance.sources):
+        del checkpoints[0]  # nothing would say whether to draft
+    return kind(tuple(checkpoints), topk, **options, **({} if kind is QuotaPlan else {"acceptance": acceptance}))
 
 
 @given(plans())

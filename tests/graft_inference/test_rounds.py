@@ -1,6 +1,7 @@
 """Rounds against plain decoding, with a target and a head in plain Python: what is emitted, told, kept and noted."""
 
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -122,7 +123,7 @@ def check_round(target, speculator, states):
     """Runs one, and sees what it emits, and where drafting stopped, and that no step ran behind that."""
     before = [(len(state.tokens), state.stats.checkpoints.copy()) for state in states]
     for state in states:
-        state.speculation.noise = state.sampler.noise(state.place, 9, VOCAB, CPU)
+        state.speculation.noise = copy(state.sampler).noise(state.place, 9, VOCAB, CPU)
     skips = [promises_enough(state.speculation) for state in states]
     emitted = run_round(target, speculator, states)
     for state, (tokens, sources), (place, checkpoints), skip in zip(states, emitted, before, skips, strict=True):

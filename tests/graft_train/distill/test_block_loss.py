@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graft_train.config.block import BLOCK_LOSSES
 from graft_train.distill.block import loss as loss_module
@@ -36,6 +38,21 @@ def test_the_first_draft_is_taught_the_token_behind_the_anchor_in_both_layouts(s
     assert torch.equal(hidden[:, 0], other[:, 0]) == sample_from_anchor
 
 
+@given(st.integers(0, 2**32), st.sets(st.integers(0, 3), min_size=1))
+def test_a_draft_is_in_the_loss_where_the_vocabulary_has_its_token_and_the_targets_choice(seed, kept):
+    """Tokens and choices of few kinds: whatever place the vocabulary has for them, the first one, too."""
+    layout, ids = layout_of(), sorted(kept)
+    tokens_S, choice_S = torch.randint(4, (2, len(START)), generator=torch.Generator().manual_seed(seed))
+    taught = taught_drafts(layout, tokens_S, choice_S, torch.tensor(ids), 4)
+    for place, anchor in enumerate(layout.anchors_A.tolist()):
+        for draft in layout.started_AK[place].nonzero().flatten().tolist():
+            token, choice = int(tokens_S[anchor + draft + 1]), int(choice_S[anchor + draft])
+            assert bool(taught.trained_AK[place, draft]) == (token in kept and choice in kept)
+            assert token not in kept or int(taught.label_AK[place, draft]) == ids.index(token)
+    assert torch.equal(taught.started_AK, layout.started_AK)
+    assert not (taught.trained_AK & ~taught.started_AK).any()
+
+
 def loss_parts(markov=False, reduced=False):
     changes = {"sample_from_anchor": True, "markov_rank": 3} if markov else {}
     head = block_head(draft_vocab_size=16 if reduced else VOCAB, **changes)
@@ -51,10 +68,10 @@ def loss_parts(markov=False, reduced=False):
 
 
 def reference_loss(parts, coefficient, name, d_pace):
-    """Draft by draft, by the textbook; gradients by autograd."""
+    """Draft by draft, by the textbook; gradients by autograd. And the sum of each draft's plain losses."""
     head, layout, tokens_S, final_SH, rows_DH, hidden, taught = parts
     kept = set(head.target_ids.tolist())
-    total = hidden.new_zeros(())
+    total, sums = hidden.new_zeros(()), [0.0] * layout.started_AK.shape[1]
     for place, anchor in enumerate(layout.anchors_A.tolist()):
         values, known = [], []
         for draft in range(layout.started_AK.shape[1]):
@@ -82,12 +99,13 @@ def reference_loss(parts, coefficient, name, d_pace):
         for draft, value in enumerate(values):
             if value is None:
                 continue
+            sums[draft] += value.item()
             weight = 1.0
             if d_pace is not None:
                 factors = [1 if one is None else (1 - d_pace) * one + d_pace for one in known]
                 weight = sum(math.prod(factors[: m + 1]) for m in range(draft, len(values)) if known[m] is not None)
             total = total + coefficient[draft] * weight * value
-    return total
+    return total, sums
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
@@ -103,7 +121,9 @@ def test_chunked_loss_is_the_plain_one_with_its_gradients(monkeypatch, chunk, ma
     loss, sums = block_loss(
         head, hidden, rows_DH, final_state_teacher(final_SH, rows_DH), taught, coefficient_K, BlockLoss(name, d_pace)
     )
-    expected = reference_loss(parts, coefficient_K.tolist(), name, d_pace)
+    expected, values_K = reference_loss(parts, coefficient_K.tolist(), name, d_pace)
+    assert sums.loss_K.tolist() == pytest.approx(values_K, rel=1e-4)
+    assert not sums.loss_K.requires_grad
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad(loss, learned)
     for got, plain in zip(gradients, torch.autograd.grad(expected, learned), strict=True):
