@@ -6,7 +6,7 @@ MODEL := .venv/.model
 
 ENGINES := $(or $(GRAFT_ENGINES),.engines)
 
-.PHONY: quickstart test test-engines engines setup lint docs bench clean
+.PHONY: quickstart test test-engines engines mutants setup lint docs bench clean
 
 quickstart: $(MODEL)
 	$(BIN)/python recipes/quickstart.py
@@ -18,6 +18,14 @@ test: lint
 # What is exported, in other engines: each has an environment of its own, 6 GB in all, under $GRAFT_ENGINES or .engines.
 test-engines: setup engines
 	$(BIN)/python -m pytest -m engines
+
+# One small change of the code after the other, in a copy: a test should fail for each (docs/mutants.md). Run it again
+# after a change of the code or the tests, and it goes on; remove .mutants to begin anew.
+mutants: setup
+	mkdir -p .mutants
+	cp -rp inference/graft_inference graft_train tests conf pyproject.toml .mutants
+	cd .mutants && OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutants ../$(BIN)/mutmut run --max-children 1
+	cd .mutants && ../$(BIN)/python tests/mutants.py
 
 engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama_cpp/.installed $(ENGINES)/speculators/.installed
 
@@ -41,7 +49,7 @@ bench: setup
 	$(BIN)/python recipes/evaluate.py experiment=quickstart
 
 clean:
-	rm -rf .venv site .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv site .cache .mutants .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # SmolLM2-135M-Instruct lies in this package; the program that it is meant for is not needed.
 $(MODEL): $(INSTALLED)

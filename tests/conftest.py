@@ -9,10 +9,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 from .engines.environments import python_of
 
 torch.set_num_threads(1)
+
+# Property tests draw the same examples on every run; HYPOTHESIS_PROFILE=deep draws others, and many more of them.
+settings.register_profile("same", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("deep", deadline=None, max_examples=2000)
+# `make mutants`: a mutant is dead at its first failure, so that nobody waits for the smallest one.
+settings.register_profile("mutants", settings.get_profile("same"), max_examples=25, phases=[Phase.generate])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graft_inference import AcceptanceModel, GraftError, SourceModel
-from graft_inference.policy.acceptance import SourceScorer, by_evidence
+from graft_inference.policy.acceptance import LEAST, SourceScorer, by_evidence, calibrated
 from graft_inference.proposer import Proposal
 from graft_inference.retrieval.prompt_lookup import LONGEST
 from graft_inference.retrieval.sources import SOURCES, name_of, number_of
@@ -85,6 +85,14 @@ def test_by_evidence_is_the_product_along_the_path(template):
             assert float(table_KT[kind, row]) == pytest.approx(sum(map(log_sigmoid, steps)), abs=1e-5)
 
 
+def test_a_step_whose_probability_is_no_number_is_never_accepted():
+    table_N2 = torch.tensor([(1.0, 0.5)] * 4)
+    scores = calibrated(table_N2, torch.tensor([math.nan, math.log(0.5), 0.0, -math.inf])).tolist()
+    sure = math.log((1 - LEAST) / LEAST)
+    assert scores[0] == -math.inf
+    assert scores[1:] == pytest.approx([log_sigmoid(value) for value in (0.5, sure + 0.5, 0.5 - sure)], rel=2e-3)
+
+
 @pytest.mark.parametrize("kind", [0, 1, LONGEST])
 def test_a_source_that_goes_by_evidence_is_scored_by_its_kind(kind):
     scorer = SourceScorer(LOOKUP, torch.device("cpu"))
@@ -109,3 +117,13 @@ def test_nodes_of_probabilities_are_worth_the_product_along_the_path():
         expected = -math.inf if path == (1, 0) else expected
         assert float(scored.logp_N[row]) == pytest.approx(expected, abs=1e-4), path
     assert float(scored.logp_N[0]) == 0
+
+
+@pytest.mark.parametrize("model", [MATRIX, LOOKUP], ids=["probabilities", "evidence"])
+def test_scores_lie_on_the_device_that_is_asked_for(model):
+    """Shown on the device without memory, which refuses what lies on the CPU, as a GPU does."""
+    meta = torch.device("meta")
+    scorer = SourceScorer(model, meta)
+    tokens_T = torch.zeros(1 + len(model.template), dtype=torch.long, device=meta)
+    tree = scorer.template.tree(tokens_T, None if model is LOOKUP else tokens_T.float())
+    assert scorer.score(Proposal(tree, torch.zeros(1, dtype=torch.long, device=meta))).logp_N.is_meta

@@ -21,9 +21,9 @@ from .test_custom_generate import Recorder
 from .test_engine import SMALL, chi_square_p, prompt, small_engine, three_token_law
 from .test_kv_cache import commit_branch
 from .test_sampling import Alternating
-from .test_tree import random_tree
 from .tiny import VOCAB, learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy, without_lookup
 from .tiny_bundle import tiny_tokenizer
+from .trees import random_tree
 
 PROMPTS = [prompt(length, seed, SMALL)[0] for seed, length in enumerate((WINDOW - 3, 24, 1, 10))]
 PAD = 7

@@ -1,17 +1,13 @@
 """Whatever heads, matrices and policies score, the output is the target's: the worst that may happen is slow."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from graft_inference import METHODS
 from graft_inference.decode.captured import CapturedRounds
-from graft_inference.tree import Source, pooled
 
 from .recorded import RecordedGraphs
 from .test_engine import prompt
-from .test_tree import filled_rows, random_tree, token_path
 from .tiny import learned_policy, tiny_engine, tiny_head, tiny_model, tiny_policy, told_policy
 
 DAMAGE = {
@@ -75,33 +71,3 @@ def test_a_target_that_overflows_leaves_nothing_in_the_matrix():
     engine = tiny_engine(tiny_model("llama"))
     engine.successors.update(torch.tensor([3]), torch.full((1, 61), torch.nan))
     assert engine.successors.probs_VK[3].tolist() == [0.0] * 4
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("selection", ["best", "pooled"])
-def test_what_is_chosen_is_a_tree_whatever_the_scores_are(seed, selection):
-    """The root first, and every node that may be accepted below its own parent."""
-    tree = random_tree(seed, nodes=20)
-    generator = torch.Generator().manual_seed(seed)
-    wild = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.0, -0.0, -1e-30])
-    at = torch.rand(len(tree), generator=generator) < 0.5
-    score_N = torch.where(at, wild[torch.randint(6, (len(tree),), generator=generator)], tree.logp_N)
-    scored = replace(tree, logp_N=score_N)
-    pool = pooled([tree], [score_N])
-    chosen = scored.best(7) if selection == "best" else pool.chosen(pool.logp_N, 8)
-    assert (len(chosen), int(chosen.sources_N[0]), int(chosen.depths_N[0])) == (8, Source.ROOT, 0)
-    before = {token_path(tree, row): int(tree.depths_N[row]) for row in filled_rows(tree)}
-    empty_N = chosen.sources_N == Source.EMPTY
-    may_be_accepted_N = ~(chosen.ancestors(20) & empty_N).any(dim=1)
-    for row in may_be_accepted_N.nonzero().flatten().tolist()[1:]:
-        assert before[token_path(chosen, row)] == int(chosen.depths_N[row])
-
-
-def test_a_child_that_rounding_lifts_above_its_parent_does_not_hang_elsewhere():
-    """Two rows: the child scores best, its parent is left out. Below the root it would be another token's path."""
-    tree = random_tree(0, nodes=20)
-    child = int((tree.depths_N == 2).nonzero()[0])
-    score_N = torch.full((len(tree),), -5.0).index_fill(0, torch.tensor([child]), -1.0)
-    chosen = tree.chosen(pooled([tree], [score_N]).logp_N, 2)
-    assert chosen.tokens_N.tolist() == [int(tree.tokens_N[0]), int(tree.tokens_N[child])]
-    assert chosen.sources_N.tolist() == [Source.ROOT, Source.EMPTY]

@@ -12,8 +12,8 @@ from graft_inference.noise import LEFT_OUT, Noise, gumbel
 from graft_inference.target.model import Target
 
 from .plain_head import VARIANTS, PlainHead, varied
-from .test_tree import token_path
 from .tiny import tiny_head, tiny_model
+from .trees import token_path
 
 LENGTH, BEAM, PASSES = 7, 3, 4
 NOISE = Noise(gumbel(3, 5, PASSES, 61, torch.device("cpu")), 0.4)

@@ -28,8 +28,8 @@ from graft_inference.target.self_check import self_check
 
 from .families import FAMILIES, WINDOW, family_model
 from .test_engine import prompt
-from .test_tree import random_tree, token_path
 from .tiny import SIZES, VOCAB, tiny_engine, tiny_head, tiny_model, tiny_policy
+from .trees import random_tree, token_path
 
 SMALL = 8
 

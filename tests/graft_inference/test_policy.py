@@ -1,6 +1,10 @@
+"""Plans and policies: what is refused, what is written, and that what is made of a plan is a plan."""
+
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graft_inference import (
     AcceptanceModel,
@@ -13,9 +17,14 @@ from graft_inference import (
     ScoredPlan,
     paper_policy,
 )
-from graft_inference.template import depth_template
+from graft_inference.policy.fallback import fallback_plans
+from graft_inference.policy.plan import ChainPlan
+from graft_inference.template import check_template
+from graft_inference.tree import drafted_nodes
 
+from .test_tree_builder import models
 from .tiny import learned_plan, learned_policy
+from .trees import templates
 
 
 def test_round_trip_through_json():
@@ -33,15 +42,66 @@ def test_paper_settings_follow_table_1():
     ]
 
 
-def test_depth_template_is_prefix_closed_with_the_given_counts():
-    counts = (8, 10, 8, 6, 5, 4, 4, 4, 3)
-    template = depth_template(counts)
-    seen = set()
-    for path in template:
-        assert len(path) == 1 or path[:-1] in seen
-        seen.add(path)
-    assert [sum(len(path) == depth for path in template) for depth in range(1, 10)] == list(counts)
-    assert (0,) * 9 in seen
+SHARES = st.sampled_from([-1.0, 0.0, 0.3, 1.0])
+
+
+@st.composite
+def plans(draw) -> Plan:
+    """Of any kind."""
+    steps = sorted(draw(st.sets(st.integers(0, 9), min_size=1, max_size=4)))
+    options = {"learns_accepted": draw(st.booleans()), "shares_noise": draw(st.booleans())}
+    kind = draw(st.sampled_from([QuotaPlan, ScoredPlan, ChainPlan]))
+    topk = 1 if kind is ChainPlan else draw(st.integers(1, 5))
+    checkpoints: list[Checkpoint | QuotaCheckpoint] = []
+    acceptance = draw(models())
+    for step in steps:
+        if kind is QuotaPlan:
+            template, nodes = draw(templates()), draw(st.integers(0, drafted_nodes(topk, step)))
+            quota = draw(st.integers(0, len(template)))
+            checkpoints.append(QuotaCheckpoint(step, draw(SHARES), nodes, quota, template))
+        else:
+            nodes = draw(st.integers(1, 1 + drafted_nodes(topk, step) + acceptance.candidates))
+            checkpoints.append(Checkpoint(step, draw(SHARES), nodes))
+    if steps[-1] and not steps[0] and (kind is QuotaPlan or not acceptance.sources):
+        del checkpoints[0]  # nothing would say whether to draft
+    return kind(tuple(checkpoints), topk, **options, **({} if kind is QuotaPlan else {"acceptance": acceptance}))
+
+
+@given(plans())
+def test_what_a_plan_falls_back_to_are_cheaper_plans(plan):
+    """Each is valid, asks for nothing that the plan does not ask for, and fits the buffers made for it."""
+    for name, level in fallback_plans(plan).items():
+        assert level.num_draft_tokens <= plan.num_draft_tokens
+        assert level.num_steps <= plan.num_steps
+        assert level.topk <= plan.topk
+        assert max(map(level.depth, level.checkpoints)) <= max(map(plan.depth, plan.checkpoints))
+        assert set(level.sources) <= set(plan.sources)
+        assert all(level.most_ranks(source) <= plan.most_ranks(source) for source in plan.sources)
+        if name == "narrowed":
+            assert type(level) is type(plan)
+            assert level.num_steps == -(-plan.num_steps // 2)
+            assert level.num_draft_tokens <= -(-plan.num_draft_tokens // 2) + 1
+        if name == "retrieval alone":
+            assert not level.drafts
+            assert level.sources == plan.sources
+
+
+@given(plans())
+def test_any_plan_survives_json(plan):
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@given(st.integers(1, 20), st.integers(1, 128), st.integers(1, 12), st.integers(0, 9))
+def test_the_papers_settings_scale_to_any_size(topk, nodes, steps, max_rank):
+    policy = paper_policy(topk, nodes, steps, max_rank)
+    for plan in (policy.graft, policy.eagle3, policy.retrieve):
+        assert plan.num_draft_tokens <= nodes
+        assert plan.num_steps <= steps
+        assert plan.most_ranks("matrix") <= max_rank + 1
+        for checkpoint in plan.checkpoints:
+            check_template(checkpoint.template, "it")
+    assert policy.graft.num_steps == policy.eagle3.num_steps == steps
+    assert policy.retrieve.num_steps == 0
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """The longest earlier match, against a walk over the text."""
 
-import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graft_inference.retrieval.prompt_lookup import LONGEST, PromptLookup
+from graft_inference.retrieval.sources import number_of
+from graft_inference.template import Template, chain
+from graft_inference.tree import Source
 
 CPU = torch.device("cpu")
 
@@ -25,20 +29,26 @@ def walked(text, count):
     return following[len(text) :], length
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_it_finds_what_a_walk_over_the_text_finds(seed):
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(0, 3, (60,), generator=generator)
-    text[40:58] = text[10:28]  # a match longer than is told apart
-    lookup, read = PromptLookup(70, CPU), 0
-    for size in (1, 1, 5, 1, 20, 2, 1, 9, 4, 13, 1, 1, 1):
-        lookup.extend(text[read : read + size])
+SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=12)
+
+
+@given(st.data(), SIZES, st.integers(0, 9))
+def test_it_finds_what_a_walk_over_the_text_finds(data, sizes, count):
+    """However the text came in; few tokens repeat themselves soon, beyond the longest match that is told apart."""
+    vocab = data.draw(st.integers(1, 3))
+    text = data.draw(st.lists(st.integers(1, vocab), min_size=sum(sizes), max_size=sum(sizes)))
+    room = data.draw(st.integers(0, 5))
+    lookup, read = PromptLookup(sum(sizes) + room, CPU), 0
+    for size in sizes:
+        padding = data.draw(st.integers(0, room))  # a captured round brings tokens that do not count
+        tokens = torch.tensor([*text[read : read + size], *[7] * padding])
+        lookup.extend(tokens, torch.tensor([size]) if padding else None)
         read += size
-        tokens, length = walked(text[:read].tolist(), 9)
-        found_D, length_1 = lookup.find(9)
+        room -= padding
+        expected, length = walked(text[:read], count)
+        found_D, length_1 = lookup.find(count)
         assert int(length_1) == length
-        assert not length or found_D.tolist() == tokens
-    assert read == 60
+        assert not length or found_D.tolist() == expected
 
 
 def test_more_may_be_foreseen_than_a_short_text_has_room_for():
@@ -58,3 +68,13 @@ def test_by_hand():
     assert int(length_1) == 2
     lookup.extend(torch.tensor([9]))
     assert int(lookup.find(3)[1]) == 0
+
+
+def test_without_a_match_nothing_is_proposed():
+    """Else a node that another source names would be counted as this one's."""
+    lookup, template = PromptLookup(20, CPU), Template(chain(3), CPU, number_of("lookup"))
+    for token, sources in ((7, [Source.EMPTY] * 3), (7, [number_of("lookup")] * 3), (1, [Source.EMPTY] * 3)):
+        lookup.extend(torch.tensor([token]))
+        proposal = lookup.propose(torch.tensor([token]), template, None)
+        assert proposal.tree.sources_N.tolist() == [Source.ROOT, *sources]
+        assert int(proposal.evidence_1) == (sources[0] != Source.EMPTY)

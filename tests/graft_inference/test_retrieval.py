@@ -6,8 +6,7 @@ from graft_inference import GraftError
 from graft_inference.bundle import load_successors
 from graft_inference.retrieval.sources import number_of
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
-from graft_inference.template import Template, depth_template
-from graft_inference.tree import Source, child_paths
+from graft_inference.template import Template
 
 MATRIX = number_of("matrix")
 CPU = torch.device("cpu")
@@ -46,30 +45,6 @@ def random_matrix(seed: int, vocab: int = 9, k: int = 4, **settings) -> Successo
     probs_VK = torch.rand(vocab, k, generator=generator).sort(descending=True).values / k
     short_VK = torch.arange(k) >= torch.randint(0, k + 1, (vocab, 1), generator=generator)
     return SuccessorMatrix(ids_VK.masked_fill(short_VK, -1), probs_VK.masked_fill(short_VK, 0).half(), **settings)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_expand_equals_walking_the_rank_paths(seed):
-    matrix = random_matrix(seed)
-    paths = list(depth_template((4, 3, 3, 2, 1)))
-    paths = [path for path in paths if max(path) < 4 and all(path[:n] in paths for n in range(1, len(path)))]
-    template = Template(paths, CPU, MATRIX)
-    tree = matrix.expand(torch.tensor([3]), template)
-    for row, path in enumerate([(), *paths]):
-        token, logp, key = 3, 0.0, torch.tensor(0)
-        for rank in path:
-            if token >= 0:
-                logp += float(matrix.probs_VK[token, rank].float().clamp(min=2**-24).log())
-                token = int(matrix.ids_VK[token, rank])
-            key = child_paths(key, torch.tensor(token))
-        assert int(tree.paths_N[row]) == int(key)
-        if token < 0:
-            assert tree.sources_N[row] == Source.EMPTY
-            assert tree.logp_N[row] == -torch.inf
-        else:
-            assert tree.sources_N[row] == (MATRIX if path else Source.ROOT)
-            assert tree.tokens_N[row] == token
-            assert float(tree.logp_N[row]) == pytest.approx(logp, abs=1e-5)
 
 
 def test_without_probabilities_nothing_is_scored():

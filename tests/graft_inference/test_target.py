@@ -7,8 +7,8 @@ from graft_inference import GraftError
 from graft_inference.target.model import Target
 
 from .test_kv_cache import commit_branch
-from .test_tree import random_tree, token_path
 from .tiny import tiny_model
+from .trees import random_tree, token_path
 
 
 @pytest.mark.parametrize("length", [1, 12])

@@ -44,6 +44,7 @@ class PromptLookup(TokenSource):
     def propose(self, root_1: Tensor, template: Template, noise: Noise | None) -> Proposal:
         """Proposes what followed the longest match; the length of the match is the evidence."""
         tokens_D, length_1 = self.find(len(template) - 1)
+        tokens_D = tokens_D.masked_fill_(length_1 == 0, -1)
         return Proposal(template.tree(torch.cat((root_1, tokens_D)), None), length_1)
 
     def extend(self, tokens_A: Tensor, count_1: Tensor | None = None) -> None:

@@ -25,8 +25,8 @@ from graft_train.calibrate.results import Forecast
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.traces import Traces, on_path, record_traces
 from graft_train.config.policy import CalibrateConfig
-from tests.graft_inference.test_tree import random_tree, token_path
 from tests.graft_inference.tiny import tiny_engine, tiny_head, tiny_model
+from tests.graft_inference.trees import random_tree, token_path
 
 BEAM, PASSES, NEW, BUDGET = 3, 4, 40, 12
 WIDTHS = [1, 2, 4, 8, 12]

@@ -13,7 +13,7 @@ from graft_train.distill.eagle3.layout import make_layout
 from graft_train.distill.eagle3.loss import distillation_loss, reference_loss, taught_positions
 from graft_train.distill.eagle3.unroll import unroll
 from graft_train.distill.metrics import StepSums
-from graft_train.distill.teacher import final_state_teacher, top_logits_teacher
+from graft_train.distill.teacher import ABSENT, final_state_teacher, teacher_of, top_logits_teacher
 from tests.graft_inference.plain_head import VARIANTS, varied
 
 from .pair import VOCAB, plain_unroll, tiny_head, tiny_target
@@ -107,7 +107,8 @@ def run_reference(kept=None, skip=True, coefficient=(1.0, 0.4, 0.1), name="forwa
 @pytest.mark.parametrize("name", LOSSES)
 def test_chunked_loss_is_the_plain_one_with_its_gradients(monkeypatch, chunk, skip, kept, name):
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
-    loss, _, gradients = run(kept=kept, skip=skip, name=name)
+    loss, sums, gradients = run(kept=kept, skip=skip, name=name)
+    assert not sums.loss_K.requires_grad
     expected, expected_gradients = run_reference(kept, skip, name=name)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     for parameter, gradient in expected_gradients.items():
@@ -172,6 +173,21 @@ class LargestRows(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.width:
                 self.rows = max(self.rows, tensor.numel() // self.width)
         return out
+
+
+@pytest.mark.parametrize("top", [None, 4])
+def test_the_teacher_is_made_of_what_states_are_there(top):
+    """Final states come in the target's dtype, and the lm_head may be kept in another."""
+    target, ids_D = PackedTarget(tiny_target(), (0, 2, 3)), torch.tensor([2, 3, 5, 7, 11])
+    states = target.states(torch.arange(24), LENGTHS, top)
+    rows_DH, place_C = target.lm_head_VH[ids_D].double(), torch.tensor([4, 9])
+    found = teacher_of(states, rows_DH, ids_D, VOCAB)(place_C)
+    if top is None:
+        torch.testing.assert_close(found, states.final_SH[place_C].double() @ rows_DH.T)
+        return
+    for place, row in zip(place_C.tolist(), found.tolist(), strict=True):
+        best = dict(zip(states.top_ids_SM[place].tolist(), states.top_logits_SM[place].tolist(), strict=True))
+        assert row == pytest.approx([best.get(token, ABSENT) for token in ids_D.tolist()])
 
 
 def test_survival_weighs_the_first_step_in_full_and_later_ones_less():
@@ -256,3 +272,22 @@ def test_sums_add_up_over_batches():
     parts = [run(ANSWER_S & (document_S == document))[1].stack() for document in range(3)]
     torch.testing.assert_close(sum(parts), whole, atol=1e-5, rtol=1e-5)
     assert StepSums.unstack(whole).metrics().acceptance_length >= 1
+
+
+@pytest.mark.parametrize("top", [None, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_makes_no_tensor_on_another_device(name, top):
+    """Shown on the device without memory, which refuses what lies on the CPU, as a GPU does."""
+    meta = torch.device("meta")
+    head, layout = tiny_head().to(meta), LAYOUT.to(meta)
+    taught = taught_positions(layout, torch.zeros(24, dtype=torch.long, device=meta), head.t2d, 2)
+    if top is None:
+        teacher = final_state_teacher(torch.zeros(24, 16, device=meta), head.lm_head.weight)
+    else:
+        ids_SM = torch.zeros(24, top, dtype=torch.long, device=meta)
+        teacher = top_logits_teacher(ids_SM, ids_SM.float(), head.target_ids, VOCAB)
+    outputs = [torch.zeros(len(LAYOUT.columns_C), 16, device=meta) for _ in range(2)]
+    loss, sums = distillation_loss(head, outputs, teacher, taught, torch.ones(2, device=meta), name)
+    loss.backward()
+    assert head.lm_head.weight.grad.is_meta
+    assert sums.stack().is_meta
