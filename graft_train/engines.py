@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.config import BlockHeadConfig
 from graft_inference.heads.eagle3.dialects import newer_than_sglang
-from graft_inference.heads.families import HeadConfig
+from graft_inference.heads.families import HeadConfig, can_name_target
 
 EAGLE3, DFLASH, DSPARK = "EAGLE-3", "DFlash", "DSpark"
 BLOCKS = (DFLASH, DSPARK)
@@ -34,6 +34,7 @@ SEEN = {
 
 SPECULATIVE_CONFIG = '{{"method": "{method}", "model": "{bundle}", "num_speculative_tokens": {drafts}}}'
 VLLM = f"vllm serve {{target}} --dtype {{dtype}} \\\n  --speculative-config '{SPECULATIVE_CONFIG}'"
+ALONE = "\n# The head names its target, so this does the same:\nvllm serve {bundle} --dtype {dtype}"
 SGLANG = (
     "python -m sglang.launch_server --model-path {target} --dtype {dtype} \\\n"
     "  --speculative-algorithm {method} --speculative-draft-model-path {bundle}"
@@ -243,6 +244,8 @@ def serving(head: HeadConfig, layers: int, target: str, bundle: str, dtype: str)
     drafts = head.drafts if isinstance(head, BlockHeadConfig) else 3
     for engine, name in NAMES.items():
         template, method = COMMANDS.get((engine, kind), (None, ""))
+        if template == VLLM and can_name_target(head):
+            template += ALONE
         values = {"target": target, "bundle": bundle, "dtype": dtype, "method": method, "drafts": drafts}
         found[engine] = Serving(
             name,

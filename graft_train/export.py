@@ -7,24 +7,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers import AutoConfig
 
 import graft_inference
 from graft_inference import METHODS, GraftError
 from graft_inference.bundle import describe_target, load_bundle
-from graft_inference.files import read_json, read_safetensors
-from graft_inference.heads.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_files
-from graft_inference.heads.families import described, load_any_config
+from graft_inference.files import read_json
+from graft_inference.heads.checkpoint import CONFIG_FILE
+from graft_inference.heads.families import described, load_any_config, load_any_head
 from graft_train.config import Config
 from graft_train.data.target import load_tokenizer, target_path, text_config
 from graft_train.engines import check_engines, faults_of, serving
 from graft_train.files import only_one, told, write_json, write_text
 from graft_train.flat_code import flat_modules
+from graft_train.head_files import head_writer
+from graft_train.hub import check_repo_id
 from graft_train.processes import is_main, say
 from graft_train.report import asked_of, categories_of
 from graft_train.stage import RECORD, fingerprints_of, run_stage
@@ -47,7 +47,7 @@ def export(config: Config) -> Path:
     """
     settings = config.export
     if settings.push_to_hub:
-        _check_repo_id(settings.repo_id)
+        check_repo_id(settings.repo_id, "export.push_to_hub=true")
     run_dir = Path(config.run_dir)
     if settings.engines:
         fingerprints_of(config, ["head"])  # a missing stage is told first
@@ -129,7 +129,7 @@ def push(bundle: Path, repo_id: str, private: bool) -> str:
 
 def _build(config: Config, out: Path, final: Path) -> None:
     run_dir = Path(config.run_dir)
-    _copy_head(run_dir / "head", out, _dtype_of(config))
+    head_writer(config)(load_any_head(run_dir / "head", text_config(config).num_hidden_layers), out)
     _copy(run_dir / "corpus" / "successors.safetensors", out)
     policy = read_json(run_dir / "policy" / "policy.json")
     tokenizer = load_tokenizer(config)
@@ -148,24 +148,6 @@ def _build(config: Config, out: Path, final: Path) -> None:
     head = load_bundle(out, target_config, tokenizer).head
     for fault in faults_of(head.config, target_config.num_hidden_layers):
         say(f"export: {fault}")
-
-
-def _dtype_of(config: Config) -> torch.dtype | None:
-    """In which the target's own checkpoint is, and engines compute it; None where that does not say."""
-    whole = AutoConfig.from_pretrained(target_path(config))
-    return whole.dtype or whole.get_text_config().dtype
-
-
-def _copy_head(head: Path, directory: Path, dtype: torch.dtype | None) -> None:
-    """Copies a head's files in this dtype: SGLang computes a head in its own, which must be the target's."""
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        _copy(head / name, directory)
-    tensors = read_safetensors(directory / WEIGHTS_FILE)
-    if dtype is None or all(tensor.dtype == dtype for tensor in tensors.values() if tensor.is_floating_point()):
-        return
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    name = str(dtype).removeprefix("torch.")
-    save_files(directory, cast, read_json(directory / CONFIG_FILE) | {"torch_dtype": name, "dtype": name})
 
 
 def _copy(source: Path, directory: Path) -> None:
@@ -261,12 +243,3 @@ def _evaluations_of(bundle: Path, run_dir: Path) -> dict[str, dict[str, Any]]:
         if path.parent.suffix != ".partial" and record.exists() and read_json(record)["inputs"].get("bundle") == own:
             found[path.parent.name] = read_json(path)
     return found
-
-
-def _check_repo_id(repo_id: str | None) -> None:
-    if not repo_id:
-        raise GraftError("export.push_to_hub=true needs export.repo_id=you/name")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise GraftError(f"export.repo_id={repo_id} is not a Hub id such as you/name: {error}") from error

@@ -17,6 +17,8 @@ from graft_inference.files import replace_file
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+IDENTITY = "identity.json"
+"""Of a training's checkpoint: which head it is of."""
 LOCKLESS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 """What file systems that know no locks answer."""
 

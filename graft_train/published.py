@@ -1,4 +1,4 @@
-"""Heads that others have published: found, read in any dialect, and held against the run's target."""
+"""Heads from elsewhere: published in any dialect, or in a training's checkpoint; held against the run's target."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from graft_inference.bundle import resolve
 from graft_inference.errors import GraftError
 from graft_inference.heads.families import Head, check_head, drop_copies, load_any_head, possible_copies
 from graft_train.data.states import PackedTarget
+from graft_train.trained import is_training_checkpoint, trained_head
 
 
 def published_path(place: str) -> Path:
@@ -42,7 +43,7 @@ def published_head(place: str, target: Any) -> Head:
 def head_of(place: str, path: Path, target: Any) -> Head:
     """The same where `published_path` has found it already."""
     try:
-        head = load_any_head(path, target.num_hidden_layers)
+        head = trained_head(path) if is_training_checkpoint(path) else load_any_head(path, target.num_hidden_layers)
         check_head(head.config, target)
     except GraftError as error:
         raise GraftError(f"head.init_from={place}: {error}") from error

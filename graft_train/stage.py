@@ -15,7 +15,7 @@ import transformers
 from graft_inference.errors import GraftError
 from graft_train.config import Config
 from graft_train.data.target import target_path
-from graft_train.files import only_one, remove, sweep, sync, sync_tree, told, write_json
+from graft_train.files import IDENTITY, only_one, remove, sweep, sync, sync_tree, told, write_json
 from graft_train.processes import barrier, is_main, say
 
 RECIPE_OF = {
@@ -127,7 +127,7 @@ def fingerprint_of(directory: Path) -> str:
     """
     if (directory / RECORD).is_file():
         return _read_record(directory / RECORD)["fingerprint"]
-    if (directory / "config.json").is_file():
+    if (directory / "config.json").is_file() or (directory / IDENTITY).is_file():
         return _fingerprint_of_model(directory)
     if directory.name in RECIPE_OF:
         raise GraftError(f"{directory} is missing; run graft {RECIPE_OF[directory.name]} with the same run_dir first")
@@ -194,13 +194,18 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint_of_model(directory: Path) -> str:
-    """Hash of a checkpoint's small files and of samples of its weights; reading 100 GB to be sure is not worth it."""
+    """Hash of a checkpoint's small files and of samples of its weights; reading 100 GB to be sure is not worth it.
+
+    A training's checkpoint may have its weights in a directory of their own, as DeepSpeed writes them.
+    """
     digest = hashlib.sha256()
     weights = "*.safetensors" if any(directory.glob("*.safetensors")) else "*.bin"
-    for path in sorted(directory.iterdir()):
+    shares = set(directory.glob("*/*.pt") if (directory / IDENTITY).is_file() else ())
+    for path in sorted([*directory.iterdir(), *shares]):
         if path.suffix in SMALL_FILES:
             digest.update(path.name.encode() + path.read_bytes())
-        elif path.match(weights) and not path.match("consolidated*"):  # a second copy, which a cache may hold or not
+        # Of what is consolidated there is a second copy, which a cache may hold or not.
+        elif path in shares or (path.match(weights) and not path.match("consolidated*")):
             size = path.stat().st_size
             digest.update(f"{path.name}{size}".encode())
             with path.open("rb") as file:

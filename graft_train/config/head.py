@@ -21,6 +21,7 @@ POSITIVE = (
     "clip",
     "checkpoint_every",
     "keep_checkpoints",
+    "push_every",
     "log_every",
     "measure_every",
     "measure_prompts",
@@ -43,6 +44,7 @@ BOOKKEEPING = (
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
+    "push_every",
     "log_every",
     "trackers",
     "measure_every",
@@ -58,8 +60,8 @@ class HeadTrainConfig:
     Attributes:
         family: of the head: eagle3, which drafts one token a pass, or block, which drafts all in one.
         block: what a block head has of its own.
-        init_from: directory or Hub id of a published head, which `adopt` takes as it is and `distill` goes on from; its
-            shape and draft vocabulary then stand.
+        init_from: directory or Hub id of a published head, or a checkpoint of a training, which `adopt` takes as it is
+            and `distill` goes on from; its shape and draft vocabulary then stand.
         aux_layer_ids: target layers whose outputs feed the head; None: the family's choice for its depth.
         intermediate_size: of the head's MLP; None: the target's.
         draft_vocab_size: most frequent answer tokens that can be drafted; at most the target's vocabulary.
@@ -99,6 +101,8 @@ class HeadTrainConfig:
         resume: "auto" continues from the last checkpoint, "never" starts again.
         checkpoint_every: optimizer steps between checkpoints.
         keep_checkpoints: older ones are deleted.
+        push_every: optimizer steps between pushes of the head to export.repo_id, in the background; the last head is
+            pushed, too. What fails there is told and does not stop the training. None: nothing is pushed.
         log_every: optimizer steps between lines of metrics.jsonl.
         trackers: accelerate's trackers that are sent the metrics too, such as wandb (offline unless WANDB_MODE says
             otherwise), tensorboard or trackio; each must be installed.
@@ -140,6 +144,7 @@ class HeadTrainConfig:
     resume: str = "auto"
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    push_every: int | None = None
     log_every: int = 10
     trackers: list[str] = field(default_factory=lambda: ["wandb"])
 

@@ -30,7 +30,9 @@ from graft_train.distill.parallel import make_accelerator
 from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import StateSource, disk_states, memory_states, online_states, states_directory
 from graft_train.files import write_json
-from graft_train.processes import say
+from graft_train.head_files import head_writer
+from graft_train.hub import PUSHED, HeadPusher, check_repo_id
+from graft_train.processes import is_main, say
 from graft_train.stage import fingerprint_of, run_stage
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def distill(config: "Config") -> Path:
         GraftError: no samples or none to train on, a head that this target cannot have, or what stopped the
             training: no memory, no disk, a checkpoint of another head.
     """
+    if config.head.push_every:
+        check_repo_id(config.export.repo_id, f"head.push_every={config.head.push_every}")
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
     if config.head.init_from and Path(config.head.init_from).expanduser().is_dir():
         settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
@@ -84,9 +88,13 @@ def _build(config: "Config", out: Path) -> None:
     training = start_training(accelerator, strategy, source, samples, settings, config.seed)
     _announce(training, plan, steps)
     prompts = _measure(training, [samples[number] for number in held_out])
+    pusher = _pusher(config, out) if settings.push_every else None
+    if pusher is not None:
+        training.push = lambda step: pusher.offer(step, strategy.served_head())
     progress = Progress(accelerator, settings, out)
     try:
         train(training, plan, steps, out, progress)
+        pushed = pusher.finish(steps, strategy.served_head()) if pusher is not None else None
         result = validate(training, held_out).metrics() if held_out else None
         measured = training.measure() if training.measure else None
     finally:
@@ -106,6 +114,7 @@ def _build(config: "Config", out: Path) -> None:
         "validation_samples": len(held_out),
         "validation": asdict(result) if result else None,
         "measured_acceptance_length": measured,
+        "pushed": pushed,
         "seconds": round(time.perf_counter() - started, 1),
     }
     _finish(training, out, summary)
@@ -143,6 +152,13 @@ def _measure(training: Training, held_out: list[TokenSample]) -> int:
     if prompts:
         training.measure = partial(measure_acceptance, training.accelerator, strategy, plan, prompts, tokens)
     return len(prompts)
+
+
+def _pusher(config: "Config", out: Path) -> HeadPusher:
+    """Takes the whole configuration: the target's place, and the repository in the bundle's section."""
+    if config.head.resume == "never" and is_main():
+        (out / PUSHED).unlink(missing_ok=True)
+    return HeadPusher(out, config.export, head_writer(config))
 
 
 def _announce(training: Training, plan: list[list[int]], steps: int) -> None:

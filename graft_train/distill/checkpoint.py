@@ -10,9 +10,7 @@ from safetensors import SafetensorError
 
 from graft_inference.errors import GraftError
 from graft_train.distill.parallel import zero_stage
-from graft_train.files import DENIED, sync_tree, write_json
-
-IDENTITY = "identity.json"
+from graft_train.files import DENIED, IDENTITY, sync_tree, write_json
 
 
 def save_checkpoint(accelerator: Accelerator, identity: dict[str, Any], directory: Path, step: int, keep: int) -> None:

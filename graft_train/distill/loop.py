@@ -30,6 +30,7 @@ class Training:
         strategy: of the head's family.
         wrapped: the same, as data-parallel training calls it.
         measure: the acceptance length in the engine; None where it is not measured.
+        push: begins to push the head of a step to the Hub; None where it is not pushed. All processes call it together.
     """
 
     accelerator: Accelerator
@@ -41,6 +42,7 @@ class Training:
     settings: HeadTrainConfig
     seed: int = 0
     measure: Callable[[], float] | None = field(default=None)
+    push: Callable[[int], None] | None = field(default=None)
 
     def prepare(self, chosen: list[int], number: int, noise: float = 0.0) -> Prepared:
         """Runs the target; a micro-batch's number draws what is drawn for it, on whatever process it falls."""
@@ -124,6 +126,8 @@ def train(training: Training, plan: list[list[int]], total: int, out: Path, prog
         # Before what may fail: measuring, and what is done between the last step and the head's file.
         if (step + 1) % settings.checkpoint_every == 0 or measure or step + 1 == total:
             save_checkpoint(accelerator, identity, checkpoints, step + 1, settings.keep_checkpoints)
+        if training.push and settings.push_every and (step + 1) % settings.push_every == 0:
+            training.push(step + 1)
         if measure:
             progress.log_measured(step + 1, measure())
 

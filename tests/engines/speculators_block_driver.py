@@ -6,6 +6,7 @@ The job:
                 anchors, and hidden_states [T, aux layers * H]
     heads       by name: kind (dflash or dspark), layers, full (those with full attention), window, settings (of
                 `from_training_args`); may have arch (of the layers' configuration) and token_ids (the draft vocabulary)
+    written     by name: the directory of a head that others wrote, which is read in place of `heads`
 
 The result: by name of a head its directory, which has, besides what was saved, `logits.safetensors` with the logits of
 every slot, [anchors, block, draft vocabulary].
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from speculators import SpeculatorModelConfig
 from speculators.models.dflash import core as dflash
 from speculators.models.dspark import core as dspark
 from speculators.train.cli import create_transformer_layer_config
@@ -29,12 +31,16 @@ def main(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     states = load_file(job["states"])
     result = {}
-    for name, head in job["heads"].items():
+    for name, head in job.get("heads", {}).items():
         directory = Path(result_path).parent / name
         model = make_head(job["target"], head)
         model.save_pretrained(directory)
         save_file({"logits": logits_of(model, head["kind"], states)}, directory / "logits.safetensors")
         result[name] = str(directory)
+    for name, directory in job.get("written", {}).items():
+        model, kind = read_head(directory)
+        save_file({"logits": logits_of(model, kind, states)}, Path(directory) / "logits.safetensors")
+        result[name] = directory
     Path(result_path).write_text(json.dumps(result))
 
 
@@ -53,6 +59,21 @@ def make_head(target: str, head: dict[str, Any]) -> Any:
         if not name.startswith(("embed_tokens", "lm_head", "verifier")):
             torch.nn.init.normal_(parameter.data, mean=float("norm" in name), std=0.2)
     return model
+
+
+def read_head(directory: str) -> tuple[Any, str]:
+    """A head as its own `from_pretrained` reads it, and its kind."""
+    config = SpeculatorModelConfig.from_pretrained(directory)
+    config.transformer_layer_config._attn_implementation = "eager"
+    kind = config.speculators_model_type
+    model = KINDS[kind][1].from_pretrained(directory, config=config).eval()
+    # 0.9.0 knows by NaN what is to be loaded from the target, but transformers leaves whatever was in the memory.
+    saved = load_file(Path(directory) / "model.safetensors")
+    for name in ("embed_tokens", "lm_head"):
+        if f"{name}.weight" not in saved:
+            torch.nn.init.constant_(getattr(model, name).weight, torch.nan)
+    model.load_verifier_weights()
+    return model, kind
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Block heads that speculators made and saved compute, read by us, the logits that they compute there."""
+"""Block heads that speculators made and saved compute, read by us, the logits that they compute there; and back."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft_inference.heads.block.model import BlockHead
+from graft_inference.heads.checkpoint import Verifier
 from graft_inference.heads.families import check_head, load_any_head, save_any_head
 
 from ..graft_inference.tiny import VOCAB, tiny_model
@@ -99,3 +100,29 @@ def test_a_head_of_speculators_has_the_logits_that_it_has_there(made, tmp_path, 
         for place, anchor in enumerate(ANCHORS):
             got = draft_logits(head, model, read, anchor)
             torch.testing.assert_close(got, expected[place, first:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def written(made, tmp_path_factory):
+    """The directories of the same heads as we write them for their target, after speculators has read them."""
+    model, _, directories = made
+    root = tmp_path_factory.mktemp("written")
+    source = Path(next(iter(directories.values()))).parent
+    for name, directory in directories.items():
+        head = load_any_head(Path(directory), model.config.num_hidden_layers)
+        save_any_head(head, root / name, Verifier(str(source / "target")))
+    job = {"target": str(source / "target"), "states": str(source / "states.safetensors")}
+    job |= {"written": {name: str(root / name) for name in directories}}
+    return run_driver("speculators", HERE / "speculators_block_driver.py", root, job)
+
+
+@pytest.mark.filterwarnings("ignore:the head's confidence head is not used")
+@pytest.mark.parametrize("name", HEADS)
+def test_speculators_computes_what_we_write_in_its_dialect(made, written, name):
+    """Read from the configuration that other engines read, too."""
+    _, _, directories = made
+    found, expected = (
+        load_file(Path(place[name]) / "logits.safetensors")["logits"] for place in (written, directories)
+    )
+    first = not HEADS[name]["settings"].get("sample_from_anchor", HEADS[name]["kind"] == "dspark")
+    torch.testing.assert_close(found[:, first:], expected[:, first:], atol=1e-5, rtol=1e-5)

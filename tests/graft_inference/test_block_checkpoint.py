@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.checkpoint import load_block_head, save_block_head
+from graft_inference.heads.block.dialects import LAYER
 from graft_inference.heads.block.view import SlidingWindow
+from graft_inference.heads.checkpoint import OF_SPECULATORS as OF_SPECULATORS_KEYS
+from graft_inference.heads.checkpoint import Verifier
 from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_inference.heads.families import load_any_head
 
@@ -111,6 +114,61 @@ def test_a_head_of_speculators_is_the_same_head(tmp_path, changes):
         assert loaded.config == head.config
         assert torch.equal(loaded.target_ids, head.target_ids)
         assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in head.state_dict().items())
+
+
+def with_target(directory, **changes):
+    save_block_head(block_head(**changes).float(), directory, verifier=Verifier("org/target", ("LlamaForCausalLM",)))
+    return json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize("changes", OF_SPECULATORS)
+def test_a_head_that_knows_its_target_speaks_both_dialects(tmp_path, changes):
+    head = block_head(**changes)
+    saved(tmp_path / "native", **changes)
+    native = json.loads((tmp_path / "native" / "config.json").read_text())
+    both = with_target(tmp_path, **changes)
+    assert both == both | native
+    assert both["speculators_config"]["verifier"]["name_or_path"] == "org/target"
+    assert both["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == head.config.drafts
+    assert load_any_head(tmp_path).config == head.config
+    # What speculators reads of it is what it has saved itself.
+    edit_config(to_speculators(tmp_path / "native"), lambda v: v["transformer_layer_config"].pop("max_window_layers"))
+    theirs = json.loads((tmp_path / "native" / "config.json").read_text())
+    told = ("aux_hidden_state_layer_ids", "block_size", "draft_vocab_size", "mask_token_id", "sample_from_anchor")
+    assert {name: both[name] for name in told} == {name: theirs[name] for name in told}
+    if head.config.sliding is not None:
+        assert both["sliding_window_non_causal"] == theirs["sliding_window_non_causal"]
+    layer, theirs = both["transformer_layer_config"], theirs["transformer_layer_config"]
+    assert layer == layer | {name: theirs[name] for name in LAYER if name in theirs}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"causal": True},
+        SLIDING,
+        {"causal": False, "sliding": SlidingWindow((0, 1), 7)},
+        {"causal": True, "sliding": SlidingWindow((1,), 3, from_anchor=True)},
+    ],
+)
+def test_views_that_speculators_cannot_say_are_not_said_in_its_dialect(tmp_path, changes):
+    assert not set(with_target(tmp_path, **changes)) & set(OF_SPECULATORS_KEYS)
+    assert load_any_head(tmp_path).config == block_head(**changes).config
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda v: v.update(aux_hidden_state_layer_ids=[1, 2]),
+        lambda v: v.update(sliding_window_non_causal=True),
+        lambda v: v["transformer_layer_config"].update(intermediate_size=7),
+    ],
+)
+def test_two_dialects_that_describe_two_heads_are_refused(tmp_path, edit):
+    with_target(tmp_path, **MIXED)
+    edit_config(tmp_path, edit)
+    with pytest.raises(GraftError, match="the top level and transformer_layer_config describe different heads"):
+        load_block_head(tmp_path)
 
 
 def test_what_a_head_of_speculators_need_not_say(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft_inference.errors import GraftError
+from graft_inference.heads.checkpoint import Verifier
 from graft_inference.heads.eagle3.checkpoint import load_head, save_head
 from graft_inference.heads.eagle3.dialects import AUX_IDS, SLIDING, newer_than_sglang
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
@@ -548,3 +549,39 @@ def test_a_pickle_of_anything_else_is_refused_and_runs_no_code(saved, content):
         torch.save(content, saved / "pytorch_model.bin")
     with pytest.raises(GraftError, match=r"pytorch_model\.bin"):
         load_head(saved)
+
+
+VERIFIER = Verifier("org/target", ("LlamaForCausalLM",))
+
+
+@pytest.mark.parametrize("changes", [{}, {"draft_vocab_size": 10}, SPECULATORS_HEAD], ids=["flat", "whole", "newer"])
+def test_a_head_that_knows_its_target_speaks_both_dialects(tmp_path, changes):
+    """Every key of the one that it had alone stays as it was, and so do the tensors."""
+    head = varied(make_head(**changes))
+    save_head(head, tmp_path / "alone")
+    save_head(head, tmp_path / "both", VERIFIER)
+    alone, both = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("alone", "both"))
+    if newer_than_sglang(head.config):
+        alone["speculators_config"]["verifier"] = both["speculators_config"]["verifier"]
+    assert both == both | alone
+    assert both["speculators_config"]["verifier"] == {
+        "name_or_path": "org/target",
+        "architectures": ["LlamaForCausalLM"],
+    }
+    assert both["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
+    assert (tmp_path / "both" / "model.safetensors").read_bytes() == (
+        tmp_path / "alone" / "model.safetensors"
+    ).read_bytes()
+    assert load_head(tmp_path / "both").config == head.config
+    assert ("does not read" in described(tmp_path / "both")[1]) == (changes is SPECULATORS_HEAD)
+    # The nested keys alone are the same head.
+    edit_config(tmp_path / "both", lambda c: [c.pop(name, None) for name in ("hidden_size", "eagle_config")])
+    assert load_head(tmp_path / "both").config == head.config
+
+
+@pytest.mark.parametrize("name", ["intermediate_size", "rms_norm_eps", "max_position_embeddings"])
+def test_two_dialects_that_describe_two_heads_are_refused(tmp_path, name):
+    save_head(make_head(), tmp_path, VERIFIER)
+    edit_config(tmp_path, lambda c: c["transformer_layer_config"].update({name: c[name] / 2 if name[0] == "r" else 8}))
+    with pytest.raises(GraftError, match=r"config.json: the top level and transformer_layer_config describe different"):
+        load_head(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from graft_inference import METHODS, GraftEngine, GraftError
@@ -17,10 +18,15 @@ from graft_inference.heads.families import load_any_head
 from graft_train.adopt import adopt
 from graft_train.build_corpus import build_corpus
 from graft_train.calibrate import calibrate
+from graft_train.config.head import HeadTrainConfig
+from graft_train.data.states import PackedTarget
 from graft_train.distill import distill
+from graft_train.distill.checkpoint import save_checkpoint
+from graft_train.distill.eagle3.strategy import Eagle3Strategy
 from graft_train.evaluate import evaluate
 from graft_train.export import export
 from graft_train.regenerate import regenerate
+from graft_train.stage import fingerprint_of
 from tests.graft_inference.test_block_checkpoint import to_speculators as block_to_speculators
 from tests.graft_inference.test_block_drafter import tiny_block_head
 from tests.graft_inference.test_head_checkpoint import to_speculators
@@ -122,6 +128,50 @@ def test_a_published_head_becomes_an_evaluated_bundle(tmp_path, publish):
     assert sorted(path.name for path in (run / "head").iterdir()) == ["config.json", "model.safetensors", "stage.json"]
     record = json.loads((run / "head" / "stage.json").read_text())
     assert (record["stage"], record["settings"]["init_from"]) == ("adopt", str(tmp_path / "published"))
+
+
+def write_checkpoint(directory: Path) -> Path:
+    """A training's checkpoint of the head that `eagle3` publishes."""
+    model = tiny_model("llama")
+    head = tiny_head(model)
+    strategy = Eagle3Strategy(head, PackedTarget(model, head.config.aux_layer_ids), HeadTrainConfig())
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(strategy)
+    save_checkpoint(accelerator, strategy.identity(), directory, 3, keep=1)
+    return directory / "step-00000003"
+
+
+def test_a_checkpoint_of_a_training_becomes_a_bundle(tmp_path):
+    """Not the head at the end, which may never come."""
+    eagle3(tmp_path / "published")
+    config = run_of(tmp_path, write_checkpoint(tmp_path))
+    for stage in (adopt, regenerate, build_corpus, calibrate, export):
+        stage(config)
+    bundled, published = load_file(tmp_path / "run" / "bundle" / "model.safetensors"), tmp_path / "published"
+    expected = load_file(published / "model.safetensors")
+    assert bundled.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in bundled.items())
+    # Another step of the same training is another head.
+    record = json.loads((tmp_path / "run" / "head" / "stage.json").read_text())
+    weights = tmp_path / "step-00000003" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    assert record["settings"]["files"] != fingerprint_of(weights.parent)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "model.safetensors").unlink(), r"step-00000003: .*model\.safetensors is missing"),
+        (lambda path: (path / "identity.json").write_text("{}"), r"identity\.json describes no head"),
+        (lambda path: (path / "pytorch_model").mkdir(), "step-00000003 is incomplete or damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_by_its_file(tmp_path, spoil, message):
+    checkpoint = write_checkpoint(tmp_path)
+    spoil(checkpoint)
+    with pytest.raises(GraftError, match=message):
+        adopt(run_of(tmp_path, checkpoint))
+    assert not (tmp_path / "run" / "head").exists()
 
 
 def test_a_head_on_the_hub_is_recorded_with_its_commit_and_in_its_dtype(tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def test_a_policy_chosen_anew_is_another_bundle_whose_evaluation_is_to_come(run_
 
 def test_the_bundle_holds_what_was_made(exported):
     bundle = exported / "bundle"
-    for stage, name in (("head", "config.json"), ("head", "model.safetensors"), ("corpus", "successors.safetensors")):
+    for stage, name in (("head", "model.safetensors"), ("corpus", "successors.safetensors")):
         assert (bundle / name).read_bytes() == (exported / stage / name).read_bytes()
     graft = json.loads((bundle / "graft.json").read_text())
     assert graft["policy"] == json.loads((exported / "policy" / "policy.json").read_text())

@@ -122,6 +122,11 @@ def test_the_commands_name_the_method_the_paths_and_how_much_is_drafted():
     assert speculative == {"method": "dflash", "model": "you/head", "num_speculative_tokens": 3}  # of four slots
     assert serving(block(**MARKOV), LAYERS, "t", "h", "bfloat16")["llama_cpp"].command.endswith("--spec-draft-n-max 4")
     assert found["openvino"].command is None
+    causal = serving(
+        block(causal=True), LAYERS, "org/target", "you/head", "bfloat16"
+    )  # of which speculators has no word
+    assert "vllm serve you/head" not in causal["vllm"].command
+    assert "vllm serve you/head" in found["vllm"].command
 
 
 def test_an_engine_that_nobody_knows_is_named():
@@ -192,7 +197,7 @@ def test_the_head_is_exported_in_the_targets_dtype(tmp_path, dtype, family):
         assert torch.equal(after[name], wanted)
     config, trained = (json.loads((path / "config.json").read_text()) for path in (bundle, run_dir / "head"))
     name = str(dtype).removeprefix("torch.")
-    assert config == trained | {"dtype": name, "torch_dtype": name}
+    assert config == config | trained | {"dtype": name, "torch_dtype": name}
     assert load_any_head(bundle).fc.weight.dtype == dtype
     assert f"--dtype {name}" in (bundle / "README.md").read_text()
 
@@ -200,8 +205,22 @@ def test_the_head_is_exported_in_the_targets_dtype(tmp_path, dtype, family):
 def test_a_head_beside_a_float32_target_stays_float32_to_the_byte(tmp_path):
     run_dir = write_run(tmp_path / "run")
     bundle = run_export(run_dir)
-    for name in ("config.json", "model.safetensors"):
-        assert (bundle / name).read_bytes() == (run_dir / "head" / name).read_bytes()
+    assert (bundle / "model.safetensors").read_bytes() == (run_dir / "head" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["eagle3", "block"])
+def test_the_head_names_its_target_for_engines_that_start_from_the_head(tmp_path, family):
+    run_dir = write_run(tmp_path / "run")
+    if family == "block":
+        write_block_head(run_dir)
+    bundle = run_export(run_dir)
+    config = json.loads((bundle / "config.json").read_text())
+    verifier = config["speculators_config"]["verifier"]
+    assert verifier == {"name_or_path": str((run_dir / "target").resolve()), "architectures": ["LlamaForCausalLM"]}
+    assert config["model_type"] in ("llama", "qwen3")  # by which engines that are given a target read the flat keys
+    assert load_any_head(bundle).config == load_any_head(run_dir / "head").config
+    card = ModelCard.load(bundle / "README.md").text
+    assert f"# The head names its target, so this does the same:\nvllm serve {bundle} --dtype float32" in card
 
 
 def test_a_head_trained_in_bfloat16_beside_a_float32_target_is_widened(tmp_path):

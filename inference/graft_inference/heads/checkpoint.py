@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MASK_EMBEDDING = "mask_embedding.pt"
 SPECULATORS = "speculators_model_type"
+NESTED = "transformer_layer_config"
+OF_SPECULATORS = (SPECULATORS, "speculators_version", "speculators_config", NESTED)
+"""Keys that speculators' dialect alone has, of any family."""
 REMEDY = "copy the head again, or train it again with graft distill"
 
 HARMLESS = frozenset({
@@ -34,6 +38,39 @@ ROPE = frozenset({
 })  # fmt: skip
 ROPE_OF_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
 """Positions of images; those of text are the same with and without them."""
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A head's target as speculators' dialect names it; `vllm serve HEAD` then serves that.
+
+    Attributes:
+        name_or_path: Hub id or directory.
+        architectures: as its own configuration has them.
+    """
+
+    name_or_path: str | None = None
+    architectures: tuple[str, ...] = ()
+
+
+def of_speculators(algorithm: str, drafts: int, layer: dict[str, Any], verifier: Verifier) -> dict[str, Any]:
+    """The keys of `OF_SPECULATORS`.
+
+    Args:
+        drafts: tokens that vLLM drafts where its user says nothing else.
+        layer: the configuration of the head's layers.
+    """
+    return {
+        SPECULATORS: algorithm,
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": drafts}],
+            "verifier": asdict(verifier),
+        },
+        NESTED: layer,
+    }
 
 
 def save_files(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..errors import GraftError
 from ..files import read_json
 from ..proposer import HeadProposer
-from .block.checkpoint import DFLASH, DSPARK, TYPES, load_block_config, load_block_head, save_block_head
+from .block.checkpoint import load_block_config, load_block_head, save_block_head
 from .block.config import BlockHeadConfig
+from .block.dialects import DFLASH, DSPARK, TYPES, sees_as_in_speculators
 from .block.drafter import BlockProposer
 from .block.model import BlockHead
-from .checkpoint import CONFIG_FILE, REMEDY, SPECULATORS
+from .checkpoint import CONFIG_FILE, REMEDY, SPECULATORS, Verifier
 from .eagle3.checkpoint import load_head, load_head_config, save_head
 from .eagle3.drafter import Eagle3Proposer
 from .eagle3.model import DraftHead, DraftHeadConfig
@@ -76,12 +77,21 @@ def load_any_head(directory: Path, target_layers: int | None = None) -> Head:
     return load(directory, target_layers)
 
 
-def save_any_head(head: Head, directory: Path) -> None:
-    """Writes a head's two files, in its own dtype; other files in `directory` stay."""
+def save_any_head(head: Head, directory: Path, verifier: Verifier | None = None) -> None:
+    """Writes a head's two files, in its own dtype; other files in `directory` stay.
+
+    Args:
+        verifier: the target, where its name is known: `vllm serve` then serves it by the head alone.
+    """
     if isinstance(head, BlockHead):
-        save_block_head(head, directory)
+        save_block_head(head, directory, verifier=verifier)
     else:
-        save_head(head, directory)
+        save_head(head, directory, verifier)
+
+
+def can_name_target(head: HeadConfig) -> bool:
+    """Whether a checkpoint of this head says which target it is for, where that is known."""
+    return not isinstance(head, BlockHeadConfig) or sees_as_in_speculators(head)
 
 
 def check_head(head: HeadConfig, target: Any) -> None:
@@ -129,7 +139,7 @@ def described(directory: Path) -> tuple[str, str]:
     values = read_json(Path(directory) / CONFIG_FILE, REMEDY)
     if is_block(directory):
         return "dflash", f"blocks drafted in one pass, as `{values['architectures'][0]}`"
-    if SPECULATORS in values:
+    if SPECULATORS in values and "eagle_config" not in values:
         return "eagle3", 'EAGLE-3, in vLLM\'s "speculators" dialect, which SGLang does not read'
     return "eagle3", "EAGLE-3, in the dialect that SGLang and vLLM read"
 

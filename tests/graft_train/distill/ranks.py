@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
+from graft_train import stage
 from graft_train.distill import checkpoint, distill, loop, state_source
 from tests.graft_train.distill.test_distill import make_run
 
@@ -36,6 +37,8 @@ if during == "states":
     state_source.save_file = counted(real_file, "states")
 else:
     loop.train_step = counted(real_step, "step")
+if during == "keeping":
+    stage.remove = lambda path: None
 if during == "saving":
     checkpoint.write_json = dying_write
 state_source.SHARD_TOKENS = 60
@@ -53,6 +56,7 @@ def run_ranks(
     Args:
         kill: before this step it dies (during="step"), saving it ("saving"), or before writing this shard of
             target states ("states").
+        during: "keeping" keeps the checkpoints of a training that has ended.
     """
     script = directory / "distill_here.py"
     script.write_text(SCRIPT)

@@ -23,6 +23,7 @@ from graft_inference.target.model import Target
 from graft_train import distill as stage_module
 from graft_train.config import Config
 from graft_train.config.block import BlockHeadTrainConfig
+from graft_train.config.export import ExportConfig
 from graft_train.config.head import HeadTrainConfig
 from graft_train.config.target import TargetConfig
 from graft_train.data import target as target_module
@@ -61,7 +62,7 @@ SETTINGS = {
 }
 
 
-def make_run(directory: Path, dtype: str = "float32", **changes) -> Config:
+def make_run(directory: Path, dtype: str = "float32", repo_id: str | None = None, **changes) -> Config:
     """A run directory with a target and samples, as the earlier stages leave it."""
     run_dir, target = directory / "run", directory / "tiny"
     if not run_dir.exists():
@@ -74,6 +75,7 @@ def make_run(directory: Path, dtype: str = "float32", **changes) -> Config:
         run_dir=str(run_dir),
         target=TargetConfig(name_or_path=str(target), dtype=dtype, device="cpu"),
         head=HeadTrainConfig(**(SETTINGS | changes | {"block": BlockHeadTrainConfig(**changes.get("block", {}))})),
+        export=ExportConfig(repo_id=repo_id),
     )
 
 

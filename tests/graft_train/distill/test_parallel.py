@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 
 from graft_train.data.samples import answered, append_samples
 from graft_train.distill import distill
+from graft_train.trained import trained_head
+from tests.hub import serve
 
 from .pair import samples
 from .ranks import deepspeed, run_ranks, torchrun, was_killed
-from .test_distill import load_curve, make_run, metrics
+from .test_distill import distill_until_killed, load_curve, make_run, metrics
 
 # Some steps' gradients are longer than the clip and some are not: AdamW alone would forgive a wrong scale.
 CHANGES = {
@@ -30,6 +32,26 @@ CHANGES = {
 def alone(tmp_path_factory) -> Path:
     """The head that one process makes, uninterrupted."""
     return distill(make_run(tmp_path_factory.mktemp("alone"), **CHANGES))
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The head that one process had at its first checkpoint, after two steps."""
+    directory = tmp_path_factory.mktemp("early")
+    with pytest.MonkeyPatch.context() as patch:
+        distill_until_killed(make_run(directory, **CHANGES), 3, patch)
+    return head_in_checkpoint(directory)
+
+
+def head_in_checkpoint(directory: Path, stage: str = "head.partial") -> dict[str, torch.Tensor]:
+    """What `adopt` makes of the checkpoint after two steps, and `export` of that."""
+    return trained_head(directory / "run" / stage / "checkpoints" / "step-00000002").state_dict()
+
+
+def assert_same_head(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def head_of(directory: Path, changes: dict = CHANGES, **how) -> Path:
@@ -86,11 +108,11 @@ def test_a_process_whose_answers_have_one_token_takes_part(tmp_path):
     assert not all(drafts)
 
 
-def test_one_process_goes_on_from_two(tmp_path, alone):
+def test_one_process_goes_on_from_two(tmp_path, alone, early):
     make_run(tmp_path, **CHANGES)
     killed = run_ranks(tmp_path, json.dumps(CHANGES), torchrun(2), kill=3)
     assert killed.returncode != 0
-    assert (tmp_path / "run" / "head.partial" / "checkpoints" / "step-00000002").exists()
+    assert_same_head(head_in_checkpoint(tmp_path), early)
     assert_same_training(distill(make_run(tmp_path, **CHANGES)), alone, 1e-4)
 
 
@@ -110,14 +132,26 @@ def test_zero_trains_in_bf16(tmp_path, alone, stage):
         assert two["loss"] == pytest.approx(one["loss"], rel=0.05)
 
 
-def test_zero_3_trains_as_one_process(tmp_path, alone):
-    assert_same_training(head_of(tmp_path, launcher=deepspeed(3, 2)), alone, 1e-4)
+def test_zero_3_trains_as_one_process_and_pushes_whole_heads(tmp_path, alone, early, monkeypatch):
+    """Its checkpoints hold shares of the head, which are put together in one process."""
+    changes = CHANGES | {"push_every": 2, "repo_id": "someone/head", "keep_checkpoints": 2}
+    with serve() as hub:
+        client = {"ENDPOINT": hub.url, "TOKEN": hub.token, "HUB_OFFLINE": "0", "HUB_DISABLE_XET": "1"}
+        for name, value in client.items():
+            monkeypatch.setenv(f"HF_{name}", value)
+        head = head_of(tmp_path, changes, launcher=deepspeed(3, 2), during="keeping")
+        pushed = hub.repositories["someone/head"].at("main")["model.safetensors"]
+    assert_same_training(head, alone, 1e-4)
+    assert_same_head(head_in_checkpoint(tmp_path, "head"), early)
+    assert pushed == (head / "model.safetensors").read_bytes()
+    assert json.loads((head / "training.json").read_text())["pushed"]["step"] == 4
 
 
-def test_zero_2_killed_goes_on_as_one_process_would_but_with_as_many_processes_only(tmp_path, alone):
+def test_zero_2_killed_goes_on_as_one_process_would_but_with_as_many_processes_only(tmp_path, alone, early):
     make_run(tmp_path, **CHANGES)
     killed = run_ranks(tmp_path, json.dumps(CHANGES), deepspeed(2, 2), kill=3)
     assert killed.returncode != 0
+    assert_same_head(head_in_checkpoint(tmp_path), early)
     other = run_ranks(tmp_path, json.dumps(CHANGES), deepspeed(2, 1))
     assert "written by 2 processes at ZeRO stage 2; this is 1" in other.stderr
     assert_same_training(head_of(tmp_path, launcher=deepspeed(2, 2)), alone, 1e-4)

@@ -1,74 +1,17 @@
-"""A block head on disk: `config.json` and `model.safetensors`, written natively and read in two dialects.
-
-A head with fill-in slots is written as `DFlashDraftModel`, one with next-token slots or a Markov bias as
-`Qwen3DSparkModel`. What decides how it is computed is always written where both vLLM and SGLang read it: `is_causal`
-and `layer_types` at the top level, and the layout of the slots.
-
-speculators' dialect nests the layers' configuration, as that of its EAGLE-3 heads does, and counts the aux layers
-from 1. It is read as the native configuration of the same head.
-"""
+"""A block head on disk: `config.json` and `model.safetensors`; `dialects.py` says in which dialects."""
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...errors import GraftError
 from ...files import read_safetensors
-from ..checkpoint import (
-    HARMLESS,
-    MASK_EMBEDDING,
-    REMEDY,
-    SPECULATORS,
-    WEIGHTS_FILE,
-    check_keys,
-    given_or,
-    read_config,
-    rope_and_dtype,
-    rope_of,
-    save_files,
-)
+from ..checkpoint import MASK_EMBEDDING, REMEDY, WEIGHTS_FILE, Verifier, read_config, save_files
 from .config import BlockHeadConfig
+from .dialects import block_config_from_dict, block_config_to_dict
 from .model import BlockHead
-from .view import SlidingWindow
 
-DFLASH, DSPARK = "DFlashDraftModel", "Qwen3DSparkModel"
-TYPES = ("dflash", "dspark")
-"""`speculators_model_type` of the block heads that can be read."""
-LAYOUT = "sample_from_anchor"
-FROM_ANCHOR = "sliding_window_from_anchor"
-"""A key of our own, beside `sliding_window`: the dialect has no other for how speculators counts."""
-FULL, SLIDING = "full_attention", "sliding_attention"
-READ = frozenset({
-    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size", "max_position_embeddings", "rms_norm_eps",
-    "rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window",
-    "num_target_layers", "block_size", "is_causal", LAYOUT, "dflash_config", "target_layer_ids", "mask_token_id",
-    "markov_rank", "enable_confidence_head", FROM_ANCHOR,
-})  # fmt: skip
-"""Keys that what is computed is read from."""
-COMPUTED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "partial_rotary_factor": 1,
-    "is_encoder_decoder": False,
-    "is_neox_style": True,
-    "markov_head_type": "vanilla",
-}
-"""Keys that change what is computed, each with the value that this module computes; null and absent mean it too."""
-OF_TRAINING = frozenset({"confidence_head_with_markov", "num_anchors"})
-COMPUTED_NESTED = {
-    "use_swa": False,
-    "attention_sink_bias": False,
-    "attention_value_scale": 1,
-    "input_embedding_scale": 1,
-    "output_multiplier": 1,
-}
-READ_NESTED = frozenset({"target_layer_ids", "mask_token_id", "block_size", "causal", "causal_head", LAYOUT})
-"""Both within dflash_config."""
 CONFIDENCE = "confidence_head."
 PARTS = {
     "mask_hidden": "a learned state in place of the mask token's embedding",
@@ -77,24 +20,22 @@ PARTS = {
     "prefix_gru.": "the recurrent pass of Domino",
 }
 """Beginnings of tensors that make another network of a head whose configuration may not say so."""
-AUX_IDS, NON_CAUSAL, NESTED = "aux_hidden_state_layer_ids", "sliding_window_non_causal", "transformer_layer_config"
-READ_OF_SPECULATORS = frozenset({
-    "architectures", "block_size", "draft_vocab_size", "enable_confidence_head", "markov_rank", "mask_token_id",
-    "target_hidden_size", LAYOUT, SPECULATORS, AUX_IDS, NON_CAUSAL, NESTED,
-})  # fmt: skip
 
 
-def save_block_head(head: BlockHead, directory: Path, dtype: torch.dtype | None = None) -> None:
+def save_block_head(
+    head: BlockHead, directory: Path, dtype: torch.dtype | None = None, verifier: Verifier | None = None
+) -> None:
     """Writes the head into `directory`, each file aside and then renamed; other files there stay.
 
     Args:
         dtype: of the weights; None: the head's. Engines want the target's.
+        verifier: the target, where its name is known.
     """
     dtype = dtype or head.fc.weight.dtype
     tensors = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in head.state_dict().items()
     }
-    save_files(directory, tensors, block_config_to_dict(head.config, dtype))
+    save_files(directory, tensors, block_config_to_dict(head.config, dtype, verifier))
 
 
 def load_block_config(directory: Path, target_layers: int | None = None) -> BlockHeadConfig:
@@ -137,192 +78,3 @@ def _read_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(name.startswith(CONFIDENCE) for name in tensors):
         warnings.warn("the head's confidence head is not used: P(accepted) is calibrated from traces", stacklevel=4)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(CONFIDENCE)}
-
-
-def block_config_to_dict(config: BlockHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The native configuration that vLLM and SGLang load."""
-    reads = {"target_layer_ids": list(config.aux_layer_ids), "mask_token_id": config.mask_token_id}
-    is_dspark = config.sample_from_anchor or config.markov_rank > 0
-    values = {
-        "architectures": [DSPARK if is_dspark else DFLASH],
-        "model_type": "qwen3",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        **rope_and_dtype(config.rope_parameters, dtype),
-        "num_target_layers": config.num_target_layers,
-        "block_size": config.block_size,
-        **_views_to_dict(config),
-    }
-    if not is_dspark:
-        causal = {} if config.causal is None else {"causal": config.causal}
-        return values | {"dflash_config": reads | causal | {LAYOUT: False}}
-    markov = {"markov_rank": config.markov_rank, "markov_head_type": "vanilla", "enable_confidence_head": False}
-    return values | reads | markov | {LAYOUT: config.sample_from_anchor}
-
-
-def _views_to_dict(config: BlockHeadConfig) -> dict[str, Any]:
-    """What the slots of each layer see. Engines read an absent `is_causal` as "in sliding layers"."""
-    sliding = config.sliding
-    slides = () if sliding is None else sliding.layers
-    values: dict[str, Any] = {} if config.causal is None else {"is_causal": config.causal}
-    # SGLang reads is_causal only beside a list of layer_types.
-    values["layer_types"] = [SLIDING if layer in slides else FULL for layer in range(config.num_hidden_layers)]
-    values |= {"sliding_window": sliding and sliding.size, "use_sliding_window": sliding is not None}
-    return values | ({FROM_ANCHOR: True} if sliding is not None and sliding.from_anchor else {})
-
-
-def block_config_from_dict(values: dict[str, Any], target_layers: int | None = None) -> BlockHeadConfig:
-    """Reads what `block_config_to_dict`, DFlash, DSpark and speculators store.
-
-    Raises:
-        GraftError: a key is missing, contradicts another, or describes a head that this module is not.
-    """
-    if SPECULATORS in values:
-        values = _native(values)
-    if target_layers is not None:
-        values = {"num_target_layers": target_layers} | values
-    names = values.get("architectures")
-    if names not in ([DFLASH], [DSPARK]):
-        raise GraftError(
-            f"architectures={names} makes another network: only {DFLASH} and {DSPARK} can be computed here"
-        )
-    check_keys(values, READ, COMPUTED, HARMLESS | OF_TRAINING)
-    nested = values.get("dflash_config") or {}
-    check_keys(nested, READ_NESTED, COMPUTED_NESTED)
-    if given_or(values, "model_type", "qwen3") != "qwen3":
-        raise GraftError(f"model_type={values['model_type']!r} makes another layer: only qwen3 can be computed here")
-    heads, sliding = values["num_attention_heads"], _sliding(values)
-    return BlockHeadConfig(
-        hidden_size=values["hidden_size"],
-        intermediate_size=values["intermediate_size"],
-        num_hidden_layers=values["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=given_or(values, "num_key_value_heads", heads),
-        head_dim=given_or(values, "head_dim", values["hidden_size"] // heads),
-        vocab_size=values["vocab_size"],
-        draft_vocab_size=given_or(values, "draft_vocab_size", values["vocab_size"]),
-        aux_layer_ids=tuple(_agreed("target_layer_ids", values, nested)),
-        num_target_layers=values["num_target_layers"],
-        block_size=_agreed("block_size", values, nested),
-        mask_token_id=_agreed("mask_token_id", values, nested),
-        max_position_embeddings=values["max_position_embeddings"],
-        causal=_causal(values, nested, sliding),
-        sample_from_anchor=_layout(values, nested, names == [DSPARK]),
-        markov_rank=given_or(values, "markov_rank", 0),
-        sliding=sliding,
-        rms_norm_eps=values["rms_norm_eps"],
-        rope_parameters=rope_of(values),
-    )
-
-
-def _agreed(name: str, *places: dict[str, Any]) -> Any:
-    """The one value that a key has in whichever places have it.
-
-    Raises:
-        GraftError: two places say different things, or none says anything.
-    """
-    given = [place[name] for place in places if place.get(name) is not None]
-    if not given:
-        raise GraftError(f"{name} is missing, at the top level as in dflash_config")
-    if any(value != given[0] for value in given):
-        raise GraftError(f"the top level and dflash_config say different things of {name}: {given}")
-    return given[0]
-
-
-def _sliding(values: dict[str, Any]) -> SlidingWindow | None:
-    """The layers with a sliding window.
-
-    Raises:
-        GraftError: kinds of layers that are not known or not one for each layer, or a window that is not said.
-    """
-    kinds, count, window = values.get("layer_types"), values["num_hidden_layers"], values.get("sliding_window")
-    uses = values.get("use_sliding_window")
-    if kinds is None:
-        if window is not None and uses is not False:
-            raise GraftError(f"sliding_window={window}, but not in which layers: write layer_types")
-        return None
-    if len(kinds) != count or not all(kind in (FULL, SLIDING) for kind in kinds):
-        raise GraftError(f"layer_types={kinds} makes another network: there must be {count}, each {FULL} or {SLIDING}")
-    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
-    if not layers:
-        return None
-    if window is None or uses is not True:
-        raise GraftError(f"layer_types={kinds} needs use_sliding_window=true and a sliding_window")
-    return SlidingWindow(layers, window, given_or(values, FROM_ANCHOR, False))
-
-
-def _causal(values: dict[str, Any], nested: dict[str, Any], sliding: SlidingWindow | None) -> bool | None:
-    """Whether slots do not see those behind them: by the keys of vLLM and SGLang and by JetSpec's, else where a window
-    slides."""
-    said = [values.get("is_causal"), nested.get("causal"), nested.get("causal_head")]
-    given = [value for value in said if value is not None]
-    if any(value != given[0] for value in given):
-        raise GraftError(f"is_causal, dflash_config.causal and dflash_config.causal_head say different things: {said}")
-    if given:
-        return given[0]
-    slides = 0 if sliding is None else len(sliding.layers)
-    return {0: False, values["num_hidden_layers"]: True}.get(slides)
-
-
-def _layout(values: dict[str, Any], nested: dict[str, Any], is_dspark: bool) -> bool:
-    """Whether slots predict the token behind them.
-
-    Raises:
-        GraftError: the key contradicts the architecture, or is missing where engines take different defaults.
-    """
-    given = [place[LAYOUT] for place in (values, nested) if place.get(LAYOUT) is not None]
-    if not given and is_dspark and not values.get("markov_rank"):
-        raise GraftError(
-            f"{LAYOUT} is missing, and engines differ in what a {DSPARK} without a Markov head then predicts: write "
-            f"{LAYOUT}: true, or false for a head whose first slot is unused"
-        )
-    if any(value is not given[0] for value in given) or (given and given[0] and not is_dspark):
-        raise GraftError(f"{LAYOUT}={given[0]} and {DSPARK if is_dspark else DFLASH}: no engine computes such a head")
-    return given[0] if given else is_dspark
-
-
-def _native(values: dict[str, Any]) -> dict[str, Any]:
-    """The native configuration of a head in speculators' dialect, but for its target's depth.
-
-    Raises:
-        GraftError: another family, or what this module does not compute.
-    """
-    kind, layer = values[SPECULATORS], dict(values[NESTED])
-    if kind not in TYPES:
-        raise GraftError(f"of speculators' block heads only {' and '.join(TYPES)} can be loaded, not {kind!r}")
-    check_keys(values, READ_OF_SPECULATORS, COMPUTED, HARMLESS | OF_TRAINING)
-    if given_or(values, "target_hidden_size", layer["hidden_size"]) != layer["hidden_size"]:
-        raise GraftError("only heads that are as wide as their target can be loaded")
-    if min(values[AUX_IDS]) < 1:
-        raise GraftError(f"{AUX_IDS}={values[AUX_IDS]}: the target's embeddings (0) are not read here")
-    from_anchor = given_or(values, LAYOUT, False if kind == "dflash" else None)
-    if from_anchor is None:
-        raise GraftError(f"{LAYOUT} is missing, and speculators and vLLM differ in what that means")
-    # Its layers are Qwen3's, whichever configuration describes them, and it makes them with one RoPE.
-    layer |= {"architectures": [DSPARK if from_anchor or kind == "dspark" else DFLASH], "model_type": "qwen3"}
-    ropes = layer.get("rope_parameters") or {}
-    layer |= {"rope_parameters": ropes.get(SLIDING, ropes)}
-    names = ("block_size", "draft_vocab_size", "mask_token_id", "markov_rank")
-    layer |= {name: values[name] for name in names if name in values}
-    layer |= {"target_layer_ids": [place - 1 for place in values[AUX_IDS]], LAYOUT: from_anchor}
-    return layer | _views_of_speculators(values, layer)
-
-
-def _views_of_speculators(values: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
-    """Layers with full attention are never causal, those with a sliding window unless it is said."""
-    if SLIDING not in (layer.get("layer_types") or []):
-        return {"is_causal": False}
-    if values.get(NON_CAUSAL) is None:
-        raise GraftError(f"{NON_CAUSAL} is missing, and speculators and vLLM differ in what that means")
-    return {FROM_ANCHOR: True} | ({"is_causal": False} if values[NON_CAUSAL] else {})

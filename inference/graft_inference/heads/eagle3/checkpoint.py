@@ -7,17 +7,21 @@ import torch
 
 from ...errors import GraftError
 from ...files import read_safetensors
-from ..checkpoint import REMEDY, SPECULATORS, WEIGHTS_FILE, read_config, save_files
-from .dialects import head_config_from_dict, head_config_to_dict, refuse_parallel
+from ..checkpoint import REMEDY, WEIGHTS_FILE, Verifier, read_config, save_files
+from .dialects import head_config_from_dict, head_config_to_dict, newer_than_sglang, refuse_parallel
 from .model import DraftHead, DraftHeadConfig
 
 PICKLED_FILE = "pytorch_model.bin"
 
 
-def save_head(head: DraftHead, directory: Path) -> None:
-    """Writes the head into `directory`, each file aside and then renamed; other files there stay."""
-    config, tensors = head_config_to_dict(head.config, head.lm_head.weight.dtype), head.state_dict()
-    if SPECULATORS in config:
+def save_head(head: DraftHead, directory: Path, verifier: Verifier | None = None) -> None:
+    """Writes the head into `directory`, each file aside and then renamed; other files there stay.
+
+    Args:
+        verifier: the target, where its name is known.
+    """
+    config, tensors = head_config_to_dict(head.config, head.lm_head.weight.dtype, verifier), head.state_dict()
+    if newer_than_sglang(head.config):  # every engine that reads such a head knows the layer by this name
         tensors = {re.sub(r"^midlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
     save_files(directory, tensors, config)
 

@@ -7,7 +7,8 @@ layer at the top level (vLLM). We write both.
 
 SGLang reads none of the keys of newer trainers and skips tensors that it does not know: such a head would draft badly
 there, and nothing would say why. So a head that has any of them (`newer_than_sglang`) is written in the nested dialect,
-which SGLang refuses, and every other one in the flat dialect.
+which SGLang refuses, and every other one in the flat dialect. Where the target's name is known, the nested keys stand
+beside the flat ones: with them `vllm serve HEAD` finds the target by itself, and every engine reads what it read.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,18 @@ from typing import Any
 import torch
 
 from ...errors import GraftError
-from ..checkpoint import HARMLESS, SPECULATORS, check_keys, given_or, rope_and_dtype, rope_of
+from ..checkpoint import (
+    HARMLESS,
+    NESTED,
+    OF_SPECULATORS,
+    SPECULATORS,
+    Verifier,
+    check_keys,
+    given_or,
+    of_speculators,
+    rope_and_dtype,
+    rope_of,
+)
 from .model import DraftHeadConfig, default_aux_layer_ids
 
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -27,7 +39,7 @@ READ = frozenset({
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
     "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window",
     "target_hidden_size", "draft_vocab_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output",
-    "eagle_config", "speculators_model_type", "transformer_layer_config", AUX_IDS,
+    "eagle_config", SPECULATORS, NESTED, AUX_IDS,
 })  # fmt: skip
 """Keys that what is computed is read from."""
 COMPUTED = {
@@ -69,8 +81,14 @@ def newer_than_sglang(config: DraftHeadConfig) -> list[str]:
     return [name for name in names if getattr(config, name)]
 
 
-def head_config_to_dict(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The configuration that other engines load: flat, or nested where the head has more than the flat one can say."""
+def head_config_to_dict(
+    config: DraftHeadConfig, dtype: torch.dtype, verifier: Verifier | None = None
+) -> dict[str, Any]:
+    """The configuration that other engines load: flat, nested where the head is more than the flat one says, or both.
+
+    Args:
+        verifier: the target; None where its name is not known.
+    """
     layer = {
         "model_type": "qwen3" if config.qk_norm else "llama",
         "num_hidden_layers": 1,
@@ -95,37 +113,28 @@ def head_config_to_dict(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str
         AUX_IDS: [layer_id + 1 for layer_id in config.aux_layer_ids],
     }
     if newer_than_sglang(config):
-        return own | _nested(config, layer)
+        return own | {"architectures": ["Eagle3DraftModel"]} | _nested(config, layer, verifier or Verifier())
     eagle_config = {AUX_IDS: list(config.aux_layer_ids), "use_aux_hidden_state": True}
-    return {"architectures": ["LlamaForCausalLMEagle3"], **layer, **own, "eagle_config": eagle_config}
+    flat = {"architectures": ["LlamaForCausalLMEagle3"], **layer, **own, "eagle_config": eagle_config}
+    return flat if verifier is None else flat | _nested(config, layer, verifier)
 
 
-def _nested(config: DraftHeadConfig, layer: dict[str, Any]) -> dict[str, Any]:
-    """What the speculators dialect has beside the keys of both. The target has no name here: an exporter knows it."""
+def _nested(config: DraftHeadConfig, layer: dict[str, Any], verifier: Verifier) -> dict[str, Any]:
+    """What the speculators dialect has beside the keys of both."""
     window = config.sliding_window
     attends = {
-        "layer_types": ["full_attention" if window is None else "sliding_attention"],
+        "layer_types": ["full_attention" if window is None else SLIDING],
         "sliding_window": window,
         "use_sliding_window": window is not None,
     }
-    method = {"proposal_type": "greedy", "speculative_tokens": SPECULATIVE_TOKENS}
     return {
-        "architectures": ["Eagle3DraftModel"],
-        SPECULATORS: "eagle3",
-        "speculators_version": "0.9.0",
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [method],
-            "verifier": {"name_or_path": None, "architectures": []},
-        },
+        **of_speculators("eagle3", SPECULATIVE_TOKENS, layer | attends, verifier),
         "tie_word_embeddings": False,
         "dtype": layer["dtype"],
         "norm_before_fc": config.norm_before_fc,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
         "embed_requires_grad": False,
-        "transformer_layer_config": layer | attends,
     }
 
 
@@ -135,6 +144,15 @@ def head_config_from_dict(values: dict[str, Any], target_layers: int | None = No
     Raises:
         GraftError: a key is missing, contradicts another, or describes a head that this module is not.
     """
+    if SPECULATORS not in values or "hidden_size" not in values:
+        return _one_dialect(values, target_layers)
+    flat = _one_dialect({name: value for name, value in values.items() if name not in OF_SPECULATORS}, target_layers)
+    if _one_dialect(values, target_layers) != flat:
+        raise GraftError(f"the top level and {NESTED} describe different heads")
+    return flat
+
+
+def _one_dialect(values: dict[str, Any], target_layers: int | None) -> DraftHeadConfig:
     nested = SPECULATORS in values
     if values.get("block_size") is not None or "dflash_config" in values:
         raise GraftError("this head drafts blocks (head.family=block): it is no EAGLE-3 head")
@@ -142,7 +160,7 @@ def head_config_from_dict(values: dict[str, Any], target_layers: int | None = No
     refuse_parallel([*(name for name in values if values[name] is not None), *map(str, kinds)])
     if nested and values[SPECULATORS] != "eagle3":
         raise GraftError(f"of the speculators heads only eagle3 can be loaded, not {values[SPECULATORS]!r}")
-    layer, eagle = values["transformer_layer_config"] if nested else values, values.get("eagle_config") or {}
+    layer, eagle = values[NESTED] if nested else values, values.get("eagle_config") or {}
     for part in [values, layer] if nested else [values]:
         check_keys(part, READ, COMPUTED, HARMLESS | COUNTED)
     check_keys(eagle, {AUX_IDS, "norm_before_fc"}, EAGLE_CONFIG, OF_PARALLEL_STEPS)
