@@ -241,7 +241,13 @@ def _is_hub_id(target: str) -> bool:
 
 
 def _hash_of(policy: Path) -> str:
-    """Of a policy that may be chosen anew from the same traces; empty where there is none, which is refused later."""
+    """Of a policy that may be chosen anew from the same traces; empty where its stage is missing, which is told later.
+
+    Raises:
+        GraftError: the stage is there and the policy is not; told before a bundle is begun without one.
+    """
+    if policy.parent.is_dir() and not policy.is_file():
+        raise GraftError(f"{policy} is missing: delete {policy.parent} and run graft calibrate again")
     return hashlib.sha256(policy.read_bytes()).hexdigest()[:16] if policy.is_file() else ""
 
 
