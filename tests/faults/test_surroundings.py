@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,30 +95,36 @@ def test_a_file_that_has_vanished_is_told_by_name_or_not_needed(road, tally, sta
         road.assert_resumes(stage, directory, name)
 
 
-def test_data_that_have_vanished_are_told_by_name(road, tally):
-    """All of them; then one file, once its name was read and before its text is."""
+@pytest.mark.parametrize("when", ["before", "listed", "read"])
+def test_data_that_have_vanished_are_told_by_name(road, tally, when):
+    """All of them before it begins; a file that is listed and not yet read; one that was read for the record alone."""
     stage, directory = MEMBERS[0]
     sources = Path(road.config.data.path)
+    first, last = sources / "file0.py", sources / "file9.py"
+    gone = sources if when == "before" else last
     aside = sources.with_name("aside")
-    one = sources / "file7.py"
+    road.restore({})
+
+    def vanish_when_the_first_is_read(event: str, arguments: tuple) -> None:
+        if event == "open" and arguments[0] == str(first) and gone.exists():
+            gone.rename(aside)
 
     def vanish(number: int, event: str, path: str) -> None:
-        if number == 0:
-            one.rename(aside)
+        if number == 0 and when == "read":
+            gone.rename(aside)
+        elif number == 0:
+            sys.addaudithook(vanish_when_the_first_is_read)
 
-    for hidden, fault in ((sources, None), (one, vanish)):
-        road.restore({})
-        if fault is None:
-            hidden.rename(aside)
-        ran = run(stage, road.config, fault)
-        aside.rename(hidden)
-        assert ran.crashed is None, ran.crashed
-        if ran.refused is not None:
-            assert str(hidden) in ran.refused
-            assert "\n" not in ran.refused
-        assert fault is not None or ran.refused is not None
-        road.assert_resumes(stage, directory, hidden)
-        tally("data vanished", directory)
+    if when == "before":
+        gone.rename(aside)
+    ran = run(stage, road.config, None if when == "before" else vanish)
+    aside.rename(gone)
+    assert ran.crashed is None is not ran.refused, ran
+    assert ("files of data.path changed" if when == "read" else str(gone)) in ran.refused
+    if when == "read":
+        remove(road.run_dir / "data.partial")
+    road.assert_resumes(stage, directory, when)
+    tally("data vanished", directory)
 
 
 @pytest.mark.parametrize(("stage", "directory"), CHOSEN)
