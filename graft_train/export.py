@@ -26,7 +26,7 @@ from graft_train.engines import check_engines, faults_of, serving
 from graft_train.files import only_one, told, write_json, write_text
 from graft_train.flat_code import flat_modules
 from graft_train.processes import is_main, say
-from graft_train.report import asked_of, categories_of
+from graft_train.report import asked_of, categories_of, unsteady
 from graft_train.stage import RECORD, fingerprints_of, run_stage
 
 EVALUATION = "evaluation"
@@ -228,6 +228,7 @@ def _card(bundle: Path, location: str) -> str:
         methods=METHODS,
         asked_of=asked_of,
         categories_of=categories_of,
+        unsteady=unsteady,
     )
     return str(card)
 

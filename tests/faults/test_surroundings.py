@@ -15,7 +15,7 @@ import pytest
 from graft_train.files import remove
 
 from .injected import contents, run
-from .road import ALL, CHOSEN, MEMBERS, Road
+from .road import ALL, CHOSEN, MEMBERS
 
 PAGE = 4096
 IN_2038 = 2**31 - 1.0
