@@ -26,7 +26,7 @@ from graft_train.flat_code import flat_modules
 from graft_train.head_files import head_writer
 from graft_train.hub import check_repo_id
 from graft_train.processes import is_main, say
-from graft_train.report import asked_of, categories_of
+from graft_train.report import asked_of, categories_of, unsteady
 from graft_train.stage import RECORD, fingerprints_of, run_stage
 
 EVALUATION = "evaluation"
@@ -210,6 +210,7 @@ def _card(bundle: Path, location: str) -> str:
         methods=METHODS,
         asked_of=asked_of,
         categories_of=categories_of,
+        unsteady=unsteady,
     )
     return str(card)
 
@@ -223,7 +224,13 @@ def _is_hub_id(target: str) -> bool:
 
 
 def _hash_of(policy: Path) -> str:
-    """Of a policy that may be chosen anew from the same traces; empty where there is none, which is refused later."""
+    """Of a policy that may be chosen anew from the same traces; empty where its stage is missing, which is told later.
+
+    Raises:
+        GraftError: the stage is there and the policy is not; told before a bundle is begun without one.
+    """
+    if policy.parent.is_dir() and not policy.is_file():
+        raise GraftError(f"{policy} is missing: delete {policy.parent} and run graft calibrate again")
     return hashlib.sha256(policy.read_bytes()).hexdigest()[:16] if policy.is_file() else ""
 
 

@@ -1,9 +1,20 @@
 """What the processes of a launch do together, and what the main one does alone."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from graft_inference.errors import GraftError
+
+LOST = re.compile(
+    r"gloo/transport.*(closed by peer|reset by peer|broken pipe)|ncclRemoteError|remote process exit",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What gloo and NCCL say when the process at the other end is gone."""
 
 
 def is_main() -> bool:
@@ -29,3 +40,26 @@ def say(message: str) -> None:
 def barrier() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def is_of_lost_process(error: BaseException) -> bool:
+    """Whether what processes do together failed because one of them has ended."""
+    return LOST.search(str(error)) is not None
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Tells in one line that another process has ended: no process can go on without all others.
+
+    Raises:
+        GraftError: says what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_lost_process(error):
+            raise
+        raise GraftError(
+            "another process of this launch has ended, and this one cannot go on without it: its output says why. End "
+            "those that are left, and run the same command again: it goes on from what is finished"
+        ) from error

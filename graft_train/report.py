@@ -11,6 +11,7 @@ from graft_inference import METHODS
 from graft_inference.files import replace_file
 from graft_inference.policy.fallback import AS_PLANNED, MEASURED
 from graft_train.processes import say
+from graft_train.steadiness import distrust
 
 COLUMNS = (
     "method",
@@ -63,6 +64,17 @@ def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def unsteady(evaluation: dict[str, Any], work: str = "plain decoding") -> str | None:
+    """What is said beside the figures of a machine that was not steady, or of which that is not known."""
+    if "variation" not in evaluation:
+        return None  # of an earlier version
+    repeats = 2 * evaluation["settings"]["repeats"]
+    more = f"with more repeats (evaluation.repeats={repeats}, once this evaluation is deleted)"
+    if evaluation["variation"] is None:
+        return f"Whether the machine was steady is not known, as the same work was timed once: measure {more}."
+    return distrust(evaluation["variation"], f"the same {work}", more)
+
+
 class Part(NamedTuple):
     """A smaller table."""
 
@@ -112,6 +124,8 @@ def print_table(evaluation: dict[str, Any]) -> None:
     show_table(title, tuple(COLUMNS[index] for index in shown), rows, _machine(evaluation))
     for part in parts_of(evaluation):
         show_table(*part)
+    if doubt := unsteady(evaluation):
+        print(f"note: {doubt}")
     if narrower := _narrower(evaluation):
         print(
             f"note: in {narrower:.1%} of graft's rounds its plan did not pay: a narrower one, or none, took its place"
@@ -187,6 +201,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
             "",
             *table,
             "",
+            *([f"**{doubt}**", ""] if (doubt := unsteady(evaluation)) else []),
             "## How",
             "",
             *facts,

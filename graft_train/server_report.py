@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft_train.report import asked_of, markdown_table, show_table
+from graft_train.report import asked_of, markdown_table, show_table, unsteady
 
 COLUMNS = ("server", "n", "tokens/s", "speed-up", "95 %", "each", "speed-up", "95 %", "first", "next", "acceptance")
 SHOWN = (0, 1, 2, 3, 5, 8, 9, 10)
@@ -14,6 +14,8 @@ def show(evaluation: dict[str, Any]) -> None:
     rows = [tuple(row[index].partition(" (")[0] for index in SHOWN) for row in rows_of(evaluation)]
     title = f"{asked_of(evaluation['settings'])}; n requests at a time, first and next token in ms"
     show_table(title, tuple(COLUMNS[index] for index in SHOWN), rows)
+    if doubt := unsteady(evaluation, "passes"):
+        print(f"note: {doubt}")
 
 
 def rows_of(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -65,9 +67,10 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
                     f"- {server['url']}, {level['concurrency']} at a time: the tokens of {servers[-1]['url']} on "
                     f"{found['same_answers']:.0%} of the prompts"
                 )
-    return "\n".join(
-        ["# Evaluation of servers", "", *markdown_table(COLUMNS, rows_of(evaluation)), "", "## How", "", *facts, ""]
-    )
+    doubt = unsteady(evaluation, "passes")
+    beside = [f"**{doubt}**", ""] if doubt else []
+    table = markdown_table(COLUMNS, rows_of(evaluation))
+    return "\n".join(["# Evaluation of servers", "", *table, "", *beside, "## How", "", *facts, ""])
 
 
 def _ratio(found: dict[str, Any], name: str) -> tuple[str, str]:

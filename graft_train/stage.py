@@ -16,7 +16,7 @@ from graft_inference.errors import GraftError
 from graft_train.config import Config
 from graft_train.data.target import target_path
 from graft_train.files import IDENTITY, only_one, remove, sweep, sync, sync_tree, told, write_json
-from graft_train.processes import barrier, is_main, say
+from graft_train.processes import barrier, is_main, naming_lost_processes, say
 
 RECIPE_OF = {
     "data": "regenerate",
@@ -59,10 +59,11 @@ def run_stage(
 
     Raises:
         GraftError: an input is missing, the directory was made from other settings or inputs, or another process
-            builds it; nothing is touched then. Or the disk refuses what is written.
+            builds it; nothing is touched then. Or the disk refuses what is written, or another process of the launch
+            has ended.
     """
     final = Path(config.run_dir) / directory
-    with told(_partial(final)):
+    with naming_lost_processes(), told(_partial(final)):
         record = _record(name, settings, fingerprints_of(config, inputs))
         if _matches(final, record):
             say(f"{name}: reusing {final}")

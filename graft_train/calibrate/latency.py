@@ -1,7 +1,7 @@
 """What a round costs on this device, by phase, against draft steps, verified nodes and context."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,27 +12,48 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import sem
 from torch import Tensor
 
-from graft_inference import AcceptanceModel, Checkpoint, GraftEngine, GraftError, Plan, ScoredPlan, SourceModel
+from graft_inference import (
+    AcceptanceModel,
+    Checkpoint,
+    GenerationStats,
+    GraftEngine,
+    GraftError,
+    Plan,
+    ScoredPlan,
+    SourceModel,
+)
 from graft_inference.files import read_json
 from graft_inference.retrieval.sources import SOURCES
+from graft_inference.stats import PHASES
 from graft_inference.template import RankPaths
 from graft_inference.tree import drafted_nodes
 from graft_train.calibrate.budget import Budget
 from graft_train.config.policy import CalibrateConfig
-from graft_train.processes import of_main
+from graft_train.processes import of_main, say
 
 SAMPLE, WARM_UP = 12, 2
 """Tokens of one sample, and of the run of each plan that comes before them, without CUDA graphs."""
 MOST_SAMPLES = 32
 SURE, SURE_SAMPLES = 0.02, 3
 """Standard error of a plan's mean, relative to it, at which it needs no more samples, of which there are some."""
-FALL = 0.05
-"""More work that takes less time by this share, and by three standard errors, contradicts."""
+UNKNOWN = 0.05
+"""What the error of a single sample is taken to be."""
+MISFIT = 0.03
+"""Where a time is so far, relative to it, from times that rise with the work, the table contradicts itself."""
+AGAIN, MORE = 3, 3
+"""How often it is measured again then, and samples of every plan each time."""
+UNDISTURBED = 0.25
+"""The quantile of a plan's rounds that counts: whatever else runs on a machine only adds time."""
+
+Round = dict[str, float]
+"""Milliseconds by phase."""
+Sample = list[Round]
+"""The rounds of one short continuation."""
 
 
 @dataclass
 class Latency:
-    """Median milliseconds per round, and the spread they were seen with.
+    """Milliseconds per round, the lower quartile of rounds, and the spread they were seen with.
 
     Attributes:
         widths: nodes of a verification that were timed: of those asked for, what a tree can have.
@@ -138,7 +159,8 @@ class RoundTimer:
         self.contexts = _contexts(prompts, min(longest, engine.target.max_positions - SAMPLE))
         runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
-        self.samples: dict[tuple[str, tuple[str, int]], list[dict[str, float]]] = {run: [] for run in runs}
+        self.samples: dict[tuple[str, tuple[str, int]], list[Sample]] = {run: [] for run in runs}
+        self.sweeps = 0
         if engine.captured is not None:
             # Graphs go where a deeper tree or a longer text comes: the deepest and the longest first.
             text = self.contexts.get("long", prompts[0])
@@ -146,49 +168,66 @@ class RoundTimer:
         for run in runs:
             self.timed(run, 0, WARM_UP if engine.captured is None else SAMPLE)
 
-    def fill(self, budget: Budget) -> None:
-        """Samples all plans in turn until each one's mean is known or the budget is spent, but each of them once."""
-        for number in range(MOST_SAMPLES):
-            if all(map(_is_sure, self.samples.values())):
+    def measure(self, budget: Budget) -> None:
+        """Fills the table. One that contradicts itself gets more samples, some times over, whatever they take."""
+        self.fill(budget)
+        for _ in range(AGAIN):
+            if not self.contradicts():
                 return
-            for run in self.samples if number % 2 else reversed(self.samples):
-                missing = not self.samples[run] and number < len(self.prompts)
-                if missing or (self.samples[run] and budget.left > 0):
-                    found = self.timed(run, number)
-                    self.samples[run] += [found] if found else []
+            say("calibrate: the latency table contradicts itself, and is measured again")
+            self.fill(Budget(0), MORE + min(map(len, self.samples.values())))
 
-    def timed(self, run: tuple[str, tuple[str, int]], number: int, tokens: int = SAMPLE) -> dict[str, float] | None:
-        """Milliseconds per round by phase, once; None where the target ended the prompt at once.
+    def fill(self, budget: Budget, least: int = 1) -> None:
+        """Samples all plans in turn until each mean is known or the budget is spent, but each plan so often."""
+        for _ in range(MOST_SAMPLES):
+            few = any(len(found) < least for found in self.samples.values())
+            if not few and (all(map(_is_sure, self.samples.values())) or budget.left <= 0):
+                return
+            for run in self.samples if self.sweeps % 2 else reversed(self.samples):
+                ended = not self.samples[run] and self.sweeps >= len(self.prompts)  # every prompt, at once
+                if not ended and (len(self.samples[run]) < least or budget.left > 0):
+                    found = self.timed(run, self.sweeps)
+                    self.samples[run] += [found] if found else []
+            self.sweeps += 1
+
+    def timed(self, run: tuple[str, tuple[str, int]], number: int, tokens: int = SAMPLE) -> Sample:
+        """Milliseconds of each round by phase, once; none where the target ended the prompt at once.
+
+        A GPU tells its times at the end alone: there it is one round, the mean.
 
         Args:
             number: whose turn it is among the prompts, and the seed.
         """
         context, key = run
         prompt = self.contexts["long"] if context == "long" else self.prompts[number % len(self.prompts)]
-        stats = self.engine.generate(prompt, tokens, self.temperature, plan=self.plans[key], seed=number).stats
-        if not stats.rounds:
-            return None
-        found: dict[str, float] = of_main({name: 1e3 * time / stats.rounds for name, time in stats.seconds.items()})
+        stats = GenerationStats()
+        moments = [(0, dict(stats.seconds))]
+        for _ in self.engine.stream(prompt, tokens, self.temperature, seed=number, stats=stats, plan=self.plans[key]):
+            moments.append((stats.rounds, dict(stats.seconds)))
+        if self.engine.target.device.type == "cuda":
+            moments = [(0, dict.fromkeys(PHASES, 0.0)), (stats.rounds, dict(stats.seconds))]
+        found: Sample = of_main(_between(moments))
         return found
-
-    def forget(self) -> None:
-        """The table begins anew."""
-        for found in self.samples.values():
-            found.clear()
 
     @property
     def error(self) -> float:
         """Standard error of a plan's mean, relative to it: that of most plans (their median)."""
-        return median(_error(list(map(whole_ms, found))) for found in self.samples.values())
+        return median(map(_error, self.samples.values()))
 
     def contradicts(self) -> bool:
-        """Whether more nodes or more steps took less time, by more than noise explains."""
-        rising = [("verify", [(context, ("width", width)) for width in self.widths]) for context in self.contexts]
-        rising.append(("draft", [("short", ("steps", steps)) for steps in range(1, self.num_steps + 1)]))
-        return any(_falls([self.samples[run] for run in runs], phase) for phase, runs in rising)
+        """Whether more nodes or more steps took less time, so that times had to be evened out to rise."""
+        series = [self._times("verify", context, "width", self.widths) for context in self.contexts]
+        series.append(self._times("draft", "short", "steps", range(1, self.num_steps + 1)))
+        pairs = (pair for times in filter(None, series) for pair in zip(times, _rising(times), strict=True))
+        return any(abs(time - risen) > MISFIT * risen for time, risen in pairs)
+
+    def _times(self, phase: str, context: str, kind: str, counts: Iterable[int]) -> list[float]:
+        """Of one phase, by rows or steps, where they were timed."""
+        found = [self.samples[context, (kind, count)] for count in counts]
+        return [undisturbed(samples, phase) for samples in found if samples]
 
     def latency(self) -> Latency:
-        """The table of what was timed since it was last forgotten.
+        """The table of what was timed.
 
         Raises:
             GraftError: a plan never ran a round.
@@ -200,7 +239,7 @@ class RoundTimer:
             )
 
         def typical(phase: str, *key: str | int, context: str = "short") -> float:
-            return median(sample[phase] for sample in self.samples[context, key])  # type: ignore[index]
+            return undisturbed(self.samples[context, key], phase)  # type: ignore[index]
 
         def more(phases: tuple[str, ...], name: str, than: str) -> float:
             return max(0.0, sum(typical(phase, name, 1) - typical(phase, than, 1) for phase in phases))
@@ -286,31 +325,43 @@ def _contexts(prompts: list[Tensor], longest: int) -> dict[str, Tensor]:
     return short | {"long": text} if longest > 2 * median(map(len, prompts)) else short
 
 
-def whole_ms(sample: dict[str, float]) -> float:
-    """Of one round, all phases together."""
-    return sum(sample.values()) - sample["prefill"]
+def undisturbed(samples: list[Sample], phase: str | None = None) -> float:
+    """What a round takes where nothing else runs, or one phase of it: the lower quartile of all rounds, ms."""
+    rounds = [one for sample in samples for one in sample]
+    return float(np.quantile([whole_ms(one) if phase is None else one[phase] for one in rounds], UNDISTURBED))
 
 
-def _relative_spread(samples: list[dict[str, float]]) -> float:
-    low, middle, high = np.percentile(list(map(whole_ms, samples)), [25, 50, 75])
+def mean_ms(sample: Sample) -> float:
+    """Of a round of a sample, all phases together."""
+    return float(np.mean(list(map(whole_ms, sample))))
+
+
+def whole_ms(one: Round) -> float:
+    """All phases together."""
+    return sum(one.values()) - one["prefill"]
+
+
+def _between(moments: list[tuple[int, dict[str, float]]]) -> Sample:
+    """Milliseconds by phase of the rounds between moments, which are counts of rounds and seconds by then."""
+    rounds: Sample = []
+    count, before = moments[0]
+    for now, seconds in moments[1:]:
+        if now > count:
+            rounds.append({name: 1e3 * (seconds[name] - before[name]) / (now - count) for name in seconds})
+        count, before = now, seconds
+    return rounds
+
+
+def _relative_spread(samples: list[Sample]) -> float:
+    low, middle, high = np.percentile([whole_ms(one) for sample in samples for one in sample], [25, 50, 75])
     return float((high - low) / middle)
 
 
-def _error(times: list[float]) -> float:
-    """Standard error of the mean, relative to it. Of a single time it is unknown, and taken to be FALL."""
-    return float(sem(times) / np.mean(times)) if len(times) > 1 else FALL
+def _error(samples: list[Sample]) -> float:
+    """Standard error of the mean, relative to it. Of a single sample it is not known, and taken to be UNKNOWN."""
+    times = list(map(mean_ms, samples))
+    return float(sem(times) / np.mean(times)) if len(times) > 1 else UNKNOWN
 
 
-def _is_sure(samples: list[dict[str, float]]) -> bool:
-    return len(samples) >= SURE_SAMPLES and _error(list(map(whole_ms, samples))) < SURE
-
-
-def _falls(series: list[list[dict[str, float]]], phase: str) -> bool:
-    """Whether any of a series that ought to rise lies below one before it."""
-    times = [[sample[phase] for sample in samples] for samples in series if samples]
-    means = [float(np.mean(found)) for found in times]
-    errors = [_error(found) * mean for found, mean in zip(times, means, strict=True)]
-    return any(
-        means[less] - means[more] > max(FALL * means[more], 3 * float(np.hypot(errors[less], errors[more])))
-        for less, more in combinations(range(len(times)), 2)
-    )
+def _is_sure(samples: list[Sample]) -> bool:
+    return len(samples) >= SURE_SAMPLES and _error(samples) < SURE

@@ -78,14 +78,10 @@ def told_traces(traces: Mapping[bool, Traces]) -> Traces:
 def timer_of(
     settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: Mapping[bool, Traces]
 ) -> RoundTimer:
-    """Has timed this device, with the templates that plans would look up, in the table's share of the minutes.
-
-    A table that contradicts itself is made anew, once.
-    """
+    """Has timed this device, with the templates that plans would look up, in the table's share of the minutes."""
     told, most = told_traces(traces), 2 * max(settings.widths)
     templates = {name: source.template[:most] for name, source in told.sources.items()}
-    share = 60 * TABLE * settings.minutes
-    budget = Budget(share)
+    budget = Budget(60 * TABLE * settings.minutes)
     timer = RoundTimer(
         engine,
         prompts,
@@ -97,9 +93,5 @@ def timer_of(
         int(told.context_T.max()) + 1,
     )
     say(f"calibrate: timing {len(timer.samples)} plans")
-    timer.fill(budget)
-    if timer.contradicts():
-        say("calibrate: the latency table contradicts itself, and is made again")
-        timer.forget()
-        timer.fill(Budget(share))
+    timer.measure(budget)
     return timer

@@ -4,7 +4,8 @@ from itertools import cycle
 
 import numpy as np
 
-from graft_train.calibrate.latency import RoundTimer, whole_ms
+from graft_train.calibrate.latency import RoundTimer, mean_ms, undisturbed
+from graft_train.steadiness import variation
 
 
 class Pace:
@@ -26,13 +27,13 @@ class Pace:
         rows = next(self._turns)
         found = self.timer.timed(("short", ("width", rows)), 0)
         if found:
-            self.milliseconds[rows].append(whole_ms(found))
+            self.milliseconds[rows].append(mean_ms(found))
 
     @property
     def factor(self) -> float:
         """The table's times this often are those of the race; 1 where nothing was sampled."""
         slowness = [
-            np.log(time / np.median(list(map(whole_ms, self.timer.samples["short", ("width", rows)]))))
+            np.log(time / undisturbed(self.timer.samples["short", ("width", rows)]))
             for rows, times in self.milliseconds.items()
             for time in times
         ]
@@ -40,7 +41,5 @@ class Pace:
 
     @property
     def variation(self) -> float:
-        """Interquartile range over median: how much the same work's time varied within the race."""
-        relative = [float(time / np.median(times)) for times in self.milliseconds.values() for time in times]
-        low, high = np.percentile(relative or [1.0], [25, 75])
-        return float(high - low)
+        """How much the same work's time varied within the race."""
+        return variation(self.milliseconds.values())

@@ -17,17 +17,16 @@ from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.traces import Traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import say
+from graft_train.steadiness import distrust
 
 PlanOf = Callable[[str, CalibrateConfig, Replays], Plan]
 POINTS = 4
 """Widths at which the frontier is drawn."""
 WORTH = 0.02
 """Calibration is judged on nodes that claim at least this; the many hopeless ones would flatter it."""
-UNSTEADY = 0.1
-"""Variation of the same work's time within a race from which on its figures are not to be trusted."""
 CONTRADICTS = (
-    "the latency table contradicts itself: more work was timed as faster, twice. Something else runs on this machine; "
-    "calibrate again when it is idle"
+    "the latency table contradicts itself: more work was timed as faster, however often it was measured. Something "
+    "else runs on this machine; calibrate again when it is idle"
 )
 COLORS = {
     "eagle3": "#64748b",
@@ -142,11 +141,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     found = [f"The race took {race['laps']} laps; {race['fastest']} was the fastest."]
     if left:
         found.append(f"Its minutes ended before these could be told from it: {'; '.join(left)}.")
-    if race["variation"] > UNSTEADY:
-        found.append(
-            f"These figures cannot be trusted: within the race the time of the same work varied by "
-            f"{race['variation']:.0%}. Calibrate again on an idle machine, or raise policy.minutes for more laps."
-        )
+    if unsteady := distrust(race["variation"], "the same rounds", "raise policy.minutes for more laps"):
+        found.append(unsteady)
     if report["latency_contradicts"]:
         found.append(f"{CONTRADICTS[0].upper()}{CONTRADICTS[1:]}.")
     return found

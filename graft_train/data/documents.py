@@ -6,7 +6,8 @@ out is ever seen in training, whatever the order, the limit or the machine.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, overload
 
@@ -71,7 +72,8 @@ class Documents(Sequence[Document]):
         identity, split, source, place, read = self.places[index]
         # A long text gives many prompts, one after the other.
         if self._last is None or self._last.id != identity:
-            content = to_content(read(), place)
+            with _naming_unreadable():
+                content = to_content(read(), place)
             if isinstance(content, str):
                 self._last = Document(identity, split, source, text=content, place=place)
             else:
@@ -89,7 +91,8 @@ def read_documents(config: DataConfig) -> Documents:
     places: list[Place] = []
     taken: dict[str, str] = {}
     for number, source in enumerate(config.all_sources()):
-        found = _places(config, number, source, taken)
+        with _naming_unreadable():
+            found = _places(config, number, source, taken)
         if not found:
             earlier = " that an earlier source does not hold" if number else ""
             raise GraftError(
@@ -131,8 +134,8 @@ def document_settings(config: DataConfig) -> dict[str, Any]:
         if is_local(source.path):
             root, paths = files_of(source.path, config.glob)
             for path in paths:
-                digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
-                with path.open("rb") as file:
+                with _naming_unreadable(), path.open("rb") as file:
+                    digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
                     digest.update(hashlib.file_digest(file, "sha256").digest())
     return {
         "sources": [asdict(source) for source in config.all_sources()],
@@ -146,6 +149,15 @@ def document_settings(config: DataConfig) -> dict[str, Any]:
         "on_error": config.on_error,
         "contents": digest.hexdigest()[:16],
     }
+
+
+@contextmanager
+def _naming_unreadable() -> Iterator[None]:
+    """Raises GraftError where a file cannot be read, such as one that has vanished since it was listed."""
+    try:
+        yield
+    except OSError as error:
+        raise GraftError(f"{error.filename} cannot be read: {error.strerror}; see whether it is still there") from error
 
 
 def _places(config: DataConfig, number: int, source: Source, taken: dict[str, str]) -> list[Place]:

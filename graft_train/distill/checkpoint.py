@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from graft_inference.errors import GraftError
 from graft_train.distill.parallel import zero_stage
 from graft_train.files import DENIED, IDENTITY, sync_tree, write_json
+from graft_train.processes import is_of_lost_process
 
 
 def save_checkpoint(accelerator: Accelerator, identity: dict[str, Any], directory: Path, step: int, keep: int) -> None:
@@ -32,8 +33,8 @@ def save_checkpoint(accelerator: Accelerator, identity: dict[str, Any], director
             sync_tree(aside)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if getattr(error, "errno", None) in DENIED:
-            raise  # `told` knows what helps
+        if getattr(error, "errno", None) in DENIED or is_of_lost_process(error):
+            raise  # `run_stage` knows what helps
         found = checkpoints(directory)
         kept = f"{found[-1].name} is intact" if found else "there was none before it"
         raise GraftError(

@@ -11,7 +11,7 @@ from graft_train.config import Config
 from graft_train.config.evaluation import EvaluateConfig
 from graft_train.evaluate.lossless import losslessness
 from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, directory_of, made_of, shown_path
-from graft_train.evaluate.summary import acceptance, by_category, repetition, summarize
+from graft_train.evaluate.summary import acceptance, by_category, plain_variation, repetition, summarize
 from graft_train.evaluate.timing import Run, run_of, timed
 from graft_train.export import write_card
 from graft_train.files import write_json, write_text
@@ -80,6 +80,7 @@ def _write(config: Config, out: Path, asked: Asked, found: dict[str, Any], lossl
             for name in METHODS
         },
         **lossless,
+        "variation": plain_variation(baseline, asked.samples),
         "device": found["device"],
         "settings": {
             **_facts(config, asked),

@@ -13,7 +13,7 @@ from graft_train.config import Config
 from graft_train.data.samples import Sample
 from graft_train.data.target import load_tokenizer
 from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, directory_of, made_of, shown_path
-from graft_train.evaluate.server_figures import figures_of
+from graft_train.evaluate.server_figures import figures_of, variation_of
 from graft_train.evaluate.server_passes import Asking, Server
 from graft_train.files import write_json, write_text
 from graft_train.processes import say
@@ -68,6 +68,8 @@ def _build(config: Config, out: Path) -> None:
             }
             for level in levels
         ],
+        # Of the server that others are compared with.
+        "variation": variation_of([passes[last, level] for level in levels]),
         "servers": [asdict(server) for server in servers],
         "settings": _facts(config, asked),
     }

@@ -7,6 +7,7 @@ import numpy as np
 from graft_inference.errors import GraftError
 from graft_train.evaluate.server_passes import Timed
 from graft_train.evaluate.summary import interval, speedups
+from graft_train.steadiness import variation
 
 Pass = dict[str, Any]
 """What `Server.run` returned."""
@@ -41,6 +42,17 @@ def figures_of(passes: list[Pass], baseline: list[Pass] | None) -> dict[str, Any
         **acceptance_of([one["counts"] for one in passes]),
     }
     return found if baseline is None else found | _compared(passes, baseline)
+
+
+def variation_of(levels: list[list[Pass]]) -> float | None:
+    """How much a token's time varied from pass to pass, see `steadiness.variation`; None of one pass.
+
+    Args:
+        levels: the passes of one server, by requests at a time.
+    """
+    if len(levels[0]) < 2:
+        return None
+    return variation([(seconds / tokens).tolist() for tokens, seconds in map(_whole, levels)])
 
 
 def acceptance_of(counts: list[dict[str, float] | None]) -> dict[str, Any]:

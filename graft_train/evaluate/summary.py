@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import theilslopes
 
 from graft_inference import GraftError
 from graft_train.data.samples import Sample
 from graft_train.evaluate.timing import Run
+from graft_train.steadiness import variation
 
 BOOTSTRAP = 2000
+LEAST_PROMPTS = 5
+"""From so many on, prompts that were timed once tell what is usual."""
 FIRST = {"position": 32, "context": 128}
 """Tokens in the first bucket; each one behind it ends at twice as many. Powers of two."""
 
@@ -79,6 +83,26 @@ def acceptance(runs: list[list[Run]], samples: Sequence[Sample]) -> dict[str, li
         for position, tokens in _rounds(_typical(prompt).stats.sources)
     ]
     return {f"by_{kind}": _in_buckets([(tokens, at[kind]) for tokens, at in rounds], FIRST[kind]) for kind in FIRST}
+
+
+def plain_variation(baseline: list[list[Run]], samples: Sequence[Sample]) -> float | None:
+    """How much the time of the same plain decoding varied within the run, see `steadiness.variation`.
+
+    Where every prompt was timed once, a token's time is set against what is usual at its prompt's length: attention
+    makes a pass dearer in proportion to the context. None where too few prompts tell what is usual.
+    """
+    times = [
+        (len(sample.prompt_ids), [run.stats.decode_seconds / (run.stats.emitted - 1) for run in prompt])
+        for sample, prompt in zip(samples, baseline, strict=True)
+        if all(run.stats.emitted > 1 for run in prompt)
+    ]
+    if any(len(found) > 1 for _, found in times):
+        return variation([found for _, found in times])
+    if len(times) < LEAST_PROMPTS:
+        return None
+    lengths, seconds = np.array([(length, found[0]) for length, found in times]).T
+    rise = theilslopes(seconds, lengths)[0] if len({*lengths}) > 1 else 0.0
+    return variation([(seconds - rise * (lengths - np.median(lengths))).tolist()])
 
 
 def _rounds(sources: Sequence[str]) -> list[tuple[int, int]]:

@@ -53,10 +53,10 @@ def regenerate(config: Config) -> Path:
     }
     if config.regenerate.states:
         settings["states"] = captured_settings(config)
-    return run_stage(config, "regenerate", "data", settings, ["target"], lambda out: _build(config, out))
+    return run_stage(config, "regenerate", "data", settings, ["target"], lambda out: _build(config, out, settings))
 
 
-def _build(config: Config, out: Path) -> None:
+def _build(config: Config, out: Path, recorded: dict[str, Any]) -> None:
     settings, path = config.regenerate, out / "samples.jsonl"
     work = _Work(config)
     held_out = [
@@ -75,6 +75,9 @@ def _build(config: Config, out: Path) -> None:
         answer_in_process(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
     else:
         answer_in_static_batches(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
+    # Or the record would tell of data that were not read.
+    if any(recorded[name] != value for name, value in prompt_settings(config.data).items()):
+        raise GraftError(f"the files of data.path changed while they were read: delete {out} and run graft regenerate")
     with path.open("ab") as file:
         append_samples(file, held_out)
 

@@ -1,6 +1,7 @@
 """The comparison of the methods: fair arithmetic, and a losslessness check that can fail."""
 
 import json
+import re
 import shutil
 import weakref
 from itertools import count
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import graft_train.evaluate as evaluate_module
 from graft_inference import METHODS, GenerationStats, GraftEngine, GraftError
 from graft_inference.decode import round as round_module
 from graft_inference.policy.fallback import MEASURED
@@ -19,7 +21,7 @@ from graft_train.config.target import TargetConfig
 from graft_train.data.samples import Sample, append_samples, read_samples
 from graft_train.evaluate import EvaluateConfig, Run, evaluate, lossless, timing
 from graft_train.evaluate.prompts import asked_of, directory_of
-from graft_train.evaluate.summary import repetition, summarize
+from graft_train.evaluate.summary import plain_variation, repetition, summarize
 from graft_train.files import write_json
 from graft_train.report import print_table
 
@@ -307,6 +309,56 @@ def test_the_interval_spans_prompts_that_gain_differently():
     low, high = summarize(runs, baseline)["speedup_interval"]
     assert low == pytest.approx(1)
     assert high == pytest.approx(4)
+
+
+def of_length(length: int) -> Sample:
+    return Sample("a", "evaluation", list(range(length)))
+
+
+def test_plain_decoding_varies_as_each_prompt_does_against_itself():
+    """Prompts whose passes take twice as long as others' are no unsteady machine: quartiles at 0.9 and 1.1."""
+    times = (0.8, 0.9, 1.0, 1.1, 1.2)
+    baseline = [[hand_made(10, scale * seconds, 10) for seconds in times] for scale in (1, 2)]
+    assert plain_variation(baseline, [of_length(3), of_length(900)]) == pytest.approx(0.2)
+    ended_at_once = [hand_made(0, 0.0, 0)] * 5
+    assert plain_variation([*baseline, ended_at_once], [of_length(3)] * 3) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("slowed", [(), (0, 3, 4, 5, 8)])
+def test_prompts_that_were_timed_once_are_held_against_others_of_their_length(slowed):
+    """A token costs 1 ms, and 1 ms more for every thousand tokens before it; half of the machine is taken at times."""
+    lengths = [100 * number for number in range(1, 11)]
+    usual = [1e-3 + 1e-6 * length for length in lengths]
+    baseline = [
+        [hand_made(10, 10 * seconds * (1.5 if number in slowed else 1), 10)] for number, seconds in enumerate(usual)
+    ]
+    found = plain_variation(baseline, list(map(of_length, lengths)))
+    assert found > 0.3 if slowed else found == pytest.approx(0.0)
+
+
+def test_few_prompts_that_were_timed_once_tell_nothing():
+    assert plain_variation([[hand_made(10, 1.0, 10)]] * 4, [of_length(3)] * 4) is None
+
+
+@pytest.mark.parametrize(
+    ("variation", "words"),
+    [
+        (0.1, None),
+        (0.23, r"cannot be trusted: .*the same plain decoding varied by 23%.*evaluation\.repeats=4"),
+        (None, r"steady is not known.*evaluation\.repeats=4"),
+    ],
+)
+def test_an_unsteady_machine_is_told_beside_the_figures(run_dir, capsys, monkeypatch, variation, words):
+    """In the terminal, the report and the card, and whenever they are shown again."""
+    monkeypatch.setattr(evaluate_module, "plain_variation", lambda *_: variation)
+    assert run_evaluate(run_dir, repeats=2)["variation"] == variation
+    again = capsys.readouterr().out
+    run_evaluate(run_dir, repeats=2)
+    report = (run_dir / "evaluation" / "report.md").read_text().partition("## How")[0]
+    card = (run_dir / "bundle" / "README.md").read_text()
+    for shown in (again, capsys.readouterr().out, report, card):
+        told = re.search(words or "cannot be trusted|not known", shown.replace("\n", " "))
+        assert bool(told) == bool(words)
 
 
 def test_a_target_that_ends_at_once_is_told():

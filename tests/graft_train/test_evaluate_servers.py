@@ -15,7 +15,7 @@ from graft_train.config.evaluation import EvaluateConfig
 from graft_train.data.samples import Sample, read_samples
 from graft_train.evaluate import evaluate, served
 from graft_train.evaluate.prompts import ANSWERS, asked_of, directory_of
-from graft_train.evaluate.server_figures import figures_of
+from graft_train.evaluate.server_figures import figures_of, variation_of
 from graft_train.evaluate.server_passes import Asking, Server, counts_of
 from graft_train.files import write_json
 from graft_train.server_report import rows_of
@@ -344,6 +344,21 @@ def test_figures_by_hand():
     assert figures_of(ours[:1], theirs[:1])["speedup_in_all_interval"] is None
     with pytest.raises(GraftError, match="every answer ended with its first piece"):
         figures_of([a_pass(timed(1, 0.0))], None)
+
+
+def test_passes_vary_as_those_of_one_level_do_against_each_other():
+    slow, usual, quick = (a_pass(timed(10, 1.0), seconds=seconds) for seconds in (12.0, 10.0, 8.0))
+    assert variation_of([[slow, usual, quick], [usual, usual, usual]]) == pytest.approx(0.0)
+    assert variation_of([[slow, usual, quick]]) == pytest.approx(0.2)
+    assert variation_of([[slow]]) is None
+
+
+def test_servers_that_were_not_steady_are_told_beside_the_figures(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(served, "variation_of", lambda *_: 0.23)
+    with faking(Fake()) as fake:
+        directory = evaluate(of_servers(run_dir, fake, concurrency=[1], repeats=2))
+    assert "the same passes varied by 23%" in capsys.readouterr().out.replace("\n", " ")
+    assert "evaluation.repeats=4" in (directory / "report.md").read_text().partition("## How")[0]
 
 
 def test_the_figures_of_vllm_are_read():

@@ -14,7 +14,7 @@ from graft_train.calibrate import budget as budget_module
 from graft_train.calibrate import latency as latency_module
 from graft_train.calibrate import measure
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.latency import RoundTimer
+from graft_train.calibrate.latency import RoundTimer, undisturbed
 from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, full_race, race, summary
 from graft_train.calibrate.report import notes
@@ -316,8 +316,9 @@ def test_all_processes_race_by_the_main_ones_times(clock, monkeypatch):
 # The latency table.
 
 
-def sample(milliseconds: float) -> dict[str, float]:
-    return {"prefill": 100.0, "draft": 0.0, "graft": 0.0, "verify": milliseconds, "commit": 0.0}
+def sample(*milliseconds: float) -> list[dict[str, float]]:
+    """Of rounds."""
+    return [{"prefill": 100.0, "draft": 0.0, "graft": 0.0, "verify": one, "commit": 0.0} for one in milliseconds]
 
 
 class Timed(RoundTimer):
@@ -327,13 +328,13 @@ class Timed(RoundTimer):
         self.clock, self.milliseconds, self.asked = clock, milliseconds, []
         self.widths, self.num_steps, self.contexts = [1, 2, 4], 0, {"short": torch.tensor([0])}
         self.prompts = [torch.tensor([0])] * prompts
-        self.samples = {("short", ("width", width)): [] for width in self.widths}
+        self.samples, self.sweeps = {("short", ("width", width)): [] for width in self.widths}, 0
 
     def timed(self, run, number, tokens=latency_module.SAMPLE):
         self.clock.now += 1
         self.asked.append(run[1][1])
         found = self.milliseconds(number, run[1][1])
-        return None if found is None else sample(found)
+        return [] if found is None else sample(found)
 
 
 def test_a_table_is_done_when_every_plan_is_known(clock):
@@ -354,7 +355,7 @@ def test_the_error_of_a_table_is_that_of_most_plans_means(clock):
     samples = {1: [1.0, 1.2], 2: [2.0, 2.0], 4: [9.0]}
     for width, times in samples.items():
         timer.samples["short", ("width", width)] = list(map(sample, times))
-    assert timer.error == latency_module.FALL  # between 0 and 0.1 / 1.1
+    assert timer.error == latency_module.UNKNOWN  # between 0 and 0.1 / 1.1
     timer.samples["short", ("width", 4)] = list(map(sample, [9.0, 11.0]))
     assert timer.error == pytest.approx(0.1 / 1.1)
 
@@ -363,8 +364,7 @@ def test_a_table_stops_when_its_budget_is_spent_but_has_every_plan(clock):
     timer = Timed(clock, lambda number, width: width * (1 + number % 2))
     timer.fill(Budget(8))
     assert len(timer.asked) == 8
-    timer.forget()
-    timer.asked.clear()
+    timer = Timed(clock, timer.milliseconds)
     timer.fill(Budget(0))
     assert sorted(timer.asked) == [1, 2, 4]
 
@@ -379,39 +379,106 @@ def test_prompts_that_end_at_once_are_passed_over_for_those_that_go_on(clock):
     ("milliseconds", "contradicts"),
     [
         ({1: [5.0, 5.1, 4.9], 2: [6.0, 6.1, 5.9], 4: [7.0, 7.1, 6.9]}, False),
-        ({1: [5.0, 5.1, 4.9], 2: [4.9, 5.0, 4.8], 4: [7.0, 7.1, 6.9]}, False),  # by 2 %
-        ({1: [5.0, 9.0, 4.0], 2: [5.0, 3.0, 7.0], 4: [7.0, 7.1, 6.9]}, False),  # within the noise
+        ({1: [5.0, 5.1, 4.9], 2: [4.9, 5.0, 4.8], 4: [7.0, 7.1, 6.9]}, False),  # evened out by 1 %
+        ({1: [5.0, 50.0, 9.0, 4.9, 5.1], 2: [6.0, 6.0, 6.0, 6.0, 6.0], 4: [7.0]}, False),  # hiccups
+        ({1: [5.0, 9.0, 4.0], 2: [3.0, 5.0, 7.0], 4: [7.0, 7.1, 6.9]}, True),  # however large the noise is
         ({1: [9.0, 9.1, 8.9], 2: [9.0, 9.1, 8.9], 4: [6.0, 6.1, 5.9]}, True),
-        ({1: [5.2], 2: [5.0], 4: [7.0]}, False),  # of one sample nobody knows the noise
-        ({1: [9.0], 2: [5.0], 4: [7.0]}, True),
+        ({1: [5.2], 2: [5.0], 4: [7.0]}, False),
+        ({1: [9.0], 2: [5.0], 4: []}, True),
     ],
 )
-def test_more_rows_in_less_time_contradict_unless_it_is_noise(clock, milliseconds, contradicts):
+def test_more_rows_in_less_time_contradict(clock, milliseconds, contradicts):
     timer = Timed(clock, None)
     for width, times in milliseconds.items():
         timer.samples["short", ("width", width)] = list(map(sample, times))
     assert timer.contradicts() == contradicts
 
 
-@pytest.mark.parametrize("again", [True, False])
-def test_a_table_that_contradicts_itself_is_made_anew_once(clock, monkeypatch, again):
-    """Another program slows the machine down while the narrow passes are timed; the second time it may be gone."""
-    tables = []
+@pytest.mark.parametrize(("sweeps", "in_the_end"), [(0, False), (3, False), (99, True)])
+def test_a_table_that_contradicts_itself_is_measured_again(clock, monkeypatch, sweeps, in_the_end):
+    """Another program slows the machine down while the narrow passes are timed, for so many sweeps."""
+
+    def milliseconds(number, width):
+        return 9.0 if number < sweeps and width < 4 else 4.0 + width
+
+    made = []
 
     def timer(*_):
-        def milliseconds(number, width):
-            tables.append(number)
-            slowed = again or len(tables) <= 9
-            return 9.0 if slowed and width < 4 else 4.0 + width
-
-        return Timed(clock, milliseconds)
+        made.append(Timed(clock, milliseconds))
+        return made[0]
 
     monkeypatch.setattr(measure, "RoundTimer", timer)
     part = SimpleNamespace(template=((0,),), context_T=torch.tensor([4]))
     traces = {False: SimpleNamespace(sources={"matrix": part}, context_T=part.context_T)}
     timer = measure.timer_of(CalibrateConfig(minutes=100), None, [], traces)
-    assert timer.contradicts() == again
-    assert tables == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2
+    assert timer.contradicts() == in_the_end
+    assert timer.sweeps == {0: 3, 3: 6, 99: 12}[sweeps], "three times three more at most"
+    if not in_the_end:
+        assert list(map(undisturbed, timer.samples.values())) == [5.0, 6.0, 8.0]
+
+
+class Shared:
+    """A machine that other work takes half of, now and then: what takes a second takes two while it is there.
+
+    Args:
+        usual: seconds for which it stays, and stays away, on average.
+    """
+
+    def __init__(self, clock, seed, usual):
+        self.clock, self.random, self.usual = clock, np.random.default_rng(seed), usual
+        self.is_busy, self.until = False, 0.0
+
+    def takes(self, seconds):
+        """Passes the time that so much work takes; how many times as long as it would alone."""
+        began, left = self.clock.now, seconds
+        while left > 0:
+            if self.clock.now >= self.until:
+                self.is_busy = not self.is_busy
+                self.until = self.clock.now + self.random.exponential(self.usual)
+            speed = 0.5 if self.is_busy else 1.0
+            passed = min(left / speed, max(self.until - self.clock.now, 1e-9))
+            self.clock.now += passed
+            left -= passed * speed
+        return (self.clock.now - began) / seconds
+
+
+WIDTHS = [1, 2, 4, 8, 16, 32, 64]
+COSTS = [20.0, 22.0, 24.0, 27.0, 33.0, 46.0, 72.0]
+"""Milliseconds of a pass, by rows; a trees' tokens below, so that 8 rows are best, 4 and 16 behind by 2 to 4 %."""
+TOKENS = [1.0, 1.45, 1.84, 2.14, 2.5, 2.75, 2.9]
+
+
+class TimedOnShared(Timed):
+    """A sample is six rounds behind a prompt. Passes vary by 3 % when nothing else runs."""
+
+    def __init__(self, clock, machine):
+        super().__init__(clock, None)
+        self.machine, self.widths = machine, WIDTHS
+        self.samples = {("short", ("width", width)): [] for width in WIDTHS}
+
+    def timed(self, run, number, tokens=latency_module.SAMPLE):
+        costs = COSTS[WIDTHS.index(run[1][1])] * self.machine.random.normal(1, 0.03, 6)
+        self.machine.takes(0.05)
+        return sample(*(cost * self.machine.takes(cost / 1e3) for cost in costs))
+
+
+def chosen_within(times, share):
+    """Whether the width that these times make the fastest is behind the best one by no more than this share."""
+    speeds = [tokens / cost for tokens, cost in zip(TOKENS, COSTS, strict=True)]
+    chosen = int(np.argmax([tokens / time for tokens, time in zip(TOKENS, times, strict=True)]))
+    return speeds[chosen] > (1 - share) * max(speeds)
+
+
+@pytest.mark.parametrize("usual", [0.1, 0.5, 2.0, 10.0])
+def test_on_a_machine_slowed_by_half_the_choice_is_within_3_percent_of_the_best(clock, usual):
+    """In at least 8 of 10 calibrations, whose share lasts for a sample or two of each plan."""
+    good = 0
+    for seed in range(10):
+        timer = TimedOnShared(clock, Shared(clock, seed, usual))
+        timer.measure(Budget(4))
+        times = list(map(undisturbed, timer.samples.values()))
+        good += chosen_within(latency_module._rising(times), 0.03)
+    assert good >= 8
 
 
 def test_the_pace_is_that_of_the_same_work_against_the_table(clock):

@@ -225,3 +225,11 @@ def test_pointers_in_place_of_a_clones_tables_are_named(tmp_path):
 def test_an_empty_array_is_one_whatever_its_name(tmp_path):
     with pytest.raises(GraftError, match="holds no text"):
         read(write(tmp_path / "a.txt", " [ ]\n"))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", LINES), ("a.json", json.dumps(CHATS)), ("a.py", "text\n")])
+def test_a_file_that_vanishes_after_it_was_gone_through_is_named(tmp_path, name, content):
+    documents = read(write(tmp_path / name, content))
+    (tmp_path / name).unlink()
+    with pytest.raises(GraftError, match=f"{tmp_path / name} cannot be read: .*No such file"):
+        documents[0]

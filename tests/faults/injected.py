@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -71,20 +72,33 @@ def refuse(at: int, code: int) -> Fault:
 
 
 def run(
-    stage: Callable[[Config], Path], config: Config, fault: Fault | None = None, largest: int = -1, torn: bool = False
+    stage: Callable[[Config], Path],
+    config: Config,
+    fault: Fault | None = None,
+    *,
+    largest: int = -1,
+    torn: bool = False,
+    kill_after: float | None = None,
+    backwards: bool = False,
 ) -> Ran:
     """Runs a stage in a forked process, whose clock only counts: what is measured then is the same every time.
 
     Args:
         largest: bytes that a file may have; -1: any number.
         torn: the first file that grows larger ends the process instead of being refused.
+        kill_after: seconds after which this process sends SIGKILL, whatever the other one does just then.
+        backwards: the time of day falls by an hour whenever it is asked for.
     """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
+        if backwards:
+            _turn_back()
         _child(stage, config, fault, largest, torn, writing)
     os.close(writing)
+    if kill_after is not None and not select.select([reading], [], [], kill_after)[0]:
+        os.kill(pid, signal.SIGKILL)
     with os.fdopen(reading, encoding="utf-8") as pipe:
         said = pipe.read()
     _, status = os.waitpid(pid, 0)
@@ -111,6 +125,12 @@ def _child(
         said["crashed"] = traceback.format_exc()
     os.write(pipe, json.dumps(said).encode())
     os._exit(0)
+
+
+def _turn_back() -> None:
+    now, hours = time.time(), itertools.count()
+    time.time = lambda: now - 3600 * next(hours)  # type: ignore[assignment]
+    time.time_ns = lambda: int(time.time() * 1e9)  # type: ignore[assignment]
 
 
 def _watch(run_dir: Path, fault: Fault | None, operations: list[str]) -> None:
