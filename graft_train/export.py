@@ -12,7 +12,6 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers import AutoConfig
 
 import graft_inference
 from graft_inference import METHODS, GraftError
@@ -21,7 +20,7 @@ from graft_inference.files import read_json, read_safetensors
 from graft_inference.heads.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_files
 from graft_inference.heads.families import described, load_any_config
 from graft_train.config import Config
-from graft_train.data.target import load_tokenizer, target_path, text_config
+from graft_train.data.target import load_tokenizer, target_path, text_config, whole_config
 from graft_train.engines import check_engines, faults_of, serving
 from graft_train.files import only_one, told, write_json, write_text
 from graft_train.flat_code import flat_modules
@@ -143,16 +142,16 @@ def _build(config: Config, out: Path, final: Path) -> None:
     write_json(out / "graft.json", graft)
     _write_index(out)
     _write_code(out, str(final.resolve()))
-    write_text(out / "README.md", _card(out, str(final)))
     # A bundle that the engine would refuse must not appear.
     head = load_bundle(out, target_config, tokenizer).head
+    write_text(out / "README.md", _card(out, str(final)))
     for fault in faults_of(head.config, target_config.num_hidden_layers):
         say(f"export: {fault}")
 
 
 def _dtype_of(config: Config) -> torch.dtype | None:
     """In which the target's own checkpoint is, and engines compute it; None where that does not say."""
-    whole = AutoConfig.from_pretrained(target_path(config))
+    whole = whole_config(target_path(config))
     return whole.dtype or whole.get_text_config().dtype
 
 
