@@ -8,22 +8,25 @@ import os
 import random
 import resource
 import signal
+import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
+import psutil
 import torch
 
 from graft_inference.errors import GraftError
 
 from .subject import Subject
 
-SECONDS = 60
-"""Within which one is used."""
+SECONDS, PATIENCE = 60, 5
+"""Within which one is used, of a processor's time; and how many times as long it may take on a busy machine."""
 SLACK_BYTES = 64 << 20
 """Beyond twice the file and what a sound one takes: an allocator's pieces, and another mutation's rubbish."""
 ROOM_BYTES = 4 << 30
@@ -71,12 +74,13 @@ class Fuzz:
         reading, writing = context.Pipe(duplex=False)
         process = context.Process(target=self._work, args=(seeds, writing))
         process.start()
+        watched = psutil.Process(process.pid)
         writing.close()
         for seed, kind in seeds:
             outcome, damage, goes_on = "", "none yet: sound ones are used first", False
             try:
-                damage = _next(reading, 5 * SECONDS)
-                outcome, goes_on = _next(reading, SECONDS), True
+                damage = _next(reading, watched, 5 * SECONDS)
+                outcome, goes_on = _next(reading, watched, SECONDS), True
             except TimeoutError:
                 process.kill()
                 outcome = f"no end within {SECONDS} s"
@@ -183,10 +187,21 @@ def _silenced() -> TextIO:
     return told
 
 
-def _next(pipe: Connection, seconds: float) -> str:
-    if not pipe.poll(seconds):
-        raise TimeoutError
+def _next(pipe: Connection, process: psutil.Process, seconds: float) -> str:
+    """Raises TimeoutError where the process has worked so long, or waited many times as long, and says nothing."""
+    begun, worked = time.monotonic(), _worked(process)
+    while not pipe.poll(0.1 * seconds):
+        if _worked(process) - worked > seconds or time.monotonic() - begun > PATIENCE * seconds:
+            raise TimeoutError
     return str(pipe.recv())
+
+
+def _worked(process: psutil.Process) -> float:
+    """Seconds of a processor, however many others want it."""
+    with suppress(psutil.Error):
+        times = process.cpu_times()
+        return times.user + times.system
+    return 0.0
 
 
 def table(found: dict[str, Counter[str]]) -> str:

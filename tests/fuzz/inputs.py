@@ -100,7 +100,7 @@ class Records(Directories):
 def damage_record(path: Path, rng: Random) -> str:
     """One value of one record."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    place = rng.randrange(len(lines))
+    place = rng.choice([number for number, line in enumerate(lines) if line])
     lines[place], said = damaged_value(json.loads(lines[place]), rng)
     path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
     return f"line {place + 1}, {said}"

@@ -26,7 +26,8 @@ def ran(tmp_path_factory):
     with serve() as hub:
         hub.token = SECRETS["HF_TOKEN"]
         homes = {name: str(root / "home") for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
-        environment = os.environ | SECRETS | homes | {"HF_ENDPOINT": hub.url, "WANDB_MODE": "offline"}
+        environment = os.environ | SECRETS | homes | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"WANDB_MODE": "offline", "NO_PROXY": "127.0.0.1", "PYTHONPATH": f"{ROOT}:{ROOT / 'inference'}"}
         # Nothing tells the libraries to stay at home.
         environment.pop("HF_HUB_OFFLINE", None)
         done = subprocess.run(

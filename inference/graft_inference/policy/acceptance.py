@@ -61,10 +61,10 @@ class SourceModel:
         if any(path[-1] >= len(self.ranks) for path in self.template):
             raise GraftError(f"{self.name} has {len(self.ranks)} known ranks, its template uses more: calibrate again")
         depths = [len(row) for row in (*self.offsets, *[self.slopes] * (kinds == 0))]
+        if self.depth > min(depths):
+            raise GraftError(f"{self.name} has {min(depths)} known depths, its template has {self.depth}")
         if len(set(depths)) > 1:
             raise GraftError(f"the acceptance model of {self.name} has rows of {depths} depths: calibrate again")
-        if self.depth > depths[0]:
-            raise GraftError(f"{self.name} has {depths[0]} known depths, its template has {self.depth}")
 
     @property
     def depth(self) -> int:
