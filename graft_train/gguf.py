@@ -188,6 +188,12 @@ def _tokenizer(file: Path, said: dict[str, Any]) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.backend_tokenizer.pre_tokenizer = SPLITS[said.get("tokenizer.ggml.pre", "default")]
+    known, tokens = tokenizer.get_vocab(), said["tokenizer.ggml.tokens"]
+    if other := [token for number, token in enumerate(tokens) if known.get(token) != number]:
+        raise GraftError(
+            f"{file}: transformers would make other tokens of {other[:3]}, which its vocabulary has twice or which are "
+            f"none: download it again, or put the original model's {TOKENIZER} and tokenizer_config.json beside it"
+        )
     return tokenizer
 
 

@@ -67,6 +67,7 @@ def _check(traces: Traces) -> None:
     topk = int((traces.depths_C == 1).sum())
     _need(1 <= topk <= MAX_NODES and steps <= MAX_NODES, f"it has {topk} nodes at depth 1 and {steps} draft steps")
     depths = [1] * topk + [step for step in range(2, steps + 1) for _ in range(topk**2)]
+    _whole("depths_C", traces.depths_C, (len(depths),), 1)
     _need(traces.depths_C.tolist() == depths, "depths_C is none of a draft")
     candidates, depth = drafted_nodes(topk, steps), _shape(traces.truth_TD, 2)[1]
     _need(depth >= steps, "truth_TD is shorter than a draft")

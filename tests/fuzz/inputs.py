@@ -7,6 +7,8 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -181,9 +183,14 @@ class Settings(Subject):
 
     def use(self) -> str:
         given = ["experiment=fuzzed", *self.overrides]
-        first = self._composed(given)
-        again = self._composed(given)
-        return "right" if isinstance(first, Config) and first == again else f"other settings: {again}"
+        found = self._composed(given)
+        if not isinstance(found, Config):
+            return f"no settings: {found}"
+        for override in self.overrides:
+            name, _, value = override.partition("=")
+            if name in setting_names() and not _means(reduce(getattr, name.split("."), found), value):
+                return f"{override} became {reduce(getattr, name.split('.'), found)!r}"
+        return "right"
 
     def _composed(self, overrides: list[str]) -> Any:
         """As the command composes them. Raises GraftError where it ends with one line that says why."""
@@ -207,6 +214,17 @@ class Settings(Subject):
     @property
     def size(self) -> int:
         return self.experiment.stat().st_size
+
+
+def _means(found: Any, value: str) -> bool:
+    """Whether a setting is what was written for it. Lists and what stands for other settings is not looked into."""
+    if value[:1] in "[{$" or isinstance(found, list | dict):
+        return True
+    if isinstance(found, bool):
+        return found == (value.lower() in ("true", "1", "yes", "on") or (value.isdigit() and int(value) != 0))
+    if isinstance(found, int | float):
+        return float(found) == float(value)
+    return (found is None and value.lower() in ("null", "")) or str(found) == value.strip("'")
 
 
 def _config_of(composed: Any) -> Any:
@@ -235,7 +253,7 @@ class Prompts(Subject):
     def restore(self, number: int) -> bool:
         self.settings = {"max_new_tokens": 4, "pad_token_id": 0}
         if number < len(self.SOUND):
-            self.prompt = self.SOUND[number]
+            self.prompt = deepcopy(self.SOUND[number])
         return number < len(self.SOUND)
 
     def damage(self, rng: Random) -> str:

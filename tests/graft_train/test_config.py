@@ -11,6 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from graft_inference import GraftError
+from graft_inference.policy.plan import MAX_CANDIDATES
+from graft_inference.tree import MAX_NODES
 from graft_train import recipe
 from graft_train.config import Config
 from graft_train.config.data import Source
@@ -142,6 +144,21 @@ def test_what_hydra_refuses_is_one_line_too(mistake, words, shown, capsys):
 def test_an_address_with_a_key_in_it_is_refused(setting):
     with pytest.raises(GraftError, match=rf"^{setting} has a name or a key in it, .*: use OPENAI_API_KEY$"):
         composed("regenerate", f"{setting}='http://me:sk-secret@a:8000/v1'")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (f"policy.widths=[1,{MAX_NODES + 1}]", f"policy.widths goes up to {MAX_NODES + 1}"),
+        (f"policy.retrieval_depth={MAX_NODES + 1}", "policy.retrieval_depth goes up to"),
+        ("policy.topk=91", f"propose {91 + 8 * 91**2} nodes a round, over {MAX_CANDIDATES}"),
+        (f"policy.num_steps={MAX_NODES + 1}", f"more than {MAX_NODES} steps"),
+    ],
+)
+def test_a_calibration_does_not_begin_with_what_no_plan_can_have(setting, words):
+    with pytest.raises(GraftError, match=words):
+        composed("calibrate", setting)
+    assert composed("calibrate", f"policy.widths=[1,{MAX_NODES}]", "policy.topk=90").policy.topk == 90
 
 
 @pytest.fixture

@@ -2,21 +2,35 @@
 
     python -m tests.security.road ROOT
 
-Prints JSON: addresses that were asked for beyond the loopback, and classes that pickles named. The environment holds
-the secrets, and the address of a Hub on the loopback.
+Prints JSON: addresses that were asked for beyond the loopback, those where something listened for others, and classes
+that pickles named. The environment holds the secrets, and the address of a Hub on the loopback.
 """
 
+import contextlib
 import json
 import os
 import sys
+import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ASKING = {"socket.connect": 1, "socket.bind": 1, "socket.sendto": 1, "socket.getaddrinfo": 0, "socket.gethostbyname": 0}
 """Which argument of an event is the address."""
 OWN = ("127.0.0.1", "::1", "localhost", "", None)
+
+
+def listened(found: set[str], ended: threading.Event) -> None:
+    """Notes, until it has ended, where this process and those that it started listen for others."""
+    own = psutil.Process()
+    while not ended.wait(0.2):
+        for process in [own, *own.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                open_ones = process.net_connections("inet")
+                found |= {str(one.laddr) for one in open_ones if one.status == "LISTEN" and one.laddr.ip not in OWN}
 
 
 def watch() -> tuple[list[str], set[str]]:
@@ -41,6 +55,19 @@ def watch() -> tuple[list[str], set[str]]:
 
 def main(root: Path) -> None:
     elsewhere, pickled = watch()
+    listening, ended = set[str](), threading.Event()
+    watcher = threading.Thread(target=listened, args=(listening, ended))
+    watcher.start()
+    try:
+        go(root)
+    finally:
+        ended.set()
+        watcher.join()
+    print(json.dumps({"elsewhere": elsewhere, "pickled": sorted(pickled), "listening": sorted(listening)}))
+
+
+def go(root: Path) -> None:
+    """All stages, with those that fail."""
     from graft_inference.errors import GraftError
     from graft_train.build_corpus import build_corpus
     from graft_train.calibrate import calibrate
@@ -91,7 +118,6 @@ def main(root: Path) -> None:
     export(pushed)  # its card has the evaluation now
     inspect(str(root / "run" / "bundle"))
     failing(export, replace(pushed, export=replace(pushed.export, repo_id="closed/tiny")))
-    print(json.dumps({"elsewhere": elsewhere, "pickled": sorted(pickled)}))
 
 
 if __name__ == "__main__":

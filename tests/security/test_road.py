@@ -46,6 +46,10 @@ def test_no_address_beyond_the_loopback_is_asked_for(ran):
     assert json.loads(ran[1].stdout.splitlines()[-1])["elsewhere"] == []
 
 
+def test_nothing_listens_beyond_the_loopback(ran):
+    assert json.loads(ran[1].stdout.splitlines()[-1])["listening"] == []
+
+
 def test_pickles_name_no_code(ran):
     named = json.loads(ran[1].stdout.splitlines()[-1])["pickled"]
     assert [name for name in named if not name.startswith(PICKLED)] == []
