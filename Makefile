@@ -6,7 +6,7 @@ MODEL := .venv/.model
 
 ENGINES := $(or $(GRAFT_ENGINES),.engines)
 
-.PHONY: quickstart test test-engines engines mutants setup lint docs bench clean
+.PHONY: quickstart test test-engines engines mutants fuzz audit setup lint docs bench clean
 
 quickstart: $(MODEL)
 	$(BIN)/python recipes/quickstart.py
@@ -40,6 +40,17 @@ lint: setup
 	$(BIN)/deptry graft_train recipes
 	$(BIN)/deptry inference/graft_inference --config inference/pyproject.toml
 	$(BIN)/vulture
+	$(BIN)/bandit -q -c pyproject.toml -r graft_train inference/graft_inference recipes
+
+# Known weaknesses of what is pinned. PyPI is asked about each, so that this is no part of `lint`, which needs no network.
+audit:
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install pip-audit
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+# Damages inputs at random and uses them (docs/reliability.md); SEED=N goes on where a run has stopped.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --mutations $(or $(MUTATIONS),10000) --seed $(or $(SEED),0)
 
 # The documentation, as a site in site/ that needs no network. The tests build it, too.
 docs: setup

@@ -81,7 +81,9 @@ def main() -> None:
             flush=True,
         )
     most = max(set(chosen), key=chosen.count)
-    print(f"\nwithin {WITHIN:.0%} of the best: {count(behind['now'])} of {CALIBRATIONS}, before {count(behind['before'])}")
+    print(
+        f"\nwithin {WITHIN:.0%} of the best: {count(behind['now'])} of {CALIBRATIONS}, before {count(behind['before'])}"
+    )
     print(f"the plan that was chosen most often, thresholds included: {chosen.count(most)} of {CALIBRATIONS}")
     print(f"load {os.getloadavg()[0]:.1f} in the end")
 
@@ -129,8 +131,13 @@ def pair() -> tuple[GraftEngine, list[Tensor]]:
         layer.self_attn.o_proj.weight.mul_(SCALE)
     head = DraftHead(
         DraftHeadConfig(
-            **shape, num_key_value_heads=4, head_dim=HIDDEN // 4, vocab_size=VOCAB, draft_vocab_size=VOCAB // 4,
-            aux_layer_ids=(0, 1, 2), max_position_embeddings=2048,
+            **shape,
+            num_key_value_heads=4,
+            head_dim=HIDDEN // 4,
+            vocab_size=VOCAB,
+            draft_vocab_size=VOCAB // 4,
+            aux_layer_ids=(0, 1, 2),
+            max_position_embeddings=2048,
         )  # fmt: skip
     )
     head.set_draft_vocabulary(torch.arange(VOCAB // 4))

@@ -143,9 +143,9 @@ def _build(config: Config, out: Path, final: Path) -> None:
     write_json(out / "graft.json", graft)
     _write_index(out)
     _write_code(out, str(final.resolve()))
-    write_text(out / "README.md", _card(out, str(final)))
     # A bundle that the engine would refuse must not appear.
     head = load_bundle(out, target_config, tokenizer).head
+    write_text(out / "README.md", _card(out, str(final)))
     for fault in faults_of(head.config, target_config.num_hidden_layers):
         say(f"export: {fault}")
 

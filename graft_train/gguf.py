@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -22,6 +23,7 @@ from graft_inference.bundle import check_whole
 from graft_inference.errors import GraftError
 from graft_train.config import Config
 from graft_train.config.target import MEASURED
+from graft_train.gguf_header import Header, read_header
 from graft_train.stage import run_stage
 
 SUFFIX = ".gguf"
@@ -37,6 +39,9 @@ SAME = {"attention.key_length", "attention.value_length", "rope.dimension_count"
 """Sizes of a head. Where transformers does not read one of them, all must be what it computes instead."""
 TOKENIZER = "tokenizer.json"
 FAMILY = "general.architecture"
+SIZES = ("_length", "_count", "vocab_size")
+"""Ends of keys whose values are sizes."""
+LONGEST_CONTEXT = 1 << 30
 
 
 def with_directory(config: Config) -> Config:
@@ -85,10 +90,13 @@ def _downloaded(repository: str, name: str) -> Path:
 
 def dequantise(file: Path, out: Path, dtype: str) -> None:
     """Writes the model, in this dtype, and its tokenizer: one beside the file, or the one within it."""
-    said, count = _read(file)
-    _check(file, said)
+    header = _read(file)
+    said = header.said
     loader: Any = AutoModelForCausalLM
     try:
+        _check(file, said)
+        _check_sizes(file, header)
+        _check_weights(file, header)
         model, found = loader.from_pretrained(
             file.parent, gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True
         )
@@ -97,30 +105,50 @@ def dequantise(file: Path, out: Path, dtype: str) -> None:
         tokenizer = _tokenizer(file, said)
     except GraftError:
         raise
-    except Exception as error:  # of gguf, transformers and tokenizers
+    except Exception as error:  # of gguf, transformers and tokenizers, and of values that have another type
         raise GraftError(f"transformers cannot read {file}: {error}") from error
-    if count != fresh.num_parameters():
-        raise GraftError(
-            f"{file} holds {count:,} weights, and what transformers makes of it {fresh.num_parameters():,}: something "
-            "would be left out, and another model computed"
-        )
+    for name, tensor in fresh.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise GraftError(f"{file}: {name} holds NaN or infinity in {dtype}; download it again, or set target.dtype")
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], int]:
-    """What the file says beside its tensors, and how many numbers these hold."""
+def _read(file: Path) -> Header:
+    """What the file says beside its numbers."""
     try:
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES
     except ImportError as error:
         raise GraftError(f"reading {file} needs the package gguf: pip install gguf") from error
-    try:
-        reader = GGUFReader(file)
-        said = {name: field.contents() for name, field in reader.fields.items()}
-        said[FAMILY]  # every file has one
-        return said, sum(int(tensor.n_elements) for tensor in reader.tensors)
-    except Exception as error:  # whatever its bytes lead to
-        raise GraftError(f"{file} is no GGUF file, or truncated: {error!r}; download it again") from error
+    header = read_header(file, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+    if not isinstance(header.said.get(FAMILY), str):
+        raise GraftError(f"{file} does not say of which family its model is ({FAMILY}); download it again")
+    return header
+
+
+def _check_sizes(file: Path, header: Header) -> None:
+    """Raises GraftError for sizes that no tensor has: a model is built by them before any tensor is looked at."""
+    largest = max((max(shape) for shape in header.shapes.values()), default=0)
+    most = {"block_count": len(header.shapes), "context_length": LONGEST_CONTEXT}
+    for name, value in header.said.items():
+        key = name.removeprefix(f"{header.said[FAMILY]}.")
+        if key == name or not key.endswith(SIZES):
+            continue
+        for size in value if isinstance(value, list) else [value]:
+            if type(size) is not int or not 0 <= size <= most.get(key, largest):
+                raise GraftError(f"{file}: {name}={size} is no size of its tensors: it is damaged; download it again")
+
+
+def _check_weights(file: Path, header: Header) -> None:
+    """Raises GraftError where the model that transformers would make has more or fewer weights than the file."""
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config).num_parameters()
+    if made != header.weights:
+        raise GraftError(
+            f"{file} holds {header.weights:,} weights, and what transformers makes of it {made:,}: something would be "
+            "left out, and another model computed"
+        )
 
 
 def _check(file: Path, said: dict[str, Any]) -> None:
@@ -159,9 +187,15 @@ def _saveable(model: Any, said: dict[str, Any]) -> PreTrainedModel:
 
 def _tokenizer(file: Path, said: dict[str, Any]) -> PreTrainedTokenizerBase:
     if _has_tokenizer(file):
-        return AutoTokenizer.from_pretrained(file.parent)
+        return AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.backend_tokenizer.pre_tokenizer = SPLITS[said.get("tokenizer.ggml.pre", "default")]
+    known, tokens = tokenizer.get_vocab(), said["tokenizer.ggml.tokens"]
+    if other := [token for number, token in enumerate(tokens) if known.get(token) != number]:
+        raise GraftError(
+            f"{file}: transformers would make other tokens of {other[:3]}, which its vocabulary has twice or which are "
+            f"none: download it again, or put the original model's {TOKENIZER} and tokenizer_config.json beside it"
+        )
     return tokenizer
 
 

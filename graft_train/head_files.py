@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from graft_inference.heads.checkpoint import Verifier
 from graft_inference.heads.families import Head, save_any_head
 from graft_train.config import Config
-from graft_train.data.target import target_path
+from graft_train.data.target import target_path, whole_config
 
 
 def head_writer(config: Config) -> Callable[[Head, Path], None]:
@@ -18,7 +16,7 @@ def head_writer(config: Config) -> Callable[[Head, Path], None]:
     its dtype leaves the head's.
     """
     path = target_path(config)
-    whole = AutoConfig.from_pretrained(path)
+    whole = whole_config(path)
     dtype = whole.dtype or whole.get_text_config().dtype
     name = config.target.name_or_path or str(path)
     place = Path(name).expanduser()

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from graft_inference import ChainPlan, GraftError, Plan, QuotaCheckpoint
 from graft_inference.bundle import load_graft, load_successors, resolve
-from graft_inference.files import read_json
+from graft_inference.files import own_file, read_json
 from graft_inference.heads.families import described, load_any_head
 from graft_inference.policy.policy import PLANNED, Policy
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
@@ -66,7 +66,7 @@ def facts_of(directory: Path, place: str) -> Iterator[tuple[str, str]]:
     yield "measured on", _measured_on(policy)
     yield "corpus", _of_matrix(load_successors(directory / "successors.safetensors", shape.vocab_size))
     for path in sorted(path for path in directory.glob("*.safetensors") if path.is_file()):
-        with path.open("rb") as file:
+        with own_file(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         yield "file", f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB, sha256 {digest[:SHOWN]}"
     for engine in serving(shape, layers, target["name_or_path"], place, dtype).values():

@@ -39,11 +39,19 @@ def run(name: str, overrides: list[str] | None = None) -> None:
     names = list(ROAD) if name == WHOLE_ROAD else [name]
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us, and not at length to the user
+    composes = True
+
+    def begin(composed: DictConfig) -> None:
+        nonlocal composes
+        composes = False
+        run_stages(composed, names)
+
     try:
-        hydra.main(version_base=None, config_path=str(CONF), config_name=name)(
-            lambda composed: run_stages(composed, names)
-        )()
-    except (HydraException, OmegaConfBaseException) as error:
+        hydra.main(version_base=None, config_path=str(CONF), config_name=name)(begin)()
+    except Exception as error:
+        # A file of settings that is damaged fails in whatever way YAML has for it; what fails later is a bug.
+        if not composes and not isinstance(error, HydraException | OmegaConfBaseException):
+            raise
         _end(_in_one_line(error))
 
 

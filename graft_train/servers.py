@@ -39,7 +39,13 @@ def context_limit(urls: list[str]) -> int | None:
 
 
 def trouble(error: openai.APIError) -> str:
-    """What went wrong, in one line."""
+    """What went wrong, in one line, without the key, which some servers repeat."""
     if isinstance(error, openai.APIStatusError):
-        return f"{error.status_code} {error.response.text[:300]}"
-    return f"{type(error).__name__} {error.__cause__ or error}"
+        return f"{error.status_code} {without_key(error.response.text)[:300]}"
+    return without_key(f"{type(error).__name__} {error.__cause__ or error}")
+
+
+def without_key(said: str) -> str:
+    """What a server said, for people."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return said.replace(key, "***") if key else said

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from graft_inference.errors import GraftError
+from graft_inference.files import read_json
 from graft_train.config import Config
 from graft_train.data.target import target_path
 from graft_train.files import IDENTITY, only_one, remove, sweep, sync, sync_tree, told, write_json
@@ -187,11 +188,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record | {"fingerprint": str(record["fingerprint"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"{path} is damaged ({error}); delete {path.parent} and build it anew") from error
+    remedy = f"delete {path.parent} and build it anew"
+    record = read_json(path, remedy)
+    if not isinstance(record.get("fingerprint"), str):
+        raise GraftError(f"{path} is damaged: it has no fingerprint; {remedy}")
+    return record
 
 
 def _fingerprint_of_model(directory: Path) -> str:

@@ -35,9 +35,10 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds. `token` is the one it lets write."""
+    """What the server holds. `token` is the one it lets write, but not for the organisation `closed`."""
 
     token: str = "hf_secret"
+    closed: str = "closed"
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
@@ -71,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         may_write = self.headers.get("Authorization") == f"Bearer {hub.token}"
         if path == "/api/repos/create" and not may_write:
             return self.answer(401, {"error": "Invalid username or password."})
+        if path == "/api/repos/create" and json.loads(body).get("organization") == hub.closed:
+            return self.answer(403, {"error": "You don't have the rights to create a model here."})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         if path == "/api/validate-yaml":

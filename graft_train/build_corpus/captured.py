@@ -1,6 +1,5 @@
 """The target's predictions from states that another stage has captured: lm_head alone instead of the whole target."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from graft_train.config import Config
 from graft_train.data.samples import Sample, read_samples
 from graft_train.data.target import target_path
 from graft_train.distill.batches import to_tensors, with_room
-from graft_train.distill.state_source import INDEX, hash_of, open_shard, places_of, states_directory
+from graft_train.distill.shards import Place, Shards, widths_of
+from graft_train.distill.state_source import INDEX, hash_of, places_of, read_index, states_directory
 from graft_train.processes import say
 from graft_train.stage import fingerprint_of
 
@@ -29,11 +29,10 @@ class CapturedStates:
         lm_head_VH: the target's.
     """
 
-    def __init__(self, directory: Path, places: dict[bytes, tuple[int, int, int]], lm_head_VH: Tensor) -> None:
-        self.directory = directory
+    def __init__(self, shards: Shards, places: dict[bytes, Place], lm_head_VH: Tensor) -> None:
+        self.shards = shards
         self.places = places
         self.lm_head_VH = lm_head_VH
-        self._files: dict[int, Any] = {}
 
     def holds(self, sample: Sample) -> bool:
         """Whether every token's state is there: a sample that distillation cut is not held."""
@@ -49,11 +48,7 @@ class CapturedStates:
                 yield weigh(tokens_M.to(final_CH.device), final_CH @ self.lm_head_VH.T, k)
 
     def _final(self, sample: Sample) -> Tensor:
-        shard, start, end = self.places[_key(sample.ids)]
-        if shard not in self._files:
-            self._files[shard] = open_shard(self.directory, shard)
-        final_SH: Tensor = self._files[shard].get_slice("final")[start:end]
-        return final_SH
+        return self.shards.read(self.places[_key(sample.ids)], len(self.lm_head_VH), ("final",))["final"]
 
 
 def find_captured(config: Config, model: Any) -> CapturedStates | None:
@@ -70,11 +65,12 @@ def find_captured(config: Config, model: Any) -> CapturedStates | None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "top_k": None,
     }
+    index = read_index(directory)
+    differing = [name for name, value in wanted.items() if index.get(name) != value]
     try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        differing = [name for name, value in wanted.items() if index.get(name) != value]
-        found = [] if differing else places_of(index["shards"], index["lengths"], len(cut))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        found = [] if differing else places_of(index, [len(one.tokens_S) for one in cut])
+        aux_layers = len(index["aux_layer_ids"])
+    except (ValueError, LookupError, TypeError) as error:
         raise GraftError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
     if differing:
         say(f"build_corpus: the states in {directory} are of other {', '.join(differing)}: the target runs instead")
@@ -85,7 +81,9 @@ def find_captured(config: Config, model: Any) -> CapturedStates | None:
         if len(one.tokens_S) == len(sample.ids)
     }
     say(f"build_corpus: {len(places):,} of {len(cut):,} samples are read from {directory}, the target runs for others")
-    return CapturedStates(directory, places, model.get_output_embeddings().weight.detach())
+    lm_head_VH = model.get_output_embeddings().weight.detach()
+    shards = Shards(directory, found, model.dtype, widths_of(lm_head_VH.shape[1], aux_layers, None))
+    return CapturedStates(shards, places, lm_head_VH)
 
 
 def _key(ids: Sequence[int]) -> bytes:

@@ -248,7 +248,7 @@ def _new_latency(config: Config, directory: Path, traces: dict[bool, Traces]) ->
     """A latency table, and what it was measured on."""
     settings = config.policy
     if settings.latency_from:
-        return elsewhere(Path(settings.latency_from), directory / "latency.json", settings)
+        return elsewhere(Path(settings.latency_from).resolve(), directory / "latency.json", settings)
     engine = _engine(config)
     timer = timer_of(settings, engine, _prompts(config), traces)
     if timer.contradicts():

@@ -22,6 +22,7 @@ from graft_inference import (
     ScoredPlan,
     SourceModel,
 )
+from graft_inference.checked import is_a
 from graft_inference.files import read_json
 from graft_inference.retrieval.sources import SOURCES
 from graft_inference.stats import PHASES
@@ -105,6 +106,7 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
         measured_on = {name: str(value) for name, value in values.pop("measured_on").items()}
         _check_table(**values)
         latency = Latency(**here | values | {"commit_ms": 0.0})
+        _check_own(latency)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise GraftError(f"{path} is no table of latencies ({error}): measure it again") from error
     if max(latency.widths) < max(settings.widths) or len(latency.draft_ms) <= settings.num_steps:
@@ -116,17 +118,27 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
     return latency, measured_on
 
 
+def _check_own(latency: Latency) -> None:
+    """Raises ValueError unless what was measured beside a table is times, of the sources that there are."""
+    if latency.source_ms.keys() != SOURCES.keys():
+        raise ValueError(f"source_ms must have {', '.join(SOURCES)}")
+    for time in (latency.build_ms, latency.read_ms, *latency.source_ms.values()):
+        if not is_a(time, float) or time < 0:
+            raise ValueError("times must be numbers from 0")
+
+
 def _check_table(widths: list[int], contexts: list[int], verify_ms: list[list[float]], draft_ms: list[float]) -> None:
     """Raises ValueError or TypeError unless every width and context has a time, and more work takes no less."""
     for name, counts in {"widths": widths, "contexts": contexts}.items():
-        if not counts or any(type(count) is not int for count in counts) or counts != sorted({*counts}):
+        known = all(type(count) is int and 0 <= count < 2**31 for count in counts)
+        if not counts or not known or counts != sorted({*counts}):
             raise ValueError(f"{name} must be whole numbers that rise")
     if widths[0] != 1 or draft_ms[:1] != [0.0]:
         raise ValueError("widths begin with 1, the root, and draft_ms with 0, for no step")
     if [len(times) for times in verify_ms] != [len(widths)] * len(contexts):
         raise ValueError("verify_ms must have a time of every width for every context")
     for times in [*verify_ms, draft_ms]:
-        if any(type(time) not in (int, float) for time in times) or times != sorted(times):
+        if not all(is_a(time, float) for time in times) or times != sorted(times):
             raise ValueError("times must be numbers that do not fall")
     if min(times[0] for times in verify_ms) <= 0:
         raise ValueError("a pass takes time")

@@ -9,6 +9,7 @@ from torch import Tensor
 from graft_inference import GraftEngine
 from graft_train.calibrate.budget import TABLE, TRACES, Budget
 from graft_train.calibrate.latency import RoundTimer
+from graft_train.calibrate.trace_file import read_traces
 from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import barrier, is_main, say
@@ -26,7 +27,7 @@ def record_missing(
     if len(found) == len(files):
         return
     if found:
-        positions = len(Traces.load(next(iter(found.values())), made_of))
+        positions = len(read_traces(next(iter(found.values())), made_of))
     else:
         positions = affordable(settings, engine, prompts)
     for shares_noise, name in files.items():
@@ -66,7 +67,7 @@ def trace_files(settings: CalibrateConfig) -> dict[bool, str]:
 
 def load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, Any]) -> dict[bool, Traces]:
     return {
-        shares_noise: Traces.load(directory / name, made_of) for shares_noise, name in trace_files(settings).items()
+        shares_noise: read_traces(directory / name, made_of) for shares_noise, name in trace_files(settings).items()
     }
 
 

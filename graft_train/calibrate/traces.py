@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -94,30 +93,6 @@ class Traces:
         metadata = {"made_of": json.dumps(made_of, sort_keys=True)}
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         replace_file(path, lambda aside: save_file(whole, aside, metadata))
-
-    @classmethod
-    def load(cls, path: Path, made_of: dict[str, Any]) -> "Traces":
-        """Raises GraftError for a missing or damaged file, or one made of other weights or data."""
-        try:
-            with safe_open(path, "pt") as file:
-                recorded = json.loads((file.metadata() or {}).get("made_of", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise GraftError(
-                f"{path} cannot be read ({error}): run graft calibrate without latency_only and latency_from"
-            ) from error
-        for name, expected in made_of.items():
-            if recorded.get(name) != expected:
-                raise GraftError(
-                    f"{path} was traced with another {name} ({recorded.get(name)}, now {expected}): give the settings "
-                    f"that it was traced with, or delete {path.parent} and run graft calibrate without "
-                    "policy.latency_only and policy.latency_from"
-                )
-        parts = [one.name for one in fields(SourceTraces)]
-        if set(tensors) != {*COLUMNS, *(f"{source}.{part}" for source in SOURCES for part in parts)}:
-            raise GraftError(f"{path} is not a file of traces; delete {path.parent} and run graft calibrate")
-        sources = {source: SourceTraces(*(tensors.pop(f"{source}.{part}") for part in parts)) for source in SOURCES}
-        return cls(**tensors, sources=sources)
 
 
 COLUMNS = [column.name for column in fields(Traces) if column.name != "sources"]

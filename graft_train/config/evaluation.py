@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from graft_inference.errors import GraftError
-from graft_train.config.bounds import check_least
+from graft_train.config.bounds import check_least, check_servers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +121,8 @@ class EvaluateConfig:
 
 
 def _check_servers(given: Any, urls: list[str]) -> None:
-    if (given is not None and not urls) or not all(url.startswith(("http://", "https://")) for url in urls):
+    if given is not None and not urls:
         raise GraftError(f"evaluation.server={given} must be one http(s) address or a list of them")
-    if any("@" in urlsplit(url).netloc for url in urls):
-        raise GraftError("evaluation.server has a name or a key in it, which reports would show: use OPENAI_API_KEY")
+    check_servers("evaluation.server", given, urls)
     if len(set(urls)) < len(urls):
         raise GraftError(f"evaluation.server={given} names a server twice")

@@ -6,6 +6,8 @@ from math import inf
 from graft_inference.errors import GraftError
 from graft_train.config.bounds import check_least
 
+MOST_NODES, MOST_CANDIDATES = 1024, 1 << 16
+"""Of a tree, and of what the head may propose in a round, as the runtime has them."""
 KINDS = ("learned", "paper", "draft_only", "retrieve_only", "chain")
 
 
@@ -60,6 +62,17 @@ class CalibrateConfig:
             "checkpoints": 0, "least_rounds": 0,
         }  # fmt: skip
         check_least("policy", self, least)
+        for name, value in {"widths": max(self.widths), "retrieval_depth": self.retrieval_depth}.items():
+            if value > MOST_NODES:
+                raise GraftError(
+                    f"policy.{name} goes up to {value}, and a tree has {MOST_NODES} nodes at most: lower it"
+                )
+        candidates = self.topk + (self.num_steps - 1) * self.topk**2
+        if candidates > MOST_CANDIDATES or self.num_steps > MOST_NODES:
+            raise GraftError(
+                f"policy.topk={self.topk} and policy.num_steps={self.num_steps} propose {candidates} nodes a round, "
+                f"over {MOST_CANDIDATES}, or more than {MOST_NODES} steps: lower either"
+            )
         if not 0 < self.minutes < inf:
             raise GraftError(f"policy.minutes={self.minutes} must be finite and more than 0")
         if self.temperature < 0:

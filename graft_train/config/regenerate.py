@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graft_inference.errors import GraftError
-from graft_train.config.bounds import check_least
+from graft_train.config.bounds import check_least, check_servers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,8 +52,7 @@ class RegenerateConfig:
                 "regenerate.states=true keeps the states of answers that this process computes: set "
                 "regenerate.answers=target and no regenerate.base_url"
             )
-        if not all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in self.servers()):
-            raise GraftError(f"regenerate.base_url={self.base_url} must be one http(s) address or a list of them")
+        check_servers("regenerate.base_url", self.base_url, self.servers())
 
     def servers(self) -> list[str]:
         if self.base_url is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graft_inference.errors import GraftError
+from graft_inference.files import parse_json
 from graft_train.data.documents import SPLITS
 
 
@@ -155,7 +156,7 @@ def check_room(
 def parse_sample(line: bytes, place: str) -> Sample:
     """One line, checked; `place` names it in errors."""
     try:
-        row = json.loads(line)
+        row = parse_json(line.decode("utf-8"))
     except ValueError as error:
         raise GraftError(f"{place} is not a JSON object: {error}") from error
     if not isinstance(row, dict) or row.keys() != FIELDS:

@@ -54,7 +54,19 @@ def dtype_of(settings: TargetConfig) -> torch.dtype:
 
 def text_config(config: Config) -> Any:
     """The configuration of the target's language model, without its weights."""
-    return AutoConfig.from_pretrained(target_path(config)).get_text_config()
+    return whole_config(target_path(config)).get_text_config()
+
+
+def whole_config(path: Path) -> Any:
+    """The configuration of the model in a directory.
+
+    Raises:
+        GraftError: none that can be read, or a model that runs code of its own.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged one leads transformers to
+        raise GraftError(f"cannot read the configuration of the target in {path}: {error}") from error
 
 
 def refuse_several_spread(config: Config, processes: int) -> None:
@@ -87,10 +99,11 @@ def load_target(config: Config, shard: str | None = None) -> PreTrainedModel:
         "dtype": dtype_of(config.target),
         "use_safetensors": True,
         "output_loading_info": True,
+        "trust_remote_code": False,
     }
     try:
         loader: Any = AutoModelForCausalLM  # what it returns depends on output_loading_info
-        quantised = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+        quantised = getattr(whole_config(path), "quantization_config", None)
         if shard == "zero3" and quantised:
             raise GraftError("DeepSpeed cannot share out a quantised target; set head.shard_target=tp or null")
         if shard == "zero3":
@@ -119,7 +132,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     path = _existing(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise GraftError(f"cannot load the tokenizer of the target from {path}: {error}") from error
     if tokenizer.eos_token_id is None:

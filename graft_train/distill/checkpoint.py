@@ -1,6 +1,5 @@
 """Checkpoints of the training: written aside and renamed, the newest few kept, only one's own resumed from."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from graft_inference.errors import GraftError
+from graft_inference.files import read_json
 from graft_train.distill.parallel import zero_stage
 from graft_train.files import DENIED, IDENTITY, sync_tree, write_json
 from graft_train.processes import is_of_lost_process
@@ -79,11 +79,10 @@ def _launch(accelerator: Accelerator) -> dict[str, Any]:
 
 def _check(checkpoint: Path, identity: dict[str, Any], launch: dict[str, Any]) -> None:
     own = identity | launch
-    try:
-        found = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
-        differing = [name for name in own if found[name] != own[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"{checkpoint} is no checkpoint of a head ({error}); delete it") from error
+    found = read_json(checkpoint / IDENTITY, f"{checkpoint} is no checkpoint of a head: delete it")
+    if missing := own.keys() - found.keys():
+        raise GraftError(f"{checkpoint} is no checkpoint of a head (it lacks {', '.join(sorted(missing))}); delete it")
+    differing = [name for name in own if found[name] != own[name]]
     for name in identity:
         if name in differing:
             raise GraftError(

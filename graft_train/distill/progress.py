@@ -11,6 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from graft_inference.errors import GraftError
+from graft_inference.files import parse_json
 from graft_train.config.head import HeadTrainConfig
 from graft_train.distill.metrics import StepSums
 from graft_train.files import write_text
@@ -37,7 +39,10 @@ class Progress:
             return
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and parse_json(line)["step"] <= first]
+        except (ValueError, LookupError, TypeError) as error:
+            raise GraftError(f"{path} is damaged ({error}): mend its last lines, or move it away") from error
         write_text(path, "".join(kept))
         self.bar = tqdm(initial=first, total=total, desc="distill", unit="step")
         if self.settings.trackers:

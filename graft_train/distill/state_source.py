@@ -7,30 +7,32 @@ index is whole.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from graft_inference.errors import GraftError
-from graft_inference.files import replace_file
+from graft_inference.files import read_json, replace_file
 from graft_train.data.states import PackedTarget, TargetStates
 from graft_train.distill.batches import PackedBatch, TokenSample, pack
+from graft_train.distill.shards import Place, Shards, shard_path, widths_of
 from graft_train.files import remove, sweep, sync_tree, told, write_json
 from graft_train.processes import say
 
 StateSource = Callable[[PackedBatch], TargetStates]
 INDEX = "index.json"
+LARGEST_INDEX = 1 << 30
+"""Bytes."""
 SHARD_TOKENS = 1 << 15
 PARTS = {
     "aux": "aux_SE",
@@ -107,14 +109,11 @@ def disk_states(
             sync_tree(partial)
             partial.rename(directory)
         accelerator.wait_for_everyone()
-    places = _read_index(directory, identity, len(samples))
-    files: dict[int, Any] = {}
+    places = _read_index(directory, identity, samples)
+    shards = Shards(directory, places, stored, widths_of(target.config.hidden_size, len(target.aux_layer_ids), top))
 
     def read(number: int) -> TargetStates:
-        shard, start, end = places[number]
-        if shard not in files:
-            files[shard] = open_shard(directory, shard)
-        parts = {PARTS[name]: files[shard].get_slice(name)[start:end] for name in files[shard].keys()}  # noqa: SIM118
+        parts = {PARTS[name]: part for name, part in shards.read(places[number], known).items()}
         return TargetStates(**parts).map(lambda tensor: _as(tensor, target.model.dtype, torch.long))
 
     return lambda batch: TargetStates.cat([read(number) for number in batch.samples]).to(batch.tokens_S.device)
@@ -176,7 +175,7 @@ def _write(
     if accelerator.is_main_process:
         _check_disk(target, samples, partial, dtype, top)
         begun, cut = partial / "identity.json", identity | {"shards": shards}
-        if not begun.exists() or json.loads(begun.read_text(encoding="utf-8")) != cut:
+        if not begun.exists() or read_json(begun, f"delete {partial}", LARGEST_INDEX) != cut:
             remove(partial)  # a kill may have left shards of another cut without what says so
         partial.mkdir(parents=True, exist_ok=True)
         sweep(partial)
@@ -265,42 +264,44 @@ def bytes_of_token(hidden: int, aux_layers: int, dtype: torch.dtype, top: int | 
     return aux_layers * hidden * dtype.itemsize + predicted + 4
 
 
-def _read_index(directory: Path, identity: dict[str, Any], count: int) -> list[tuple[int, int, int]]:
-    """Each sample's shard, start and end."""
+def _read_index(directory: Path, identity: dict[str, Any], samples: list[TokenSample]) -> list[Place]:
+    index = read_index(directory)
     try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         differing = [f"{name}: {index[name]} -> {identity[name]}" for name in identity if index[name] != identity[name]]
-        shards, lengths = index["shards"], index["lengths"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        places = [] if differing else places_of(index, [len(sample.tokens_S) for sample in samples])
+    except (ValueError, LookupError, TypeError) as error:
         raise GraftError(f"{directory / INDEX} is damaged ({error}); delete {directory}") from error
     if differing:
         raise GraftError(
             f"the target states in {directory} are stale ({', '.join(differing)}); delete {directory} to make them anew"
         )
-    return places_of(shards, lengths, count)
+    return places
 
 
-def places_of(shards: list[list[int]], lengths: list[int], count: int) -> list[tuple[int, int, int]]:
-    """Each sample's shard, start and end, from an index."""
-    places = [(0, 0, 0)] * count
+def read_index(directory: Path) -> dict[str, Any]:
+    """What a directory of states says of itself. Raises GraftError for a damaged index."""
+    return read_json(directory / INDEX, f"delete {directory} to make it anew", LARGEST_INDEX)
+
+
+def places_of(index: dict[str, Any], lengths: list[int]) -> list[Place]:
+    """Each sample's shard, start and end, from an index.
+
+    Args:
+        lengths: tokens of the samples.
+
+    Raises:
+        ValueError, LookupError, TypeError: an index of other samples, or one that is none.
+    """
+    shards = index["shards"]
+    if index["lengths"] != lengths or sorted(chain.from_iterable(shards)) != list(range(len(lengths))):
+        raise ValueError("its samples are others")
+    places = [(0, 0, 0)] * len(lengths)
     for shard, chosen in enumerate(shards):
         start = 0
         for number in chosen:
             places[number] = (shard, start, start + lengths[number])
             start += lengths[number]
     return places
-
-
-def open_shard(directory: Path, shard: int) -> Any:
-    path = shard_path(directory, shard)
-    try:
-        return safe_open(path, framework="pt").__enter__()
-    except (OSError, SafetensorError) as error:
-        raise GraftError(f"{path} is missing or damaged ({error}); delete {directory} to make it anew") from error
-
-
-def shard_path(directory: Path, number: int) -> Path:
-    return directory / f"shard-{number:05d}.safetensors"
 
 
 def hash_of(samples: list[TokenSample]) -> str:

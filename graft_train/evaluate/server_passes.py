@@ -101,8 +101,8 @@ class Server:
 
         None where it has no `/metrics`, or no figures of speculation there that can be read.
         """
-        try:
-            with urlopen(f"{self.url.removesuffix('/v1')}/metrics", timeout=10.0) as response:
+        try:  # the address is one of http or https: the settings see to it
+            with urlopen(f"{self.url.removesuffix('/v1')}/metrics", timeout=10.0) as response:  # nosec B310
                 return counts_of(response.read().decode())
         except (OSError, HTTPException, *MALFORMED):
             return None

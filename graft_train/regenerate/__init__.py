@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from graft_inference import GraftError
 from graft_inference.files import replace_file
@@ -20,7 +20,7 @@ from graft_train.data.documents import of_split, read_documents
 from graft_train.data.preview import show
 from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings, room_for_prompts
 from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
-from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config
+from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config, whole_config
 from graft_train.processes import say
 from graft_train.regenerate.capture import captured_settings
 from graft_train.regenerate.in_process import answer_in_process
@@ -123,7 +123,7 @@ def end_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     try:
         of_model = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # it has no such file
-        of_model = AutoConfig.from_pretrained(path).get_text_config().eos_token_id
+        of_model = whole_config(path).get_text_config().eos_token_id
     return ends_of(of_model, tokenizer)
 
 

@@ -20,13 +20,13 @@ from graft_train.data.states import PackedTarget, TargetStates, states_of
 from graft_train.data.target import target_path, text_config
 from graft_train.distill.batches import TokenSample
 from graft_train.distill.families import aux_layers
+from graft_train.distill.shards import shard_path
 from graft_train.distill.state_source import (
     INDEX,
     bytes_of_token,
     check_top,
     identity_of,
     save_shard,
-    shard_path,
     stored_dtype,
 )
 from graft_train.files import write_json

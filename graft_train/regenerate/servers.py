@@ -23,7 +23,7 @@ from graft_train.data.prompts import Prompt
 from graft_train.data.samples import answered, to_line
 from graft_train.processes import say
 from graft_train.regenerate.in_process import keep_whole_answers, until_end
-from graft_train.servers import EXTENSIONS, TIMEOUT, options, trouble
+from graft_train.servers import EXTENSIONS, TIMEOUT, options, trouble, without_key
 
 PASSING = {408, 409, 429}
 """Refusals that the client asks again after, as after all of 500 and above."""
@@ -202,7 +202,7 @@ class _Questions:
                 ids = self._tokenise(url, choice["text"])
                 self.retokenised += 1
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Refused(f"{url} sent no completion: {str(completion)[:300]}") from error
+            raise Refused(f"{url} sent no completion: {without_key(str(completion))[:300]}") from error
         if choice.get("prompt_token_ids") not in (None, prompt.ids):
             raise Refused(f"{url} changed the tokens of the prompt; it must take them as they are")
         stop = choice.get("matched_stop", choice.get("stop_reason"))  # SGLang's and vLLM's names for it

@@ -257,7 +257,8 @@ def load_target_model(
         tp_plan: "auto" shares the target out over the processes that torchrun started; instead of both.
 
     Raises:
-        GraftError: not a model transformers can load, an unknown dtype or device, or one process for a tp_plan.
+        GraftError: not a model transformers can load without code of the model's own, an unknown dtype or device, or
+            one process for a tp_plan.
     """
     check_launch(tp_plan, device_map)
     if device == "auto":
@@ -271,14 +272,19 @@ def load_target_model(
         raise GraftError(f"device {device!r} cannot be used here: {error}") from error
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch_dtype, device_map=device_map, tp_plan=tp_plan, output_loading_info=True
+            path,
+            dtype=torch_dtype,
+            device_map=device_map,
+            tp_plan=tp_plan,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         model, found = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GraftError(f"no target can be loaded from {path}: {error}") from error
     check_whole(path, found)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
         tokenizer = None
     if device_map is None and tp_plan is None:

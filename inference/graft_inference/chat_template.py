@@ -1,6 +1,5 @@
 """A conversation as the target's chat template writes it."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from .errors import GraftError
+from .files import parse_json
 
 GIVEN = {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 """Variables that transformers gives a template itself, or options of its own."""
@@ -31,7 +31,7 @@ def template_variables(given: Sequence[str]) -> dict[str, Any]:
     for one in given:
         name, _, value = one.partition("=")
         try:
-            variables[name] = json.loads(value)
+            variables[name] = parse_json(value)
         except ValueError as error:
             raise GraftError(
                 f"--template-variable {one}: write NAME=VALUE, the value in JSON: false, 3 or '\"high\"' ({error})"

@@ -95,7 +95,8 @@ def check_vocabulary(ids_S: Tensor, vocab_size: int, tokenizer: Any | None, inde
     """Raises GraftError, which names the first token of prompt `index` that the target has no embedding for."""
     wrong = ids_S[(ids_S < 0) | (ids_S >= vocab_size)][:1].tolist()
     if wrong:
-        name = f" ({tokenizer.convert_ids_to_tokens(wrong[0])!r})" if tokenizer is not None and wrong[0] >= 0 else ""
+        named = tokenizer is not None and 0 <= wrong[0] < len(tokenizer) and tokenizer.convert_ids_to_tokens(wrong[0])
+        name = f" ({named!r})" if named else ""
         raise GraftError(
             f"prompt {index} has the token {wrong[0]}{name} outside the vocabulary of {vocab_size}: the target has no "
             "embedding for it; leave it out, or use the tokenizer that belongs to the target"

@@ -119,9 +119,13 @@ def test_a_server_stays_as_it_is_over_a_thousand_requests_of_clients_that_come_a
                 settings = settings_of(requests)
                 del settings["method"]
                 tokens, leaves = requests.randint(1, 30), requests.random() < 0.25
-                asked.append((prompt, tokens, settings, leaves, threads.submit(answer, prompt, tokens, settings, leaves)))
+                asked.append(
+                    (prompt, tokens, settings, leaves, threads.submit(answer, prompt, tokens, settings, leaves))
+                )
             for prompt, tokens, settings, leaves, said in asked:
-                expected = engine.generate(prompt, tokens, method="autoregressive", **settings).sequences[0, len(prompt) :]
+                expected = engine.generate(prompt, tokens, method="autoregressive", **settings).sequences[
+                    0, len(prompt) :
+                ]
                 assert said.result() == expected.tolist()[: len(said.result()) if leaves else None]
                 tally("request on one server, left by its client" if leaves else "request on one server")
 

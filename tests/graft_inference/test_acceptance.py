@@ -42,6 +42,8 @@ def test_sources_have_the_numbers_that_trees_keep():
         (LOOKUP, {"slopes": (1.0,) * 5}, f"lookup must have {LONGEST} rows of offsets, and slopes only where"),
         (LOOKUP, {"offsets": LOOKUP.offsets[1:]}, f"lookup must have {LONGEST} rows of offsets"),
         (LOOKUP, {"offsets": (*LOOKUP.offsets[1:], (-0.1,))}, "lookup has 1 known depths, its template has 5"),
+        (LOOKUP, {"offsets": (*LOOKUP.offsets[1:], (-0.1,) * 6)}, r"lookup has rows of \[.*5, 6\] depths"),
+        (MATRIX, {"offsets": ((-0.1,) * 5,)}, r"matrix has rows of \[5, 4\] depths"),
         (LOOKUP, {"ranks": ()}, "lookup has 0 known ranks, its template uses more"),
         (LOOKUP, {"template": chain(6)}, "lookup has 5 known depths, its template has 6"),
     ],

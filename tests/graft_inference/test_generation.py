@@ -512,6 +512,7 @@ def test_the_lock_is_not_held_between_two_tokens():
         ({"input_ids": {"input_ids": [1], "attention_mask": [1]}, "attention_mask": [1]}, "two attention masks"),
         ({"attention_mask": "111"}, "attention_mask of type str"),
         ({"tokenizer": longer_tokenizer(), "input_ids": [1, VOCAB]}, "token 61 .'<tool>'. outside the vocabulary of 8"),
+        ({"tokenizer": longer_tokenizer(), "input_ids": [1, 2**63 - 1]}, "token 9223372036854775807 outside"),
     ],
 )
 def test_bad_requests_are_refused_before_any_pass(monkeypatch, options, message):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from graft_inference import GraftEngine, GraftError
+from graft_inference.serve import cli as serve_cli
 from graft_inference.serve.answer import Answer, Asked, Limits
 from graft_inference.serve.metrics import Metrics, proposed
 from graft_inference.serve.scheduler import Overloaded, Scheduler
@@ -457,6 +459,55 @@ def test_an_error_of_the_engine_is_one_requests_alone(monkeypatch, caplog):
     assert "out of luck" in caplog.text
     assert 'outcome="failed"} 1.0' in metrics.text().decode()
     assert 'outcome="completed"} 2.0' in metrics.text().decode()
+
+
+class Interrupted:
+    """A scheduler's arrivals, into which a signal comes between the count of an answer and its arrival."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.real = scheduler, scheduler._arrivals
+
+    def put(self, one):
+        if one is not None:
+            self.scheduler.end()
+            self.scheduler._thread.join(0.5)
+        self.real.put(one)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+def test_an_answer_that_comes_while_the_server_ends_is_told_so():
+    told, limits = [], Limits(256, 64)
+    scheduler = Scheduler(tiny_engine(tiny_model("llama")), "graft", limits, 1, 1, lambda answer: None)
+    scheduler._arrivals = Interrupted(scheduler)
+    scheduler.start()
+    scheduler.submit(Answer(Asked(lambda tokenizer: prompt(9)[0], 20, {}), told.append))
+    scheduler.join()
+    assert not scheduler._thread.is_alive()
+    assert scheduler.unfinished == 0
+    assert [str(one) for one in told] == ["the server ends", "None"]
+    with pytest.raises(Overloaded, match="the server ends"):
+        scheduler.submit(Answer(Asked(lambda tokenizer: prompt(9)[0], 20, {}), told.append))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1", "0.0.0.0", "::", ""])
+def test_only_what_others_reach_is_told(host, capsys):
+    """An address of this machine's own needs no note, and has requests by its own names alone."""
+    serve_cli._check(serve_cli._parser("graft serve").parse_args(["bundle", "--host", host]))
+    told = capsys.readouterr().err
+    assert ("can use this server" in told) == (host in ("0.0.0.0", "::", ""))
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_the_loopback_of_ipv6_is_one_too(bundle):
+    with served(bundle, "--host", "::1") as server:
+        with urllib.request.urlopen(f"{server.url}/models", timeout=60) as found:
+            assert found.status == 200
+        elsewhere = urllib.request.Request(f"{server.url}/models", headers={"Host": "example.com"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(elsewhere, timeout=60)
+        assert not any("can use this server" in line for line in server.lines)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

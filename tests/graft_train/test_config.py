@@ -1,5 +1,6 @@
 """Every recipe composes, alike, and refuses what it does not know."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -10,6 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from graft_inference import GraftError
+from graft_inference.policy.plan import MAX_CANDIDATES
+from graft_inference.tree import MAX_NODES
+from graft_train import recipe
 from graft_train.config import Config
 from graft_train.config.data import Source
 from graft_train.data.target import target_path
@@ -134,6 +138,66 @@ def test_what_hydra_refuses_is_one_line_too(mistake, words, shown, capsys):
     assert "HYDRA" not in line
     assert "use +" not in line
     assert "Config search path" not in line
+
+
+@pytest.mark.parametrize("setting", ["regenerate.base_url", "evaluation.server"])
+def test_an_address_with_a_key_in_it_is_refused(setting):
+    with pytest.raises(GraftError, match=rf"^{setting} has a name or a key in it, .*: use OPENAI_API_KEY$"):
+        composed("regenerate", f"{setting}='http://me:sk-secret@a:8000/v1'")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (f"policy.widths=[1,{MAX_NODES + 1}]", f"policy.widths goes up to {MAX_NODES + 1}"),
+        (f"policy.retrieval_depth={MAX_NODES + 1}", "policy.retrieval_depth goes up to"),
+        ("policy.topk=91", f"propose {91 + 8 * 91**2} nodes a round, over {MAX_CANDIDATES}"),
+        (f"policy.num_steps={MAX_NODES + 1}", f"more than {MAX_NODES} steps"),
+    ],
+)
+def test_a_calibration_does_not_begin_with_what_no_plan_can_have(setting, words):
+    with pytest.raises(GraftError, match=words):
+        composed("calibrate", setting)
+    assert composed("calibrate", f"policy.widths=[1,{MAX_NODES}]", "policy.topk=90").policy.topk == 90
+
+
+@pytest.fixture
+def own_settings(monkeypatch, tmp_path):
+    """A directory of settings, with an experiment of one's own in it."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    monkeypatch.setattr(recipe, "CONF", tmp_path / "conf")
+    return tmp_path / "conf" / "experiment" / "mine.yaml"
+
+
+@pytest.mark.usefixtures("command_line")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"# @package _global_\nseed: [1",
+        b"seed: \xff\xfe",
+        b"a: &a [*a]\n\tb: 1",
+        b"- 1",
+        b"3",
+        b"seed: !!python/none x",
+    ],
+)
+def test_a_damaged_file_of_settings_is_one_line_too(own_settings, content, capsys):
+    own_settings.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        run("distill", ["experiment=mine"])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+@pytest.mark.usefixtures("command_line")
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(composed, names):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(recipe, "run_stages", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        run("distill", [])
 
 
 @pytest.mark.usefixtures("command_line")

@@ -315,6 +315,14 @@ def test_a_bundle_the_engine_would_refuse_does_not_appear(run_dir):
     assert not (run_dir / "bundle").exists()
 
 
+@pytest.mark.parametrize("content", ["{}", '{"graft": 3}', "[" * 100_000, '{"measured_on": null}'])
+def test_a_damaged_policy_is_told_and_no_bundle_appears(run_dir, content):
+    (run_dir / "policy" / "policy.json").write_text(content)
+    with pytest.raises(GraftError, match=r"(graft|policy)\.json"):
+        run_export(run_dir)
+    assert not (run_dir / "bundle").exists()
+
+
 @pytest.mark.parametrize("name", ["head/model.safetensors", "corpus/successors.safetensors", "policy/policy.json"])
 def test_a_file_missing_from_a_stage_is_named(run_dir, name):
     (run_dir / name).unlink()

@@ -137,6 +137,18 @@ def test_another_way_to_split_text_needs_the_original_tokenizer(tmp_path, monkey
     assert AutoTokenizer.from_pretrained(path).get_vocab() == other.get_vocab()
 
 
+@pytest.mark.parametrize("other", [b"8", b"\0"], ids=["twice", "none of its alphabet"])
+def test_a_vocabulary_that_would_be_read_as_another_is_refused(tmp_path, other):
+    """The token 7 is another one, or one that no text has."""
+    file = write_gguf(tmp_path / "tiny.gguf")
+    length = (1).to_bytes(8, "little")
+    assert file.read_bytes().count(length + b"7") == 1
+    file.write_bytes(file.read_bytes().replace(length + b"7", length + other))
+    with pytest.raises(GraftError, match=r"tiny\.gguf: transformers would make other tokens of "):
+        path_of(config_of(tmp_path / "run", file))
+    assert not (tmp_path / "run" / "target").exists()
+
+
 @pytest.mark.parametrize("kept", [0, 3, 200, 0.5, 0.99])
 def test_a_truncated_file_is_named(tmp_path, kept):
     file = write_gguf(tmp_path / "tiny.gguf")

@@ -70,6 +70,14 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, finished):
     assert (tmp_path / where / "weights").read_text() == "dear"
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"fingerprint": 3}', "[" * 100_000, '{"fingerprint": NaN}'])
+def test_a_damaged_record_is_told(tmp_path, content):
+    stage(tmp_path, lambda directory: None)
+    (tmp_path / "head" / "stage.json").write_text(content)
+    with pytest.raises(GraftError, match=r"stage\.json .*delete .*head and build it anew"):
+        stage(tmp_path, lambda directory: pytest.fail("built"))
+
+
 def test_a_mistake_found_before_the_first_write_can_be_mended_by_other_settings(tmp_path):
     def mistaken(directory: Path) -> None:
         raise GraftError("bad record")

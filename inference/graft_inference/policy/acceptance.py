@@ -63,6 +63,8 @@ class SourceModel:
         depths = [len(row) for row in (*self.offsets, *[self.slopes] * (kinds == 0))]
         if self.depth > min(depths):
             raise GraftError(f"{self.name} has {min(depths)} known depths, its template has {self.depth}")
+        if len(set(depths)) > 1:
+            raise GraftError(f"the acceptance model of {self.name} has rows of {depths} depths: calibrate again")
 
     @property
     def depth(self) -> int:

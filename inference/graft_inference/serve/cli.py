@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
+from ipaddress import ip_address
 
 from ..bundle import recorded_target
 from ..cli import load_engine
@@ -17,7 +18,8 @@ HELP = """Serve the target of BUNDLE, a directory or a Hub id, through OpenAI's 
 /v1/chat/completions, with /metrics (Prometheus) and /health. It is meant for one user on one machine: requests take
 turns on one engine, round by round. Serve more than one user with vLLM or SGLang, which read the bundle's EAGLE-3
 head too."""
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+"""Names of this machine for itself, as requests have them."""
 MIB = 1 << 20
 
 
@@ -62,10 +64,11 @@ def serve(options: argparse.Namespace, prog: str) -> None:
         )  # fmt: skip
         metrics.follow(engine.policy, options.method, lambda: scheduler.running, lambda: scheduler.unfinished)
         host, port = listening.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        host = f"[{host}]" if ":" in host else host
+        url = f"http://{host}:{port}/v1"
         app = make_app(scheduler, metrics, name, options.max_body_mib * MIB)
-        if options.host in LOOPBACK:  # or a page that is open in a browser could reach it by a name of its own
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+        if _is_loopback(options.host):  # or a page that is open in a browser could reach it by a name of its own
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, host])
         server = Server(app, scheduler, lambda: print(f"{prog}: {url} serves {name}", file=sys.stderr, flush=True))
         # uvicorn ends the server in good order, and then has these hear of the signal.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -80,8 +83,16 @@ def _check(options: argparse.Namespace) -> None:
             raise GraftError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
     if options.max_model_len is not None and options.max_model_len < 2:
         raise GraftError(f"--max-model-len {options.max_model_len}: a prompt and an answer have 2 tokens at least")
-    if options.host not in LOOPBACK:
+    if not _is_loopback(options.host):
         print(f"note: whoever reaches {options.host} can use this server; it asks for no key", file=sys.stderr)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -57,7 +57,10 @@ class Scheduler:
         self._thread.start()
 
     def end(self) -> None:
-        """Takes on no more, and ends all answers after the round under way."""
+        """Takes on no more, and ends all answers after the round under way.
+
+        A signal may call it in the middle of `submit`, whose thread holds the lock: it takes none.
+        """
         self._has_ended = True
         self._arrivals.put(None)
 
@@ -67,9 +70,9 @@ class Scheduler:
 
     def submit(self, answer: Answer) -> None:
         """Raises Overloaded where no more may wait."""
-        if self._has_ended:
-            raise Overloaded(ENDING)
         with self._lock:
+            if self._has_ended:
+                raise Overloaded(ENDING)
             if self.unfinished >= self._most:
                 raise Overloaded(f"{self.unfinished} requests are under way or wait, and no more may; ask again later")
             self.unfinished += 1
@@ -81,9 +84,7 @@ class Scheduler:
         while True:
             arrived = self._arrived(waits=not waiting and not running)
             if self._has_ended:
-                for left in (*running, *waiting, *arrived):
-                    if left is not None:
-                        self._goes_on(left, _refuse)
+                self._refuse_all([*running, *waiting, *arrived])
                 return
             for answer in filter(None, arrived):
                 # Before it waits, so that what cannot be answered is refused at once.
@@ -95,6 +96,16 @@ class Scheduler:
             self.running = len(running)
             running = [answer for answer in running if self._goes_on(answer, answer.advance)]
             self.running = len(running)
+
+    def _refuse_all(self, left: list[Answer | None]) -> None:
+        """Also those that were counted before the end was known, and come after it."""
+        while True:
+            for answer in filter(None, left):
+                self._goes_on(answer, _refuse)
+            with self._lock:
+                if not self.unfinished:
+                    return
+            left = [self._arrivals.get()]
 
     def _arrived(self, waits: bool) -> list[Answer | None]:
         found = [self._arrivals.get()] if waits else []

@@ -23,7 +23,8 @@ from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.results import Forecast
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
-from graft_train.calibrate.traces import Traces, on_path, record_traces
+from graft_train.calibrate.trace_file import read_traces
+from graft_train.calibrate.traces import on_path, record_traces
 from graft_train.config.policy import CalibrateConfig
 from tests.graft_inference.tiny import tiny_engine, tiny_head, tiny_model
 from tests.graft_inference.trees import random_tree, token_path
@@ -531,16 +532,16 @@ def test_paper_settings_scale_to_the_width_and_the_matrix(traces, replay):
 def test_traces_survive_the_disk_and_refuse_other_weights(traces, tmp_path):
     made_of = {"target": "a", "head": "b"}
     traces.save(tmp_path / "traces.safetensors", made_of)
-    loaded = Traces.load(tmp_path / "traces.safetensors", made_of)
+    loaded = read_traces(tmp_path / "traces.safetensors", made_of)
     assert torch.equal(loaded.logp_TC, traces.logp_TC)
     for name, source in traces.sources.items():
         assert loaded.sources[name].template == source.template
         assert all(torch.equal(column, getattr(loaded.sources[name], key)) for key, column in vars(source).items())
     with pytest.raises(GraftError, match=r"traced with another head \(b, now c\): give the settings .*or delete"):
-        Traces.load(tmp_path / "traces.safetensors", made_of | {"head": "c"})
+        read_traces(tmp_path / "traces.safetensors", made_of | {"head": "c"})
     (tmp_path / "traces.safetensors").write_bytes(b"xx")
     with pytest.raises(GraftError, match="cannot be read"):
-        Traces.load(tmp_path / "traces.safetensors", made_of)
+        read_traces(tmp_path / "traces.safetensors", made_of)
 
 
 def test_a_raw_model_takes_proposers_at_their_word(traces):

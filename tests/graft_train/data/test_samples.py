@@ -79,6 +79,10 @@ def test_torn_missing_and_empty_files(tmp_path):
     path.write_bytes(to_line(TRAIN)[:-5])
     with pytest.raises(GraftError, match="line 1 is not a JSON object"):
         read_samples(path, "train")
+    for line in (b"[" * 100_000, b'{"id": "\xff"}', b'{"id": NaN}', b'{"id": 1, "id": 2}'):
+        path.write_bytes(line + b"\n")
+        with pytest.raises(GraftError, match="line 1 is not a JSON object"):
+            read_samples(path, "train")
 
 
 def test_new_tokens_must_fit_behind_the_longest_prompt():

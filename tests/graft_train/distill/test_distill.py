@@ -42,6 +42,7 @@ from graft_train.distill.loop import start_training, train_step
 from graft_train.distill.measure import measure_acceptance
 from graft_train.distill.metrics import StepMetrics
 from graft_train.distill.optimizer import learning_rate, make_optimizers
+from graft_train.distill.progress import Progress
 from graft_train.distill.state_source import online_states
 from tests.graft_inference.plain_head import VARIANTS, varied
 
@@ -268,6 +269,23 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[55] == pytest.approx(0.5)
     assert 0 < rates[99] < 0.001
     assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000])
+def test_a_checkpoint_without_its_identity_is_told(tmp_path, content):
+    accelerator, identity = Accelerator(cpu=True), {"family": "eagle3"}
+    save_checkpoint(accelerator, identity, tmp_path, 3, keep=2)
+    (tmp_path / "step-00000003" / "identity.json").write_text(content)
+    with pytest.raises(GraftError, match="step-00000003 is no checkpoint of a head"):
+        resume_checkpoint(accelerator, identity, tmp_path, "auto")
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", "3", '{"step": "x"}', "[" * 100_000])
+def test_damaged_metrics_are_told(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    progress = Progress(Accelerator(cpu=True), HeadTrainConfig(trackers=[]), tmp_path)
+    with pytest.raises(GraftError, match=r"metrics\.jsonl is damaged"):
+        progress.begin(3, 9)
 
 
 def test_resume_never_starts_again(tmp_path):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from graft_inference import GraftError
 from graft_train.data.states import PackedTarget
@@ -128,6 +129,73 @@ def test_a_disk_too_small_stops_it_before_the_target_runs(tmp_path, monkeypatch)
     monkeypatch.setattr(PackedTarget, "states", None)
     with pytest.raises(GraftError, match=r"head\.states=online"):
         on_disk(tmp_path)
+
+
+def edit_index(directory, change):
+    index = json.loads((directory / "index.json").read_text())
+    change(index)
+    (directory / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["lengths"].__setitem__(0, 10**9),
+        lambda index: index["lengths"].reverse(),
+        lambda index: index["shards"][0].reverse() or index["shards"][0].pop(),
+        lambda index: index["shards"][0].append(0),
+        lambda index: index["shards"].insert(0, "x"),
+        lambda index: index.update(shards=3),
+        lambda index: index.pop("lengths"),
+    ],
+    ids=["absurd", "other order", "one is missing", "one twice", "text", "number", "none"],
+)
+def test_an_index_of_other_rows_is_refused(tmp_path, change):
+    on_disk(tmp_path)
+    edit_index(tmp_path / "states", change)
+    with pytest.raises(GraftError, match=r"index\.json is damaged"):
+        on_disk(tmp_path)
+
+
+def test_an_index_that_nests_without_end_is_refused(tmp_path):
+    on_disk(tmp_path)
+    (tmp_path / "states" / "index.json").write_text("[" * 100_000)
+    with pytest.raises(GraftError, match=r"index\.json is not valid JSON \(it is nested too deeply\)"):
+        on_disk(tmp_path)
+
+
+def changed(name, change):
+    """A shard in which one part is another."""
+
+    def edit(tensors):
+        tensors[name] = change(tensors[name])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (changed("aux", lambda part: part * torch.nan), "aux holds what is no number"),
+        (changed("final", lambda part: part * 1e38 * 10), "final holds what is no number"),
+        (changed("choice", lambda part: part + VOCAB), "choice holds what is no token"),
+        (changed("choice", lambda part: part - VOCAB), "choice holds what is no token"),
+        (changed("choice", lambda part: part.long()), "is missing or damaged"),
+        (changed("aux", lambda part: part.bfloat16()), "is missing or damaged"),
+        (changed("aux", lambda part: part[:, :-1]), "is missing or damaged"),
+        (changed("final", lambda part: part[:-1]), "is missing or damaged"),
+        (lambda tensors: tensors.pop("final"), "is missing or damaged"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "is missing or damaged"),
+    ],
+)
+def test_a_shard_with_what_no_target_makes_is_refused(tmp_path, edit, told):
+    on_disk(tmp_path)
+    path = tmp_path / "states" / "shard-00000.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with pytest.raises(GraftError, match=rf"shard-00000\.safetensors:? {told}"):
+        on_disk(tmp_path)(batch())
 
 
 def test_a_damaged_index_or_shard_is_named(tmp_path):

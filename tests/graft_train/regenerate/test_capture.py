@@ -18,7 +18,8 @@ from graft_train.data.states import PackedTarget
 from graft_train.data.target import load_target
 from graft_train.distill import distill
 from graft_train.distill.batches import to_tensors, with_room
-from graft_train.distill.state_source import open_shard, places_of
+from graft_train.distill.shards import Shards, widths_of
+from graft_train.distill.state_source import places_of
 from graft_train.regenerate import RegenerateConfig, regenerate
 from tests.graft_inference.tiny import VOCAB
 from tests.graft_inference.tiny_bundle import write_target
@@ -51,12 +52,9 @@ def stored(config):
     samples = with_room(read_samples(path_of(config), "train"), 18)
     directory = path_of(config).parent / "states"
     index = json.loads((directory / "index.json").read_text())
-    places = places_of(index["shards"], index["lengths"], len(samples))
-    shards = {shard: open_shard(directory, shard) for shard, _, _ in places}
-    return {
-        sample.id: {name: shards[shard].get_slice(name)[start:end] for name in ("aux", "choice", "final")}
-        for sample, (shard, start, end) in zip(samples, places, strict=True)
-    }
+    places = places_of(index, [len(sample.cut(18).ids) for sample in samples])
+    shards = Shards(directory, places, torch.float32, widths_of(32, len(LAYERS), None))
+    return {sample.id: shards.read(place, VOCAB) for sample, place in zip(samples, places, strict=True)}
 
 
 def path_of(config):

@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...errors import GraftError
-from ...files import read_safetensors
+from ...files import own_file, read_safetensors
 from ..checkpoint import REMEDY, WEIGHTS_FILE, Verifier, read_config, save_files
 from .dialects import head_config_from_dict, head_config_to_dict, newer_than_sglang, refuse_parallel
 from .model import DraftHead, DraftHeadConfig
@@ -64,11 +65,23 @@ def _read_tensors(directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """The official heads of EAGLE are such files. Nothing but tensors is read from one: no code runs."""
+    """The official heads of EAGLE are such files. Nothing but tensors is read from one: no code runs.
+
+    It is mapped into memory, so that what the pickle says of a tensor's size leads to no byte outside the file.
+    """
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.load(own_file(path, REMEDY), map_location="cpu", weights_only=True, mmap=True)
+    except GraftError:
+        raise
     except Exception as error:  # a damaged pickle fails in whatever way its bytes say
         raise GraftError(f"{path} is truncated, corrupt, or holds more than tensors ({error}); {REMEDY}") from error
-    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
-        raise GraftError(f"{path} must hold tensors by name; {REMEDY}")
-    return values
+    if not isinstance(values, dict) or not all(map(_is_plain, values.keys(), values.values())):
+        raise GraftError(f"{path} must hold tensors by name, each whole and dense; {REMEDY}")
+    return {name: value.clone() for name, value in values.items()}
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Whether a tensor has a number of its own in the file for each of its elements."""
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return not value.is_quantized and value.is_contiguous() and value.nbytes <= value.untyped_storage().nbytes()
