@@ -26,8 +26,8 @@ from graft_train.engines import check_engines, faults_of, serving
 from graft_train.files import only_one, told, write_json, write_text
 from graft_train.flat_code import flat_modules
 from graft_train.processes import is_main, say
-from graft_train.report import asked_of, categories_of
 from graft_train.stage import RECORD, fingerprints_of, run_stage
+from graft_train.tables import asked_of, categories_of
 
 EVALUATION = "evaluation"
 """Of the run's own held-out prompts; those of another data set have its name behind it."""
