@@ -32,10 +32,12 @@ def report(place: str | Path, out: str | Path | None = None) -> Path:
         out: the page; None is report.html in the run.
 
     Raises:
-        GraftError: no run, or a place that cannot be written.
+        GraftError: no run, or no place that can be written.
     """
     run = RunDirectory.open(place)
     path = Path(out) if out is not None else run.path / "report.html"
+    if not path.parent.is_dir():
+        raise GraftError(f"there is no directory {path.parent} for {path.name}: make it first, or name another place")
     page = render(run)
     with told(path.parent):
         write_text(path, page)
@@ -57,6 +59,7 @@ def render(run: RunDirectory) -> str:
         trim_blocks=True,
         extensions=["jinja2.ext.do"],
     )
+    environment.policies["json.dumps_kwargs"] = {}  # methods and phases stay in their order
     scripts = [_bundle(), (HERE / "page.js").read_text(encoding="utf-8")]
     return environment.get_template("page.html.jinja").render(
         run=run,

@@ -29,8 +29,9 @@ function draw() {
     vegaEmbed(place, specs[place.dataset.plot], { renderer: "svg", actions: false, ast: true, config });
 }
 
-// What cannot be seen is shown: a newline, and a token that is a part of a character.
-const visible = (text) => (text === "" ? "▫" : text.replaceAll("\n", "⏎").replaceAll("\t", "⇥"));
+// What cannot be seen is shown: spaces at the ends, line ends, and a token that is a part of a character.
+const visible = (text) =>
+  text === "" ? "▫" : text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ | $/g, "␣");
 const percent = (thousandths) => (thousandths > 0 && thousandths < 10 ? "<1 %" : `${Math.round(thousandths / 10)} %`);
 const total = (ms) => Object.values(ms).reduce((sum, one) => sum + one, 0);
 const PHASES = { draft: "draft", graft: "look up, choose", verify: "verify", commit: "accept, keep" };
@@ -70,7 +71,6 @@ class Viewer {
   open(index) {
     this.shown = this.answers[index];
     this.$prompt.textContent = this.shown.prompt;
-    let before;
     this.spans = this.shown.tokens.map(([piece, source, round]) => {
       const span = element("span", `token ${this.hues[source]}`, piece.replaceAll("\n", "⏎\n") || "▫");
       span.title = source;
@@ -81,9 +81,7 @@ class Viewer {
         span.dataset.round = round;
         span.role = "button";
         span.tabIndex = -1;
-        span.classList.toggle("begins", round !== before);
       }
-      before = round;
       return span;
     });
     this.$tokens.replaceChildren(...this.spans);
@@ -140,10 +138,11 @@ class Viewer {
 
   key(event) {
     const isText = event.currentTarget === this.$tokens;
+    if (event.target.classList.contains("tree") && event.key.startsWith("Arrow")) return; // it scrolls
     const moves = { ArrowRight: 1, ArrowLeft: -1, Home: -this.matching.indexOf(this.current),
       End: this.matching.length - 1 - this.matching.indexOf(this.current) };
     if (event.key in moves) this.step(moves[event.key], isText);
-    else if (event.key in this.names.map((_, index) => index + 1) || this.names[event.key - 1]) this.show(this.names[event.key - 1]);
+    else if (this.names[event.key - 1]) this.show(this.names[event.key - 1]);
     else if (isText && (event.key === "Enter" || event.key === " ")) this.click(event);
     else return;
     event.preventDefault();
@@ -161,9 +160,11 @@ class Viewer {
       return;
     }
     const made = round.made[this.method];
+    const kept = this.$round.contains(document.activeElement) && document.activeElement.dataset.keep;
     const words = element("p", "words", `${this.method} ${this.methods[this.method].words}.`);
     this.$round.replaceChildren(this.bar(round), this.buttons(round), element("p", "why", made.why), ...times(made.ms),
       this.tree(round, made), element("p", "words", this.legend(made)), words);
+    if (kept) this.$round.querySelector(`[data-keep="${kept}"]`).focus();
   }
 
   bar(round) {
@@ -173,6 +174,7 @@ class Viewer {
       const button = element("button", "page", text);
       button.type = "button";
       button.ariaLabel = name;
+      button.dataset.keep = name;
       button.disabled = this.matching[this.matching.indexOf(this.current) + by] === undefined;
       button.addEventListener("click", () => this.step(by, false));
       steps.append(button, " ");
@@ -189,12 +191,9 @@ class Viewer {
         element("small", "", `${emitted} token${emitted > 1 ? "s" : ""}, ${total(ms).toFixed(1)} ms`),
         element("small", "", `${((1000 * emitted) / total(ms)).toFixed(0)} tokens/s`));
       button.type = "button";
-      button.dataset.method = name;
+      button.dataset.keep = button.dataset.method = name;
       button.ariaPressed = String(name === this.method);
-      button.addEventListener("click", () => {
-        this.show(name);
-        this.$round.querySelector(`[data-method="${name}"]`).focus();
-      });
+      button.addEventListener("click", () => this.show(name));
       row.append(button);
     }
     return row;
@@ -223,6 +222,7 @@ class Viewer {
     }
     const tree = element("div", "tree", undefined, element("ul", "", undefined, root));
     tree.tabIndex = 0;
+    tree.dataset.keep = "tree";
     tree.role = "region";
     tree.ariaLabel = "The tree";
     return tree;
