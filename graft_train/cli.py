@@ -90,6 +90,27 @@ def _texts(run_dir: str, target: str, file: str) -> None:
 main.add_command(_texts)
 
 
+@click.command("report", short_help="Write all of a run as one HTML page, with a viewer of its rounds.")
+@click.argument("run", type=click.Path())
+@click.option("--out", type=click.Path(dir_okay=False), help="The page; else report.html in RUN.")
+def _report(run: str, out: str | None) -> None:
+    """Write what the run directory RUN holds as one HTML page that needs no network.
+
+    It has speed, acceptance, where the milliseconds go, calibration, training, corpus and settings, and the rounds of
+    some answers, token by token. A run may be unfinished: what is missing is named.
+    """
+    from graft_inference import GraftError
+    from graft_train.report import report
+
+    try:
+        print(report(run, out))
+    except GraftError as error:
+        raise click.ClickException(str(error)) from error
+
+
+main.add_command(_report)
+
+
 METHODS = ("graft", "eagle3", "retrieve", "autoregressive")
 """Those of graft_inference, which takes seconds to import."""
 

@@ -26,8 +26,8 @@ from graft_train.flat_code import flat_modules
 from graft_train.head_files import head_writer
 from graft_train.hub import check_repo_id
 from graft_train.processes import is_main, say
-from graft_train.report import asked_of, categories_of, unsteady
 from graft_train.stage import RECORD, fingerprints_of, run_stage
+from graft_train.tables import asked_of, categories_of, unsteady
 
 EVALUATION = "evaluation"
 """Of the run's own held-out prompts; those of another data set have its name behind it."""

@@ -16,7 +16,7 @@ from graft_inference.heads.families import described, load_any_head
 from graft_inference.policy.policy import PLANNED, Policy
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.engines import serving
-from graft_train.report import print_table
+from graft_train.tables import print_table
 
 SHOWN = 12
 """Characters of a hash that people compare."""

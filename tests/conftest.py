@@ -1,6 +1,7 @@
 """Settings of every test: one thread (tiny models only lose by more), no network, no GPU unless asked."""
 
 import os
+import shutil
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,11 +31,19 @@ def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+def chromium() -> str | None:
+    """The browser of the tests of HTML pages."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked_for_engines = "engines" in config.option.markexpr
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        # CI has one: there they fail without it.
+        if item.get_closest_marker("browser") and not chromium() and os.environ.get("CI") != "true":
+            item.add_marker(pytest.mark.skip(reason="needs Chromium on the PATH: apt-get install chromium"))
         engine = item.get_closest_marker("engines")
         if engine and not asked_for_engines:
             item.add_marker(pytest.mark.skip(reason="takes minutes: run make engines, then pytest -m engines"))

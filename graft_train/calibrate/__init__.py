@@ -40,6 +40,7 @@ from graft_train.calibrate.report import (
 from graft_train.calibrate.results import Forecast, found_of, race_of
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.standings import ERROR, Standings
+from graft_train.calibrate.texts import TEXTS, texts_of
 from graft_train.calibrate.traces import Traces
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig
@@ -67,7 +68,8 @@ Speeds = Mapping[str, tuple[bool, float]]
 
 
 def calibrate(config: Config) -> Path:
-    """Writes `policy/`: policy.json, traces.safetensors, latency.json, report.json, report.md, frontier.png.
+    """Writes `policy/`: policy.json, latency.json, traces.safetensors with texts.json, report.json, report.md and
+    frontier.png.
 
     At a temperature there is a second file of traces, of heads and sources that know the noise of the draws.
 
@@ -120,6 +122,7 @@ def _build(config: Config, out: Path) -> None:
     record_missing(settings, engine, prompts, out, made_of)
     traces = load_traces(settings, out, made_of)
     _check_enough(settings, len(traces[False]))
+    texts = texts_of(engine, prompts, list(traces.values()), settings.temperature)
     prompts = prompts[: int(traces[False].prompt_T.max()) + 1]
     timer = timer_of(settings, engine, prompts, traces)
     replays = replays_of(settings, traces, timer.latency())
@@ -138,6 +141,7 @@ def _build(config: Config, out: Path) -> None:
     standings = race(track, contestants, Standings(foretold, error), budget)
     if not is_main():
         return
+    write_json(out / TEXTS, texts)
     found = {name: found_of(standings, runs_as[name], forecasts[name]) for name in racers}
     _write_raced(config, out, timer.latency(), racers, found, report | {"race": race_of(standings, pace)})
 

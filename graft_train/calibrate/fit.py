@@ -221,10 +221,13 @@ def _newton(columns_SK: Tensor, weight_S: Tensor, share_S: Tensor, prior_K: Tens
     return found_K
 
 
+def calibration_curve(probability: Tensor, reach: Tensor, bins: int = 15) -> list[tuple[float, float, int]]:
+    """Promised and met acceptance and the number of nodes, in bins of equal size, by rising promise."""
+    parts = [part for part in probability.argsort().chunk(bins) if len(part)]
+    return [(float(probability[part].mean()), float(reach[part].mean()), len(part)) for part in parts]
+
+
 def calibration_error(probability: Tensor, reach: Tensor, bins: int = 15) -> float:
     """Expected calibration error: mean gap between promised and met acceptance, in bins of equal size."""
-    order = probability.argsort()
-    gaps = [
-        (probability[part].mean() - reach[part].mean()).abs() * len(part) for part in order.chunk(bins) if len(part)
-    ]
-    return float(sum(gaps)) / len(probability)
+    curve = calibration_curve(probability, reach, bins)
+    return sum(abs(promised - met) * count for promised, met, count in curve) / len(probability)

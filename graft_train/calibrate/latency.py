@@ -80,11 +80,19 @@ class Latency:
 
     def round_ms(self, plan: Plan, checkpoint: Any, context_T: np.ndarray) -> np.ndarray:
         """Cost of rounds that stop at this checkpoint, [T]."""
+        phases = self.phases_ms(plan, checkpoint, context_T)
+        return phases["draft"] + phases["graft"] + phases["commit"] + phases["verify"]
+
+    def phases_ms(self, plan: Plan, checkpoint: Any, context_T: np.ndarray) -> dict[str, Any]:
+        """The same by phase, `verify` [T] and the others one number each. The sources' work counts for `graft`."""
         asks_first = len(plan.checkpoints) > 1 and not plan.checkpoints[0].steps
-        fixed = self.draft_ms[checkpoint.steps] + self.build_ms + self.commit_ms
-        fixed += sum(self.source_ms[name] for name in plan.sources) + asks_first * self.read_ms
         by_context = [np.interp(checkpoint.num_draft_tokens, self.widths, times) for times in self.verify_ms]
-        return fixed + np.interp(context_T, self.contexts, by_context)
+        return {
+            "draft": self.draft_ms[checkpoint.steps] + asks_first * self.read_ms,
+            "graft": self.build_ms + sum(self.source_ms[name] for name in plan.sources),
+            "verify": np.interp(context_T, self.contexts, by_context),
+            "commit": self.commit_ms,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -14,6 +14,9 @@ from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import barrier, is_main, say
 
+TRACE_FILES = {False: "traces.safetensors", True: "traces-shared-noise.safetensors"}
+"""By whether head and sources were told the noise of the draws."""
+
 
 def record_missing(
     settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], out: Path, made_of: dict[str, Any]
@@ -59,10 +62,7 @@ def affordable(settings: CalibrateConfig, engine: GraftEngine, prompts: list[Ten
 
 def trace_files(settings: CalibrateConfig) -> dict[bool, str]:
     """Traces by whether the noise of draws is told; at temperature 0 there is none."""
-    files = {False: "traces.safetensors"}
-    if settings.temperature:
-        files[True] = "traces-shared-noise.safetensors"
-    return files
+    return {told: name for told, name in TRACE_FILES.items() if settings.temperature or not told}
 
 
 def load_traces(settings: CalibrateConfig, directory: Path, made_of: dict[str, Any]) -> dict[bool, Traces]:

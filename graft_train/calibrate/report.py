@@ -12,7 +12,13 @@ from rich.table import Table
 
 from graft_inference import Plan, QuotaCheckpoint, ScoredPlan
 from graft_inference.files import replace_file
-from graft_train.calibrate.fit import calibration_error, drafted_scores, fit_acceptance, source_scores
+from graft_train.calibrate.fit import (
+    calibration_curve,
+    calibration_error,
+    drafted_scores,
+    fit_acceptance,
+    source_scores,
+)
 from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.traces import Traces
 from graft_train.config.policy import CalibrateConfig
@@ -38,8 +44,9 @@ COLORS = {
 }
 
 
-def calibration(traces: Traces) -> dict[str, dict[str, float]]:
-    """Expected calibration error by proposer, raw and fitted; fitted on every other prompt, judged on the rest.
+def calibration(traces: Traces) -> dict[str, dict[str, Any]]:
+    """Expected calibration error by proposer, raw and fitted, and the curves behind it; fitted on every other prompt,
+    judged on the rest.
 
     The word of a source that goes by evidence is that all it proposes is accepted.
     """
@@ -59,14 +66,16 @@ def calibration(traces: Traces) -> dict[str, dict[str, float]]:
 
 def _errors(
     traces: Traces, prompts: torch.Tensor, raw_TN: torch.Tensor, fitted_TN: torch.Tensor, reach_TN: torch.Tensor
-) -> dict[str, float]:
+) -> dict[str, Any]:
     kept_T1 = torch.isin(traces.prompt_T, prompts)[:, None]
-    errors: dict[str, float] = {}
+    errors: dict[str, Any] = {"curves": {}}
     for name, logp_TN in (("before", raw_TN), ("after", fitted_TN)):
         kept_TN = kept_T1 & (logp_TN.exp() > WORTH)
         if not kept_TN.any():
             return {}
-        errors |= {name: calibration_error(logp_TN[kept_TN].exp(), reach_TN[kept_TN]), "nodes": int(kept_TN.sum())}
+        claimed, reached = logp_TN[kept_TN].exp(), reach_TN[kept_TN]
+        errors |= {name: calibration_error(claimed, reached), "nodes": int(kept_TN.sum())}
+        errors["curves"][name] = calibration_curve(claimed, reached)
     return errors
 
 

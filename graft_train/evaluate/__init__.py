@@ -16,8 +16,8 @@ from graft_train.evaluate.timing import Run, run_of, timed
 from graft_train.export import write_card
 from graft_train.files import write_json, write_text
 from graft_train.processes import barrier, is_main, say
-from graft_train.report import draw, print_table, to_markdown
 from graft_train.stage import run_stage
+from graft_train.tables import draw, print_table, to_markdown
 
 __all__ = ["EvaluateConfig", "Run", "evaluate"]
 TIMED = "timed.json"

@@ -17,7 +17,7 @@ from graft_train.evaluate.server_figures import figures_of, variation_of
 from graft_train.evaluate.server_passes import Asking, Server
 from graft_train.files import write_json, write_text
 from graft_train.processes import say
-from graft_train.server_report import show, to_markdown
+from graft_train.server_tables import show, to_markdown
 from graft_train.servers import context_limit
 from graft_train.stage import run_stage
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from graft_train.report import markdown_table
+from graft_train.tables import markdown_table
 
 from .road import DIRECTORIES, Road
 

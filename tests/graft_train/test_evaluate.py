@@ -23,7 +23,7 @@ from graft_train.evaluate import EvaluateConfig, Run, evaluate, lossless, timing
 from graft_train.evaluate.prompts import asked_of, directory_of
 from graft_train.evaluate.summary import plain_variation, repetition, summarize
 from graft_train.files import write_json
-from graft_train.report import print_table
+from graft_train.tables import print_table
 
 from ..graft_inference.tiny import VOCAB
 from ..graft_inference.tiny_bundle import write_bundle, write_target

@@ -18,7 +18,7 @@ from graft_train.evaluate.prompts import ANSWERS, asked_of, directory_of
 from graft_train.evaluate.server_figures import figures_of, variation_of
 from graft_train.evaluate.server_passes import Asking, Server, counts_of
 from graft_train.files import write_json
-from graft_train.server_report import rows_of
+from graft_train.server_tables import rows_of
 from graft_train.servers import context_limit
 from tests.graft_inference.serving import served as serving
 

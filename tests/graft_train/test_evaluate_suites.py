@@ -16,7 +16,7 @@ from graft_train.data.samples import Sample
 from graft_train.evaluate import Run, evaluate
 from graft_train.evaluate.prompts import ANSWERS, asked_of, data_of, directory_of
 from graft_train.evaluate.summary import acceptance, by_category
-from graft_train.report import parts_of
+from graft_train.tables import parts_of
 from tests.graft_inference.tiny_bundle import tiny_tokenizer
 
 from .test_evaluate import config_for, hand_made, write_run

@@ -121,7 +121,7 @@ def print_table(evaluation: dict[str, Any]) -> None:
     shown = [index for index, column in enumerate(COLUMNS) if column not in ("95 %", "drafted", "retrieved")]
     title = f"{asked_of(evaluation['settings'])}; draft, verify, other in ms per round"
     rows = [tuple(row[index] for index in shown) for row in rows_of(evaluation)]
-    show_table(title, tuple(COLUMNS[index] for index in shown), rows, _machine(evaluation))
+    show_table(title, tuple(COLUMNS[index] for index in shown), rows, machine(evaluation))
     for part in parts_of(evaluation):
         show_table(*part)
     if doubt := unsteady(evaluation):
@@ -159,7 +159,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     if None in evaluation["lossless"].values():
         lossless = "not checked (evaluation.check_lossless=false)"
     facts = [
-        f"- device: {_machine(evaluation)}",
+        f"- device: {machine(evaluation)}",
         f"- {settings['dtype']}, batch 1, {settings['attention']}, {graphs}, no compilation",
         f"- temperature {settings['temperature']}; {settings['prompts']} {asked_of(settings)}, of {low}-{high} tokens, "
         f"{settings['max_new_tokens']} new tokens each",
@@ -176,7 +176,7 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
         same = min(method["same_tokens_as_autoregressive"] for method in evaluation["methods"].values())
         facts.append(f"- timed in {settings['dtype']}: the autoregressive tokens on at least {same:.0%} of the prompts")
     if fallback := evaluation["methods"]["graft"]["fallback"]:
-        shares = ", ".join(f"{reason} {share:.1%}" for reason, share in _shares(fallback).items())
+        shares = ", ".join(f"{reason} {share:.1%}" for reason, share in shares_of(fallback).items())
         facts.append(f"- rounds of graft by what its fallback chose: {shares}")
     facts.append(
         f"- {settings['repetition']:.0%} of the answers' 8-token windows repeat earlier text of the same request"
@@ -255,7 +255,7 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
         },
         "tokens per round (acceptance length)",
     )
-    shares = {name: _shares(methods[name]["checkpoints"]) for name in names}
+    shares = {name: shares_of(methods[name]["checkpoints"]) for name in names}
     checkpoints = sorted({one for share in shares.values() for one in share}, key=_depth)
     _stacked(
         stopped,
@@ -266,7 +266,7 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
     speed.invert_yaxis()  # and, shared, every other one's
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_machine(evaluation), fontsize=9, color="#475569")
+    figure.suptitle(machine(evaluation), fontsize=9, color="#475569")
     replace_file(path, lambda aside: figure.savefig(aside, dpi=150, format="png"))
     plt.close(figure)
 
@@ -287,7 +287,7 @@ def _retrieved(method: dict[str, Any]) -> float:
 
 def _narrower(evaluation: dict[str, Any]) -> float:
     """Share of graft's rounds for which its fallback found that the plan did not pay."""
-    shares = _shares(evaluation["methods"]["graft"]["fallback"])
+    shares = shares_of(evaluation["methods"]["graft"]["fallback"])
     return sum(share for reason, share in shares.items() if reason not in (AS_PLANNED, MEASURED))
 
 
@@ -298,11 +298,11 @@ def _twins(settings: dict[str, Any]) -> list[str]:
 
 
 def _shown(checkpoints: dict[str, int]) -> str:
-    shares = _shares(checkpoints)
+    shares = shares_of(checkpoints)
     return ", ".join(f"{name} {shares[name]:.0%}" for name in sorted(shares, key=_depth))
 
 
-def _shares(checkpoints: dict[str, int]) -> dict[str, float]:
+def shares_of(checkpoints: dict[str, int]) -> dict[str, float]:
     """Part of the rounds that stopped at each checkpoint."""
     total = sum(checkpoints.values())
     return {name: count / total for name, count in checkpoints.items()}
@@ -312,7 +312,8 @@ def _depth(checkpoint: str) -> int:
     return -1 if checkpoint == "none" else int(checkpoint[1:])
 
 
-def _machine(evaluation: dict[str, Any]) -> str:
+def machine(evaluation: dict[str, Any]) -> str:
+    """What it was measured on."""
     device = evaluation["device"]
     return (
         f"{device['name']}, {device['threads']} threads, torch {device['torch']}, transformers {device['transformers']}"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft_train.report import asked_of, markdown_table, show_table, unsteady
+from graft_train.tables import asked_of, markdown_table, show_table, unsteady
 
 COLUMNS = ("server", "n", "tokens/s", "speed-up", "95 %", "each", "speed-up", "95 %", "first", "next", "acceptance")
 SHOWN = (0, 1, 2, 3, 5, 8, 9, 10)
