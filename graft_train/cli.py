@@ -71,7 +71,7 @@ main.add_command(_inspect)
 
 
 @click.command("texts", short_help="Write a run's texts for SGLang's own retrieval.")
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False))
+@click.argument("run_dir", type=click.Path())
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--target", type=click.Path(), required=True, help="Directory or Hub id of the run's target.")
 def _texts(run_dir: str, target: str, file: str) -> None:
