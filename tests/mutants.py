@@ -1,6 +1,6 @@
 """What `make mutants` found: counts by module, and the changes that no test noticed.
 
-cd .mutants && python ../tests/mutants.py
+cd .mutants && python tests/mutants.py
 """
 
 import json

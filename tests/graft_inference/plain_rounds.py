@@ -45,6 +45,7 @@ class TextCache:
         self.branch = self.tree.tokens_N[path_A].tolist()
 
     def commit(self, count):
+        assert 1 <= count <= len(self.branch)
         self.text += self.branch[:count]
 
 

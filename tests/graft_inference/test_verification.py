@@ -156,12 +156,13 @@ def test_every_node_teaches_the_matrix_once_and_empty_rows_nothing():
 
 
 def test_of_nodes_with_one_token_the_accepted_one_teaches_the_matrix():
-    #        root 9 -> 3 -> 4       the second 3 is accepted, the first 4 comes earlier in the tree
-    #               -> 1 -> 3
-    #               -> 4
-    tree = tree_of([9, 3, 1, 4, 3, 4], [0, 0, 0, 1, 2, 0])
-    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
-    matrix = teach(every_row, tree, logits, [1, 0, 3, 0, 7, 0])
-    assert matrix.learned_V.tolist() == [0, 1, 0, 2, 2, 0, 0, 0, 0, 1]
-    for token, row in ((9, 0), (1, 2), (3, 4), (4, 3)):
+    #        root 9 -> 3                   the last 3 and the last 4 are accepted, the others come much earlier
+    #               -> 4 -> 5
+    #               -> 1 -> 0
+    #                    -> 2 -> 3 -> 4
+    tree = tree_of([9, 3, 4, 1, 5, 0, 2, 3, 4], [0, 0, 0, 0, 2, 3, 3, 6, 7])
+    logits = torch.randn(9, 10, generator=torch.Generator().manual_seed(1))
+    matrix = teach(every_row, tree, logits, [1, 0, 0, 2, 0, 0, 3, 4, 7])
+    assert matrix.learned_V.tolist() == [1, 1, 1, 2, 2, 1, 0, 0, 0, 1]
+    for token, row in ((9, 0), (1, 3), (2, 6), (3, 7), (4, 8), (5, 4)):
         assert matrix.ids_VK[token].tolist() == logits[row].topk(2).indices.tolist()

@@ -172,3 +172,22 @@ def test_what_drafts_are_taught_lies_on_the_device_of_the_batch():
     tokens_S = torch.zeros(len(START), dtype=torch.long, device=meta)
     taught = taught_drafts(layout_of().to(meta), tokens_S, tokens_S, torch.zeros(9, dtype=torch.long, device=meta), 31)
     assert all(one.is_meta for one in vars(taught).values())
+
+
+@pytest.mark.parametrize("name", [one for one in BLOCK_LOSSES if one != "total_variation"])  # whose gradient jumps
+def test_a_head_that_is_bf16_itself_learns_nearly_the_same(monkeypatch, name):
+    """As DeepSpeed trains it; the products are bf16, and what is summed over chunks is not."""
+    monkeypatch.setattr(loss_module, "CHUNK", 8)
+    head, _, _, final_SH, rows_DH, hidden, taught = loss_parts(markov=True)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        head, learned = head.to(dtype), [hidden.detach().to(dtype).requires_grad_()]
+        learned += head.markov_head.parameters()
+        teacher, coefficient_K = final_state_teacher(final_SH, rows_DH), torch.ones(taught.started_AK.shape[1])
+        loss, sums = block_loss(head, learned[0], rows_DH.to(dtype), teacher, taught, coefficient_K, BlockLoss(name))
+        assert (loss.dtype, sums.loss_K.dtype) == (torch.float32, torch.float32)
+        found = torch.autograd.grad(loss, learned)
+        assert {one.dtype for one in found} == {dtype}
+        gradients.append([one.float() for one in found])
+    for plain, rough in zip(*gradients, strict=True):
+        assert (rough - plain).norm() < 0.03 * plain.norm()

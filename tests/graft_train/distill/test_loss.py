@@ -291,3 +291,25 @@ def test_the_loss_makes_no_tensor_on_another_device(name, top):
     loss.backward()
     assert head.lm_head.weight.grad.is_meta
     assert sums.stack().is_meta
+
+
+@pytest.mark.parametrize("name", [one for one in LOSSES if one != "total_variation"])  # whose gradient jumps
+def test_a_head_that_is_bf16_itself_learns_nearly_the_same(monkeypatch, name):
+    """As DeepSpeed trains it; the products are bf16, and what is summed over chunks is not."""
+    monkeypatch.setattr(loss_module, "CHUNK", 4)
+    generator = torch.Generator().manual_seed(6)
+    outputs = [torch.randn(len(LAYOUT.columns_C), 16, generator=generator) for _ in range(2)]
+    final_SH, choice_S = torch.randn(24, 16, generator=generator), torch.randint(VOCAB, (24,), generator=generator)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        head = tiny_head().to(dtype)
+        teacher = final_state_teacher(final_SH, torch.eye(16))
+        taught = taught_positions(LAYOUT, choice_S, head.t2d, 2)
+        loss, sums = distillation_loss(head, [one.to(dtype) for one in outputs], teacher, taught, torch.ones(2), name)
+        loss.backward()
+        assert (loss.dtype, sums.loss_K.dtype) == (torch.float32, torch.float32)
+        assert all(one.grad is None or one.grad.dtype == dtype for one in head.parameters())
+        gradients.append([one.grad.float() for one in head.parameters() if one.grad is not None])
+    assert len(gradients[0]) == 2, "of the norm and the lm_head"
+    for plain, rough in zip(*gradients, strict=True):
+        assert (rough - plain).norm() < 0.03 * plain.norm()
