@@ -15,7 +15,7 @@ quickstart: $(MODEL)
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadscope
 
-# What is exported, in other engines: each has an environment of its own, 6 GB in all, under $GRAFT_ENGINES or .engines.
+# What is exported, in other engines: each has an environment of its own, 9 GB in all, under $GRAFT_ENGINES or .engines.
 test-engines: setup engines
 	$(BIN)/python -m pytest -m engines
 

@@ -19,12 +19,19 @@ def adopt(config: Config) -> Path:
     files. Embeddings and an lm_head that are its target's are left out. Nothing is trained.
 
     Raises:
-        GraftError: no head is named, none is there that can be read, or it is another target's.
+        GraftError: no head is named, none is there that can be read, it is another target's, or a checkpoint of this
+            run's own training.
     """
     place = config.head.init_from
     if place is None:
         raise GraftError("head.init_from is not set: name the published head, a directory or a Hub id")
     path = published_path(place)
+    training = Path(config.run_dir, "head.partial").resolve()
+    if path.resolve().is_relative_to(training):
+        raise GraftError(
+            f"head.init_from={place} is of the training in {training}, and a run has one head: move the checkpoint "
+            f"away, delete {training}, and adopt it from where it then is; or use another run_dir"
+        )
     # A Hub id was downloaded to a directory that is named by its commit.
     commit = None if Path(place).expanduser().is_dir() else path.name
     settings = {"init_from": place, "commit": commit, "files": fingerprint_of(path)}

@@ -45,8 +45,8 @@ LLAMA_CPP = (
     "llama-server -m target.gguf -md head.gguf --spec-type {method} --spec-draft-n-max {drafts}"
 )
 OPENVINO = (
-    "# Its converter refuses custom_generate/: it gets the head alone.\n"
-    "mkdir head && cp {bundle}/config.json {bundle}/model.safetensors head/"
+    "# Its converter refuses custom_generate/, and needs d2t and t2d of every head. export.engines=[openvino] writes\n"
+    "# the head alone with them to {bundle}/openvino, which it takes."
 )
 COMMANDS = {
     ("vllm", EAGLE3): (VLLM, "eagle3"),
@@ -168,14 +168,6 @@ RULES = (
         "reads the layers that EAGLE-3 reads by default, whatever config.json says, unless hidden_layers_list in the "
         "converted model's XML says otherwise",
         OTHER_LAYERS,
-    ),
-    Rule(
-        "openvino",
-        (EAGLE3,),
-        lambda head, layers: head.draft_vocab_size == head.vocab_size,
-        "writes uninitialised memory for the d2t that a head of the whole vocabulary does not have, unless one of "
-        "zeros, and a t2d of ones, are added to model.safetensors",
-        "train with a head.draft_vocab_size below the target's vocabulary",
     ),
     Rule(
         "openvino",

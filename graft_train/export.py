@@ -23,7 +23,7 @@ from graft_train.data.target import load_tokenizer, target_path, text_config
 from graft_train.engines import check_engines, faults_of, serving
 from graft_train.files import only_one, told, write_json, write_text
 from graft_train.flat_code import flat_modules
-from graft_train.head_files import head_writer
+from graft_train.head_files import head_writer, write_apart
 from graft_train.hub import check_repo_id
 from graft_train.processes import is_main, say
 from graft_train.stage import RECORD, fingerprints_of, run_stage
@@ -63,6 +63,9 @@ def export(config: Config) -> Path:
         lambda out: _build(config, out, run_dir / "bundle"),
     )
     if is_main():
+        if "openvino" in settings.engines:
+            with told(bundle), only_one(bundle, waits=True):
+                write_apart(bundle, bundle / "openvino")
         write_card(bundle, _evaluations_of(bundle, run_dir))
         if settings.push_to_hub:
             push(bundle, str(settings.repo_id), settings.private)

@@ -1,6 +1,7 @@
 """What is pushed to the Hub: a repository is named before any work, and heads go there while training goes on."""
 
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -18,8 +19,8 @@ from graft_train.processes import is_main, say
 
 PUSHED = "pushed.json"
 """Beside a head: which repository has it, after how many steps, in which commit."""
-PATIENCE_S = 600
-"""How long the end of a training waits for a push."""
+PATIENCE_S = 300
+"""How long the end of a training waits for pushes: other processes wait with it, and NCCL ends them after 600."""
 
 
 def check_repo_id(repo_id: str | None, asked: str) -> None:
@@ -71,23 +72,27 @@ class HeadPusher:
         """Pushes the last head, and waits for that. Returns what the Hub has; None: nothing of this training."""
         if not is_main():
             return None
-        if self._is_done():
+        end = time.monotonic() + PATIENCE_S
+        if self._is_done(end):
             self.offer(step, head)
-            self._is_done()
+            self._is_done(end)
         pushed = self._pushed()
         last = f"step {pushed['step']} in {pushed['repo_id']}, commit {pushed['commit']}" if pushed else "none"
         say(f"distill: newest head on the Hub: {last}")
         return pushed or None
 
-    def _is_done(self) -> bool:
-        """Whether nothing is on its way any more, for which it waits."""
-        if self._going is None or not wait([self._going], PATIENCE_S).not_done:
+    def _is_done(self, end: float) -> bool:
+        """Whether nothing is on its way any more, for which it waits until then."""
+        if self._going is None or not wait([self._going], max(0.0, end - time.monotonic())).not_done:
             return True
-        say(f"distill: a push is not done after {PATIENCE_S} s, and is left to itself")
+        say(f"distill: warning: a push is not done after {PATIENCE_S} s, and is left to itself")
         return False
 
     def _pushed(self) -> dict[str, Any]:
-        found = read_json(self._record) if self._record.exists() else {}
+        try:
+            found = read_json(self._record)
+        except GraftError:  # nothing yet, or nothing that can be read: what is there is pushed again
+            return {}
         return found if found.get("asked") == self._settings.repo_id else {}
 
     def _push(self, step: int, head: Any) -> None:

@@ -12,7 +12,8 @@ ENGINES = ("vllm", "sglang", "llama_cpp", "openvino")
 class ExportConfig:
     """Attributes:
     engines: those of vllm, sglang, llama_cpp and openvino that are to serve the head: a head that one of them would
-        run wrong is refused. The model card says of all four what they need.
+        run wrong is refused. openvino gets a directory of its own in the bundle, as its converter takes it; the others
+        take the bundle. The model card says of all four what they need.
     license: of the bundle, as the Hub names it; a head inherits its target's terms.
     push_to_hub: whether to upload the bundle.
     repo_id: where to, "you/name".

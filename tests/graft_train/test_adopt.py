@@ -158,6 +158,16 @@ def test_a_checkpoint_of_a_training_becomes_a_bundle(tmp_path):
     assert record["settings"]["files"] != fingerprint_of(weights.parent)
 
 
+def test_a_checkpoint_is_not_adopted_over_the_training_that_it_lies_in(tmp_path):
+    """Whose directory would have to go first, and it with it."""
+    checkpoint = write_checkpoint(tmp_path / "run" / "head.partial" / "checkpoints")
+    with pytest.raises(
+        GraftError, match=r"step-00000003 is of the training in .*head\.partial, .* move the checkpoint"
+    ):
+        adopt(run_of(tmp_path, checkpoint))
+    assert (checkpoint / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

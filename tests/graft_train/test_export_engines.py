@@ -75,7 +75,6 @@ def test_heads_as_papers_have_them_fit_everywhere():
         (eagle3(aux_layer_ids=(1, 15, 28, 29)), "llama_cpp", "exactly three layers"),
         (eagle3(aux_layer_ids=(1, 15, 31)), "llama_cpp", "not the output of the target's last one"),
         (eagle3(aux_layer_ids=(1, 15, 27)), "openvino", "reads the layers that EAGLE-3 reads by default"),
-        (eagle3(draft_vocab_size=61), "openvino", "uninitialised memory"),
         (eagle3(qk_norm=True), "sglang", "would leave out its sliding window"),
         (eagle3(sliding_window=8), "sglang", "would leave out its sliding window"),
         (eagle3(fc_norm=True), "llama_cpp", "not known to read heads of newer trainers"),
@@ -144,6 +143,41 @@ def test_export_refuses_before_anything_is_written(tmp_path):
     assert run_export(run_dir) == bundle
     with pytest.raises(GraftError, match=r"export.engines has sglang, but"):
         run_export(run_dir, engines=["sglang"])
+
+
+def default_layers(run_dir, draft_vocab_size: int):
+    """A run whose head reads the layers that OpenVINO takes it to read."""
+    model = tiny_model("llama", num_hidden_layers=8)
+    model.save_pretrained(run_dir / "target")
+    save_head(tiny_head(model, draft_vocab_size=draft_vocab_size, aux_layer_ids=(1, 3, 4)), run_dir / "head")
+
+
+@pytest.mark.parametrize("draft_vocab_size", [40, 61])
+def test_openvino_gets_the_head_alone_with_both_maps(tmp_path, draft_vocab_size):
+    """Its converter refuses code in the directory, and writes uninitialised memory for maps that are not there."""
+    run_dir = write_run(tmp_path / "run")
+    default_layers(run_dir, draft_vocab_size)
+    bundle = run_export(run_dir)
+    assert not (bundle / "openvino").exists()
+    for _ in range(2):  # of a bundle that is there already, and again
+        assert run_export(run_dir, engines=["openvino"]) == bundle
+        assert {path.name for path in (bundle / "openvino").iterdir()} == {"config.json", "model.safetensors"}
+    apart, whole = load_file(bundle / "openvino" / "model.safetensors"), load_file(bundle / "model.safetensors")
+    assert apart.keys() == whole.keys() | {"d2t", "t2d"}
+    assert all(torch.equal(apart[name], tensor) for name, tensor in whole.items())
+    if draft_vocab_size == 61:
+        assert (apart["d2t"].dtype, apart["t2d"].dtype) == (torch.int64, torch.bool)
+        assert not apart["d2t"].any()
+        assert apart["t2d"].all()
+        assert (len(apart["d2t"]), len(apart["t2d"])) == (61, 61)
+    config = json.loads((bundle / "openvino" / "config.json").read_text())
+    assert (config["architectures"], config["draft_vocab_size"]) == (["LlamaForCausalLMEagle3"], draft_vocab_size)
+    assert "speculators_config" not in config
+    loaded = load_any_head(bundle / "openvino", 8)
+    assert loaded.config == load_any_head(bundle, 8).config
+    assert torch.equal(loaded.target_ids, load_any_head(bundle, 8).target_ids)
+    assert not list(bundle.glob(".*"))
+    assert f"{bundle}/openvino, which it takes" in (bundle / "README.md").read_text()
 
 
 def test_a_missing_head_is_told_as_such(tmp_path):

@@ -136,6 +136,32 @@ def test_what_cannot_be_pushed_is_told_and_training_goes_on(tmp_path, hub, monke
     assert "newest head on the Hub: none" in told
 
 
+def test_a_push_that_does_not_end_is_left_to_itself(tmp_path, hub, monkeypatch, capsys):
+    monkeypatch.setattr(hub_module, "HfApi", partial(huggingface_hub.HfApi, endpoint=hub.url, token=hub.token))
+    monkeypatch.setattr(hub_module, "PATIENCE_S", 0.2)
+    may_end, asked = threading.Event(), []
+
+    def write(head, directory: Path) -> None:
+        asked.append(head)
+        may_end.wait(60)
+        (directory / "config.json").write_text("{}")
+
+    pusher = HeadPusher(tmp_path, ExportConfig(repo_id=REPO), write)
+    pusher.offer(1, "first")
+    assert pusher.finish(2, "last") is None
+    assert "a push is not done after 0.2 s, and is left to itself" in capsys.readouterr().out
+    may_end.set()
+    monkeypatch.setattr(hub_module, "PATIENCE_S", 60)
+    assert pusher.finish(2, "last")["step"] == 2
+    assert asked == ["first", "last"]
+
+
+def test_a_record_that_cannot_be_read_stops_nothing(tmp_path, hub):
+    (tmp_path / "pushed.json").write_text("{")
+    pusher = HeadPusher(tmp_path, ExportConfig(repo_id=REPO), lambda head, directory: (directory / "a").write_text("a"))
+    assert pusher.finish(3, None)["step"] == 3
+
+
 def test_a_bundle_keeps_its_head(tmp_path, hub, capsys):
     def nothing(head, directory: Path) -> None:
         raise AssertionError

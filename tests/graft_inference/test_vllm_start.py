@@ -1,0 +1,91 @@
+"""What Graft's worker refuses when vLLM starts it; vLLM is stubbed, `tests/engines` has the real one."""
+
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from graft_inference import GraftError
+
+MODULES = (
+    "vllm", "vllm.config", "vllm.platforms", "vllm.tokenizers", "vllm.v1", "vllm.v1.spec_decode",
+    "vllm.v1.spec_decode.eagle", "vllm.v1.worker", "vllm.v1.worker.cpu_worker",
+)  # fmt: skip
+
+
+class EagleProposer:
+    """As far as it is looked at."""
+
+    def propose(self, num_speculative_tokens, next_token_ids, sampling_metadata, common_attn_metadata):
+        """Drafts."""
+
+    def _sample_draft_tokens(self):
+        """Samples."""
+
+
+@pytest.fixture
+def integration(monkeypatch):
+    """`integrations/vllm.py` beside a vLLM of the version that it was written for."""
+    stubs = {name: ModuleType(name) for name in MODULES}
+    stubs["vllm"].__version__ = "0.32.0"
+    stubs["vllm.config"].VllmConfig = object
+    stubs["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: True)
+    stubs["vllm.tokenizers"].cached_tokenizer_from_config = None
+    stubs["vllm.v1.spec_decode.eagle"].EagleProposer = EagleProposer
+    stubs["vllm.v1.worker.cpu_worker"].CPUWorker = object
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    name = "graft_inference.integrations.vllm"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+def worker(**changes):
+    """Started as docs/vllm.md says, but for the changes."""
+    speculative = {"method": "eagle3", "disable_padded_drafter_batch": True}
+    parallel = {"data_parallel_size": 1, "pipeline_parallel_size": 1}
+    own = {name: value for name, value in changes.items() if name not in speculative and name not in parallel}
+    speculative |= {name: changes[name] for name in speculative.keys() & changes}
+    parallel |= {name: changes[name] for name in parallel.keys() & changes}
+    config = SimpleNamespace(speculative_config=SimpleNamespace(**speculative))
+    settings = {"vllm_config": config, "parallel_config": SimpleNamespace(**parallel), "use_v2_model_runner": False}
+    return SimpleNamespace(**settings | own)
+
+
+def test_a_start_as_the_docs_say_is_taken(integration):
+    integration._check_start(worker())
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "0.31.2", "0.320.1", "1.32.0"])
+def test_another_version_is_refused(integration, version):
+    integration.vllm.__version__ = version
+    with pytest.raises(GraftError, match=rf"this is vLLM {version}, and Graft runs in 0\.32\.x: install that"):
+        integration._check_start(worker())
+
+
+@pytest.mark.parametrize("lacks", ["propose", "_sample_draft_tokens"])
+def test_another_drafter_in_the_same_version_is_refused(integration, monkeypatch, lacks):
+    if lacks == "propose":
+        monkeypatch.setattr(EagleProposer, "propose", lambda self, next_token_ids: None)
+    else:
+        monkeypatch.delattr(EagleProposer, "_sample_draft_tokens")
+    with pytest.raises(GraftError, match=r"EagleProposer of this vLLM 0\.32\.0 is another one"):
+        integration._check_start(worker())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "ngram"}, "method must be eagle3, not ngram"),
+        ({"vllm_config": SimpleNamespace(speculative_config=None)}, "method must be eagle3, not None"),
+        ({"disable_padded_drafter_batch": False}, "set disable_padded_drafter_batch to true"),
+        ({"use_v2_model_runner": True}, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"data_parallel_size": 2}, "without data and pipeline parallelism"),
+        ({"pipeline_parallel_size": 2}, "without data and pipeline parallelism"),
+    ],
+)
+def test_a_start_with_other_settings_is_refused(integration, changes, message):
+    with pytest.raises(GraftError, match=message):
+        integration._check_start(worker(**changes))
