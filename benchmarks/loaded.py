@@ -142,7 +142,7 @@ def pair() -> tuple[GraftEngine, list[Tensor]]:
             draft_vocab_size=VOCAB // 4,
             aux_layer_ids=(0, 1, 2),
             max_position_embeddings=2048,
-        )  # fmt: skip
+        )
     )
     head.set_draft_vocabulary(torch.arange(VOCAB // 4))
     ids_VK = torch.randint(VOCAB, (VOCAB, 4), dtype=torch.int32)
