@@ -18,8 +18,8 @@ from tests.graft_inference.tiny import VOCAB, learned_policy, tiny_engine, tiny_
 from .road import ALL
 
 MEGABYTE = 1 << 20
-ON_ENGINE, ON_SERVER, SETTLED = (2000, 1000, 200) if ALL else (120, 80, 60)
-"""Requests; after so many, with all that is imported when it is first needed, memory has to be flat."""
+ON_ENGINE, ON_SERVER, SETTLED = (2000, 1000, 200) if ALL else (80, 64, 48)
+"""Requests; after so many, with all that is imported at first need, memory has to be flat."""
 MOST_OBJECTS = 200
 """Objects known to the collector that may be gained: far less than one a request."""
 MOST_BYTES = 8 * MEGABYTE
@@ -34,11 +34,12 @@ def soak(
     Peaks come and go with long requests; what piles up stays.
     """
     requests, sizes = random.Random(0), []
+    every = max(1, (count - SETTLED) // at_once // 30)
     for number in range(at_once, count + 1, at_once):
         ask(requests)
-        if number > SETTLED and not number % (SETTLED // 5):
+        if number > SETTLED and not number // at_once % every:
             sizes.append(size())
-    third = len(sizes) // 3
+    third = max(1, len(sizes) // 3)
     return {
         name: min(one[name] for one in sizes[-third:]) - min(one[name] for one in sizes[:third]) for name in sizes[0]
     }
