@@ -114,7 +114,7 @@ def _child(
     said: dict[str, Any] = {"killed": False, "operations": []}
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        tqdm.set_lock(threading.RLock())  # its own is shared with every process that forks, and a killed one may hold it
+        tqdm.set_lock(threading.RLock())  # or a killed process may hold the one that all share
         ticks = itertools.count()
         time.perf_counter = lambda: next(ticks) / 1024  # type: ignore[assignment]
         _watch(Path(config.run_dir), fault, said["operations"])
