@@ -45,10 +45,13 @@ AGAIN, MORE = 3, 3
 UNDISTURBED = 0.25
 """The quantile of a plan's rounds that counts: whatever else runs on a machine only adds time."""
 
+SPELL = 0.02
+"""Seconds: many turns of programs that share a core."""
+
 Round = dict[str, float]
 """Milliseconds by phase."""
 Sample = list[Round]
-"""The rounds of one short continuation."""
+"""The rounds of one short continuation, or means of those that follow each other."""
 
 
 @dataclass
@@ -342,13 +345,21 @@ def whole_ms(one: Round) -> float:
 
 
 def _between(moments: list[tuple[int, dict[str, float]]]) -> Sample:
-    """Milliseconds by phase of the rounds between moments, which are counts of rounds and seconds by then."""
+    """Milliseconds by phase of a round between moments, which are counts of rounds and seconds by then.
+
+    Rounds that follow each other are taken together until they last for SPELL, and the mean is what counts: of two
+    programs that take turns every few milliseconds a short round may meet one alone, and a long one meets both.
+    """
     rounds: Sample = []
     count, before = moments[0]
     for now, seconds in moments[1:]:
-        if now > count:
-            rounds.append({name: 1e3 * (seconds[name] - before[name]) / (now - count) for name in seconds})
-        count, before = now, seconds
+        if not now:  # the prompt is read
+            before = seconds
+            continue
+        spent = {name: seconds[name] - before[name] for name in seconds}
+        if now > count and (sum(spent.values()) >= SPELL or (now == moments[-1][0] and not rounds)):
+            rounds.append({name: 1e3 * time / (now - count) for name, time in spent.items()})
+            count, before = now, seconds
     return rounds
 
 
