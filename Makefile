@@ -15,7 +15,7 @@ quickstart: $(MODEL)
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadscope
 
-# Everything that may go wrong, and thousands of requests on one engine: an hour or more. make test has a sample of it.
+# All that is known to go wrong, on purpose, and thousands of requests: an hour or more. make test has a sample of it.
 faults: setup
 	GRAFT_ALL_FAULTS=1 $(BIN)/python -m pytest -vv -rs tests/faults
 

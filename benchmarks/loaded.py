@@ -33,6 +33,7 @@ from graft_train.calibrate.latency import Latency, RoundTimer
 from graft_train.calibrate.measure import timer_of
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.report import describe
+from graft_train.calibrate.rounds import Round, Sample
 from graft_train.calibrate.traces import record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.device import describe_device
@@ -114,7 +115,7 @@ class Watched(RoundTimer):
             self.samples, latency.undisturbed = kept, undisturbed
 
 
-def mean(sample: latency.Sample) -> latency.Round:
+def mean(sample: Sample) -> Round:
     return {phase: float(np.mean([one[phase] for one in sample])) for phase in sample[0]}
 
 

@@ -15,10 +15,11 @@ from graft_train.calibrate import budget as budget_module
 from graft_train.calibrate import latency as latency_module
 from graft_train.calibrate import measure
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.latency import RoundTimer, undisturbed
+from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, full_race, race, summary
 from graft_train.calibrate.report import notes
+from graft_train.calibrate.rounds import between, undisturbed
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import of_main
@@ -464,7 +465,7 @@ class TimedOnShared(Timed):
         for rounds, cost in enumerate(costs, start=1):
             seconds += cost * self.machine.takes(cost / 1e3) / 1e3
             moments.append((rounds, dict.fromkeys(PHASES, 0.0) | {"verify": seconds}))
-        return latency_module._between(moments)
+        return between(moments)
 
 
 def chosen_within(times, share):
@@ -482,12 +483,12 @@ def moments_of(*milliseconds: float) -> list[tuple[int, dict[str, float]]]:
 
 def test_short_rounds_are_taken_together_until_they_last_for_a_spell():
     """Of some 12 ms two and two, without the one that is left over; of 1 to 3 ms all of a continuation."""
-    found = latency_module._between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of(12, 16, 10, 11, 12)])
+    found = between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of(12, 16, 10, 11, 12)])
     assert [one["verify"] for one in found] == pytest.approx([14.0, 10.5])
     assert [one["prefill"] for one in found] == [0.0, 0.0]
-    found = latency_module._between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of(1, 2, 3)])
+    found = between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of(1, 2, 3)])
     assert [one["verify"] for one in found] == pytest.approx([2.0])
-    assert latency_module._between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of()]) == []
+    assert between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of()]) == []
 
 
 @pytest.mark.parametrize("usual", [0.1, 0.5, 2.0, 10.0])
