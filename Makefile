@@ -6,7 +6,7 @@ MODEL := .venv/.model
 
 ENGINES := $(or $(GRAFT_ENGINES),.engines)
 
-.PHONY: quickstart test test-engines engines mutants fuzz audit setup lint docs bench clean
+.PHONY: quickstart test faults test-engines engines mutants fuzz audit setup lint docs bench clean
 
 quickstart: $(MODEL)
 	$(BIN)/python recipes/quickstart.py
@@ -14,6 +14,10 @@ quickstart: $(MODEL)
 # A worker for every core; the tests of a module share its fixtures.
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadscope
+
+# All that is known to go wrong, on purpose, and thousands of requests: an hour or more. make test has a sample of it.
+faults: setup
+	GRAFT_ALL_FAULTS=1 $(BIN)/python -m pytest -vv -rs tests/faults
 
 # What is exported, in other engines: each has an environment of its own, 9 GB in all, under $GRAFT_ENGINES or .engines.
 test-engines: setup engines

@@ -29,6 +29,7 @@ from graft_inference.stats import PHASES
 from graft_inference.template import RankPaths
 from graft_inference.tree import drafted_nodes
 from graft_train.calibrate.budget import Budget
+from graft_train.calibrate.rounds import Sample, between, mean_ms, undisturbed, whole_ms
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import of_main, say
 
@@ -43,13 +44,6 @@ MISFIT = 0.03
 """Where a time is so far, relative to it, from times that rise with the work, the table contradicts itself."""
 AGAIN, MORE = 3, 3
 """How often it is measured again then, and samples of every plan each time."""
-UNDISTURBED = 0.25
-"""The quantile of a plan's rounds that counts: whatever else runs on a machine only adds time."""
-
-Round = dict[str, float]
-"""Milliseconds by phase."""
-Sample = list[Round]
-"""The rounds of one short continuation."""
 
 
 @dataclass
@@ -226,7 +220,7 @@ class RoundTimer:
             moments.append((stats.rounds, dict(stats.seconds)))
         if self.engine.target.device.type == "cuda":
             moments = [(0, dict.fromkeys(PHASES, 0.0)), (stats.rounds, dict(stats.seconds))]
-        found: Sample = of_main(_between(moments))
+        found: Sample = of_main(between(moments))
         return found
 
     @property
@@ -343,33 +337,6 @@ def _contexts(prompts: list[Tensor], longest: int) -> dict[str, Tensor]:
     text = text.repeat(-(-longest // len(text)))[:longest]
     short = {"short": prompts[0]}
     return short | {"long": text} if longest > 2 * median(map(len, prompts)) else short
-
-
-def undisturbed(samples: list[Sample], phase: str | None = None) -> float:
-    """What a round takes where nothing else runs, or one phase of it: the lower quartile of all rounds, ms."""
-    rounds = [one for sample in samples for one in sample]
-    return float(np.quantile([whole_ms(one) if phase is None else one[phase] for one in rounds], UNDISTURBED))
-
-
-def mean_ms(sample: Sample) -> float:
-    """Of a round of a sample, all phases together."""
-    return float(np.mean(list(map(whole_ms, sample))))
-
-
-def whole_ms(one: Round) -> float:
-    """All phases together."""
-    return sum(one.values()) - one["prefill"]
-
-
-def _between(moments: list[tuple[int, dict[str, float]]]) -> Sample:
-    """Milliseconds by phase of the rounds between moments, which are counts of rounds and seconds by then."""
-    rounds: Sample = []
-    count, before = moments[0]
-    for now, seconds in moments[1:]:
-        if now > count:
-            rounds.append({name: 1e3 * (seconds[name] - before[name]) / (now - count) for name in seconds})
-        count, before = now, seconds
-    return rounds
 
 
 def _relative_spread(samples: list[Sample]) -> float:

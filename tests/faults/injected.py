@@ -13,12 +13,15 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from graft_inference.errors import GraftError
 from graft_train.config import Config
@@ -111,6 +114,7 @@ def _child(
     said: dict[str, Any] = {"killed": False, "operations": []}
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.set_lock(threading.RLock())  # or a killed process may hold the one that all share
         ticks = itertools.count()
         time.perf_counter = lambda: next(ticks) / 1024  # type: ignore[assignment]
         _watch(Path(config.run_dir), fault, said["operations"])

@@ -1,5 +1,6 @@
 """SIGKILL at random moments, from outside: in the midst of a pass of the target, of a write in C++, of anything."""
 
+import json
 import os
 import random
 
@@ -29,20 +30,24 @@ def test_a_stage_killed_at_random_moments_resumes_to_the_same_bits(road, tally, 
         killed += 1
         road.assert_whole(directory, moment)
         done = [path.name for path in road.run_dir.glob(f"{directory}.partial/{KEPT.get(directory)}")]
-        answered = whole_lines(road)
+        answered = answered_bytes(road)
         ran = road.assert_resumes(stage, directory, moment, fault=below(road, answered))
         again = [one for one in ran.operations if not one.startswith(FREEING) and any(name in one for name in done)]
         assert again == []
-        assert not (road.run_dir.parent / "cut").exists()
+        assert not (road.run_dir / "cut").exists()
         tally("killed at a random moment", directory)
         if done or (answered and directory == "data"):
             tally("of these, with finished work, which was kept", directory)
 
 
-def whole_lines(road: Road) -> int:
-    """Bytes of the answers that an interrupted `regenerate` has left."""
-    path = road.run_dir / "data.partial" / "samples.jsonl"
-    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+def answered_bytes(road: Road) -> int:
+    """Bytes of the whole answers that an interrupted `regenerate` has left; prompts without one stand behind them."""
+    path, size = road.run_dir / "data.partial" / "samples.jsonl", 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith(b"\n") or json.loads(line)["split"] != "train":
+            break
+        size += len(line)
+    return size
 
 
 def below(road: Road, size: int):
@@ -51,6 +56,6 @@ def below(road: Road, size: int):
 
     def look(number: int, event: str, path: str) -> None:
         if path == str(answers) and answers.exists() and os.path.getsize(answers) < size:
-            (road.run_dir.parent / "cut").touch()
+            (road.run_dir / "cut").touch()  # no file of a run
 
     return look

@@ -159,6 +159,25 @@ def test_what_is_no_fault_of_the_disk_keeps_its_traceback(tmp_path):
         stage(tmp_path / "run", fails)
 
 
+GONE = [
+    "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:27574: Connection reset by peer. This is typically",
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711",
+    "NCCL error: remote process exited or there was a network error\nncclRemoteError: A call failed possibly due to",
+]
+
+
+@pytest.mark.parametrize("said", GONE)
+def test_that_another_process_has_ended_is_told_and_no_other_mistake_is_taken_for_it(tmp_path, said):
+    def fails(directory: Path) -> None:
+        raise RuntimeError(said)
+
+    with pytest.raises(GraftError, match=r"another process of this launch has ended.*run the same command again"):
+        stage(tmp_path, fails)
+    said = "shapes do not match"
+    with pytest.raises(RuntimeError, match="shapes"):
+        stage(tmp_path, fails)
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_stops_no_stage(tmp_path, monkeypatch, code):
     def unsupported(descriptor: int, operation: int) -> None:

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from graft_inference import QuotaCheckpoint, QuotaPlan
+from graft_inference.stats import PHASES
 from graft_train.calibrate import budget as budget_module
 from graft_train.calibrate import latency as latency_module
 from graft_train.calibrate import measure
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.latency import RoundTimer, undisturbed
+from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, full_race, race, summary
 from graft_train.calibrate.report import notes
+from graft_train.calibrate.rounds import between, undisturbed
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import of_main
@@ -459,7 +461,11 @@ class TimedOnShared(Timed):
     def timed(self, run, number, tokens=latency_module.SAMPLE):
         costs = COSTS[WIDTHS.index(run[1][1])] * self.machine.random.normal(1, 0.03, 6)
         self.machine.takes(0.05)
-        return sample(*(cost * self.machine.takes(cost / 1e3) for cost in costs))
+        moments, seconds = [(0, dict.fromkeys(PHASES, 0.0))], 0.0
+        for rounds, cost in enumerate(costs, start=1):
+            seconds += cost * self.machine.takes(cost / 1e3) / 1e3
+            moments.append((rounds, dict.fromkeys(PHASES, 0.0) | {"verify": seconds}))
+        return between(moments)
 
 
 def chosen_within(times, share):
@@ -467,6 +473,22 @@ def chosen_within(times, share):
     speeds = [tokens / cost for tokens, cost in zip(TOKENS, COSTS, strict=True)]
     chosen = int(np.argmax([tokens / time for tokens, time in zip(TOKENS, times, strict=True)]))
     return speeds[chosen] > (1 - share) * max(speeds)
+
+
+def moments_of(*milliseconds: float) -> list[tuple[int, dict[str, float]]]:
+    """A prompt that took a second, and rounds."""
+    ends = np.cumsum([0.0, *milliseconds]) / 1e3
+    return [(number, {"prefill": 1.0, "verify": float(end)}) for number, end in enumerate(ends)]
+
+
+def test_short_rounds_are_taken_together_until_they_last_for_a_spell():
+    """Of some 12 ms two and two, without the one that is left over; of 1 to 3 ms all of a continuation."""
+    found = between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of(12, 16, 10, 11, 12)])
+    assert [one["verify"] for one in found] == pytest.approx([14.0, 10.5])
+    assert [one["prefill"] for one in found] == [0.0, 0.0]
+    found = between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of(1, 2, 3)])
+    assert [one["verify"] for one in found] == pytest.approx([2.0])
+    assert between([(0, {"prefill": 0.0, "verify": 0.0}), *moments_of()]) == []
 
 
 @pytest.mark.parametrize("usual", [0.1, 0.5, 2.0, 10.0])
