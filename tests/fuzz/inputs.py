@@ -13,9 +13,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
 import torch
 import yaml
+from pyarrow import parquet
 
 from graft_inference import GraftEngine, GraftError
 from graft_train import recipe
@@ -64,7 +67,11 @@ class Records(Directories):
             (root / name).mkdir(parents=True)
             for file, content in files.items():
                 (root / name / file).write_bytes(content)
-        super().__init__(root, {name: root / name for name in written})
+        (root / "table").mkdir()
+        table = pyarrow.Table.from_pylist([{"id": str(number), "text": f"a b c {number}"} for number in range(6)])
+        parquet.write_table(table, root / "table" / "data.parquet")
+        datasets.config.HF_DATASETS_CACHE = root / "cache"
+        super().__init__(root, {name: root / name for name in [*written, "table"]})
         self.chat = Chat(word_tokenizer(MARKED), {1}, None, len(VOCABULARY))
         self.known = dict(zip(lines, map(self._documents_of, lines), strict=True))
         self.own = {".jsonl": damage_record}
