@@ -130,7 +130,7 @@ class Suites(Subject):
         if number >= len(self.names):
             return False
         self.name = self.names[number]
-        rows = [OWN[self.name], EAGLE | {"question_id": 5}, EAGLE | {"question_id": 6, "turns": ["c"]}]
+        rows = [OWN[self.name], EAGLE | {"question_id": 5}, EAGLE | {"question_id": "last", "turns": ["c"]}]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return True
 
@@ -138,7 +138,7 @@ class Suites(Subject):
         questions = {
             one.turns for one in read_questions(self.name, DataConfig(path=str(self.path), on_error="skip"), 0)
         }
-        last = json.dumps(EAGLE | {"question_id": 6, "turns": ["c"]}).encode()
+        last = json.dumps(EAGLE | {"question_id": "last", "turns": ["c"]}).encode()
         if last in self.path.read_bytes().split(b"\n") and ("c",) not in questions:
             return "a question was lost"
         strings = all(isinstance(turn, str) and turn.strip() for turns in questions for turn in turns)

@@ -93,7 +93,8 @@ def _means(found: Any, value: str) -> bool:
     if value[:1] in "[{$" or isinstance(found, list | dict):
         return True
     if isinstance(found, bool):
-        return found == (value.lower() in ("true", "1", "yes", "on") or (value.isdigit() and int(value) != 0))
+        number = value.removeprefix("-").isdigit() and int(value) != 0
+        return found == (value.lower() in ("true", "yes", "on") or number)
     if isinstance(found, int | float):
         return float(found) == float(value)
     return (found is None and value.lower() in ("null", "")) or str(found) == value.strip("'")
