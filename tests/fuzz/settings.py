@@ -96,7 +96,7 @@ def _means(found: Any, value: str) -> bool:
         number = value.removeprefix("-").isdigit() and int(value) != 0
         return found == (value.lower() in ("true", "yes", "on") or number)
     if isinstance(found, int | float):
-        return float(found) == float(value)
+        return found == (int(value) if isinstance(found, int) else float(value))
     return (found is None and value.lower() in ("null", "")) or str(found) == value.strip("'")
 
 
