@@ -54,7 +54,7 @@ audit:
 
 # Damages inputs at random and uses them (docs/reliability.md); SEED=N goes on where a run has stopped.
 fuzz: setup
-	$(BIN)/python -m tests.fuzz --mutations $(or $(MUTATIONS),10000) --seed $(or $(SEED),0)
+	$(BIN)/python -m tests.fuzz --mutations $(or $(MUTATIONS),12640) --seed $(or $(SEED),0)
 
 # The documentation, as a site in site/ that needs no network. The tests build it, too.
 docs: setup

@@ -42,6 +42,8 @@ FAMILY = "general.architecture"
 SIZES = ("_length", "_count", "vocab_size")
 """Ends of keys whose values are sizes."""
 LONGEST_CONTEXT = 1 << 30
+NEEDED = ("context_length", "embedding_length", "block_count", "attention.head_count")
+"""Without which transformers takes its own defaults, and llama.cpp no file."""
 
 
 def with_directory(config: Config) -> Config:
@@ -157,7 +159,13 @@ def _check(file: Path, said: dict[str, Any]) -> None:
         raise GraftError(f"{file} is one of {said['split.count']} parts: merge them with llama.cpp's gguf-split first")
     family, configs = said[FAMILY], cast(Any, GGUF_TO_TRANSFORMERS_MAPPING["config"])
     known = configs.get(family.replace("-", "_"))
+    for key in NEEDED if known is not None else ():
+        if f"{family}.{key}" not in said:
+            raise GraftError(f"{file} lacks {family}.{key}, which transformers would make up: download it again")
     for name, value in said.items():
+        other, _, rest = name.partition(".")
+        if known is not None and other not in (family, "general", "tokenizer") and rest in known:
+            raise GraftError(f"{file}: {name} speaks of another family than {family}: it is damaged; download it again")
         key = name.removeprefix(f"{family}.")
         # A family that transformers does not know at all it refuses itself.
         left_out = known is not None and key != name and key not in known

@@ -103,6 +103,8 @@ def disk_states(
     identity = identity_of(fingerprint, samples, target.aux_layer_ids, stored, top)
     partial = directory.with_name(f"{directory.name}.partial")
     if not (directory / INDEX).exists():
+        if directory.exists() and any(directory.iterdir()):  # nothing can be put in its place once it is made
+            raise GraftError(f"{directory} has no {INDEX}, so it is damaged; delete it to make the states anew")
         with told(partial):
             _write(target, samples, batch_tokens, partial, identity, stored, accelerator, top)
         if accelerator.is_main_process:

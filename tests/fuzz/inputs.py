@@ -1,25 +1,21 @@
-"""What people give: records, suites, settings, prompts and requests to the server."""
+"""What people give: records, suites, prompts and requests to the server."""
 
 import contextlib
 import gzip
-import io
 import json
-import shutil
-import sys
 from collections.abc import Callable
 from copy import deepcopy
-from functools import reduce
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
 import torch
-import yaml
+from pyarrow import parquet
 
 from graft_inference import GraftEngine, GraftError
-from graft_train import recipe
-from graft_train.config import Config, setting_names
 from graft_train.config.data import DataConfig
 from graft_train.data.chat import Chat
 from graft_train.data.documents import read_documents
@@ -64,10 +60,16 @@ class Records(Directories):
             (root / name).mkdir(parents=True)
             for file, content in files.items():
                 (root / name / file).write_bytes(content)
-        super().__init__(root, {name: root / name for name in written})
+        (root / "table").mkdir()
+        table = pyarrow.Table.from_pylist([{"id": str(number), "text": f"a b c {number}"} for number in range(6)])
+        parquet.write_table(table, root / "table" / "data.parquet")
+        super().__init__(root, {name: root / name for name in [*written, "table"]})
         self.chat = Chat(word_tokenizer(MARKED), {1}, None, len(VOCABULARY))
         self.known = dict(zip(lines, map(self._documents_of, lines), strict=True))
         self.own = {".jsonl": damage_record}
+
+    def open(self) -> None:
+        datasets.config.HF_DATASETS_CACHE = self.damaged.parent / "cache"
 
     def use(self) -> str:
         config = DataConfig(path=str(self.damaged), prompt_tokens=4, on_error="skip")
@@ -128,7 +130,7 @@ class Suites(Subject):
         if number >= len(self.names):
             return False
         self.name = self.names[number]
-        rows = [OWN[self.name], EAGLE | {"question_id": 5}, EAGLE | {"question_id": 6, "turns": ["c"]}]
+        rows = [OWN[self.name], EAGLE | {"question_id": 5}, EAGLE | {"question_id": "last", "turns": ["c"]}]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return True
 
@@ -136,7 +138,7 @@ class Suites(Subject):
         questions = {
             one.turns for one in read_questions(self.name, DataConfig(path=str(self.path), on_error="skip"), 0)
         }
-        last = json.dumps(EAGLE | {"question_id": 6, "turns": ["c"]}).encode()
+        last = json.dumps(EAGLE | {"question_id": "last", "turns": ["c"]}).encode()
         if last in self.path.read_bytes().split(b"\n") and ("c",) not in questions:
             return "a question was lost"
         strings = all(isinstance(turn, str) and turn.strip() for turns in questions for turn in turns)
@@ -145,95 +147,6 @@ class Suites(Subject):
     @property
     def size(self) -> int:
         return self.path.stat().st_size
-
-
-class Settings(Subject):
-    """Settings on the command line and in an experiment's file: refused in one line, or they mean what they say."""
-
-    share = 1
-
-    def __init__(self, root: Path) -> None:
-        self.directory = root / "conf"
-        shutil.copytree(recipe.CONF, self.directory)
-        self.experiment = self.directory / "experiment" / "fuzzed.yaml"
-        self.overrides: list[str] = []
-
-    def damage(self, rng: Random) -> str:
-        self.restore(0)
-        if rng.random() < 0.5:
-            said = damage_bytes(self.experiment, rng) if rng.random() < 0.6 else self._damage_yaml(rng)
-            return f"experiment, {said}"
-        name = rng.choice([*setting_names(), "head", "experiment", "hydra.run.dir", "+x.y", "~head.family", "@a"])
-        value = rng.choice(
-            [*map(str, VALUES), "null", "true", "[1,2]", "{a:1}", "${a}", "${oc.env:A}", "'", "\x00", "???"]
-        )
-        self.overrides = [f"{name}={value}"] + (["--multirun"] if rng.random() < 0.05 else [])
-        return str(self.overrides)
-
-    def _damage_yaml(self, rng: Random) -> str:
-        values = yaml.safe_load(self.experiment.read_text())
-        text, said = damaged_value(values, rng)
-        self.experiment.write_text(f"# @package _global_\n{text}", encoding="utf-8", errors="surrogatepass")
-        return said
-
-    def restore(self, number: int) -> bool:
-        self.overrides = []
-        shutil.copyfile(recipe.CONF / "experiment" / "smollm2.yaml", self.experiment)
-        return number == 0
-
-    def use(self) -> str:
-        given = ["experiment=fuzzed", *self.overrides]
-        found = self._composed(given)
-        if not isinstance(found, Config):
-            return f"no settings: {found}"
-        for override in self.overrides:
-            name, _, value = override.partition("=")
-            if name in setting_names() and not _means(reduce(getattr, name.split("."), found), value):
-                return f"{override} became {reduce(getattr, name.split('.'), found)!r}"
-        return "right"
-
-    def _composed(self, overrides: list[str]) -> Any:
-        """As the command composes them. Raises GraftError where it ends with one line that says why."""
-        found: list[Any] = []
-        said = io.StringIO()
-        arguments, real, conf = sys.argv, recipe.run_stages, recipe.CONF
-        recipe.run_stages = lambda composed, names: found.append(_config_of(composed))
-        recipe.CONF = self.directory
-        try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                recipe.run("distill", overrides)
-        except SystemExit as end:
-            lines = said.getvalue().strip().splitlines()
-            if end.code != 2 or not lines or "Traceback" in said.getvalue():
-                raise AssertionError(f"ended with {end.code}: {said.getvalue()}") from end
-            raise GraftError(lines[-1]) from end
-        finally:
-            sys.argv, recipe.run_stages, recipe.CONF = arguments, real, conf
-        return found[0] if found else None
-
-    @property
-    def size(self) -> int:
-        return self.experiment.stat().st_size
-
-
-def _means(found: Any, value: str) -> bool:
-    """Whether a setting is what was written for it. Lists and what stands for other settings is not looked into."""
-    if value[:1] in "[{$" or isinstance(found, list | dict):
-        return True
-    if isinstance(found, bool):
-        return found == (value.lower() in ("true", "1", "yes", "on") or (value.isdigit() and int(value) != 0))
-    if isinstance(found, int | float):
-        return float(found) == float(value)
-    return (found is None and value.lower() in ("null", "")) or str(found) == value.strip("'")
-
-
-def _config_of(composed: Any) -> Any:
-    """As `run_stages` does, whose refusals end the command in one line, too."""
-    try:
-        return recipe.to_config(composed)
-    except GraftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 class Prompts(Subject):

@@ -2,8 +2,9 @@
 
 from .gguf_files import GgufFiles
 from .heads import Bundles, Heads
-from .inputs import Prompts, Records, Requests, Settings, Suites
+from .inputs import Prompts, Records, Requests, Suites
 from .run_files import Calibrated, States
+from .settings import Settings
 from .subject import Subject
 
 KINDS: dict[str, type[Subject]] = {

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,6 @@ class States(Directories):
     def __init__(self, root: Path) -> None:
         self.rows = to_tensors(samples(), 64, VOCAB)
         self.target = PackedTarget(tiny_target(), (0, 2, 3))
-        state_source.SHARD_TOKENS = 50
         tops = {"whole": None, "best": 3}
         for name, top in tops.items():
             self._source(root / name, top)
@@ -67,7 +67,9 @@ class States(Directories):
         return "right"
 
     def _source(self, directory: Path, top: int | None) -> state_source.StateSource:
-        return state_source.disk_states(self.target, self.rows, 40, directory, TARGET, None, Accelerator(cpu=True), top)
+        accelerator = Accelerator(cpu=True)
+        with patch.object(state_source, "SHARD_TOKENS", 50):
+            return state_source.disk_states(self.target, self.rows, 40, directory, TARGET, None, accelerator, top)
 
 
 class Calibrated(Directories):

@@ -137,6 +137,16 @@ def test_another_way_to_split_text_needs_the_original_tokenizer(tmp_path, monkey
     assert AutoTokenizer.from_pretrained(path).get_vocab() == other.get_vocab()
 
 
+@pytest.mark.parametrize("key", [b"context_length", b"attention.head_count", b"rope.freq_base"])
+def test_a_size_is_not_made_up(tmp_path, key):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    content, length = file.read_bytes(), len(b"llama." + key).to_bytes(8, "little")
+    assert content.count(length + b"llama." + key) == 1
+    file.write_bytes(content.replace(length + b"llama." + key, length + b"mlama." + key))
+    with pytest.raises(GraftError, match=r"tiny\.gguf(: mlama\..* speaks of another family| lacks llama\.)"):
+        path_of(config_of(tmp_path / "run", file))
+
+
 @pytest.mark.parametrize("other", [b"8", b"\0"], ids=["twice", "none of its alphabet"])
 def test_a_vocabulary_that_would_be_read_as_another_is_refused(tmp_path, other):
     """The token 7 is another one, or one that no text has."""

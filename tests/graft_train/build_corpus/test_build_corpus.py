@@ -211,5 +211,5 @@ def test_captured_states_of_something_else_are_not_read(config, tmp_path, capsys
     assert find_captured(config, load_target(config)) is None
     assert f"of other {changed}: the target runs" in capsys.readouterr().out
     index.write_text("{")
-    with pytest.raises(GraftError, match=r"index.json is damaged"):
+    with pytest.raises(GraftError, match=r"index\.json is not valid JSON .*; delete"):
         find_captured(config, load_target(config))

@@ -157,6 +157,14 @@ def test_an_index_of_other_rows_is_refused(tmp_path, change):
         on_disk(tmp_path)
 
 
+def test_states_without_an_index_are_told_before_the_target_runs(tmp_path, monkeypatch):
+    on_disk(tmp_path)
+    (tmp_path / "states" / "index.json").unlink()
+    monkeypatch.setattr(PackedTarget, "states", None)
+    with pytest.raises(GraftError, match=r"states has no index\.json, so it is damaged; delete it"):
+        on_disk(tmp_path)
+
+
 def test_an_index_that_nests_without_end_is_refused(tmp_path):
     on_disk(tmp_path)
     (tmp_path / "states" / "index.json").write_text("[" * 100_000)
