@@ -58,6 +58,7 @@ def test_a_finished_run_lacks_nothing(finished_run):
     assert "60 of 61" in shown["corpus"]
     assert "no draft where retrieval promises over 2.25 tokens (8 nodes)" in shown["policy"]
     assert "distill 1.5 min python 3.11" in shown["settings"]
+    assert f"evaluation name {evaluation['device']['name']}" in shown["settings"]
 
 
 def test_plots_hold_the_figures_of_the_files(finished_run):
@@ -80,7 +81,10 @@ def test_plots_hold_the_figures_of_the_files(finished_run):
     promised, met, nodes = zip(*curve, strict=True)
     gaps = sum(abs(p - m) * n for p, m, n in zip(promised, met, nodes, strict=True)) / sum(nodes)
     assert gaps == pytest.approx(calibration["calibration_error"]["drafted"]["after"])
-    assert [row["length"] for row in rows if row.get("of") == "measured in the engine"] == [1.6]
+    lengths = [(row["step"], row["of"], row["length"]) for row in rows if "length" in row]
+    assert (10, "training batches, estimated", 1.5) in lengths
+    assert (20, "held out, estimated", 1.7) in lengths
+    assert (20, "held out, in the engine", 1.6) in lengths
 
 
 @pytest.mark.parametrize(
