@@ -11,7 +11,7 @@ from graft_train.report.blocks import Beside, Cards, Folded, Heading, Plot, Tabl
 from graft_train.run_directory import RunDirectory
 from graft_train.server_tables import COLUMNS as SERVER_COLUMNS
 from graft_train.server_tables import rows_of as server_rows
-from graft_train.tables import COLUMNS, PARTED, asked_of, categories_of, machine, parts_of, rows_of, shares_of
+from graft_train.tables import COLUMNS, PARTED, asked_of, categories_of, depth_of, machine, parts_of, rows_of, shares_of
 
 Blocks = Iterator[Any]
 PHASES = {"draft": "draft", "graft": "look up, choose", "verify": "verify", "commit": "accept, keep"}
@@ -149,10 +149,12 @@ def time(run: RunDirectory) -> Blocks:
             for method, figures in _methods(one)
             for phase in PHASES
         ]
+        shares = {method: shares_of(figures["checkpoints"]) for method, figures in _methods(one)}
+        names = sorted({name for share in shares.values() for name in share}, key=depth_of)
         stops = [
-            {"method": method, "checkpoint": name, "share": 100 * share}
-            for method, figures in _methods(one)
-            for name, share in shares_of(figures["checkpoints"]).items()
+            {"method": method, "checkpoint": name, "share": 100 * share.get(name, 0.0)}
+            for method, share in shares.items()
+            for name in names
         ]
         colors = {PHASES[phase]: color for phase, color in charts.PHASE_COLORS.items()}
         yield Beside(

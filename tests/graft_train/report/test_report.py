@@ -73,6 +73,12 @@ def test_plots_hold_the_figures_of_the_files(finished_run):
         assert [row["speedup"] for row in speeds] == [found["speedup"]]
         verify = [row["ms"] for row in rows if row.get("phase") == "verify" and row["method"] == name]
         assert verify == [found["ms_per_round"]["verify"]]
+        stops = {row["checkpoint"]: row["share"] for row in rows if "share" in row and row["method"] == name}
+        assert next(iter(stops)) == "none"
+        rounds = sum(found["checkpoints"].values())
+        assert {stop: share for stop, share in stops.items() if share} == {
+            stop: pytest.approx(100 * count / rounds) for stop, count in found["checkpoints"].items()
+        }
         tokens = [row["tokens"] for row in rows if row.get("source") == "target" and row["method"] == name]
         assert tokens == [found["accepted_per_round"]["bonus"]]
     curve = calibration["calibration_error"]["drafted"]["curves"]["after"]
