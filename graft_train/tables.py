@@ -256,7 +256,7 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
         "tokens per round (acceptance length)",
     )
     shares = {name: shares_of(methods[name]["checkpoints"]) for name in names}
-    checkpoints = sorted({one for share in shares.values() for one in share}, key=_depth)
+    checkpoints = sorted({one for share in shares.values() for one in share}, key=depth_of)
     _stacked(
         stopped,
         names,
@@ -299,7 +299,7 @@ def _twins(settings: dict[str, Any]) -> list[str]:
 
 def _shown(checkpoints: dict[str, int]) -> str:
     shares = shares_of(checkpoints)
-    return ", ".join(f"{name} {shares[name]:.0%}" for name in sorted(shares, key=_depth))
+    return ", ".join(f"{name} {shares[name]:.0%}" for name in sorted(shares, key=depth_of))
 
 
 def shares_of(checkpoints: dict[str, int]) -> dict[str, float]:
@@ -308,7 +308,8 @@ def shares_of(checkpoints: dict[str, int]) -> dict[str, float]:
     return {name: count / total for name, count in checkpoints.items()}
 
 
-def _depth(checkpoint: str) -> int:
+def depth_of(checkpoint: str) -> int:
+    """By which checkpoints are ordered; "none", where no head runs, comes first."""
     return -1 if checkpoint == "none" else int(checkpoint[1:])
 
 

@@ -73,14 +73,17 @@ def _check_trackers(names: list[str]) -> None:
     """Raises GraftError for a tracker that accelerate does not know or find: it would leave it out without a word."""
     if not names:
         return
-    from accelerate.tracking import get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise GraftError(f"head.trackers names {name}, which accelerate does not know: choose of {known}")
         if name not in installed:
+            package = name.replace("_", "-")
             raise GraftError(
-                f"head.trackers names {name}, which accelerate does not find here (it finds "
-                f"{', '.join(installed) or 'none'}): install it, or leave it out"
+                f"head.trackers names {name}, which is not installed: pip install {package}, or leave it out"
             )
 
 

@@ -1,6 +1,7 @@
 """The page's sections, each from the files of one stage; one that cannot be made says why."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from graft_inference import METHODS, GraftError, Policy
@@ -8,17 +9,15 @@ from graft_inference.files import read_json
 from graft_train.chat import NAMES
 from graft_train.inspect import in_words
 from graft_train.report import charts
-from graft_train.report.blocks import Beside, Cards, Folded, Heading, Missing, Plot, Rounds, Section, Table, Text
+from graft_train.report.blocks import Beside, Folded, Missing, Plot, Rounds, Section, Table, Text
+from graft_train.report.measured import Blocks, acceptance, speed, time
 from graft_train.run_directory import RunDirectory
-from graft_train.server_tables import COLUMNS as SERVER_COLUMNS
-from graft_train.server_tables import rows_of as server_rows
 from graft_train.stage import RECORD
-from graft_train.tables import COLUMNS, PARTED, asked_of, categories_of, machine, parts_of, rows_of, shares_of
 
-Blocks = Iterator[Any]
 OTHER_VERSION = (KeyError, TypeError, IndexError, AttributeError)
 """What reading a file of another shape raises. GraftError, a ValueError, says more for itself."""
-PHASES = {"draft": "draft", "graft": "look up, choose", "verify": "verify", "commit": "accept, keep"}
+MEASURED = {"policy": "report.json", "evaluation": "evaluation.json"}
+"""The file that names the device, by the stage's directory."""
 
 
 def sections_of(run: RunDirectory, viewer: Any) -> list[Section]:
@@ -28,9 +27,9 @@ def sections_of(run: RunDirectory, viewer: Any) -> list[Section]:
         viewer: the rounds that the trace viewer shows, or the reason why there are none.
     """
     return [
-        _section("speed", "Speed", "evaluate", _speed, run),
-        _section("acceptance", "Acceptance", "evaluate", _acceptance, run),
-        _section("time", "Where a round's milliseconds go", "evaluate", _time, run),
+        _section("speed", "Speed", "evaluate", speed, run),
+        _section("acceptance", "Acceptance", "evaluate", acceptance, run),
+        _section("time", "Where a round's milliseconds go", "evaluate", time, run),
         _section("rounds", "The rounds of an answer", "calibrate", lambda _: _rounds(viewer), run),
         _section("policy", "The policy", "calibrate", _policy, run),
         _section("calibration", "Is P(accepted) true?", "calibrate", _calibration, run),
@@ -51,163 +50,6 @@ def _section(name: str, title: str, stage: str, blocks: Callable[[RunDirectory],
             Missing(f"What is there has another shape ({error!r}), as of another version: run graft {stage} again.")
         )
     return section
-
-
-def evaluations_of(run: RunDirectory) -> list[tuple[str, dict[str, Any]]]:
-    """Every evaluation that holds methods or servers, by what was asked.
-
-    Raises:
-        GraftError: there is none.
-    """
-    paths = run.evaluations()
-    if not paths:
-        run.directory("evaluation")
-    found = [read_json(path / "evaluation.json", f"delete {path} and run graft evaluate") for path in paths]
-    return [(asked_of(one["settings"]), one) for one in found]
-
-
-def _of_methods(run: RunDirectory) -> list[tuple[str, dict[str, Any]]]:
-    """Those of this engine. Raises GraftError where there is none, or one of them measured nothing."""
-    found = [(asked, one) for asked, one in evaluations_of(run) if "servers" not in one]
-    if not found:
-        raise GraftError("only servers were evaluated: graft evaluate without evaluation.server measures the methods")
-    for asked, one in found:
-        _check_measured(asked, one)
-    return found
-
-
-def _check_measured(asked: str, one: dict[str, Any]) -> None:
-    if not one["methods"]:
-        raise GraftError(f"the evaluation of {asked} is empty: delete its directory and run graft evaluate")
-
-
-def _speed(run: RunDirectory) -> Blocks:
-    found = evaluations_of(run)
-    for number, (asked, one) in enumerate(found):
-        yield from [Heading(asked[0].upper() + asked[1:])] if len(found) > 1 else []
-        if "servers" in one:
-            yield Table(SERVER_COLUMNS, server_rows(one))
-            continue
-        _check_measured(asked, one)
-        if not number:
-            yield _headline(one)
-        rows = [
-            {
-                "method": name,
-                "speedup": method["speedup"],
-                "low": method["speedup_interval"][0],
-                "high": method["speedup_interval"][1],
-                "tokens_per_second": method["tokens_per_second"],
-            }
-            for name, method in _methods(one)
-        ]
-        settings = one["settings"]
-        yield Plot("Speed-up over autoregressive decoding, and its 95 % interval", charts.speed(rows))
-        yield Table(COLUMNS, rows_of(one), strong="graft")
-        yield Text(
-            f"{settings['prompts']} {asked}, {settings['max_new_tokens']} new tokens each, temperature "
-            f"{settings['temperature']}, {settings['dtype']}, batch 1; {machine(one)}. Intervals by bootstrap over "
-            "prompts. Acceptance is tokens per pass of the target; draft, verify and other are ms per round; drafted "
-            "and retrieved are accepted tokens per round."
-        )
-
-
-def _headline(one: dict[str, Any]) -> Cards:
-    graft = one["methods"]["graft"]
-    low, high = graft["speedup_interval"]
-    lossless = {True: "yes", False: "no", None: "not checked"}[one["lossless"]["graft"]]
-    return Cards(
-        (
-            (f"{graft['speedup']:.2f}x", "speed-up", f"95 %: {low:.2f} to {high:.2f}"),
-            (f"{graft['acceptance_length']:.2f}", "tokens per round", "for one pass of the target"),
-            (f"{graft['tokens_per_second']:.1f}", "tokens/s", machine(one)),
-            (lossless, "lossless", "greedy fp32 tokens are those of transformers alone"),
-        )
-    )
-
-
-def _acceptance(run: RunDirectory) -> Blocks:
-    found = _of_methods(run)
-    for asked, one in found:
-        yield from [Heading(asked[0].upper() + asked[1:])] if len(found) > 1 else []
-        rows = [
-            {"method": method, "source": name, "tokens": _by_name(figures["accepted_per_round"], name)}
-            for method, figures in _methods(one)
-            for name in charts.SOURCE_COLORS | dict.fromkeys(NAMES.values())
-        ]
-        yield Plot(
-            "By source",
-            charts.stacked(rows, "source", "tokens", "tokens per round", charts.SOURCE_COLORS),
-            "What several proposed counts for the first of them. The target adds one token itself in every round.",
-        )
-        yield Beside(
-            [
-                Plot(title, charts.by_bucket(_bucket_rows(one, key), "tokens"))
-                for key, title in (("by_position", "By position in the answer"), ("by_context", "By context length"))
-            ]
-        )
-        if len(categories_of(one)) > 1:
-            rows = [
-                {"method": method, "category": name, **figures}
-                for method, measured in _methods(one)
-                if method in PARTED
-                for name, figures in measured["by_category"].items()
-            ]
-            yield Beside(
-                [
-                    Plot("Speed-up by category", charts.grouped(rows, "category", "speedup", "speed-up")),
-                    Plot(
-                        "Acceptance by category",
-                        charts.grouped(rows, "category", "acceptance_length", "tokens per round"),
-                    ),
-                ]
-            )
-        parts = [Table(part.columns, part.rows, title=part.title.capitalize()) for part in parts_of(one)]
-        yield Folded("As tables", parts)
-
-
-def _bucket_rows(one: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    rows = [
-        {"method": method, "bucket": f"{bucket['from']}–{bucket['to']}", **bucket}
-        for method, figures in _methods(one)
-        if method in PARTED
-        for bucket in figures[key]
-    ]
-    return sorted(rows, key=lambda row: row["from"])
-
-
-def _time(run: RunDirectory) -> Blocks:
-    found = _of_methods(run)
-    for asked, one in found:
-        yield from [Heading(asked[0].upper() + asked[1:])] if len(found) > 1 else []
-        times = [
-            {"method": method, "phase": PHASES[phase], "ms": figures["ms_per_round"][phase]}
-            for method, figures in _methods(one)
-            for phase in PHASES
-        ]
-        stops = [
-            {"method": method, "checkpoint": name, "share": 100 * share}
-            for method, figures in _methods(one)
-            for name, share in shares_of(figures["checkpoints"]).items()
-        ]
-        colors = {PHASES[phase]: color for phase, color in charts.PHASE_COLORS.items()}
-        yield Beside(
-            [
-                Plot(
-                    "Milliseconds of a round",
-                    charts.stacked(times, "phase", "ms", "ms per round", colors),
-                    "A method is as fast as its tokens per round, divided by these milliseconds.",
-                ),
-                Plot(
-                    "Where rounds stopped drafting",
-                    charts.stacked(stops, "checkpoint", "share", "% of rounds", {"none": "var(--plain)"}),
-                    "d0 stopped behind one draft step, d1 behind two. In rounds of “none” no head ran.",
-                ),
-            ]
-        )
-        if fallback := shares_of(one["methods"]["graft"]["fallback"]):
-            rows = [(reason, f"{share:.1%}") for reason, share in fallback.items()]
-            yield Table(("what the fallback chose", "of graft's rounds"), rows)
 
 
 def _rounds(viewer: Any) -> Blocks:
@@ -273,15 +115,12 @@ def _training(run: RunDirectory) -> Blocks:
     logged = [line for line in lines if "loss" in line]
     if not logged:
         raise GraftError("nothing was logged yet: graft distill writes a line every head.log_every steps")
-    measured = [line for line in lines if "measured_acceptance_length" in line]
-    lengths = [
-        {"step": one["step"], "of": "estimated in training", "length": one["acceptance_length"]} for one in logged
-    ]
-    lengths += [
-        {"step": one["step"], "of": "measured in the engine", "length": one["measured_acceptance_length"]}
-        for one in measured
-    ]
-    yield Plot("Acceptance length of a greedy chain", charts.curves(lengths, "of", "length", "tokens per round"))
+    summary = run.read("head", "training.json") if (run.path / "head" / RECORD).is_file() else None
+    yield Plot(
+        "Acceptance length of a greedy chain",
+        charts.curves(_lengths(lines, summary), "of", "length", "tokens per round"),
+        "Where held-out samples stay far below those that are trained on, more data help, and more steps do not.",
+    )
     plots = []
     for key, title, axis in (
         ("loss", "Loss by draft step", "loss"),
@@ -296,21 +135,37 @@ def _training(run: RunDirectory) -> Blocks:
     yield Beside(plots)
     rates = [{"step": one["step"], "of": "learning rate", "rate": one["learning_rate"]} for one in logged]
     yield Folded("Learning rate", [Plot("Learning rate", charts.curves(rates, "of", "rate", "learning rate"))])
-    summary = run.read("head", "training.json")
-    validation = summary["validation"]
+    if summary is None:
+        run.directory("head")  # says what it waits for
+    else:
+        yield Table(("of the training", ""), _of_training(summary))
+
+
+def _lengths(lines: list[dict[str, Any]], summary: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Acceptance lengths along the steps: of training batches, of held-out samples, and measured in the engine."""
+    found = [(one["step"], "training batches, estimated", one.get("acceptance_length")) for one in lines]
+    found += [(one["step"], "held out, in the engine", one.get("measured_acceptance_length")) for one in lines]
+    if summary:
+        held_out = summary["validation"] and summary["validation"]["acceptance_length"]
+        found.append((summary["steps"], "held out, estimated", held_out))
+        found.append((summary["steps"], "held out, in the engine", summary["measured_acceptance_length"]))
+    return [{"step": step, "of": of, "length": length} for step, of, length in found if length is not None]
+
+
+def _of_training(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("samples trained on", f"{summary['samples']:,}"),
         ("optimizer steps", f"{summary['steps']:,}"),
         ("answers' tokens that can be drafted", f"{summary['coverage']:.2%}"),
     ]
-    if validation:
+    if validation := summary["validation"]:
         steps = " ".join(f"{share:.2f}" for share in validation["acceptance"])
         facts.append(("held-out samples", f"{summary['validation_samples']:,}"))
         facts.append(("held-out acceptance length, estimated", f"{validation['acceptance_length']:.2f}"))
         facts.append(("held-out acceptance by draft step", steps))
     if summary["measured_acceptance_length"] is not None:
         facts.append(("held-out acceptance length, in the engine", f"{summary['measured_acceptance_length']:.2f}"))
-    yield Table(("of the training", ""), facts)
+    return facts
 
 
 def _corpus(run: RunDirectory) -> Blocks:
@@ -343,10 +198,21 @@ def _settings(run: RunDirectory) -> Blocks:
             (path.name, f"graft {record.get('stage', '?')}", took, versions or "not told", record["fingerprint"])
         )
     yield Table(("directory", "made by", "took", "versions", "fingerprint"), rows, figures=False)
+    devices = {
+        path.name: read_json(path / MEASURED[path.name.partition("-")[0]]).get("device") for path in _measured(run)
+    }
+    told = [(name, ", ".join(f"{part} {value}" for part, value in one.items())) for name, one in devices.items() if one]
+    if told:
+        yield Table(("directory", "measured on"), told, figures=False)
     for path, record in records:
         flat = [(name, str(value)) for name, value in _flat(record["settings"]).items()]
         inputs = [(f"input {name}", str(value)) for name, value in record["inputs"].items()]
         yield Folded(f"Settings of {path.name}", [Table(("setting", "value"), flat + inputs, figures=False)])
+
+
+def _measured(run: RunDirectory) -> list[Path]:
+    """The directories of finished stages that measured a device."""
+    return [path for path in run.found() if path.name.partition("-")[0] in MEASURED]
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -354,12 +220,3 @@ def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
     return flat
-
-
-def _methods(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, evaluation["methods"][name]) for name in METHODS]
-
-
-def _by_name(accepted: dict[str, float], name: str) -> float:
-    """Tokens of all sources that people call by one name."""
-    return sum(count for source, count in accepted.items() if NAMES[source] == name)

@@ -69,6 +69,11 @@ def test_help_lists_the_stages_with_a_line_each(installed, tmp_path):
         assert f" {line}" in " ".join(said.split())
 
 
+def test_what_a_report_is_made_of_is_installed(installed):
+    found = {path.name for path in installed.parent.rglob("graft_train/report/page.*")}
+    assert found == {"page.html.jinja", "page.css", "page.js"}
+
+
 def test_the_installed_command_goes_the_road_and_accelerate_trains_the_same_head(installed, tmp_path):
     write_sources(tmp_path / "sources")
     settings = tiny_config(tmp_path / "run", tmp_path / "sources")

@@ -27,12 +27,6 @@ def test_one_process_cannot_share_a_target_out(tmp_path, shard, message):
         make_accelerator(HeadTrainConfig(shard_target=shard, mixed_precision="no"), torch.device("cpu"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["clearml", "diary"])
-def test_a_tracker_that_is_not_there_is_named_before_anything_runs(tmp_path, name):
-    with pytest.raises(GraftError, match=rf"head\.trackers names {name}, which .*it finds .*wandb"):
-        distill(make_run(tmp_path, trackers=["wandb", name]))
-
-
 def test_a_target_is_spread_or_shared_out_but_not_both(tmp_path):
     config = make_run(tmp_path)
     config.target.device_map = "auto"

@@ -4,7 +4,7 @@ import pytest
 
 from graft_train.report import report
 
-from ..calibrate.test_calibrate import chain_traces, engine, prompts, traces  # noqa: F401
+from ..calibrate.test_calibrate import chain_traces, engine, prompts, told, traces  # noqa: F401
 from .page_run import write_run
 
 

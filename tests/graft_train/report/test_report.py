@@ -58,6 +58,7 @@ def test_a_finished_run_lacks_nothing(finished_run):
     assert "60 of 61" in shown["corpus"]
     assert "no draft where retrieval promises over 2.25 tokens (8 nodes)" in shown["policy"]
     assert "distill 1.5 min python 3.11" in shown["settings"]
+    assert f"evaluation name {evaluation['device']['name']}" in shown["settings"]
 
 
 def test_plots_hold_the_figures_of_the_files(finished_run):
@@ -72,6 +73,12 @@ def test_plots_hold_the_figures_of_the_files(finished_run):
         assert [row["speedup"] for row in speeds] == [found["speedup"]]
         verify = [row["ms"] for row in rows if row.get("phase") == "verify" and row["method"] == name]
         assert verify == [found["ms_per_round"]["verify"]]
+        stops = {row["checkpoint"]: row["share"] for row in rows if "share" in row and row["method"] == name}
+        assert next(iter(stops)) == "none"
+        rounds = sum(found["checkpoints"].values())
+        assert {stop: share for stop, share in stops.items() if share} == {
+            stop: pytest.approx(100 * count / rounds) for stop, count in found["checkpoints"].items()
+        }
         tokens = [row["tokens"] for row in rows if row.get("source") == "target" and row["method"] == name]
         assert tokens == [found["accepted_per_round"]["bonus"]]
     curve = calibration["calibration_error"]["drafted"]["curves"]["after"]
@@ -80,7 +87,10 @@ def test_plots_hold_the_figures_of_the_files(finished_run):
     promised, met, nodes = zip(*curve, strict=True)
     gaps = sum(abs(p - m) * n for p, m, n in zip(promised, met, nodes, strict=True)) / sum(nodes)
     assert gaps == pytest.approx(calibration["calibration_error"]["drafted"]["after"])
-    assert [row["length"] for row in rows if row.get("of") == "measured in the engine"] == [1.6]
+    lengths = [(row["step"], row["of"], row["length"]) for row in rows if "length" in row]
+    assert (10, "training batches, estimated", 1.5) in lengths
+    assert (20, "held out, estimated", 1.7) in lengths
+    assert (20, "held out, in the engine", 1.6) in lengths
 
 
 @pytest.mark.parametrize(

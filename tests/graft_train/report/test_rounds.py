@@ -18,7 +18,7 @@ from ...graft_inference.tiny_bundle import tiny_tokenizer
 from ..calibrate.test_calibrate import BUDGET, LATENCY, NEW, chains, plans
 
 
-def watched(monkeypatch, engine, prompt, plan):
+def watched(monkeypatch, engine, prompt, plan, temperature, seed):
     """The text that the engine wrote, and what it verified in each round: trees and which nodes were accepted."""
     seen, judge = [], round_module.judge
 
@@ -29,7 +29,7 @@ def watched(monkeypatch, engine, prompt, plan):
 
     with monkeypatch.context() as patch:
         patch.setattr(round_module, "judge", recorded)
-        out = engine.generate(prompt, NEW, plan=plan)
+        out = engine.generate(prompt, NEW, temperature, plan=plan, seed=seed)
     return out, seen
 
 
@@ -40,10 +40,10 @@ def nodes_of(tree, accepted_N):
     return scores, {int(tree.paths_N[row]) for row in real if accepted_N[row]}
 
 
-def check_rounds(monkeypatch, engine, prompts, traces, plan):
-    rounds = PlanRounds(plan, Replay(traces, LATENCY, BUDGET))
+def check_rounds(monkeypatch, engine, prompts, traces, plan, temperature=0.0):
+    rounds = PlanRounds(plan, Replay(traces, LATENCY, BUDGET, plan.shares_noise))
     for number, prompt in enumerate(prompts):
-        out, seen = watched(monkeypatch, engine, prompt, plan)
+        out, seen = watched(monkeypatch, engine, prompt, plan, temperature, number)
         answer = out.sequences[0, len(prompt) :].tolist()
         start = place = int((traces.prompt_T < number).sum())
         for tree, accepted_N in seen:
@@ -70,6 +70,15 @@ def test_replayed_trees_are_those_that_the_engine_verifies(monkeypatch, engine, 
 
 def test_replayed_chains_are_those_that_the_engine_verifies(monkeypatch, engine, prompts, chain_traces):
     check_rounds(monkeypatch, engine, prompts, chain_traces, chains(chain_traces)["everything"])
+
+
+def test_replayed_trees_are_those_of_draws_whose_noise_is_told(monkeypatch, spelling_engine, prompts, told, tmp_path):
+    plan = replace(plans(told)["everything"], shares_noise=True)
+    check_rounds(monkeypatch, spelling_engine, prompts, told, plan, temperature=0.6)
+    write_json(tmp_path / TEXTS, texts_of(spelling_engine, prompts, [told], 0.6))
+    for answer, prompt in zip(read_texts(tmp_path / TEXTS, told)[0], prompts, strict=True):
+        out = spelling_engine.generate(prompt, NEW, 0.6, plan=plan, seed=answer.number)
+        assert answer.tokens == out.sequences[0, len(prompt) :].tolist()
 
 
 def test_a_round_says_why_drafting_stopped_and_what_it_took(traces):
