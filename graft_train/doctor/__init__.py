@@ -6,6 +6,7 @@ The checks stand in the order in which they are the cause most often.
 """
 
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,7 +58,8 @@ def doctor(options: DoctorOptions) -> None:
     Raises:
         GraftError: what `examine` raises.
     """
-    examined = examine(options)
+    with redirect_stdout(sys.stderr):  # what reading data has to say is none of the result
+        examined = examine(options)
     if options.as_json:
         print(to_json(examined.to_dict()))
     else:

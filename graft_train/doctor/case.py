@@ -20,7 +20,7 @@ from graft_train.data.samples import Sample, read_lines, read_samples
 from graft_train.distill.batches import hold_out, with_room
 from graft_train.stage import RECORD
 
-SAMPLES, LONGEST = 12, 512
+SAMPLES, LONGEST = 12, 2048
 """Answers of each kind that are read, and tokens of prompt and answer: some thousand positions, which tell shares to
 within three points."""
 
@@ -107,11 +107,12 @@ def _place(given: str) -> Path:
 
 
 def _recorded(place: Path) -> str:
-    """The target that a bundle names, of a run its own."""
-    if (place / "graft.json").exists():
-        return recorded_target(place)
-    if (place / "bundle" / "graft.json").exists():
-        return recorded_target(place / "bundle")
+    """The target that a run has within, or that a bundle names."""
+    if (place / "target" / "config.json").is_file():
+        return str(place / "target")
+    for bundle in (place, place / "bundle"):
+        if (bundle / "graft.json").exists():
+            return recorded_target(bundle)
     raise GraftError(f"{place} does not say which target it was made for: pass --target")
 
 
@@ -138,7 +139,9 @@ def _add_data(case: Case, place: Path) -> None:
     if not path.parent.is_dir():
         return
     answers = read_samples(path, "train")
-    case.asked = spread([sample for sample in read_lines(path) if sample.split == "evaluation"])
+    asked = [sample for sample in read_lines(path) if sample.split == "evaluation"]
+    _check_known([*answers, *asked], case.model.config.get_text_config().vocab_size)
+    case.asked = spread(asked)
     record = read_json(head / RECORD, "run its stage again") if (head / RECORD).is_file() else {}
     if record.get("stage") != "distill":  # then it has learned elsewhere, from other answers
         case.held_out = spread(answers)
@@ -154,6 +157,16 @@ def _add_data(case: Case, place: Path) -> None:
     case.held_out = spread([answers[number] for number in held_out])
     known = head / "training.json"
     case.known = read_json(known, "run graft distill again") if known.is_file() else {}
+
+
+def _check_known(samples: list[Sample], vocab_size: int) -> None:
+    """Raises GraftError for a token that the target has no embedding for."""
+    for sample in samples:
+        if max(sample.ids) >= vocab_size:
+            raise GraftError(
+                f"sample {sample.id} holds token {max(sample.ids)}, but the target has {vocab_size} tokens: it is not "
+                "the one that these answers were made with"
+            )
 
 
 def spread(samples: list[Sample]) -> list[Sample]:

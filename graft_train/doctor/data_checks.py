@@ -13,19 +13,23 @@ import torch
 from graft_inference.chat_template import naming_refusals
 from graft_train.data.samples import Sample
 from graft_train.doctor.evidence import Evidence, Read, positions
-from graft_train.doctor.finding import CAUSE, FINE, HINT, Finding, judged, unchecked
+from graft_train.doctor.finding import CAUSE, FINE, HINT, NOT_HERE, Finding, judged, unchecked
 
-# Greedy answers are the target's likeliest tokens but for near ties, which are some per cent. Another model's share
-# is that of two models' agreement on text that one of them wrote, 50 to 80 %.
-AGREES, AGREES_HINT = 0.9, 0.95
-# Drawn answers surprise the target as much as its own draws do, to within 0.1 nats over a thousand tokens. Other
-# authors' texts cost a language model half a nat more and up.
-SURPRISE, SURPRISE_HINT = 0.3, 0.15
-# What cannot be drafted ends every draft that comes to it: one token in ten costs a chain of four a fifth of its
-# drafts. Heads that draft 32,000 of 128,000 tokens reach 97 to 99 %.
+# The target's own answers agree with its likeliest tokens as often as its probabilities say: always, but for near ties,
+# where they are greedy, and to within three points of a thousand tokens where they were drawn. Of what others wrote
+# SmolLM2 agrees with about half (docstrings: 52 %; were they its own at temperature 0.8, it would with 63 %).
+MISSED, MISSED_HINT = 0.07, 0.04
+# Of answers that nobody says how they were drawn greedy ones agree, and draws at temperature 1 at 75 % or so.
+UNTOLD, UNTOLD_HINT = 0.7, 0.9
+# What cannot be drafted ends every draft that comes to it: one token in ten costs a chain of four faultless drafts a
+# quarter of them. On held-out answers of SmolLM2's 97 % are covered by 8,192 tokens chosen from 368 answers, 91 % by
+# 4,096 from 240.
 COVERED, COVERED_HINT = 0.9, 0.95
 # Templates end all questions alike. A few may be cut or of another kind; half of them are another template.
 FRAMED, FRAMED_HINT = 0.5, 0.95
+# Language models' logits are about 20, where bfloat16 counts in steps of an eighth; SmolLM2's best two are as near at
+# 5 % of the positions. At one in seven, rounding ends as many drafts as a good head's own errors do.
+TIED, TIED_HINT = 0.15, 0.08
 ASKED = "graftdoctorasks"
 DATES = re.compile("|".join([r"\d+", *month_name[1:], *month_abbr[1:]]))
 
@@ -34,45 +38,48 @@ def check_answers(evidence: Evidence) -> Finding:
     """Whether the target wrote the answers that the head was trained on."""
     name = "answers"
     if not evidence.trained:
-        return unchecked(name, "the answers that the head was trained on are not here")
-    greedy = [read for read in evidence.trained if read.temperature == 0]
-    drawn = [read for read in evidence.trained if read.temperature != 0]
-    agrees, surprise = _agreement(evidence.trained), _surprise(drawn)
-    verdicts, said, figures = [], [], {"agreement": agrees}
-    if greedy:
-        verdicts.append(judged(_agreement(greedy), AGREES, AGREES_HINT))
-        said.append(f"{_agreement(greedy):.0%} of the greedy answers' tokens are the target's likeliest ones")
-    if drawn:
-        figures["excess_surprise"] = surprise
-        own = judged(-surprise, -SURPRISE, -SURPRISE_HINT)
-        # Of answers that nobody says how they were drawn some are greedy, and surprise less.
-        verdicts.append(FINE if _agreement(drawn) >= AGREES_HINT else own)
-        said.append(f"the others' tokens surprise the target by {surprise:+.2f} nats against its own draws")
+        return unchecked(name, NOT_HERE)
+    told = [read for read in evidence.trained if read.temperature is not None]
+    untold = [read for read in evidence.trained if read.temperature is None]
+    verdicts, said, figures = [], [], {}
+    if told:
+        figures["agreement"], figures["expected"], chance = agreement(told)
+        missed = figures["expected"] - figures["agreement"] - 2 * chance
+        verdicts.append(judged(-missed, -MISSED, -MISSED_HINT))
+        said.append(
+            f"{figures['agreement']:.0%} of the answers' tokens are the target's likeliest ones, "
+            f"{figures['expected']:.0%} of its own would be"
+        )
+    if untold:
+        figures["agreement_untold"], *_ = agreement(untold)
+        verdicts.append(judged(figures["agreement_untold"], UNTOLD, UNTOLD_HINT))
+        said.append(
+            f"{figures['agreement_untold']:.0%} are its likeliest ones in answers that it is not known to have written"
+        )
     return Finding(
         name,
         CAUSE if CAUSE in verdicts else HINT if HINT in verdicts else FINE,
         "; ".join(said),
-        "95 % and up of greedy answers; drawn ones surprise it by 0.1 nats more at most",
+        "as many as of its own, to within three points",
         "let this very target answer, and train again: graft regenerate regenerate.answers=target, graft distill",
         figures,
     )
 
 
-def _agreement(reads: Sequence[Read]) -> float:
-    return float(torch.cat([read.predicted.agrees_A for read in reads]).float().mean()) if reads else 1.0
-
-
-def _surprise(reads: Sequence[Read]) -> float:
-    if not reads:
-        return 0.0
-    return float(torch.cat([read.predicted.surprise_A - read.predicted.entropy_A for read in reads]).mean())
+def agreement(reads: Sequence[Read]) -> tuple[float, float, float]:
+    """The share of tokens that are the target's likeliest ones; what it is of the target's own answers, and by how much
+    that varies by chance (a standard error)."""
+    agrees_A = torch.cat([read.predicted.agrees_A for read in reads]).float()
+    likeliest_A = torch.cat([read.predicted.likeliest_A for read in reads])
+    error = (likeliest_A * (1 - likeliest_A)).sum().sqrt() / len(likeliest_A)
+    return agrees_A.mean().item(), likeliest_A.mean().item(), error.item()
 
 
 def check_template(tokenizer: Any, variables: dict[str, Any], trained: Sequence[Sample] | None) -> Finding:
     """Whether the prompts of the training were written by the chat template as it is used now."""
     name = "template"
     if not trained:
-        return unchecked(name, "the prompts that the head was trained on are not here")
+        return unchecked(name, NOT_HERE)
     if not tokenizer.chat_template:
         return unchecked(name, "the target has no chat template")
     with naming_refusals():
@@ -149,22 +156,17 @@ def check_ties(evidence: Evidence) -> Finding:
     reads = [*evidence.trained, *evidence.held_out, *evidence.yours]
     if not reads:
         return unchecked("ties", "there are no answers to look at")
-    best, gap = (torch.cat([getattr(read.predicted, name) for read in reads]) for name in ("best_A", "gap_A"))
-    share = float((gap <= bf16_step(best)).float().mean())
+    tied = torch.cat([read.predicted.gap_A <= bf16_step(read.predicted.best_A) for read in reads])
+    share = float(tied.float().mean())
     return Finding(
         "ties",
         judged(-share, -TIED, -TIED_HINT),
         f"at {share:.1%} of {positions(reads):,} positions the target's best two logits are within a step of bfloat16",
-        "1 to 4 %",
+        "some 5 %",
         "serve in float32 (target.dtype=float32) or float16 where that fits; where it does not, no head foretells "
         "these tokens",
         {"tied": share},
     )
-
-
-# Language models' logits are about 20, where bfloat16 counts in steps of an eighth; so near are one to four per cent of
-# the best two. At one in seven, rounding ends as many drafts as a good head's own errors do.
-TIED, TIED_HINT = 0.15, 0.08
 
 
 def bf16_step(value_A: torch.Tensor) -> torch.Tensor:

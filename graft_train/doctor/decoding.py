@@ -1,14 +1,18 @@
 """The engine at work for a few seconds: answers to prompts that have none, what rounds cost here, and the fallback."""
 
+import sys
+import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from graft_inference import GraftEngine, GraftError, Policy
+from graft_inference import GenerationStats, GraftEngine, GraftError, Policy
 from graft_inference.bundle import Bundle
 from graft_inference.heads.families import most_steps
 from graft_inference.policy.fallback import AS_PLANNED, MEASURED
@@ -26,6 +30,8 @@ TIMED, TIMED_TOKENS = 3, 48
 """Prompts on which rounds are timed, and tokens of each."""
 SERVED, ENOUGH = 100, 20
 """Rounds of the learned plan that are looked at where prompts last, and those without which nothing is said."""
+UNDISTURBED = 0.7
+"""Processor seconds of this process in a second, of a process that has a core for itself."""
 OWN = "questions"
 """What a bundle is asked that brings no text: see `data.path`."""
 
@@ -57,11 +63,16 @@ class Cost:
 
 @dataclass
 class Fallen:
-    """Rounds of the learned plan, and how many of them the fallback did not leave it."""
+    """Attributes:
+    rounds: of the learned plan, and those that the fallback gave to a narrower one or to none.
+    speculates: whether it is a plan of more than plain decoding.
+    busy: whether other processes took so much of this machine that its times say little.
+    """
 
     rounds: int
     fallen: int
     speculates: bool
+    busy: bool = False
 
 
 @dataclass
@@ -83,13 +94,14 @@ def prompts_of(case: Case, path: str, variables: dict[str, object]) -> list[Samp
     Raises:
         GraftError: none there, or the target has no chat template and they are conversations.
     """
+    if path == OWN and not case.tokenizer.chat_template:
+        raise GraftError("there are no answers to look at, and the target has no chat template: pass --prompts FILE")
     chat = Chat(case.tokenizer, set(case.ends), variables, case.model.config.get_text_config().vocab_size)
     data = DataConfig(path=path)
     try:
         made = build_prompts(read_documents(data), chat, data, count=SAMPLES, max_tokens=LONGEST, seed=0)
     except GraftError as error:
-        where = f"--prompts {path}" if path != OWN else "no text to look at, so pass --prompts FILE"
-        raise GraftError(f"{where}: {error}") from error
+        raise GraftError(f"--prompts {path}: {error}") from error
     return [Sample(prompt.id, "evaluation", prompt.ids) for prompt in made]
 
 
@@ -107,7 +119,11 @@ def decode(case: Case, yours: Sequence[Sample]) -> Decoded:
     policy = case.policy or Policy(plan, plan, AUTOREGRESSIVE)
     # The engine casts and packs what it is given, and the head is looked at as it is.
     bundle = Bundle(deepcopy(case.head), policy, case.successors)
-    engine = GraftEngine.from_bundle(bundle, case.model, tokenizer=case.tokenizer, fallback=False)
+    with warnings.catch_warnings(record=True) as told:  # such as of a policy that was learned on another device
+        warnings.simplefilter("always")
+        engine = GraftEngine.from_bundle(bundle, case.model, tokenizer=case.tokenizer, fallback=False)
+    for warning in told:
+        print(f"doctor: note: {warning.message}", file=sys.stderr)
     engine.eos_token_ids = case.ends
     try:
         missing = [] if case.held_out else case.asked
@@ -138,22 +154,36 @@ def _room(engine: GraftEngine, prompt: int, tokens: int) -> int:
 
 def _cost(engine: GraftEngine, prompts: Sequence[torch.Tensor]) -> Cost | None:
     """Plain decoding and the head's own plan in turns, after a warm-up of both."""
-    plan, seconds, rounds = engine.policy.eagle3, Counter[str](), Counter[str]()
-    emitted = 0
-    for number, prompt in enumerate([prompts[0], *prompts] if prompts else []):
-        for method in ("autoregressive", "eagle3"):
-            stats = engine.generate(prompt, _room(engine, len(prompt), TIMED_TOKENS), method=method).stats
-            if number:
-                seconds[method] += stats.decode_seconds
-                rounds[method] += stats.rounds
-                if method == "eagle3":
-                    seconds["draft"] += stats.seconds["draft"]
-                    emitted += stats.emitted - 1
-    if not (rounds["autoregressive"] and rounds["eagle3"]):
+    methods, plan = ("autoregressive", "eagle3"), engine.policy.eagle3
+    runs: dict[str, list[GenerationStats]] = {method: [] for method in methods}
+    for prompt in [*prompts[:1], *prompts]:
+        for method in methods:
+            runs[method].append(engine.generate(prompt, _room(engine, len(prompt), TIMED_TOKENS), method=method).stats)
+    plain, own = (sum_of(runs[method][1:]) for method in methods)
+    if not (plain.rounds and own.rounds):
         return None
-    plain_ms, round_ms = (1e3 * seconds[name] / rounds[name] for name in ("autoregressive", "eagle3"))
-    draft_ms = 1e3 * seconds["draft"] / rounds["eagle3"]
-    return Cost(plain_ms, draft_ms, round_ms, emitted / rounds["eagle3"], plan.num_steps, plan.num_draft_tokens)
+    return Cost(
+        plain_ms=1e3 * plain.seconds / plain.rounds,
+        draft_ms=1e3 * own.drafting / own.rounds,
+        round_ms=1e3 * own.seconds / own.rounds,
+        acceptance_length=own.tokens / own.rounds,
+        steps=plan.num_steps,
+        nodes=plan.num_draft_tokens,
+    )
+
+
+class Sums(NamedTuple):
+    """Of several generations; the prefill and its token are not counted."""
+
+    rounds: int
+    tokens: int
+    seconds: float
+    drafting: float
+
+
+def sum_of(runs: Sequence[GenerationStats]) -> Sums:
+    rows = [(run.rounds, run.emitted - 1, run.decode_seconds, run.seconds["draft"]) for run in runs]
+    return Sums(*map(sum, zip(*rows, strict=True))) if rows else Sums(0, 0, 0.0, 0.0)
 
 
 def _fallen(engine: GraftEngine, prompts: Sequence[torch.Tensor]) -> Fallen | None:
@@ -163,9 +193,12 @@ def _fallen(engine: GraftEngine, prompts: Sequence[torch.Tensor]) -> Fallen | No
         return Fallen(1, 1, speculates=False)
     chosen: Counter[str] = Counter()
     engine.fallback = True
+    started, used = time.perf_counter(), time.process_time()
     for prompt in prompts:
         if sum(chosen.values()) < SERVED:
             chosen += engine.generate(prompt, _room(engine, len(prompt), TIMED_TOKENS), method="graft").stats.fallback
     engine.fallback = False
+    share = (time.process_time() - used) / (time.perf_counter() - started)
+    busy = engine.target.device.type == "cpu" and share < UNDISTURBED
     rounds = sum(chosen.values()) - chosen[MEASURED]
-    return Fallen(rounds, rounds - chosen[AS_PLANNED], speculates=True) if rounds >= ENOUGH else None
+    return Fallen(rounds, rounds - chosen[AS_PLANNED], speculates=True, busy=busy) if rounds >= ENOUGH else None

@@ -40,6 +40,8 @@ def check_fallback(fallen: Fallen | None, has_policy: bool) -> Finding:
         return unchecked("fallback", why)
     share = 1 - fallen.fallen / fallen.rounds
     seen = f"{share:.0%} of {fallen.rounds:,} rounds were made as planned"
+    if fallen.busy:
+        return unchecked("fallback", f"{seen}, but other processes are at work here, and it goes by times")
     return Finding(
         "fallback",
         judged(share, PLANNED, PLANNED_HINT),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.model import BlockHead
@@ -39,14 +40,12 @@ class Predicted:
 
     Attributes:
         agrees_A: whether the token is its likeliest one.
-        surprise_A: -log P(token), at the temperature that drew it, in nats.
-        entropy_A: what that is on average where the target draws, in nats.
+        likeliest_A: the probability of that one at the temperature that drew the answer: how often its own draws agree.
         best_A, gap_A: its best logit, and by how much the second is less.
     """
 
     agrees_A: Tensor
-    surprise_A: Tensor
-    entropy_A: Tensor
+    likeliest_A: Tensor
     best_A: Tensor
     gap_A: Tensor
 
@@ -71,7 +70,8 @@ class Evidence:
     """Attributes:
     trained, held_out, yours: answers that the head was trained on, others of the same kind, and those to the
         user's own prompts.
-    measured: what `acceptance` found, by head and group.
+    layers: of the target, whose outputs were kept.
+    steps: draft steps that are looked at.
     """
 
     target: PackedTarget
@@ -97,6 +97,7 @@ class Evidence:
 
     @torch.no_grad()
     def sums(self, reads: Sequence[Read], head: Head | None = None) -> StepSums:
+        """What `acceptance` is made of."""
         head = head or self.head
         strategy = strategy_of(head, self.target, self.steps).to(self.target.device).eval()
         embed = getattr(head, "embed_tokens", None) or self.target.embed
@@ -113,13 +114,8 @@ class Evidence:
 
     def read(self, samples: Sequence[Sample], what: str) -> list[Read]:
         """The target's reading of these answers; those of one token, which no draft foretells, are left out."""
-        vocab_size, found = self.target.config.vocab_size, []
+        found = []
         for sample in tqdm(samples, desc=f"doctor: {what}", unit="answer", leave=False):
-            if max(sample.ids) >= vocab_size:
-                raise GraftError(
-                    f"sample {sample.id} holds token {max(sample.ids)}, but the target has {vocab_size} tokens: it is "
-                    "not the one that these answers were made with"
-                )
             one = TokenSample(torch.tensor(sample.ids, dtype=torch.long), sample.loss_mask_S)
             if (one.loss_mask_S[1:-1] & one.loss_mask_S[2:]).any():
                 temperature = sample.sampling.get("temperature")
@@ -139,12 +135,10 @@ class Evidence:
             logits_AV = F.linear(states.final_SH[chunk_A.to(lm_head_VH.device)], lm_head_VH).float()
             token_A1 = sample.tokens_S[chunk_A + 1].to(logits_AV.device)[:, None]
             top_A2 = logits_AV.topk(2, dim=-1)
-            logp_AV = (logits_AV / (temperature or 1.0)).log_softmax(dim=-1)
             rows.append(
                 (
                     top_A2.indices[:, 0] == token_A1[:, 0],
-                    -logp_AV.gather(1, token_A1)[:, 0],
-                    torch.special.entr(logp_AV.exp()).sum(dim=-1),
+                    _likeliest(logits_AV, temperature),
                     top_A2.values[:, 0],
                     top_A2.values[:, 0] - top_A2.values[:, 1],
                 )
@@ -180,7 +174,7 @@ class Evidence:
 
 
 @contextmanager
-def evidence_of(model: object, head: Head, layers: tuple[int, ...], steps: int) -> Iterator[Evidence]:
+def evidence_of(model: PreTrainedModel, head: Head, layers: tuple[int, ...], steps: int) -> Iterator[Evidence]:
     """Reads with this model while the block runs; it is given back as it was.
 
     Args:
@@ -190,7 +184,7 @@ def evidence_of(model: object, head: Head, layers: tuple[int, ...], steps: int) 
     Raises:
         GraftError: a family that cannot be read so, or a head that cannot be run beside its target's embeddings.
     """
-    target = PackedTarget(model, layers)  # type: ignore[arg-type]
+    target = PackedTarget(model, layers)
     try:
         head = head.float()
         if possible_copies(head):
@@ -201,6 +195,14 @@ def evidence_of(model: object, head: Head, layers: tuple[int, ...], steps: int) 
         yield Evidence(target, head.to(target.device), layers, steps)
     finally:
         target.release()
+
+
+def _likeliest(logits_AV: Tensor, temperature: float | None) -> Tensor:
+    """Of each position, how often a draw is the likeliest token; nobody's temperature is taken to be 1."""
+    if temperature == 0:
+        return torch.ones_like(logits_AV[:, 0])
+    scaled_AV = logits_AV / (temperature or 1.0)
+    return (scaled_AV.amax(dim=-1) - scaled_AV.logsumexp(dim=-1)).exp()
 
 
 def strategy_of(head: Head, target: PackedTarget, steps: int) -> Strategy:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 CAUSE, HINT, FINE, UNCHECKED = "cause", "hint", "fine", "not checked"
 VERDICTS = (CAUSE, HINT, FINE, UNCHECKED)
 """The worst first. A hint is worth a look, and not by itself why acceptance is low."""
+NOT_HERE = "no answer is here that the head was trained on"
+"""Why much of a bundle's or an adopted head's training cannot be checked."""
 
 
 @dataclass(frozen=True)

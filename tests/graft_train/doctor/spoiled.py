@@ -162,7 +162,7 @@ def prompts(world: World) -> DoctorOptions:
 def cost(world: World) -> DoctorOptions:
     """The same function, by a thousand times as many neurons, most of which say nothing."""
     run = world.copied("cost")
-    head, width = load_head(run / "head"), 1 << 17
+    head, width = load_head(run / "head"), 1 << 16
     tensors, size = dict(head.state_dict()), head.config.intermediate_size
     for name in ("gate_proj", "up_proj"):
         weight = tensors[f"midlayer.mlp.{name}.weight"]

@@ -1,8 +1,10 @@
 """`graft doctor`: what it can be given, what it says without a part of it, and what it refuses."""
 
 import json
+import re
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,9 +36,9 @@ def pair(tmp_path_factory):
     return write_bundle(root / "bundle", target), target
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"what is {word}"}) for word in ("this", "that", "it")))
     return path
 
@@ -69,13 +71,20 @@ def made_run(directory, pair, **settings):
     return directory
 
 
-def test_a_bundle_is_examined_on_prompts_and_says_what_it_lacks(pair, prompts):
+@pytest.fixture(scope="module")
+def bundle_examined(pair, prompts):
+    before = {path: path.read_bytes() for path in pair[0].rglob("*") if path.is_file()}
     found = examined(pair[0], "--prompts", prompts)
-    by_name = {finding["name"]: finding for finding in found["findings"]}
-    assert found["target"] == str(pair[1])  # which the bundle names
-    assert set(found["lengths"]) <= {"yours", "decoded"}
+    assert {path: path.read_bytes() for path in pair[0].rglob("*") if path.is_file()} == before
+    return found
+
+
+def test_a_bundle_is_examined_on_prompts_and_says_what_it_lacks(bundle_examined, pair):
+    by_name = {finding["name"]: finding for finding in bundle_examined["findings"]}
+    assert bundle_examined["target"] == str(pair[1])  # which the bundle names
+    assert set(bundle_examined["lengths"]) <= {"yours", "decoded"}
     assert {by_name[name]["verdict"] for name in ("answers", "template", "under-training")} == {UNCHECKED}
-    assert "not here" in by_name["answers"]["seen"]
+    assert "no answer is here" in by_name["answers"]["seen"]
     assert by_name["cost"]["figures"]["pays_from"] > 0
 
 
@@ -107,11 +116,21 @@ def test_a_head_from_elsewhere_is_not_held_against_this_run_s_answers(pair, tmp_
     assert "held_out" in found["lengths"]
 
 
+def test_nothing_but_the_result_is_on_stdout(pair, tmp_path):
+    place = made_run(tmp_path / "run", pair, max_length=17)
+    rows = [answered(f"long{n}@0", [1] * 17, [2, 3], {"temperature": 0.0}) for n in range(2)]
+    with (place / "data" / "samples.jsonl").open("ab") as file:
+        file.write(b"".join(map(to_line, rows)))
+    done = run(place, "--json", "--target", pair[1])
+    assert json.loads(done.stdout)["findings"]
+    assert "2 of 26 samples fill head.max_length=17" in done.stderr
+
+
 def test_a_block_head_is_examined_too(pair, tmp_path):
     place = made_run(tmp_path / "run", pair)
     for name in ("config.json", "model.safetensors"):
         (place / "head" / name).unlink()
-    save_block_head(tiny_block_head(tiny_model("llama")), place / "head", torch.float32)
+    save_block_head(tiny_block_head(tiny_model("llama"), block_size=4), place / "head", torch.float32)
     found = examined(place, "--target", pair[1])
     assert {"trained", "held_out"} <= set(found["lengths"])
     taps = next(finding for finding in found["findings"] if finding["name"] == "taps")
@@ -133,8 +152,7 @@ def test_what_the_target_says_of_an_answer_is_what_its_logits_say():
     with evidence_of(model, head, (0, 1, 3), 3) as evidence:
         read = evidence.read([answered("s@0", ids[:5].tolist(), ids[5:].tolist(), {"temperature": 0.5})], "it")[0]
     logp_AV = (logits_SV[4:-1] / 0.5).log_softmax(dim=-1)
-    torch.testing.assert_close(read.predicted.surprise_A, -logp_AV[range(7), ids[5:]], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(read.predicted.entropy_A, -(logp_AV.exp() * logp_AV).sum(1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read.predicted.likeliest_A, logp_AV.exp().amax(1), atol=1e-4, rtol=1e-4)
     assert torch.equal(read.predicted.agrees_A, logits_SV[4:-1].argmax(1) == ids[5:])
     best = logits_SV[4:-1].topk(2).values
     torch.testing.assert_close(read.predicted.gap_A, best[:, 0] - best[:, 1], atol=1e-4, rtol=1e-4)
@@ -262,7 +280,8 @@ def test_without_text_and_template_prompts_are_asked_for(pair, tmp_path):
     assert "--prompts FILE" in done.output
 
 
-def test_nothing_is_changed(pair, prompts):
-    before = {path: path.read_bytes() for path in pair[0].rglob("*") if path.is_file()}
-    examined(pair[0], "--prompts", prompts)
-    assert {path: path.read_bytes() for path in pair[0].rglob("*") if path.is_file()} == before
+def test_the_page_has_every_check_in_their_order(bundle_examined):
+    said = (Path(__file__).parents[3] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    names = re.findall(r"^## `(.+)`$", said, re.MULTILINE)
+    assert names == re.findall(r"^\| \[`(.+?)`\]", said, re.MULTILINE)
+    assert {finding["name"] for finding in bundle_examined["findings"]} == set(names)

@@ -57,7 +57,7 @@ def turn(choose: random.Random, domain: str) -> tuple[str, str]:
     return choose.choice(ASKED[domain]), choose.choice(WORDS[domain])
 
 
-def train_target(directory: Path, seed: int, steps: int = 300) -> Path:
+def train_target(directory: Path, seed: int, steps: int = 240) -> Path:
     """A target of four layers that speaks by these rules, and four more that change nothing but take their time."""
     follows, choose = rules(seed), random.Random(seed)
 
