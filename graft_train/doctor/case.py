@@ -121,6 +121,7 @@ def _successors(corpus: Path, name: str, config: Any, tokenizer: Any) -> Success
     if not corpus.is_dir():
         return SuccessorMatrix.empty(config.vocab_size, 1, torch.device("cpu"))
     made_for = describe_target(name, config, tokenizer)
+    del made_for["name_or_path"]  # it may lie elsewhere by now
     return load_successors(corpus / "successors.safetensors", config.vocab_size, made_for)
 
 

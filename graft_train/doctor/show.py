@@ -12,7 +12,7 @@ from rich.text import Text
 from graft_train.doctor.finding import CAUSE, FINE, HINT, UNCHECKED, Finding
 
 STYLES = {CAUSE: "bold red", HINT: "yellow", FINE: "green", UNCHECKED: "dim"}
-WHOSE = {"trained": "trained on", "held_out": "held out", "yours": "your prompts"}
+WHOSE = {"trained": "on training answers", "held_out": "on other answers", "yours": "on answers to your prompts"}
 
 
 def show(place: str, target: str, lengths: dict[str, float], steps: int, findings: list[Finding]) -> None:

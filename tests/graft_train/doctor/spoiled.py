@@ -139,7 +139,7 @@ def over_training(world: World) -> DoctorOptions:
     """Four answers, again and again."""
     config = world.config("over")
     config.regenerate = replace(config.regenerate, samples=4)
-    config.head = replace(config.head, epochs=60, validation_samples=0)
+    config.head = replace(config.head, epochs=150, validation_samples=0)
     return world.options(world.trained("over", config))
 
 
@@ -150,7 +150,9 @@ def depth(world: World) -> DoctorOptions:
 
 def context(world: World) -> DoctorOptions:
     """It never saw more than one short question."""
-    run = world.trained("context", world.config("context", write_prompts(world.root / "one.jsonl", "a", 200, turns=1)))
+    run = world.trained(
+        "context", world.config("context", write_prompts(world.root / "one.jsonl", "a", 200, turns=(1,)))
+    )
     return world.options(run)
 
 

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from graft_inference.bundle import tokenizer_hash
 from graft_inference.heads.block.checkpoint import save_block_head
 from graft_train.cli import main
 from graft_train.data.samples import Sample, answered, to_line
@@ -19,7 +20,7 @@ from graft_train.doctor.evidence import evidence_of
 from graft_train.doctor.finding import UNCHECKED
 from tests.graft_inference.test_block_drafter import tiny_block_head
 from tests.graft_inference.tiny import VOCAB, tiny_head, tiny_model
-from tests.graft_inference.tiny_bundle import tiny_tokenizer, write_bundle, write_target
+from tests.graft_inference.tiny_bundle import tiny_successors, tiny_tokenizer, write_bundle, write_target
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32")
 
@@ -227,6 +228,14 @@ def broken_weights(pair, tmp_path):
     return place, ["--target", pair[1]]
 
 
+def another_corpus(pair, tmp_path, tokenizer="0" * 64):
+    place = made_run(tmp_path / "run", pair)
+    (place / "corpus").mkdir()
+    made_for = {"made_for": json.dumps({"name_or_path": "elsewhere", "vocab_size": VOCAB, "tokenizer": tokenizer})}
+    save_file(tiny_successors(), place / "corpus" / "successors.safetensors", made_for)
+    return place, ["--target", pair[1]]
+
+
 def no_prompts(pair, tmp_path):
     return pair[0], ["--prompts", tmp_path / "none.jsonl"]
 
@@ -253,6 +262,7 @@ def no_value(pair, tmp_path):
         (foreign_samples, f"holds token {VOCAB}"),
         (untold_training, "does not say how the head was trained"),
         (broken_weights, "fc.weight"),
+        (another_corpus, "built for another target: its tokenizer"),
         (no_prompts, "--prompts"),
         (unknown_variable, "does not know enable_thinking"),
         (no_value, "write NAME=VALUE"),
@@ -265,6 +275,11 @@ def test_bad_input_is_told_in_one_line(pair, tmp_path, monkeypatch, make, told):
     assert done.exit_code == 1, done.output
     assert told in done.output
     assert isinstance(done.exception, SystemExit)
+
+
+def test_a_run_may_have_moved(pair, tmp_path):
+    place, arguments = another_corpus(pair, tmp_path, tokenizer_hash(tiny_tokenizer()))
+    assert examined(place, *arguments)["findings"]
 
 
 def refuse(*_):

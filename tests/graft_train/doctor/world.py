@@ -27,7 +27,7 @@ SPARE = [f"spare{number}" for number in range(22)]
 """Tokens that nothing says, as every large vocabulary has them."""
 VOCABULARY = [*SPECIAL, *WORDS["a"], *WORDS["b"], *ASKED["a"], *ASKED["b"], *SPARE]
 IDS = {word: number for number, word in enumerate(VOCABULARY)}
-POSITIONS = 192
+POSITIONS, TAPS = 192, [1, 3]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} <end> {% else %}"
     "<assistant> {{ m.content }} <end> {% endif %}{% endfor %}"
@@ -57,7 +57,7 @@ def turn(choose: random.Random, domain: str) -> tuple[str, str]:
     return choose.choice(ASKED[domain]), choose.choice(WORDS[domain])
 
 
-def train_target(directory: Path, seed: int, steps: int = 240) -> Path:
+def train_target(directory: Path, seed: int, steps: int = 300) -> Path:
     """A target of four layers that speaks by these rules, and four more that change nothing but take their time."""
     follows, choose = rules(seed), random.Random(seed)
 
@@ -75,7 +75,7 @@ def train_target(directory: Path, seed: int, steps: int = 240) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps + 1, pct_start=0.1)
     for _ in range(steps):
-        ids_BS = torch.tensor([row() for _ in range(4)])
+        ids_BS = torch.tensor([row() for _ in range(6)])
         model(input_ids=ids_BS, labels=ids_BS).loss.backward()
         optimizer.step()
         schedule.step()
@@ -111,12 +111,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def write_prompts(path: Path, domain: str, count: int, turns: int = 5, seed: int = 0) -> Path:
-    """Conversations of one to so many turns, of which the last is to be answered."""
+def write_prompts(
+    path: Path, domain: str, count: int, turns: tuple[int, ...] = (1, 2, 4, 8, 12), seed: int = 0
+) -> Path:
+    """Conversations of so many turns, of which the last is to be answered."""
     choose, follows, lines = random.Random(seed), rules(0), []
     for number in range(count):
         messages = []
-        for _ in range(choose.randrange(turns)):
+        for _ in range(choose.choice(turns) - 1):
             key, word = turn(choose, domain)
             messages.append({"role": "user", "content": f"{key} {word}"})
             messages.append({"role": "assistant", "content": " ".join(answer(follows, key, word))})
@@ -135,7 +137,7 @@ def run_config(run: Path, target: Path, prompts: Path) -> Config:
         data=DataConfig(path=str(prompts), calibration_share=0.05, evaluation_share=0.1),
         regenerate=RegenerateConfig(samples=200, held_out=8, max_new_tokens=20, batch=32, temperatures=[0.0]),
         head=HeadTrainConfig(
-            aux_layer_ids=[1, 2, 3],
+            aux_layer_ids=TAPS,
             draft_vocab_size=len(VOCABULARY),
             ttt_steps=4,
             step_decay=1.0,
