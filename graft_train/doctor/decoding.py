@@ -17,6 +17,7 @@ from graft_inference.bundle import Bundle
 from graft_inference.heads.families import most_steps
 from graft_inference.policy.fallback import AS_PLANNED, MEASURED
 from graft_inference.policy.plan import AUTOREGRESSIVE, Plan, QuotaCheckpoint, QuotaPlan
+from graft_inference.target.model import max_positions
 from graft_train.config.data import DataConfig
 from graft_train.data.chat import Chat
 from graft_train.data.documents import read_documents
@@ -96,10 +97,11 @@ def prompts_of(case: Case, path: str, variables: dict[str, object]) -> list[Samp
     """
     if path == OWN and not case.tokenizer.chat_template:
         raise GraftError("there are no answers to look at, and the target has no chat template: pass --prompts FILE")
-    chat = Chat(case.tokenizer, set(case.ends), variables, case.model.config.get_text_config().vocab_size)
+    config = case.model.config.get_text_config()
+    chat, room = Chat(case.tokenizer, set(case.ends), variables, config.vocab_size), max_positions(config) - ANSWER
     data = DataConfig(path=path)
     try:
-        made = build_prompts(read_documents(data), chat, data, count=SAMPLES, max_tokens=LONGEST, seed=0)
+        made = build_prompts(read_documents(data), chat, data, count=SAMPLES, max_tokens=min(LONGEST, room), seed=0)
     except GraftError as error:
         raise GraftError(f"--prompts {path}: {error}") from error
     return [Sample(prompt.id, "evaluation", prompt.ids) for prompt in made]
@@ -126,10 +128,11 @@ def decode(case: Case, yours: Sequence[Sample]) -> Decoded:
         print(f"doctor: note: {warning.message}", file=sys.stderr)
     engine.eos_token_ids = case.ends
     try:
-        missing = [] if case.held_out else case.asked
+        known = [*case.asked, *case.held_out, *(case.trained or [])]
+        known = [sample for sample in known if len(sample.prompt_ids) < engine.target.max_positions]
+        missing = [] if case.held_out else [sample for sample in known if not sample.answers]
         decoded = Decoded(_answered(engine, yours, "your prompts"), _answered(engine, missing, "held-out prompts"))
-        asked = [*yours, *case.asked, *case.held_out, *(case.trained or [])]
-        prompts = [torch.tensor(sample.prompt_ids) for sample in asked]
+        prompts = [torch.tensor(sample.prompt_ids) for sample in [*yours, *known]]
         decoded.cost = _cost(engine, prompts[:TIMED])
         if case.policy is not None:
             decoded.fallen = _fallen(engine, prompts)

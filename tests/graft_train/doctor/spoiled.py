@@ -84,7 +84,7 @@ def healthy_otherwise(world: World) -> DoctorOptions:
 
 def answers(world: World) -> DoctorOptions:
     """Another model, which knows other rules, wrote the answers."""
-    other = train_target(world.root / "other", seed=1, steps=120)
+    other = train_target(world.root / "other", seed=1, steps=60)
     config = world.config("answers")
     config.target = replace(config.target, name_or_path=str(other))
     regenerate(config)

@@ -240,6 +240,12 @@ def no_prompts(pair, tmp_path):
     return pair[0], ["--prompts", tmp_path / "none.jsonl"]
 
 
+def long_prompts(pair, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "q" * 250}))  # an answer does not fit behind it
+    return pair[0], ["--prompts", path]
+
+
 def unknown_variable(pair, tmp_path):
     return pair[0], ["--template-variable", "enable_thinking=false"]
 
@@ -264,6 +270,7 @@ def no_value(pair, tmp_path):
         (broken_weights, "fc.weight"),
         (another_corpus, "built for another target: its tokenizer"),
         (no_prompts, "--prompts"),
+        (long_prompts, "none of 1 documents gives a prompt"),
         (unknown_variable, "does not know enable_thinking"),
         (no_value, "write NAME=VALUE"),
     ],
