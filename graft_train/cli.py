@@ -69,6 +69,38 @@ def _inspect(bundle: str) -> None:
 
 main.add_command(_inspect)
 
+DOCTOR_HELP = """Say why the acceptance length of PLACE is low: a run directory, a bundle, or the Hub id of one.
+
+Its answers are read again by target and head, and some prompts are decoded. Causes come first, each with what was
+seen, what is usual, and what helps; docs/troubleshooting.md explains them. Nothing in PLACE is changed.
+"""
+
+
+@click.command("doctor", help=DOCTOR_HELP, short_help="Say why the acceptance length of a run or a bundle is low.")
+@click.argument("place", type=click.Path())
+@click.option("--target", type=click.Path(), help="Directory or Hub id of the model; else the one the bundle names.")
+@click.option("--prompts", type=click.Path(), help="Prompts of your own to examine too: a file as data.path reads it.")
+@click.option(
+    "--template-variable",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What the chat template is told where you serve, in JSON. May be given repeatedly.",
+)
+@click.option("--device", default="auto", help="Default: cuda where there is one, else cpu.")
+@click.option("--dtype", default="auto", help="Default: bfloat16 on cuda, float32 on a CPU.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def _doctor(**options: Any) -> None:
+    from graft_inference import GraftError
+    from graft_train.doctor import DoctorOptions, doctor
+
+    try:
+        doctor(DoctorOptions(**options))
+    except GraftError as error:
+        raise click.ClickException(str(error)) from error
+
+
+main.add_command(_doctor)
+
 
 @click.command("texts", short_help="Write a run's texts for SGLang's own retrieval.")
 @click.argument("run_dir", type=click.Path())
