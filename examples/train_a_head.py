@@ -10,6 +10,7 @@ Acceptance:  there 2.62 tokens per pass of the target, on held-out questions of 
 
 import sys
 
+from graft_train.arithmetic import with_dtype
 from graft_train.build_corpus import build_corpus
 from graft_train.calibrate import calibrate
 from graft_train.config import Config
@@ -33,4 +34,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     target, data = sys.argv[1:]
-    main(Config(run_dir="runs/mine", target=TargetConfig(target), data=DataConfig(path=data)))
+    config = Config(run_dir="runs/mine", target=TargetConfig(target), data=DataConfig(path=data))
+    main(with_dtype(config))  # on a CPU, whichever of float32 and bfloat16 is faster

@@ -17,7 +17,7 @@ from graft_inference.bundle import check_whole
 from graft_inference.device import without_plans
 from graft_inference.errors import GraftError
 from graft_train.config import Config
-from graft_train.config.target import TargetConfig
+from graft_train.config.target import MEASURED, TargetConfig
 from graft_train.data.sharded import load_zero3
 
 UNREAD = ["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"]
@@ -49,6 +49,9 @@ def target_path(config: Config) -> Path:
 
 
 def dtype_of(settings: TargetConfig) -> torch.dtype:
+    """In which the target is loaded. One that was left to be measured and was not is float32 on a CPU, else bfloat16."""
+    if settings.dtype == MEASURED:
+        return torch.float32 if resolve_device(settings.device).type == "cpu" else torch.bfloat16
     return getattr(torch, settings.dtype)
 
 

@@ -115,7 +115,7 @@ def test_a_slot_sees_what_its_view_says(causal, window, from_anchor, context, sl
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12))
 def test_what_a_head_leaves_unread_it_reads_in_order_with_what_comes_next(pieces):
     """And never leaves more than its bound."""
-    state = HeadState((1, 1, 1), 1, 4, torch.zeros(1))
+    state = HeadState((1, 1, 1), 1, 4, torch.zeros(1, 1))
     waiting, place = [], 0
     for size, waits in pieces:
         tokens_A = torch.arange(place, place + size)

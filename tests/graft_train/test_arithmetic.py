@@ -85,6 +85,11 @@ def test_a_dtype_that_is_named_is_kept(config, tmp_path):
         TargetConfig(dtype="float8")
 
 
+def test_what_was_not_measured_is_loaded_in_float32_on_a_cpu(config, tmp_path):
+    assert load_target(config).dtype == torch.float32
+    assert not (tmp_path / "arithmetic").exists()
+
+
 def test_nothing_is_measured_where_servers_answer(config, tmp_path, monkeypatch):
     monkeypatch.setattr("graft_train.recipe.prepare", lambda composed: composed)
     asked = []
