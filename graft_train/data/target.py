@@ -49,7 +49,7 @@ def target_path(config: Config) -> Path:
 
 
 def dtype_of(settings: TargetConfig) -> torch.dtype:
-    """In which the target is loaded. One that was left to be measured and was not is float32 on a CPU, else bfloat16."""
+    """In which the target is loaded. One that was to be measured and was not is float32 on a CPU, else bfloat16."""
     if settings.dtype == MEASURED:
         return torch.float32 if resolve_device(settings.device).type == "cpu" else torch.bfloat16
     return getattr(torch, settings.dtype)
