@@ -87,7 +87,7 @@ seen, what is usual, and what helps; docs/troubleshooting.md explains them. Noth
     help="What the chat template is told where you serve, in JSON. May be given repeatedly.",
 )
 @click.option("--device", default="auto", help="Default: cuda where there is one, else cpu.")
-@click.option("--dtype", default="auto", help="Default: bfloat16 on cuda, float32 on a CPU.")
+@click.option("--dtype", default="auto", help="Default: bfloat16 on cuda; on a CPU the policy's own, else float32.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def _doctor(**options: Any) -> None:
     from graft_inference import GraftError

@@ -8,7 +8,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from graft_inference import GraftError, Policy
-from graft_inference.bundle import describe_target, load_bundle, load_successors, load_target_model, recorded_target
+from graft_inference.bundle import (
+    describe_target,
+    load_bundle,
+    load_successors,
+    load_target_model,
+    measured_dtype,
+    recorded_target,
+)
 from graft_inference.bundle import resolve as resolve_bundle
 from graft_inference.files import read_json
 from graft_inference.heads.families import Head, check_head, is_block, load_any_head, most_steps
@@ -82,7 +89,10 @@ def open_case(options: DoctorOptions) -> Case:
             )
     name = options.target or _recorded(place)
     is_block(served or place / "head")  # refuses what is no head before the target is loaded, which may take minutes
-    model, tokenizer = load_target_model(name, options.device, options.dtype)
+    dtype = options.dtype
+    if dtype == "auto":  # as it is served
+        dtype = measured_dtype(place / "bundle" if (place / "bundle").is_dir() else place, options.device)
+    model, tokenizer = load_target_model(name, options.device, dtype)
     if tokenizer is None:
         raise GraftError(f"{name} has no tokenizer: put its files beside the model")
     config = model.config.get_text_config()

@@ -90,7 +90,7 @@ def test_a_bundle_is_examined_on_prompts_and_says_what_it_lacks(bundle_examined,
 
 
 def test_people_read_the_same_in_one_screen(pair, prompts, tmp_path):
-    done = run(made_run(tmp_path / "run", pair), "--target", pair[1], "--prompts", prompts)
+    done = run(made_run(tmp_path / "run", pair), "--target", pair[1], "--prompts", prompts, "--dtype", "auto")
     assert done.exit_code == 0, done.output
     assert "answers" in done.stdout
     assert "not checked" in done.stdout
