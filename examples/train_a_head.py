@@ -10,7 +10,6 @@ Acceptance:  there 2.62 tokens per pass of the target, on held-out questions of 
 
 import sys
 
-from graft_train.arithmetic import with_dtype
 from graft_train.build_corpus import build_corpus
 from graft_train.calibrate import calibrate
 from graft_train.config import Config
@@ -34,5 +33,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     target, data = sys.argv[1:]
-    config = Config(run_dir="runs/mine", target=TargetConfig(target), data=DataConfig(path=data))
-    main(with_dtype(config))  # on a CPU, whichever of float32 and bfloat16 is faster
+    main(Config(run_dir="runs/mine", target=TargetConfig(target), data=DataConfig(path=data)))

@@ -1,8 +1,8 @@
 """In which dtype, and with how many threads, a CPU runs the target fastest: measured once for each run."""
 
-import json
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from graft_inference.target.attention import Visibility
+from graft_inference.errors import GraftError
+from graft_inference.files import read_json
 from graft_inference.target.kv_cache import TreeCache
 from graft_inference.target.model import Target
 from graft_inference.target.packed_linear import pack_linears
@@ -20,7 +21,7 @@ from graft_train.data.target import load_target, resolve_device
 from graft_train.device import describe_device
 from graft_train.files import write_json
 from graft_train.processes import say
-from graft_train.stage import run_stage
+from graft_train.stage import fingerprints_of, run_stage
 
 DIRECTORY = "arithmetic"
 FILE = "arithmetic.json"
@@ -33,19 +34,25 @@ REPEATS, SECONDS = 15, 5.0
 """Most passes of a kind, and most of the time that they get."""
 
 
-def with_dtype(config: Config) -> Config:
+def with_dtype(config: Config, inputs: Sequence[str] = ()) -> Config:
     """The same configuration, with a dtype where it was left to be measured, and that many threads in this process.
 
+    Every stage that loads the target begins with it.
+
+    Args:
+        inputs: of the stage; one that is missing is told before the target is loaded.
+
     Raises:
-        GraftError: no target, or no such device.
+        GraftError: a stage is missing, no target, no such device, or what was measured is damaged.
     """
     if config.target.dtype != MEASURED:
         return config
     if resolve_device(config.target.device).type != "cpu":
         return replace(config, target=replace(config.target, dtype="bfloat16"))
+    fingerprints_of(config, [name for name in inputs if name != "target"])
     given = {"threads": config.threads}
     made = run_stage(config, "measure", DIRECTORY, given, ["target"], lambda out: _build(config, out), alone=True)
-    found = json.loads((made / FILE).read_text())
+    found = _read(made / FILE)
     torch.set_num_threads(found["threads"])
     return replace(config, target=replace(config.target, dtype=found["dtype"]))
 
@@ -53,14 +60,26 @@ def with_dtype(config: Config) -> Config:
 def measured_arithmetic(run_dir: Path) -> dict[str, Any]:
     """What was measured for a run, for reports; empty where its dtype was not left to be."""
     file = run_dir / DIRECTORY / FILE
-    return json.loads(file.read_text()) if file.exists() else {}
+    return _read(file) if file.exists() else {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    remedy = f"delete {file.parent} to have it measured again"
+    found = read_json(file, remedy)
+    threads = found.get("threads")
+    if found.get("dtype") not in DTYPES or type(threads) is not int or threads < 1 or "measured" not in found:
+        raise GraftError(f"{file} is damaged: {remedy}")
+    return found
 
 
 def _build(config: Config, out: Path) -> None:
     before = torch.get_num_threads()
     counts = [config.threads] if config.threads else _thread_counts()
+    times: list[dict[str, Any]] = []
     try:
-        times = [one for dtype in DTYPES for one in _passes(config, dtype, counts)]
+        for dtype in DTYPES:
+            times += _passes(config, dtype, counts)
+            gc.collect()  # a large target is held once at a time
     finally:
         torch.set_num_threads(before)
     best = fastest(times)
@@ -95,8 +114,8 @@ def _passes(config: Config, dtype: str, thread_counts: list[int]) -> Iterator[di
 
 
 def _pass(target: Target, cache: TreeCache, rows: int) -> None:
-    visible = Visibility(cache.span.rows(rows, target.device), cache.span)
-    target.forward(torch.zeros(rows, dtype=torch.long), cache, visible)
+    target.prefill(torch.zeros(rows, dtype=torch.long), cache)
+    cache.rewind(PROMPT)
 
 
 def least_milliseconds(run: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from graft_inference.errors import GraftError
-from graft_train.arithmetic import with_dtype
 from graft_train.config import Config
 from graft_train.gguf import with_directory
 from graft_train.processes import say
@@ -81,8 +80,6 @@ def run_stages(composed: DictConfig, names: list[str]) -> None:
     try:
         config = prepare(composed)
         config = with_directory(config)
-        if _loads_target(config, names):
-            config = with_dtype(config)
         for number, name in enumerate(names, start=1):
             if len(names) > 1:
                 say(f"\n[{number}/{len(names)}] {name}: {ROAD[name]}")
@@ -91,15 +88,6 @@ def run_stages(composed: DictConfig, names: list[str]) -> None:
         _end(str(error))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _loads_target(config: Config, names: list[str]) -> bool:
-    """Whether a dtype is to be measured: not where servers answer, nor for a stage of a run that was never begun."""
-    if names == ["regenerate"]:
-        return not config.regenerate.servers()
-    if names == ["evaluate"] and config.evaluation.server:
-        return False
-    return len(names) > 1 or names == ["adopt"] or Path(config.run_dir).is_dir()
 
 
 def register() -> None:

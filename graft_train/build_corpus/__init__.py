@@ -13,6 +13,7 @@ from graft_inference.bundle import describe_target, load_successors
 from graft_inference.errors import GraftError
 from graft_inference.files import read_json, read_safetensors
 from graft_inference.retrieval.successor_matrix import save_table
+from graft_train.arithmetic import with_dtype
 from graft_train.build_corpus.captured import CapturedStates, find_captured
 from graft_train.build_corpus.counts import Pairs, successor_matrix, write_counts
 from graft_train.build_corpus.inspect import inspect_corpus, print_inspection
@@ -59,6 +60,8 @@ def build_corpus(config: Config) -> Path:
     """
     settings = config.corpus.decisive() | {"merge": [_hash(Path(path)) for path in config.corpus.merge]}
     inputs = ["target", "data"]
+    if not config.corpus.text_only:
+        config = with_dtype(config, inputs)
     corpus = run_stage(config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out), [COUNTS])
     if is_main():
         print_inspection(read_json(corpus / "inspection.json"))

@@ -22,7 +22,7 @@ from graft_inference import (
 from graft_inference.bundle import Bundle, check_launch, load_successors
 from graft_inference.heads.families import load_any_head, most_steps
 from graft_inference.target.model import max_positions
-from graft_train.arithmetic import measured_arithmetic
+from graft_train.arithmetic import measured_arithmetic, with_dtype
 from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency, RoundTimer, elsewhere
 from graft_train.calibrate.measure import load_traces, record_missing, timer_of, told_traces
@@ -76,6 +76,7 @@ def calibrate(config: Config) -> Path:
     Raises:
         GraftError: no or too few calibration prompts, traces of other weights, settings that allow no plan.
     """
+    config = with_dtype(config, INPUTS)
     run_dir = Path(config.run_dir)
     settings = config.policy
     if settings.latency_only or settings.latency_from:

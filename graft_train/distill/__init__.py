@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 
 from graft_inference.errors import GraftError
 from graft_inference.target.model import max_positions
+from graft_train.arithmetic import with_dtype
 from graft_train.data.samples import read_samples
 from graft_train.data.sharded import whole
 from graft_train.data.states import PackedTarget
@@ -52,6 +53,8 @@ def distill(config: "Config") -> Path:
     """
     if config.head.push_every:
         check_repo_id(config.export.repo_id, f"head.push_every={config.head.push_every}")
+    inputs = ["target", "data"]
+    config = with_dtype(config, inputs)
     settings = {"head": config.head.decisive(), "dtype": config.target.dtype, "seed": config.seed}
     if config.head.init_from and Path(config.head.init_from).expanduser().is_dir():
         settings["init_from"] = fingerprint_of(Path(config.head.init_from).expanduser())
@@ -60,7 +63,7 @@ def distill(config: "Config") -> Path:
         with naming_what_to_lower(config.head):
             _build(config, out)
 
-    return run_stage(config, "distill", "head", settings, ["target", "data"], build, ["checkpoints"])
+    return run_stage(config, "distill", "head", settings, inputs, build, ["checkpoints"])
 
 
 def _build(config: "Config", out: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from graft_inference import METHODS
 from graft_inference.files import read_json
+from graft_train.arithmetic import with_dtype
 from graft_train.config import Config
 from graft_train.config.evaluation import EvaluateConfig
 from graft_train.evaluate.lossless import losslessness
@@ -37,12 +38,14 @@ def evaluate(config: Config) -> Path:
         from graft_train.evaluate.served import evaluate_servers  # which needs the client of servers
 
         return evaluate_servers(config)
+    stages, chosen = made_of(config)
+    inputs = ["target", "bundle", *stages]
+    config = with_dtype(config, inputs)
     settings = {**asdict(asked), "seed": config.seed, "dtype": config.target.dtype}
     for decides_nothing in ("server", "concurrency"):
         del settings[decides_nothing]
     del settings["check_lossless"]  # or runs that were timed could not be kept where the check does not fit
-    stages, chosen = made_of(config)
-    inputs, settings = ["target", "bundle", *stages], settings | chosen
+    settings |= chosen
     directory = run_stage(config, "evaluate", name, settings, inputs, lambda out: _build(config, out), [TIMED, ANSWERS])
     if is_main():
         evaluation = read_json(directory / "evaluation.json")

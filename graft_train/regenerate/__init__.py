@@ -13,6 +13,7 @@ from graft_inference import GraftError
 from graft_inference.files import replace_file
 from graft_inference.request import ends_of
 from graft_inference.target.model import max_positions
+from graft_train.arithmetic import with_dtype
 from graft_train.config import Config
 from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.chat import Chat
@@ -72,9 +73,9 @@ def _build(config: Config, out: Path, recorded: dict[str, Any]) -> None:
 
         ask_servers(work.prompts("train", settings.samples), path, settings, config.seed, work.chat)
     elif settings.states or resolve_device(config.target.device).type == "cpu":
-        answer_in_process(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
+        answer_in_process(work.prompts("train", settings.samples), path, with_dtype(config), work.chat.end_ids)
     else:
-        answer_in_static_batches(work.prompts("train", settings.samples), path, config, work.chat.end_ids)
+        answer_in_static_batches(work.prompts("train", settings.samples), path, with_dtype(config), work.chat.end_ids)
     # Or the record would tell of data that were not read.
     if any(recorded[name] != value for name, value in prompt_settings(config.data).items()):
         raise GraftError(f"the files of data.path changed while they were read: delete {out} and run graft regenerate")

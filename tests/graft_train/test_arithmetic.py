@@ -10,12 +10,18 @@ import torch
 from graft_inference import GraftEngine, GraftError
 from graft_train import arithmetic
 from graft_train.arithmetic import fastest, least_milliseconds, measured_arithmetic, with_dtype
+from graft_train.build_corpus import build_corpus
+from graft_train.calibrate import calibrate
 from graft_train.config.target import TargetConfig
 from graft_train.data.target import load_target
+from graft_train.distill import distill
+from graft_train.evaluate import evaluate
 from graft_train.recipe import run_stages
+from graft_train.regenerate import regenerate
 
 from ..graft_inference.tiny_bundle import write_bundle, write_target
-from .tiny_run import tiny_config
+from .tiny_chat import PLAIN, word_tokenizer
+from .tiny_run import tiny_config, write_sources
 
 
 @pytest.fixture
@@ -90,17 +96,53 @@ def test_what_was_not_measured_is_loaded_in_float32_on_a_cpu(config, tmp_path):
     assert not (tmp_path / "arithmetic").exists()
 
 
-def test_nothing_is_measured_where_servers_answer(config, tmp_path, monkeypatch):
+def test_a_target_that_is_not_loaded_is_not_measured(config, tmp_path, monkeypatch):
+    """With the data's own answers, and where servers answer, its tokenizer is all that has to be there."""
+    word_tokenizer(PLAIN).save_pretrained(tmp_path / "target")
+    (tmp_path / "target" / "model.safetensors").rename(tmp_path / "elsewhere")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    chats = [[{"role": "user", "content": f"{a} b"}, {"role": "assistant", "content": "c d e"}] for a in letters]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    own = replace(
+        config,
+        data=replace(config.data, path=str(path)),
+        regenerate=replace(config.regenerate, answers="data", held_out=2),
+    )
     monkeypatch.setattr("graft_train.recipe.prepare", lambda composed: composed)
-    asked = []
-    monkeypatch.setattr("graft_train.regenerate.regenerate", asked.append)
-    served = replace(config, regenerate=replace(config.regenerate, base_url="http://127.0.0.1:9/v1"))
-    run_stages(served, ["regenerate"])
-    assert asked[0].target.dtype == "auto"
+    run_stages(own, ["regenerate"])  # as the command does
+    assert (tmp_path / "data" / "samples.jsonl").exists()
+    build_corpus(replace(own, corpus=replace(own.corpus, text_only=True)))
+    served = replace(own, evaluation=replace(own.evaluation, server="http://127.0.0.1:9/v1"))
+    with pytest.raises(GraftError, match=r"127\.0\.0\.1:9"):
+        evaluate(served)
     assert not (tmp_path / "arithmetic").exists()
-    run_stages(config, ["regenerate"])
-    assert asked[1].target.dtype in ("float32", "bfloat16")
-    assert (tmp_path / "arithmetic").exists()
+
+
+def test_the_first_stage_that_loads_the_target_measures(config, tmp_path, monkeypatch):
+    write_sources(tmp_path / "sources")
+    say_how_long(monkeypatch, lambda kind, count: {"float32": 5.0, "bfloat16": 3.0}[kind])
+    regenerate(config)
+    assert measured_arithmetic(tmp_path)["dtype"] == "bfloat16"
+    distill(config)
+    settings = json.loads((tmp_path / "head" / "stage.json").read_text())["settings"]
+    assert settings["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("stage", [distill, build_corpus, calibrate, evaluate])
+def test_a_missing_stage_is_told_before_anything_is_measured(config, tmp_path, stage):
+    with pytest.raises(GraftError, match="is missing; run graft "):
+        stage(config)
+    assert not (tmp_path / "arithmetic").exists()
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"dtype": "int8", "threads": 1, "measured": []}', "[1]"])
+def test_what_was_measured_is_read_strictly(config, tmp_path, damage):
+    with_dtype(config)
+    (tmp_path / "arithmetic" / "arithmetic.json").write_text(damage)
+    for read in (lambda: with_dtype(config), lambda: measured_arithmetic(tmp_path)):
+        with pytest.raises(GraftError, match=r"arithmetic\.json .*delete .*arithmetic to have it measured again"):
+            read()
 
 
 def test_a_pass_is_timed_by_its_least(monkeypatch):
