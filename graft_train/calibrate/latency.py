@@ -103,12 +103,14 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
     Raises:
         GraftError: other values in the files, or fewer draft steps or nodes than plans may have.
     """
-    values, here = read_json(path, "measure it again"), read_json(own, "run graft calibrate without latency_from")
+    values = read_json(path, "measure it again")
     try:
+        here = read_latency(own, "run graft calibrate without latency_from")
         measured_on = {name: str(value) for name, value in values.pop("measured_on").items()}
         _check_table(**values)
-        latency = Latency(**here | values | {"commit_ms": 0.0})
-        _check_own(latency)
+        latency = replace(here, **values, commit_ms=0.0)
+    except GraftError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise GraftError(f"{path} is no table of latencies ({error}): measure it again") from error
     if max(latency.widths) < max(settings.widths) or len(latency.draft_ms) <= settings.num_steps:
@@ -120,11 +122,27 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
     return latency, measured_on
 
 
+def read_latency(path: Path, remedy: str) -> Latency:
+    """A table as calibration wrote it.
+
+    Raises:
+        GraftError: it is missing or damaged, with the remedy.
+        TypeError: it has other fields, as of another version.
+    """
+    latency = Latency(**read_json(path, remedy))
+    try:
+        _check_table(latency.widths, latency.contexts, latency.verify_ms, latency.draft_ms)
+        _check_own(latency)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise GraftError(f"{path} is no table of latencies ({error}): {remedy}") from error
+    return latency
+
+
 def _check_own(latency: Latency) -> None:
     """Raises ValueError unless what was measured beside a table is times, of the sources that there are."""
     if latency.source_ms.keys() != SOURCES.keys():
         raise ValueError(f"source_ms must have {', '.join(SOURCES)}")
-    for time in (latency.build_ms, latency.read_ms, *latency.source_ms.values()):
+    for time in (latency.build_ms, latency.read_ms, latency.commit_ms, *latency.source_ms.values()):
         if not is_a(time, float) or time < 0:
             raise ValueError("times must be numbers from 0")
 

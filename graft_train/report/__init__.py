@@ -10,7 +10,7 @@ from markupsafe import Markup
 from vl_convert import javascript_bundle
 
 from graft_inference import METHODS, GraftError, Policy, ScoredPlan
-from graft_train.calibrate.latency import Latency
+from graft_train.calibrate.latency import read_latency
 from graft_train.calibrate.measure import TRACE_FILES
 from graft_train.calibrate.texts import TEXTS, read_texts
 from graft_train.calibrate.trace_file import read_traces
@@ -89,7 +89,7 @@ def viewer_of(run: RunDirectory) -> dict[str, Any]:
         raise GraftError(
             f"the traces have no text, as of an earlier version: delete {directory} and run graft calibrate"
         )
-    latency = Latency(**run.read("policy", "latency.json"))
+    latency = read_latency(directory / "latency.json", f"delete {directory} and run graft calibrate")
     shares = {False, *(policy.plan(name).shares_noise for name in METHODS)}
     traces = {shared: read_traces(directory / TRACE_FILES[shared], {}) for shared in shares}
     answers, spelled = read_texts(directory / TEXTS, traces[False])

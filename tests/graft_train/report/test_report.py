@@ -142,6 +142,12 @@ def test_traces_without_text_leave_out_the_viewer_alone(run):
             "acceptance",
             r"another shape \(KeyError\('by_context'\)\), as of another version: run graft evaluate again",
         ),
+        (
+            "evaluation/evaluation.json",
+            lambda v: v["methods"]["graft"].update(tokens_per_second="fast"),
+            "speed",
+            "another shape .*another version: run graft evaluate again",
+        ),
         ("policy/report.json", lambda v: v.pop("frontier"), "policy", "another version: run graft calibrate again"),
         (
             "policy/report.json",
@@ -151,6 +157,7 @@ def test_traces_without_text_leave_out_the_viewer_alone(run):
         ),
         ("policy/report.json", lambda v: v.update(calibration_error={}), "calibration", "One traced prompt alone"),
         ("policy/latency.json", lambda v: v.update(more=1), "rounds", "another version: run graft calibrate again"),
+        ("policy/latency.json", lambda v: v["verify_ms"][0].pop(), "rounds", r"latency\.json is no table of latencies"),
         ("policy/texts.json", lambda v: v["tokens"].clear(), "rounds", "text of other traces"),
         ("policy/policy.json", lambda v: v.pop("graft"), "rounds", "must hold exactly"),
         ("corpus/inspection.json", lambda v: v.update(recall=3), "corpus", "another version: run graft build_corpus"),
