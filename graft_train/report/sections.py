@@ -15,7 +15,7 @@ from graft_train.run_directory import RunDirectory
 from graft_train.stage import RECORD
 
 OTHER_VERSION = (KeyError, TypeError, IndexError, AttributeError, ValueError)
-"""What reading a file of another shape raises. GraftError, a ValueError too, says more for itself: it is caught first."""
+"""What reading a file of another shape raises. GraftError, a ValueError too, says more: it is caught first."""
 MEASURED = {"policy": "report.json", "evaluation": "evaluation.json"}
 """The file that names the device, by the stage's directory."""
 
