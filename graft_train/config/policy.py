@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from math import inf
 
 from graft_inference.errors import GraftError
+from graft_inference.policy.plan import MAX_CANDIDATES
+from graft_inference.tree import MAX_NODES, drafted_nodes
 from graft_train.config.bounds import check_least
 
-MOST_NODES, MOST_CANDIDATES = 1024, 1 << 16
-"""Of a tree, and of what the head may propose in a round, as the runtime has them."""
 KINDS = ("learned", "paper", "draft_only", "retrieve_only", "chain")
 
 
@@ -63,15 +63,15 @@ class CalibrateConfig:
         }  # fmt: skip
         check_least("policy", self, least)
         for name, value in {"widths": max(self.widths), "retrieval_depth": self.retrieval_depth}.items():
-            if value > MOST_NODES:
+            if value > MAX_NODES:
                 raise GraftError(
-                    f"policy.{name} goes up to {value}, and a tree has {MOST_NODES} nodes at most: lower it"
+                    f"policy.{name} goes up to {value}, and a tree has {MAX_NODES} nodes at most: lower it"
                 )
-        candidates = self.topk + (self.num_steps - 1) * self.topk**2
-        if candidates > MOST_CANDIDATES or self.num_steps > MOST_NODES:
+        candidates = drafted_nodes(self.topk, self.num_steps)
+        if candidates > MAX_CANDIDATES or self.num_steps > MAX_NODES:
             raise GraftError(
                 f"policy.topk={self.topk} and policy.num_steps={self.num_steps} propose {candidates} nodes a round, "
-                f"over {MOST_CANDIDATES}, or more than {MOST_NODES} steps: lower either"
+                f"over {MAX_CANDIDATES}, or more than {MAX_NODES} steps: lower either"
             )
         if not 0 < self.minutes < inf:
             raise GraftError(f"policy.minutes={self.minutes} must be finite and more than 0")

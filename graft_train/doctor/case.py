@@ -9,18 +9,17 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from graft_inference import GraftError, Policy
 from graft_inference.bundle import (
+    check_plans,
     describe_target,
     load_bundle,
     load_successors,
     load_target_model,
-    measured_dtype,
     recorded_target,
+    served_dtype,
 )
 from graft_inference.bundle import resolve as resolve_bundle
 from graft_inference.files import read_json
-from graft_inference.heads.families import Head, check_head, is_block, load_any_head, most_steps
-from graft_inference.policy.policy import METHODS
-from graft_inference.policy.tree_builder import check_sources
+from graft_inference.heads.families import Head, check_head, is_block, load_any_head
 from graft_inference.request import ends_of
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.data.samples import Sample, read_lines, read_samples
@@ -89,10 +88,8 @@ def open_case(options: DoctorOptions) -> Case:
             )
     name = options.target or _recorded(place)
     is_block(served or place / "head")  # refuses what is no head before the target is loaded, which may take minutes
-    dtype = options.dtype
-    if dtype == "auto":  # as it is served
-        dtype = measured_dtype(place / "bundle" if (place / "bundle").is_dir() else place, options.device)
-    model, tokenizer = load_target_model(name, options.device, dtype)
+    bundle = place / "bundle" if (place / "bundle").is_dir() else place
+    model, tokenizer = load_target_model(name, options.device, served_dtype(bundle, options.device, options.dtype))
     if tokenizer is None:
         raise GraftError(f"{name} has no tokenizer: put its files beside the model")
     config = model.config.get_text_config()
@@ -139,8 +136,7 @@ def _policy(directory: Path, head: Head, successors: SuccessorMatrix) -> Policy 
     if not (directory / "policy.json").is_file():
         return None
     policy = Policy.from_dict(read_json(directory / "policy.json", "run graft calibrate again"))
-    for plan in map(policy.plan, METHODS):
-        check_sources(plan, head.config.draft_vocab_size, {"matrix": successors}, most_steps(head.config))
+    check_plans(policy, head.config, successors)
     return policy
 
 

@@ -31,7 +31,7 @@ TIMED, TIMED_TOKENS = 3, 48
 """Prompts on which rounds are timed, and tokens of each."""
 SERVED, ENOUGH = 100, 20
 """Rounds of the learned plan that are looked at where prompts last, and those without which nothing is said."""
-UNDISTURBED = 0.7
+ALONE = 0.7
 """Processor seconds of this process in a second, of a process that has a core for itself."""
 OWN = "questions"
 """What a bundle is asked that brings no text: see `data.path`."""
@@ -202,6 +202,6 @@ def _fallen(engine: GraftEngine, prompts: Sequence[torch.Tensor]) -> Fallen | No
             chosen += engine.generate(prompt, _room(engine, len(prompt), TIMED_TOKENS), method="graft").stats.fallback
     engine.fallback = False
     share = (time.process_time() - used) / (time.perf_counter() - started)
-    busy = engine.target.device.type == "cpu" and share < UNDISTURBED
+    busy = engine.target.device.type == "cpu" and share < ALONE
     rounds = sum(chosen.values()) - chosen[MEASURED]
     return Fallen(rounds, rounds - chosen[AS_PLANNED], speculates=True, busy=busy) if rounds >= ENOUGH else None

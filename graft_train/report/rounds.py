@@ -17,7 +17,7 @@ from graft_inference.policy.tree_builder import builder_of
 from graft_inference.proposer import Proposal, TokenSource
 from graft_inference.retrieval.sources import name_of
 from graft_inference.template import RankPaths, Template
-from graft_inference.tree import DraftTree, Source, child_paths
+from graft_inference.tree import DraftTree, Source, drafted_tree
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.replay import Outcome, Replay
 from graft_train.calibrate.texts import TracedText
@@ -65,7 +65,7 @@ class PlanRounds:
         traces, plan = self.replay.traces, self.plan
         checkpoint = plan.checkpoints[int(self.outcome.checkpoint_T[position])]
         root_1 = torch.tensor([root])
-        drafted = drafted_tree(traces, position, root_1, checkpoint.steps)
+        drafted = traced_tree(traces, position, root_1, checkpoint.steps)
         templates = _templates(plan, checkpoint)
         sources: dict[str, TokenSource] = {
             name: _Traced(traces.sources[name], position, paths) for name, paths in templates.items()
@@ -141,19 +141,11 @@ def rows_of(traces: Traces, kept_T: Tensor) -> Traces:
     return replace(traces, **columns, sources=sources)
 
 
-def drafted_tree(traces: Traces, position: int, root_1: Tensor, steps: int) -> DraftTree:
+def traced_tree(traces: Traces, position: int, root_1: Tensor, steps: int) -> DraftTree:
     """The root and what the head proposed below it in so many steps."""
     count = int((traces.depths_C <= steps).sum())
-    tokens_N = torch.cat((root_1, traces.tokens_TC[position, :count].long()))
-    parents_N = torch.cat((torch.zeros(1, dtype=torch.long), 1 + traces.parents_TC[position, :count].long()))
-    depths_N = torch.cat((torch.zeros(1, dtype=torch.long), traces.depths_C[:count].long()))
-    paths_N = torch.zeros_like(tokens_N)
-    for depth in range(1, steps + 1):
-        row_M = (depths_N == depth).nonzero()[:, 0]
-        paths_N[row_M] = child_paths(paths_N[parents_N[row_M]], tokens_N[row_M])
-    logp_N = torch.cat((torch.zeros(1), traces.logp_TC[position, :count]))
-    sources_N = torch.tensor([Source.ROOT, *[Source.DRAFTED] * count])
-    return DraftTree(tokens_N, parents_N, depths_N, logp_N, sources_N, paths_N)
+    parents_C = 1 + traces.parents_TC[position, :count].long()
+    return drafted_tree(root_1, traces.tokens_TC[position, :count], parents_C, traces.logp_TC[position, :count], steps)
 
 
 class _Traced(TokenSource):

@@ -85,9 +85,14 @@ def load_policy(
     check_target(shape, made_for, target_config, tokenizer)
     here = describe_target(made_for["name_or_path"], target_config, tokenizer)
     successors = load_successors(directory / "successors.safetensors", shape.vocab_size, here)
+    check_plans(policy, shape, successors)
+    return policy, successors
+
+
+def check_plans(policy: Policy, shape: HeadConfig, successors: SuccessorMatrix) -> None:
+    """Raises GraftError for a plan that asks for more than the head of this shape or the matrix has."""
     for plan in map(policy.plan, METHODS):
         check_sources(plan, shape.draft_vocab_size, {"matrix": successors}, most_steps(shape))
-    return policy, successors
 
 
 def _unmeasured(shape: HeadConfig) -> tuple[Policy, SuccessorMatrix]:
@@ -131,8 +136,10 @@ def recorded_target(path: str | Path) -> str:
     return load_graft(graft)[1]["name_or_path"]
 
 
-def measured_dtype(path: str | Path, device: str) -> str:
-    """The dtype for "auto": bfloat16 on CUDA, and on a CPU that in which the policy was measured on one, else float32.
+def served_dtype(path: str | Path, device: str, dtype: str) -> str:
+    """The dtype itself, and for "auto" the one to serve a bundle in.
+
+    That is bfloat16 on CUDA, and on a CPU the one in which the policy was measured on a CPU, else float32.
 
     Args:
         path: of a bundle or a bare head: local directory or Hub id.
@@ -141,6 +148,8 @@ def measured_dtype(path: str | Path, device: str) -> str:
     Raises:
         GraftError: no bundle there, or a damaged one.
     """
+    if dtype != "auto":
+        return dtype
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return "bfloat16"
     graft = resolve(path) / "graft.json"
@@ -252,7 +261,7 @@ def load_target_model(
 
     Args:
         device: "auto" for CUDA where there is a GPU, and for the CPU elsewhere.
-        dtype: as torch calls it; see `measured_dtype`.
+        dtype: as torch calls it; see `served_dtype`.
         device_map: spreads the target over devices, as transformers does; instead of `device`.
         tp_plan: "auto" shares the target out over the processes that torchrun started; instead of both.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from .bundle import load_bundle, load_target_model, measured_dtype
+from .bundle import load_bundle, load_target_model, served_dtype
 from .chat_template import check_template, encode_chat, naming_refusals, opening, template_variables
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
@@ -66,8 +66,7 @@ def load_engine(bundle: str, target: str, device: str = "auto", dtype: str = "au
     Raises:
         GraftError: what `GraftEngine.from_pretrained` raises, or a target without tokenizer.
     """
-    dtype = measured_dtype(bundle, device) if dtype == "auto" else dtype
-    model, tokenizer = load_target_model(target, device, dtype)
+    model, tokenizer = load_target_model(target, device, served_dtype(bundle, device, dtype))
     if tokenizer is None:
         raise GraftError(f"{target} has no tokenizer: put its files beside the model")
     loaded = load_bundle(bundle, model.config.get_text_config(), tokenizer)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
-from .bundle import Bundle, load_bundle, load_target_model, measured_dtype
+from .bundle import Bundle, load_bundle, load_target_model, served_dtype
 from .decode.captured import CapturedRounds
 from .decode.cuda_graph import CudaGraphs
 from .decode.prefill import prefill
@@ -139,7 +139,7 @@ class GraftEngine:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
                 cannot be served.
         """
-        dtype = measured_dtype(bundle, device) if dtype == "auto" else dtype
+        dtype = served_dtype(bundle, device, dtype)
         model, tokenizer = load_target_model(target, device, dtype, device_map, tp_plan)
         if tokenizer is None:
             warnings.warn(

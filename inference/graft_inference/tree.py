@@ -5,6 +5,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PATH_BASE = 6364136223846793005
 """Odd 64-bit multiplier (Knuth's MMIX): path keys are polynomials of it modulo 2**64."""
@@ -119,6 +120,24 @@ def root_tree(token_1: Tensor) -> DraftTree:
 def child_paths(parent_paths_M: Tensor, tokens_M: Tensor) -> Tensor:
     """Path keys of children from their parents' keys and their own tokens."""
     return torch.add(tokens_M, parent_paths_M, alpha=PATH_BASE) + 1
+
+
+def drafted_tree(root_1: Tensor, tokens_C: Tensor, parents_C: Tensor, logp_C: Tensor, steps: int) -> DraftTree:
+    """A drafted tree of lists, as engines and traces keep them.
+
+    Args:
+        root_1: the root's token.
+        parents_C: of each candidate, the row of its parent in the tree, where the root is row 0.
+        logp_C: cumulative.
+        steps: the greatest depth.
+    """
+    tokens_N, parents_N = torch.cat((root_1.long(), tokens_C.long())), F.pad(parents_C.long(), (1, 0))
+    depths_N, paths_N, sources_N = (torch.zeros_like(parents_N) for _ in range(3))
+    for _ in range(steps):  # each makes one depth right
+        depths_N[1:] = depths_N[parents_N[1:]] + 1
+        paths_N[1:] = child_paths(paths_N[parents_N[1:]], tokens_N[1:])
+    sources_N[1:] = Source.DRAFTED
+    return DraftTree(tokens_N, parents_N, depths_N, F.pad(logp_C.float(), (1, 0)), sources_N, paths_N)
 
 
 def merge(drafted: DraftTree, retrieved: DraftTree, rows: int) -> DraftTree:

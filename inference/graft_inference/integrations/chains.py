@@ -9,16 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..bundle import load_policy, resolve
 from ..errors import GraftError
 from ..heads.draft import Draft, Layer
-from ..heads.families import load_any_config
 from ..policy.plan import ChainPlan, Checkpoint
 from ..policy.tree_builder import ChainBuilder
-from ..proposer import Opening, TokenSource
-from ..retrieval.sources import SOURCES
+from ..proposer import TokenSource
 from ..speculator import is_unsure
 from ..tree import DraftTree, Source, root_tree
+from .bundled import frozen_sources, policy_of
 
 CPU = torch.device("cpu")
 
@@ -33,7 +31,7 @@ class ChainRounds:
 
     def __init__(self, plan: ChainPlan, tables: Mapping[str, Any]) -> None:
         self.plan = plan
-        self._tables = dict(tables)
+        self._tables = tables
         self._builder = ChainBuilder(plan, CPU)
 
     @classmethod
@@ -49,11 +47,7 @@ class ChainRounds:
         Raises:
             GraftError: no bundle, another target or tokenizer, a policy of trees, or of shorter chains.
         """
-        directory = resolve(bundle)
-        if not (directory / "graft.json").exists():
-            raise GraftError(f"{bundle} has no graft.json: it is a head without a policy, which needs no Graft")
-        shape = load_any_config(directory, target_config.num_hidden_layers)
-        policy, successors = load_policy(directory, shape, target_config, tokenizer)
+        policy, tables = policy_of(bundle, target_config, tokenizer)
         plan = policy.graft
         if not isinstance(plan, ChainPlan):
             raise GraftError(
@@ -69,7 +63,7 @@ class ChainRounds:
                 f"num_speculative_tokens={most}, but the policy of {bundle} makes chains of at most {plan.length} "
                 "tokens: lower it"
             )
-        return cls(plan, {"matrix": successors})
+        return cls(plan, tables)
 
     def without_drafting(self) -> Self:
         """The same where no head runs."""
@@ -85,8 +79,7 @@ class ChainRounds:
         return ChainRound([None if text_S is None else self._draft(text_S, most) for text_S in texts])
 
     def _draft(self, text_S: Tensor, most: int) -> "ChainDraft":
-        opening = Opening(text_S, len(text_S), self._tables, scope="frozen")
-        sources = {name: SOURCES[name].open(opening) for name in self.plan.sources}
+        sources = frozen_sources(self.plan.sources, self._tables, text_S)
         return ChainDraft(self._builder, sources, text_S[-1:], most)
 
 

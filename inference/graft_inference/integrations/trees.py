@@ -10,17 +10,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..bundle import load_policy, resolve
 from ..errors import GraftError
-from ..heads.families import load_any_config
 from ..policy.plan import ChainPlan, Checkpoint, ScoredPlan
 from ..policy.tree_builder import ScoredBuilder
-from ..proposer import Opening
-from ..retrieval.sources import SOURCES
 from ..speculator import Speculation, Speculator
-from ..tree import DraftTree, Source, child_paths
+from ..tree import DraftTree, Source, drafted_tree
+from .bundled import frozen_sources, policy_of
 
 CPU = torch.device("cpu")
 LEAST = 1e-30
@@ -90,7 +86,7 @@ class TreeRounds:
     def __init__(self, plan: ScoredPlan, tables: Mapping[str, Any], shape: Shape) -> None:
         last = Checkpoint(shape.num_steps, 0.0, shape.num_draft_tokens)
         self._plan = replace(plan, checkpoints=(last,), topk=shape.topk)
-        self._tables = dict(tables)
+        self._tables = tables
         self._builder = ScoredBuilder(self._plan, CPU)
         self._speculator = Speculator(None)
 
@@ -107,18 +103,14 @@ class TreeRounds:
             GraftError: no bundle, another target or tokenizer, a policy without scores or of chains, or one that does
                 not fit the shape.
         """
-        directory = resolve(bundle)
-        if not (directory / "graft.json").exists():
-            raise GraftError(f"{bundle} has no graft.json: it is a head without a policy, which needs no Graft")
-        head = load_any_config(directory, target_config.num_hidden_layers)
-        policy, successors = load_policy(directory, head, target_config, tokenizer)
+        policy, tables = policy_of(bundle, target_config, tokenizer)
         plan = policy.graft
         if not isinstance(plan, ScoredPlan) or isinstance(plan, ChainPlan) or not plan.drafts:
             raise GraftError(
                 f"the policy of {bundle} does not score the nodes of trees that the head drafts: calibrate with "
                 "policy.kind=learned, and export again"
             )
-        return cls(plan, {"matrix": successors}, shape)
+        return cls(plan, tables, shape)
 
     def trees(self, texts: Sequence[Tensor], drafted: Sequence[DraftTree]) -> VerifiedTrees:
         """The trees of a batch, all of the engine's size.
@@ -133,8 +125,7 @@ class TreeRounds:
         return VerifiedTrees.of([tree for _, tree in chosen], self._builder.max_depth)
 
     def _speculation(self, text_S: Tensor) -> Speculation:
-        opening = Opening(text_S, len(text_S), self._tables, scope="frozen")
-        sources = {name: SOURCES[name].open(opening) for name in self._plan.sources}
+        sources = frozen_sources(self._plan.sources, self._tables, text_S)
         nothing = text_S[:0]
         return Speculation(self._builder, None, sources, text_S[-1:], nothing, nothing.float())
 
@@ -162,15 +153,8 @@ def drafted_trees(
 def _drafted_tree(
     root: Tensor, tokens_C: Tensor, probabilities_C: Tensor, expanded_G: Tensor, group_C: Tensor, steps: int
 ) -> DraftTree:
-    parents_N = F.pad(expanded_G.long()[group_C] + 1, (1, 0))
-    tokens_N = torch.cat((root[None].long(), tokens_C.long()))
-    depths_N, paths_N, sources_N = (torch.zeros_like(parents_N) for _ in range(3))
-    for _ in range(steps):  # each makes one depth right
-        depths_N[1:] = depths_N[parents_N[1:]] + 1
-        paths_N[1:] = child_paths(paths_N[parents_N[1:]], tokens_N[1:])
-    sources_N[1:] = Source.DRAFTED
-    logp_N = F.pad(probabilities_C.float().clamp(min=LEAST).log(), (1, 0))
-    return DraftTree(tokens_N, parents_N, depths_N, logp_N, sources_N, paths_N)
+    logp_C = probabilities_C.float().clamp(min=LEAST).log()
+    return drafted_tree(root[None], tokens_C, expanded_G.long()[group_C] + 1, logp_C, steps)
 
 
 def _links(tree: DraftTree) -> tuple[Tensor, Tensor]:
