@@ -14,7 +14,7 @@ from graft_inference.errors import GraftError
 from graft_inference.files import read_json
 from graft_inference.target.kv_cache import TreeCache
 from graft_inference.target.model import Target
-from graft_inference.target.packed_linear import pack_linears
+from graft_inference.target.packed_linear import pack_target
 from graft_train.config import Config
 from graft_train.config.target import MEASURED
 from graft_train.data.target import load_target, resolve_device
@@ -103,7 +103,7 @@ def _passes(config: Config, dtype: str, thread_counts: list[int]) -> Iterator[di
     """Milliseconds of a pass by its rows, for each number of threads, of the target in this dtype, packed as served."""
     model = load_target(replace(config, target=replace(config.target, dtype=dtype, tp_plan=None)))
     target = Target(model)
-    pack_linears(model)
+    pack_target(target)
     cache = target.new_cache(PROMPT + max(ROWS))
     with torch.inference_mode():
         target.prefill(torch.zeros(PROMPT, dtype=torch.long), cache)

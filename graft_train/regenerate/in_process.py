@@ -12,7 +12,7 @@ from graft_inference import GraftEngine, Policy, Request
 from graft_inference.policy.plan import AUTOREGRESSIVE
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
-from graft_inference.target.packed_linear import pack_linears
+from graft_inference.target.packed_linear import pack_target
 from graft_inference.target.self_check import self_check
 from graft_train.config import Config
 from graft_train.config.regenerate import RegenerateConfig
@@ -71,7 +71,7 @@ def plain_engine(model: Any, aux_layer_ids: tuple[int, ...], end_ids: set[int]) 
     target = CapturingTarget(model, aux_layer_ids) if aux_layer_ids else Target(model, aux_layer_ids)
     self_check(target)
     if not target.is_split:
-        pack_linears(model)
+        pack_target(target)
     nothing = SuccessorMatrix.empty(1, 1, target.device)
     policy = Policy(AUTOREGRESSIVE, AUTOREGRESSIVE, AUTOREGRESSIVE)
     return GraftEngine(target, policy, None, nothing, sorted(end_ids), captured=False)

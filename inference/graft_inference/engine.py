@@ -36,7 +36,7 @@ from .speculator import Speculation, Speculator
 from .stats import Generation, GenerationStats, PhaseClock
 from .target.kv_cache import TreeCache
 from .target.model import Target
-from .target.packed_linear import pack_linears
+from .target.packed_linear import pack_linears, pack_target
 from .target.self_check import self_check
 from .verification import Emitted
 
@@ -182,7 +182,7 @@ class GraftEngine:
             ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))
             engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, **settings)
             if packed and not target.is_split:
-                pack_linears(model)
+                pack_target(target)
                 pack_linears(head)
             return engine
 

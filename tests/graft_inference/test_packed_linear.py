@@ -1,5 +1,7 @@
 """A packed product is the stock product. Which is faster depends on the machine, so tests decide it."""
 
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,11 @@ from torch.nn import functional as F
 
 from graft_inference import METHODS
 from graft_inference.target import packed_linear
-from graft_inference.target.packed_linear import pack_linears, packs
+from graft_inference.target.model import Target
+from graft_inference.target.packed_linear import _packable, pack_linears, pack_target, packs
 
-from .tiny import tiny_engine, tiny_head, tiny_model
+from .families import FAMILIES, family_model
+from .tiny import VOCAB, tiny_engine, tiny_head, tiny_model
 
 needs_operator = pytest.mark.skipif(not packed_linear._available(), reason="this build has no packed product")
 
@@ -19,12 +23,12 @@ BF16 = pytest.mark.skipif(not packs(torch.bfloat16), reason="this CPU packs no b
 @pytest.fixture
 def always(monkeypatch):
     """Every packed product counts as the faster one."""
-    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: float(product == layer.forward))
+    monkeypatch.setattr(packed_linear, "_seconds", lambda products, layer: float(products[0] == layer.forward))
 
 
 @pytest.fixture
 def never(monkeypatch):
-    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: 1.0)
+    monkeypatch.setattr(packed_linear, "_seconds", lambda products, layer: 1.0)
 
 
 @needs_operator
@@ -58,6 +62,42 @@ def test_packing_a_model_leaves_its_output_and_its_weights(always):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+@needs_operator
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_read_the_same_states_are_one_product(always, family):
+    target = Target(family_model(family))
+    prompts = [torch.arange(length) % VOCAB for length in (1, 6)]
+
+    def logits():
+        return [target.prefill(tokens_S, target.new_cache(8)).logits_NV for tokens_S in prompts]
+
+    with torch.inference_mode():
+        expected, linears = logits(), _packable(target.model)
+        assert pack_target(target) == [name for name, layer in target.model.named_modules() if layer in linears]
+        for _ in range(2):  # nothing of a pass is left for the next
+            torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=1e-4)
+    sets = {id(layer.forward.func.__self__) for layer in target.model.modules() if _is_part(layer)}
+    fused = {"phi3": 0}  # its projections are one layer already
+    assert len(sets) >= fused.get(family, target.config.num_hidden_layers)
+
+
+def _is_part(layer) -> bool:
+    return hasattr(layer, "forward") and isinstance(getattr(layer.forward, "func", None), MethodType)
+
+
+@needs_operator
+def test_parts_are_those_of_the_tensor_that_a_layer_is_called_with(always):
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 4), nn.Linear(6, 3)
+    weights = [first.weight.clone(), second.weight.clone()]
+    assert pack_linears(nn.Sequential(first, second), [[first, second]]) == ["0", "1"]
+    one, other = torch.randn(2, 2, 5, 6)
+    with torch.inference_mode():
+        for layer, states in ((first, one), (second, other), (first, other), (first, other), (second, one)):
+            weight = weights[layer is second]
+            torch.testing.assert_close(layer(states), F.linear(states, weight, layer.bias), atol=1e-5, rtol=1e-5)
+
+
 @BF16
 @needs_operator
 @pytest.mark.parametrize("method", METHODS)
@@ -87,7 +127,7 @@ def test_layers_that_packing_does_not_speed_up_stay_as_they_are(never):
 @needs_operator
 def test_each_shape_is_timed_once(monkeypatch):
     timed = []
-    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: timed.append(layer.weight.shape) or 1.0)
+    monkeypatch.setattr(packed_linear, "_seconds", lambda products, layer: timed.append(layer.weight.shape) or 1.0)
     pack_linears(nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(4, 8)))
     assert len(timed) == 2 * 2  # both products of both shapes
 
