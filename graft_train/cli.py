@@ -148,6 +148,8 @@ METHODS = ("graft", "eagle3", "retrieve", "autoregressive")
 
 CHAT_HELP = """Talk to the target of BUNDLE, a directory or a Hub id.
 
+Without a bundle prompt lookup alone speculates, for the model that --target names.
+
 The text is coloured by where each token came from: the draft head, look-up in the conversation's own text, the
 successor matrix, or the target itself. Ctrl-C stops an answer, Ctrl-D or /exit leaves, /new begins a new conversation.
 
@@ -157,7 +159,7 @@ a prompt of several lines use graft-generate --chat.
 
 
 @click.command("chat", help=CHAT_HELP, short_help="Talk to the target, speculating with an exported bundle.")
-@click.argument("bundle", type=click.Path())
+@click.argument("bundle", type=click.Path(), required=False)
 @click.option("--target", type=click.Path(), help="Directory or Hub id of the model; else the one the bundle names.")
 @click.option("--system", metavar="TEXT", help="The system prompt.")
 @click.option(

@@ -112,7 +112,7 @@ class GraftEngine:
     @classmethod
     def from_pretrained(
         cls,
-        bundle: str | Path,
+        bundle: str | Path | None,
         target: str | Path,
         device: str = "auto",
         dtype: str = "auto",
@@ -122,9 +122,10 @@ class GraftEngine:
         tp_plan: str | None = None,
         **settings: Any,
     ) -> Self:
-        """Loads a bundle, or a bare EAGLE-3 head, and its target, each a local directory or a Hub id.
+        """Loads a bundle, or a bare head, and its target, each a local directory or a Hub id.
 
         Args:
+            bundle: None where there is no head yet: prompt lookup alone speculates then.
             device: "auto" is CUDA where there is one, else the CPU.
             dtype: "auto" is bfloat16 on CUDA. On a CPU it is the one in which the policy was measured on a CPU, else
                 float32.
@@ -170,20 +171,23 @@ class GraftEngine:
         Raises:
             GraftError: a family that cannot be served, or a bad setting. The model is left as it was.
         """
-        target = Target(model, bundle.head.config.aux_layer_ids)
+        head = bundle.head
+        target = Target(model, () if head is None else head.config.aux_layer_ids)
         with target.released_on_failure():
             if check:
                 self_check(target)
-            head = bundle.head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
-            if possible_copies(head):
-                drop_copies(head, target.embedding_weight, model.get_output_embeddings().weight)
+            if head is not None:
+                head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
+                if possible_copies(head):
+                    drop_copies(head, target.embedding_weight, model.get_output_embeddings().weight)
             warn_if_elsewhere(bundle.policy, target.device)
             matrix = bundle.successors.to(target.device)
             ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))
             engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, **settings)
             if packed and not target.is_split:
                 pack_linears(model)
-                pack_linears(head)
+                if head is not None:
+                    pack_linears(head)
             return engine
 
     def generate(
@@ -335,7 +339,9 @@ class GraftEngine:
             raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
         plan = request.plan or self.policy.plan(request.method)
         if self.head is None and plan.drafts:
-            raise GraftError("this engine has no draft head: choose the method autoregressive")
+            raise GraftError(
+                "this engine has no draft head, and the plan drafts: choose another method, or load a bundle"
+            )
         if self.head is None:
             check_sources(plan, 0, self.tables)
         else:

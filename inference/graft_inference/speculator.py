@@ -107,7 +107,9 @@ class Speculator:
     def head(self) -> HeadProposer:
         """Raises GraftError where there is none, and a plan drafts."""
         if self._head is None:
-            raise GraftError("this engine has no draft head: choose the method autoregressive")
+            raise GraftError(
+                "this engine has no draft head, and the plan drafts: choose another method, or load a bundle"
+            )
         return self._head
 
     def draft(self, requests: Sequence[Speculation]) -> list[Chosen]:

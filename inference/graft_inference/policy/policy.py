@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from ..errors import GraftError
-from ..template import depth_template
+from ..retrieval.prompt_lookup import LONGEST, PromptLookup
+from ..template import chain, depth_template
 from ..tree import drafted_nodes
-from .plan import AUTOREGRESSIVE, Plan, QuotaCheckpoint, QuotaPlan
+from .acceptance import AcceptanceModel, SourceModel
+from .plan import AUTOREGRESSIVE, Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 
 PLANNED = ("graft", "eagle3", "retrieve")
 METHODS = (*PLANNED, "autoregressive")
@@ -85,3 +87,20 @@ def paper_policy(topk: int = 10, num_draft_tokens: int = 64, num_steps: int = 9,
         retrieve=QuotaPlan((QuotaCheckpoint(0, 0.0, 0, retrieved, template),), topk),
         measured_on={"source": "arXiv 2605.20104, not calibrated on this device"},
     )
+
+
+def lookup_policy(num_draft_tokens: int = 8) -> Policy:
+    """Prompt lookup alone, for a target without a head (Saxena 2023): the only policy that nothing is needed for.
+
+    `eagle3` is the paper's plan, which an engine without a head refuses by name.
+
+    Args:
+        num_draft_tokens: nodes of each verification, the root included.
+    """
+    steps = num_draft_tokens - 1
+    # One chain has no rival, so that its scores decide nothing.
+    lookup = SourceModel(PromptLookup.name, chain(steps), (), ((0.0,) * steps,) * LONGEST, (0.0,))
+    plan = ScoredPlan(
+        (Checkpoint(0, num_draft_tokens=num_draft_tokens),), acceptance=AcceptanceModel(sources=(lookup,))
+    )
+    return Policy(plan, paper_policy().eagle3, plan, {"source": "prompt lookup, not calibrated"})
