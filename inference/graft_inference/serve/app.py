@@ -81,7 +81,9 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, scheduler: Scheduler, ready: Callable[[], None]) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
+        # The same loop and parser everywhere, whatever else is installed.
+        config = uvicorn.Config(app, loop="asyncio", http="h11", log_level="warning", timeout_graceful_shutdown=GRACE)
+        super().__init__(config)
         self.scheduler = scheduler
         self.ready = ready
 
