@@ -9,7 +9,7 @@ from graft_train.road import STAGES, WHOLE_ROAD
 
 HELP = """Train, calibrate, export, measure, try and serve Graft speculative decoding.
 
-Each stage takes settings behind it: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
+Each stage takes settings after its name: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
 what there is to set, and `--cfg job` what is set. Training on several GPUs is started by accelerate: see
 docs/training.md.
 
@@ -84,7 +84,7 @@ seen, what is usual, and what helps; docs/troubleshooting.md explains them. Noth
     "--template-variable",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What the chat template is told where you serve, in JSON. May be given repeatedly.",
+    help="A variable of the chat template as you serve it, in JSON. May be given repeatedly.",
 )
 @click.option("--device", default="auto", help="Default: cuda where there is one, else cpu.")
 @click.option("--dtype", default="auto", help="Default: bfloat16 on cuda; on a CPU the policy's own, else float32.")
@@ -166,7 +166,7 @@ a prompt of several lines use graft-generate --chat.
     "--template-variable",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What the chat template is told, in JSON, such as enable_thinking=false. May be given repeatedly.",
+    help="A variable of the chat template, in JSON, such as enable_thinking=false. May be given repeatedly.",
 )
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, help="Of the sampling, for each answer.")

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> GenerationStats:
     """Loads, generates and prints the continuation to stdout while it comes."""
     if not options.chat and (options.system is not None or options.template_variable):
-        raise GraftError("--system and --template-variable are told to the chat template: add --chat")
+        raise GraftError("--system and --template-variable are for the chat template: add --chat")
     prompt, variables = _read(options.prompt), template_variables(options.template_variable)
     _check_texts(options)
     engine = load_engine(options.bundle, options.target, options.device, options.dtype)
@@ -88,7 +88,7 @@ def encode(
     Args:
         chat: wrap it in the tokenizer's chat template.
         system: what stands before it there.
-        variables: what the template is told beside, such as enable_thinking.
+        variables: of the template, such as enable_thinking.
 
     Raises:
         GraftError: what `check_template` raises, or a text that the template or the tokenizer refuses.
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="with --chat: what the template is told, in JSON, such as enable_thinking=false; may be given repeatedly",
+        help="with --chat: a variable of the template, in JSON, such as enable_thinking=false; may be given repeatedly",
     )
     return parser
 

@@ -257,7 +257,7 @@ class GraftEngine:
         Arguments that are not listed are those of `generate`.
 
         Args:
-            stats: filled meanwhile; the last of its `sources` is that of the token just yielded.
+            stats: filled while tokens come; the last of its `sources` is that of the token just yielded.
 
         Raises:
             GraftError: what `generate` raises, and for a batch.
@@ -279,13 +279,13 @@ class GraftEngine:
     ) -> Generator[Finished, None, None]:
         """Continues any number of prompts, at most so many at a time, and yields each when it has ended.
 
-        The place of a prompt that has ended goes to the next, so that none waits for the longest. Each gets what `run`
-        gives it alone. Kept prefixes are neither used nor replaced.
+        When a prompt ends, the next one takes its place, so that none waits for the longest. Each gets what `run` would
+        give it alone. Kept prefixes are neither used nor replaced.
 
         Args:
             requests: a prompt and its settings each, all of one plan; read as places become free.
-            at_most: prompts under way, each with caches of its own.
-            keep_aux: hand out the target's auxiliary states too, which takes a pass more over each last token.
+            at_most: most prompts under way, each with caches of its own.
+            keep_aux: return the target's aux hidden states too, which takes one more pass over each last token.
 
         Raises:
             GraftError: what `run` raises, with the number of the prompt; nothing is yielded after it.
@@ -425,7 +425,7 @@ class GraftEngine:
     def _open(
         self, row: Row, plan: Plan, stats: GenerationStats, logprobs: list[Tensor] | None, resumes: bool
     ) -> DecodeState:
-        """What a request starts with, its prompt not yet read.
+        """The state that a request starts with, before its prompt is read.
 
         Args:
             resumes: whether a kept prefix may be used, which only one request can.
@@ -457,7 +457,7 @@ class GraftEngine:
     def _sources(
         self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
     ) -> dict[str, TokenSource]:
-        """Those that the plan asks, told the prompt."""
+        """The sources that the plan asks, opened on the prompt."""
         # As many as the cache: the last round may go beyond the request's end.
         capacity = len(prompt_S) + new_tokens + plan.num_draft_tokens
         left = kept.sources if kept and kept.continues(prompt_S) else {}
@@ -502,7 +502,7 @@ class GraftEngine:
         return fallback
 
     def _replayed(self, states: Sequence[DecodeState]) -> list[Emitted] | None:
-        """The round from CUDA graphs; None where it has to run eagerly."""
+        """Runs the round by CUDA graphs; None if it has to run eagerly."""
         if self.captured is None:
             return None
         if len(states) == 1:
@@ -519,5 +519,5 @@ class GraftEngine:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """What the bundle holds for sources, by name."""
+        """The bundle's tables for sources, by name."""
         return {"matrix": self.successors}

@@ -16,13 +16,13 @@ METHODS = (*PLANNED, "autoregressive")
 
 @dataclass(frozen=True)
 class Policy:
-    """Plans for the methods that need one, and what they were measured on.
+    """The plan of each method that needs one, and what the plans were calibrated on.
 
     Attributes:
         graft: the plan of head and sources.
         eagle3: the plan of the head alone, always to its full depth.
         retrieve: the plan of the sources alone.
-        measured_on: device, versions, latencies and data behind the plans; for people.
+        measured_on: the device, versions and data that the plans were calibrated on; for people to read.
     """
 
     graft: Plan

@@ -25,7 +25,7 @@ class Visibility:
 
     Args:
         positions_N: logical positions of the rows.
-        span: of the cache: the pass's keys stand behind the committed ones.
+        span: of the cache: the pass's keys stand after the committed ones.
         own_NN: bool, which rows of the pass each row sees; None where they stand in a line (a prompt).
     """
 

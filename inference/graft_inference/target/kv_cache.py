@@ -24,7 +24,7 @@ def bucket(rows: int) -> int:
 
 @dataclass
 class Span:
-    """Where the next pass writes its rows, and which it sees: behind `start`, within `size`.
+    """Where the next pass writes its rows, and which it sees: after `start`, within `size`.
 
     A pass that runs once knows where it stands: `start` is a number and `size` just holds its own rows (None: however
     many there are). One that is captured and replayed has its start on the device, [1] int64, and sees a bucket, of
@@ -86,7 +86,7 @@ class TreeCacheLayer(CacheLayerMixin):
         self.keys, self.values = key_states, value_states
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes rows behind the committed ones, without committing them, and returns all that the pass sees."""
+        """Writes rows after the committed ones, without committing them, and returns all that the pass sees."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
@@ -145,7 +145,7 @@ class TreeCache(Cache):
         self.rewind(self.length + count)
 
     def keep_branch(self, path_A: Tensor) -> None:
-        """Moves one branch of the tree written last behind the committed rows, to be committed there.
+        """Moves one branch of the tree written last after the committed rows, to be committed there.
 
         Args:
             path_A: the root and rows of the tree by depth, int64. Those of a fixed span may end in rows of no account.
@@ -217,7 +217,7 @@ class TreeCache(Cache):
 
 
 class PackedCaches(Cache):
-    """The caches of several prompts, under one pass whose rows are theirs, one prompt behind the other.
+    """The caches of several prompts, under one pass whose rows are theirs, one prompt after the other.
 
     Args:
         rows: of each prompt in the pass.

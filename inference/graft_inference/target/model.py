@@ -217,7 +217,7 @@ class Target:
         return Visibility(self.positions(cache.span.start, tree), cache.span, ancestors_NN)
 
     def positions(self, length: int | Tensor, tree: DraftTree) -> Tensor:
-        """Positions of a tree's nodes, [N], behind so many committed tokens; none lies beyond the limit.
+        """Positions of a tree's nodes, [N], after so many committed tokens; none lies beyond the limit.
 
         No token beyond it is ever emitted. Learned positions end there, and some RoPE would change for all rows.
         """
@@ -233,7 +233,7 @@ class Target:
         """One pass over N rows that see the cache and each other as `visible` says. Commits nothing.
 
         Args:
-            cache, visible: of several prompts, whose rows are one behind the other: their caches, and what each sees.
+            cache, visible: of several prompts, whose rows are one after the other: their caches, and what each sees.
             logits_of: rows whose logits are wanted, on the host; None: all.
         """
         if isinstance(visible, Visibility):

@@ -60,7 +60,7 @@ def _compare(target: Target) -> None:
 
 
 def _own_logits(target: Target, lines_BS: Tensor) -> Tensor:
-    """What the untouched model says behind the prompt."""
+    """What the untouched model says after the prompt."""
     with target.own_attention() as model:
         return model(input_ids=lines_BS, use_cache=False).logits[:, PROMPT:].to(target.device).float()
 
