@@ -22,7 +22,7 @@ def count_lines(path):
 
 
 def first_answer(config: Config) -> None:
-    """Prints a prompt, and what the target answers."""
-    engine, console = engine_of(config, None, config.target.dtype, config.evaluation.fallback), Console()
+    """Prints a prompt and the target's answer, without the fallback, which on a busy machine would not speculate."""
+    engine, console = engine_of(config, None, config.target.dtype, fallback=False), Console()
     prompt_S = encode(engine.tokenizer, PROMPT, chat=bool(getattr(engine.tokenizer, "chat_template", None)))
     show_answer(engine, prompt_S, console)

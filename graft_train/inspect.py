@@ -53,7 +53,7 @@ def facts_of(directory: Path, place: str) -> Iterator[tuple[str, str]]:
     layers = target["num_hidden_layers"]
     yield "bundle", place
     sizes = f"{layers} layers, {target['hidden_size']:,} wide, {target['vocab_size']:,} tokens"
-    yield "target", f"{target['name_or_path']}: {sizes}, tokenizer {(target['tokenizer'] or 'not told')[:SHOWN]}"
+    yield "target", f"{target['name_or_path']}: {sizes}, tokenizer {(target['tokenizer'] or 'not recorded')[:SHOWN]}"
     head = load_any_head(directory, layers)
     shape, dtype = head.config, str(next(head.parameters()).dtype).removeprefix("torch.")
     yield "head", described(directory)[1]

@@ -16,7 +16,7 @@ class BlockHeadTrainConfig:
         layers: decoder layers of the head.
         block_size: slots of a block, the anchor's included.
         causal: a slot sees only the slots before it, so that a shorter block may be asked for when serving.
-        sample_from_anchor: slots predict the token behind them (DSpark) and not the one at their place (DFlash).
+        sample_from_anchor: slots predict the token after them (DSpark) and not the one at their own position (DFlash).
         markov_rank: of a bias by the token before (DSpark's vanilla head); 0 for none. Needs sample_from_anchor.
         mask_token_id: what stands in the slots to fill, a token that the target never emits; null: the last id that
             no sample holds.

@@ -31,7 +31,6 @@ def answer_to(prompt, count):
 def test_before_anything_is_trained_lookup_alone_speeds_an_answer_up(tmp_path, monkeypatch):
     config = config_for(tmp_path / "run")
     write_target(tmp_path / "run" / "target")
-    config.evaluation.fallback = False
     console = coloured_console(monkeypatch, first_module)
     monkeypatch.setattr(module, "TOKENS", 30)
     monkeypatch.setattr(first_module, "PROMPT", PROMPT)
