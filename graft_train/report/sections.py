@@ -32,7 +32,7 @@ def sections_of(run: RunDirectory, viewer: Any) -> list[Section]:
         _section("time", "Where a round's milliseconds go", "evaluate", time, run),
         _section("rounds", "The rounds of an answer", "calibrate", lambda _: _rounds(viewer), run),
         _section("policy", "The policy", "calibrate", _policy, run),
-        _section("calibration", "Is P(accepted) true?", "calibrate", _calibration, run),
+        _section("calibration", "Calibration of P(accepted)", "calibrate", _calibration, run),
         _section("training", "Training", "distill", _training, run),
         _section("corpus", "The corpus", "build_corpus", _corpus, run),
         _section("settings", "What was run", "the stage", _settings, run),
