@@ -23,7 +23,7 @@ class BlockHeadTrainConfig:
         anchors: blocks that are trained in a micro-batch, at most.
         loss: cross_entropy on the text's tokens; forward_kl, reverse_kl or total_variation to the target's
             distribution; or dspark, a tenth of the first plus 1.8 times the last.
-        weighting: of the drafts of a block: exponential, by their place, or d_pace, by what they add to the expected
+        weighting: of the drafts of a block: exponential, by their position, or d_pace, by what they add to the expected
             length as the head stands.
         gamma: draft k weighs exp(-(k - 1) / gamma) with weighting=exponential.
         d_pace_share: part of a draft's weight in d_pace that does not depend on the head.

@@ -11,10 +11,10 @@ _REPEATS = 15
 
 
 def pack_linears(module: nn.Module) -> list[str]:
-    """Replaces the products of a module's linear layers where the packed one is faster on this CPU.
+    """Replaces a module's linear layers by prepacked ones where these are faster on this CPU.
 
-    Whether it is depends on the processor and the shape, so each shape is timed once, at one row and at
-    eight; weights stay where they are. Does nothing off the CPU or where the build lacks the operator.
+    Whether they are depends on the processor and the shape. So each shape is timed once, with one token and with eight.
+    Weights stay where they are. Does nothing on other devices, or where the build of torch lacks the operator.
 
     Returns:
         Names of the packed layers.
