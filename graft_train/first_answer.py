@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from graft_inference import GraftError
 from graft_inference.cli import encode
 from graft_train.config import Config
 from graft_train.demonstrate import show_answer
@@ -18,11 +19,17 @@ def read_lines(path):
 def count_lines(path):
     return len(read_lines(path))
 ```"""
-"""Its answer repeats names and lines of it."""
+"""The answer repeats names and lines of it."""
 
 
 def first_answer(config: Config) -> None:
-    """Prints a prompt and the target's answer, without the fallback, which on a busy machine would not speculate."""
+    """Prints a prompt and the target's answer, without the fallback, which on a busy machine would not speculate.
+
+    Raises:
+        GraftError: what `GraftEngine.from_pretrained` raises, or a target without a tokenizer.
+    """
     engine, console = engine_of(config, None, config.target.dtype, fallback=False), Console()
-    prompt_S = encode(engine.tokenizer, PROMPT, chat=bool(getattr(engine.tokenizer, "chat_template", None)))
+    if engine.tokenizer is None:
+        raise GraftError(f"{config.target.name_or_path} has no tokenizer: put its files beside the model")
+    prompt_S = encode(engine.tokenizer, PROMPT, chat=bool(engine.tokenizer.chat_template))
     show_answer(engine, prompt_S, console)
