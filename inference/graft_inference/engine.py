@@ -48,9 +48,9 @@ class GraftEngine:
 
     Args:
         target: the model; its `aux_layer_ids` are those that `head` reads.
-        policy: a plan per method.
-        head: None where no plan drafts.
-        successors: the matrix that requests start from.
+        policy: the plan of each method.
+        head: the draft head; None where no plan drafts.
+        successors: the successor matrix that requests start from.
         eos_token_ids: generation ends after one of these, and no other.
         tokenizer: the target's, to find stop strings with.
         retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the

@@ -6,7 +6,6 @@ import torch
 from graft_inference import GraftEngine, GraftError
 from graft_inference import cli as runtime_cli
 from graft_inference.bundle import load_bundle, recorded_target, served_dtype
-from graft_inference.policy.policy import lookup_policy
 from graft_inference.serve import cli as serve_cli
 
 from .test_cli import expected_text
@@ -54,15 +53,6 @@ def test_it_serves_in_float32_on_a_cpu_and_a_method_that_drafts_is_refused(tmp_p
     assert engine.generate(prompt(9), 20).sequences.tolist() == expected.tolist()
     with pytest.raises(GraftError, match="no draft head, and the plan drafts: choose another method, or load a bundle"):
         engine.generate(prompt(9), 20, method="eagle3")
-
-
-@pytest.mark.parametrize("nodes", [2, 8])
-def test_a_verification_has_the_nodes_that_were_asked_for(nodes):
-    policy = lookup_policy(nodes)
-    assert policy.graft.num_draft_tokens == nodes
-    assert policy.graft == policy.retrieve
-    assert policy.graft.sources == ("lookup",)
-    assert not policy.graft.drafts
 
 
 @pytest.mark.parametrize("options_first", [True, False])
