@@ -16,7 +16,7 @@ from graft_train.config import Config
 
 HEAD = """# Settings
 
-Every recipe takes every setting, as `key=value` behind the command: `graft distill head.epochs=4`. These
+Every recipe takes every setting, as `key=value` after the command: `graft distill head.epochs=4`. These
 are the defaults, meant for a real target; `experiment=NAME` replaces some of them by those of
 `conf/experiment/NAME.yaml`. Written by `python docs/settings.py`.
 """

@@ -4,7 +4,7 @@
 
 Hardware:    whatever holds the target; a CPU will do.
 Minutes:     as long as you talk.
-Acceptance:  not measured for conversations. It is written behind each answer.
+Acceptance:  not measured for conversations. It is printed after each answer.
 """
 
 import sys

@@ -5,7 +5,7 @@
 Hardware:    a device that holds the target, its states and a one-layer head; for several see docs/training.md.
 Minutes:     SmolLM2-135M on two CPU cores: 10, installation included, with the settings of `make quickstart`. Others:
              not measured.
-Acceptance:  there 2.62 tokens per pass of the target, on held-out questions of the kind that it was trained on.
+Acceptance:  there 2.62 tokens per pass of the target, on held-out questions like those that it was trained on.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`graft chat BUNDLE`: a conversation with the target, each token coloured by where it came from."""
+"""`graft chat [BUNDLE]`: a conversation with the target, each token coloured by where it came from."""
 
 import signal
 import sys
@@ -39,7 +39,7 @@ Screen = Callable[[GenerationStats], AbstractContextManager[Show]]
 class ChatOptions:
     """The options of the command, see its help."""
 
-    bundle: str
+    bundle: str | None
     target: str | None
     system: str | None
     template_variable: tuple[str, ...]

@@ -9,7 +9,7 @@ from graft_train.road import STAGES, WHOLE_ROAD
 
 HELP = """Train, calibrate, export, measure, try and serve Graft speculative decoding.
 
-Each stage takes settings behind it: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
+Each stage takes settings after its name: graft distill experiment=qwen3_8b head.epochs=4. `graft distill --help` shows
 what there is to set, and `--cfg job` what is set. Training on several GPUs is started by accelerate: see
 docs/training.md.
 
@@ -84,7 +84,7 @@ seen, what is usual, and what helps; docs/troubleshooting.md explains them. Noth
     "--template-variable",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What the chat template is told where you serve, in JSON. May be given repeatedly.",
+    help="A variable of the chat template as you serve it, in JSON. May be given repeatedly.",
 )
 @click.option("--device", default="auto", help="Default: cuda where there is one, else cpu.")
 @click.option("--dtype", default="auto", help="Default: bfloat16 on cuda; on a CPU the policy's own, else float32.")
@@ -148,6 +148,8 @@ METHODS = ("graft", "eagle3", "retrieve", "autoregressive")
 
 CHAT_HELP = """Talk to the target of BUNDLE, a directory or a Hub id.
 
+Without a bundle prompt lookup alone speculates, for the model that --target names.
+
 The text is coloured by where each token came from: the draft head, look-up in the conversation's own text, the
 successor matrix, or the target itself. Ctrl-C stops an answer, Ctrl-D or /exit leaves, /new begins a new conversation.
 
@@ -157,14 +159,14 @@ a prompt of several lines use graft-generate --chat.
 
 
 @click.command("chat", help=CHAT_HELP, short_help="Talk to the target, speculating with an exported bundle.")
-@click.argument("bundle", type=click.Path())
+@click.argument("bundle", type=click.Path(), required=False)
 @click.option("--target", type=click.Path(), help="Directory or Hub id of the model; else the one the bundle names.")
 @click.option("--system", metavar="TEXT", help="The system prompt.")
 @click.option(
     "--template-variable",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What the chat template is told, in JSON, such as enable_thinking=false. May be given repeatedly.",
+    help="A variable of the chat template, in JSON, such as enable_thinking=false. May be given repeatedly.",
 )
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, help="Of the sampling, for each answer.")

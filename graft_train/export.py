@@ -147,9 +147,10 @@ def _build(config: Config, out: Path, final: Path) -> None:
     _write_index(out)
     _write_code(out, str(final.resolve()))
     # A bundle that the engine would refuse must not appear.
-    head = load_bundle(out, target_config, tokenizer).head
+    load_bundle(out, target_config, tokenizer)
     write_text(out / "README.md", _card(out, str(final)))
-    for fault in faults_of(head.config, target_config.num_hidden_layers):
+    layers = target_config.num_hidden_layers
+    for fault in faults_of(load_any_config(out, layers), layers):
         say(f"export: {fault}")
 
 

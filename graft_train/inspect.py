@@ -10,13 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from graft_inference import ChainPlan, GraftError, Plan, QuotaCheckpoint
-from graft_inference.bundle import load_graft, load_successors, resolve
+from graft_inference.bundle import load_graft, load_successors, read_table, resolve
 from graft_inference.files import own_file, read_json
 from graft_inference.heads.families import described, load_any_head
 from graft_inference.policy.policy import PLANNED, Policy
-from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_train.engines import serving
-from graft_train.tables import print_table
+from graft_train.tables import print_speeds
 
 SHOWN = 12
 """Characters of a hash that people compare."""
@@ -43,7 +42,7 @@ def inspect(place: str) -> None:
     for path in sorted(directory.glob("evaluation*.json")):
         print()
         try:
-            print_table(read_json(path))
+            print_speeds(read_json(path))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraftError(f"{path} is no evaluation that graft evaluate wrote ({error!r}): run it again") from error
 
@@ -54,7 +53,7 @@ def facts_of(directory: Path, place: str) -> Iterator[tuple[str, str]]:
     layers = target["num_hidden_layers"]
     yield "bundle", place
     sizes = f"{layers} layers, {target['hidden_size']:,} wide, {target['vocab_size']:,} tokens"
-    yield "target", f"{target['name_or_path']}: {sizes}, tokenizer {(target['tokenizer'] or 'not told')[:SHOWN]}"
+    yield "target", f"{target['name_or_path']}: {sizes}, tokenizer {(target['tokenizer'] or 'not recorded')[:SHOWN]}"
     head = load_any_head(directory, layers)
     shape, dtype = head.config, str(next(head.parameters()).dtype).removeprefix("torch.")
     yield "head", described(directory)[1]
@@ -64,11 +63,14 @@ def facts_of(directory: Path, place: str) -> Iterator[tuple[str, str]]:
     for name in PLANNED:
         yield name, in_words(policy.plan(name))
     yield "measured on", _measured_on(policy)
-    yield "corpus", _of_matrix(load_successors(directory / "successors.safetensors", shape.vocab_size))
+    yield "corpus", _of_corpus(directory / "successors.safetensors", shape.vocab_size)
     for path in sorted(path for path in directory.glob("*.safetensors") if path.is_file()):
         with own_file(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         yield "file", f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB, sha256 {digest[:SHOWN]}"
+    yield "served by", "graft serve, graft chat and GraftEngine: head, retrieval and policy"
+    if (directory / "custom_generate").is_dir():
+        yield "transformers", f'generate(custom_generate="{place}", trust_remote_code=True): the same'
     for engine in serving(shape, layers, target["name_or_path"], place, dtype).values():
         faults = f"not for this head: it {'; it '.join(engine.faults)}" if engine.faults else engine.seen
         yield engine.name, faults
@@ -111,6 +113,8 @@ def _measured_on(policy: Policy) -> str:
     return f"{device.get('name', 'a device without a name')} ({what}){traced}"
 
 
-def _of_matrix(matrix: SuccessorMatrix) -> str:
-    known = int((matrix.ids_VK >= 0).any(dim=1).sum())
-    return f"up to {matrix.k} successors of {known:,} tokens ({known / len(matrix.ids_VK):.0%} of the vocabulary)"
+def _of_corpus(path: Path, vocab_size: int) -> str:
+    matrix = load_successors(path, vocab_size)
+    known, counted = int((matrix.ids_VK >= 0).any(dim=1).sum()), int(read_table(path)[0]["counts"].sum())
+    share = f"{known / len(matrix.ids_VK):.0%} of the vocabulary"
+    return f"up to {matrix.k} successors of {known:,} tokens ({share}), counted at {counted:,} places"

@@ -11,6 +11,7 @@ STAGES = {
 }
 """In the order in which they are run."""
 WHOLE_ROAD = "quickstart"
-ROAD = {name: line for name, line in STAGES.items() if name != "adopt"}
+ROAD = {"first_answer": "Answer a prompt by prompt lookup alone: nothing is trained yet."}
+ROAD |= {name: line for name, line in STAGES.items() if name != "adopt"}
 ROAD["demonstrate"] = "Answer a held-out prompt, each token coloured by where it came from."
 """What the whole road does."""

@@ -117,13 +117,18 @@ def _bucket_rows(methods: list[list[dict[str, Any]]]) -> list[tuple[str, ...]]:
 
 
 def print_table(evaluation: dict[str, Any]) -> None:
-    """The columns that fit a terminal, and the smaller tables."""
+    """The speeds, and the smaller tables."""
+    print_speeds(evaluation)
+    for part in parts_of(evaluation):
+        show_table(*part)
+
+
+def print_speeds(evaluation: dict[str, Any]) -> None:
+    """The columns that fit a terminal, and what is to be said of them."""
     shown = [index for index, column in enumerate(COLUMNS) if column not in ("95 %", "drafted", "retrieved")]
     title = f"{asked_of(evaluation['settings'])}; draft, verify, other in ms per round"
     rows = [tuple(row[index] for index in shown) for row in rows_of(evaluation)]
     show_table(title, tuple(COLUMNS[index] for index in shown), rows, machine(evaluation))
-    for part in parts_of(evaluation):
-        show_table(*part)
     if doubt := unsteady(evaluation):
         print(f"note: {doubt}")
     if narrower := _narrower(evaluation):

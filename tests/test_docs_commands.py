@@ -123,7 +123,7 @@ def check(words: list[str]) -> None:
     if program == "graft":
         check_graft(rest)
     elif program == "graft-generate":
-        generate_parser().parse_args(rest)
+        generate_parser().parse_intermixed_args(rest)
     elif program == "graft-serve":
         serve_parser("graft-serve").parse_args(rest)
     elif program == "make":

@@ -16,14 +16,14 @@ class BlockHeadTrainConfig:
         layers: decoder layers of the head.
         block_size: slots of a block, the anchor's included.
         causal: a slot sees only the slots before it, so that a shorter block may be asked for when serving.
-        sample_from_anchor: slots predict the token behind them (DSpark) and not the one at their place (DFlash).
+        sample_from_anchor: slots predict the token after them (DSpark) and not the one at their own position (DFlash).
         markov_rank: of a bias by the token before (DSpark's vanilla head); 0 for none. Needs sample_from_anchor.
         mask_token_id: what stands in the slots to fill, a token that the target never emits; null: the last id that
             no sample holds.
         anchors: blocks that are trained in a micro-batch, at most.
         loss: cross_entropy on the text's tokens; forward_kl, reverse_kl or total_variation to the target's
             distribution; or dspark, a tenth of the first plus 1.8 times the last.
-        weighting: of the drafts of a block: exponential, by their place, or d_pace, by what they add to the expected
+        weighting: of the drafts of a block: exponential, by their position, or d_pace, by what they add to the expected
             length as the head stands.
         gamma: draft k weighs exp(-(k - 1) / gamma) with weighting=exponential.
         d_pace_share: part of a draft's weight in d_pace that does not depend on the head.

@@ -43,7 +43,7 @@ class DataConfig:
         evaluation_share: part of the documents kept for the final measurement and the held-out loss.
         limit: read at most this many documents of each source; null reads all.
         prompt_tokens: length of a prompt that is cut from plain text; conversations keep their own.
-        chat_template_kwargs: what the target's chat template is told beside the conversation, such as
+        chat_template_kwargs: variables of the target's chat template, such as
             {enable_thinking: false} for Qwen3 or {reasoning_effort: low} for gpt-oss.
         on_error: raise (the first bad record is an error) or skip (bad records are left out and counted).
         preview: show a few samples with their trained tokens coloured, and stop before the target runs.

@@ -102,7 +102,7 @@ class HeadTrainConfig:
         checkpoint_every: optimizer steps between checkpoints.
         keep_checkpoints: older ones are deleted.
         push_every: optimizer steps between pushes of the head to export.repo_id, in the background; the last head is
-            pushed, too. What fails there is told and does not stop the training. None: nothing is pushed.
+            pushed, too. A push that fails gives a warning and does not stop the training. None: nothing is pushed.
         log_every: optimizer steps between lines of metrics.jsonl.
         trackers: accelerate's trackers that are sent the metrics too, such as wandb (offline unless WANDB_MODE says
             otherwise), tensorboard or trackio; each must be installed.

@@ -29,7 +29,7 @@ class CalibrateConfig:
         num_steps: most draft steps of a round; EAGLE-3 at depth 8 runs 9.
         widths: how many nodes a verification may have, the root included. The last one bounds every tree.
         retrieval_depth: longest path of retrieved nodes.
-        checkpoints: most places where drafting may stop early.
+        checkpoints: most checkpoints at which drafting may stop early.
         minutes: most time that calibration takes. Two fifths go to the traces, of fewer prompts where all would take
             longer; one fifth goes to the latencies, and the rest to the race. Only what a choice cannot do without may
             take longer.

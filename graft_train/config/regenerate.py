@@ -19,8 +19,8 @@ class RegenerateConfig:
     max_new_tokens: longest answer.
     batch: prompts answered at a time; with servers, requests in flight at each.
     temperatures: dealt out to the prompts (in process and not on a CPU: to the batches) in turn; 0 is greedy.
-    states: keep what the target makes of each token while it answers, in {run_dir}/data/states, so that neither
-        distill (with head.states=disk) nor build_corpus runs it again; the space is that of head.states=disk.
+    states: keep the target's hidden states while it answers, in {run_dir}/data/states, so that neither distill
+        (with head.states=disk) nor build_corpus runs it again; the space is that of head.states=disk.
     base_url: an OpenAI-compatible server of the target that answers in place of this process, or a list of
         such, for example http://localhost:8000/v1. Its key, if it wants one, is read from OPENAI_API_KEY.
     server_extensions: send what vLLM and SGLang know beyond OpenAI's fields, to get exact tokens back and to

@@ -97,6 +97,7 @@ def open_case(options: DoctorOptions) -> Case:
     model.generation_config = GenerationConfig()  # a checkpoint's penalties are not its law
     if served is not None:
         loaded = load_bundle(served, config, tokenizer)
+        assert loaded.head is not None
         policy = loaded.policy if (served / "graft.json").exists() else None
         case = Case(model, tokenizer, name, loaded.head, policy, loaded.successors, ends)
     else:

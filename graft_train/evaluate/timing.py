@@ -69,8 +69,12 @@ def interleaved(
 
 def new_engine(config: Config, dtype: str, fallback: bool) -> GraftEngine:
     """The run's bundle on its target."""
+    return engine_of(config, Path(config.run_dir) / "bundle", dtype, fallback)
+
+
+def engine_of(config: Config, bundle: Path | None, dtype: str, fallback: bool) -> GraftEngine:
+    """A bundle on the run's target; None: prompt lookup alone."""
     device = str(resolve_device(config.target.device))
-    bundle = Path(config.run_dir) / "bundle"
     engine = GraftEngine.from_pretrained(
         bundle,
         target_path(config),

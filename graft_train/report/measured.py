@@ -167,7 +167,7 @@ def time(run: RunDirectory) -> Blocks:
                 Plot(
                     "Where rounds stopped drafting",
                     charts.stacked(stops, "checkpoint", "share", "% of rounds", {"none": "var(--plain)"}),
-                    "d0 stopped behind one draft step, d1 behind two. In rounds of “none” no head ran.",
+                    "d0 stopped after one draft step, d1 after two. In rounds of “none” no head ran.",
                 ),
             ]
         )

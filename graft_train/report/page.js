@@ -168,7 +168,7 @@ class Viewer {
   }
 
   bar(round) {
-    const heading = element("h3", "", `Round ${this.current + 1} of ${this.shown.rounds.length}, behind “${visible(round.root)}”`);
+    const heading = element("h3", "", `Round ${this.current + 1} of ${this.shown.rounds.length}, after “${visible(round.root)}”`);
     const steps = element("span");
     for (const [text, name, by] of [["←", "the round before", -1], ["→", "the round after", 1]]) {
       const button = element("button", "page", text);

@@ -32,7 +32,7 @@ def sections_of(run: RunDirectory, viewer: Any) -> list[Section]:
         _section("time", "Where a round's milliseconds go", "evaluate", time, run),
         _section("rounds", "The rounds of an answer", "calibrate", lambda _: _rounds(viewer), run),
         _section("policy", "The policy", "calibrate", _policy, run),
-        _section("calibration", "Is P(accepted) true?", "calibrate", _calibration, run),
+        _section("calibration", "Calibration of P(accepted)", "calibrate", _calibration, run),
         _section("training", "Training", "distill", _training, run),
         _section("corpus", "The corpus", "build_corpus", _corpus, run),
         _section("settings", "What was run", "the stage", _settings, run),
@@ -66,11 +66,11 @@ def _policy(run: RunDirectory) -> Blocks:
     yield Plot(
         "Speed against acceptance",
         charts.frontier(predicted, measured),
-        "Lines: what replay foretold, by the widest verification allowed. Diamonds: measured in the race. "
+        "Lines: predicted by replay, by the widest verification allowed. Diamonds: measured in the race. "
         f"graft is the plan “{report['graft_is']}”.",
     )
     yield Table(
-        ("plan", "tokens/s foretold", "tokens/s measured", "of the fastest", "95 %"),
+        ("plan", "tokens/s predicted", "tokens/s measured", "of the fastest", "95 %"),
         [
             (
                 name,
@@ -195,7 +195,7 @@ def _settings(run: RunDirectory) -> Blocks:
         versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
         took = f"{record['seconds'] / 60:.1f} min" if "seconds" in record else "not finished"
         rows.append(
-            (path.name, f"graft {record.get('stage', '?')}", took, versions or "not told", record["fingerprint"])
+            (path.name, f"graft {record.get('stage', '?')}", took, versions or "not recorded", record["fingerprint"])
         )
     yield Table(("directory", "made by", "took", "versions", "fingerprint"), rows, figures=False)
     devices = {

@@ -23,7 +23,7 @@ from .errors import GraftError
 from .files import parse_json, read_json, read_safetensors
 from .heads.checkpoint import MASK_EMBEDDING
 from .heads.families import Head, HeadConfig, check_head, load_any_config, load_any_head, most_steps
-from .policy.policy import METHODS, Policy, paper_policy
+from .policy.policy import METHODS, Policy, lookup_policy, paper_policy
 from .policy.tree_builder import check_sources
 from .retrieval.successor_matrix import SuccessorMatrix
 
@@ -41,27 +41,34 @@ PAPER_BEAM, PAPER_STEPS = 10, 9
 
 @dataclass
 class Bundle:
-    """A head, the policy measured with it, and what it retrieves from."""
+    """A head, the policy measured with it, and what it retrieves from.
 
-    head: Head
+    Attributes:
+        head: None where prompt lookup alone speculates.
+    """
+
+    head: Head | None
     policy: Policy
     successors: SuccessorMatrix
 
 
-def load_bundle(path: str | Path, target_config: Any, tokenizer: Any | None) -> Bundle:
+def load_bundle(path: str | Path | None, target_config: Any, tokenizer: Any | None) -> Bundle:
     """Loads a bundle strictly and checks that it was made for this target.
 
     A bare head, with neither `graft.json` nor `successors.safetensors` beside it, gets the paper's policy
     and an empty matrix, which the prompts fill.
 
     Args:
-        path: local directory or Hub id.
+        path: local directory or Hub id; None: no bundle, so that prompt lookup alone speculates.
         target_config: the target's (text) configuration.
         tokenizer: the target's, or None to skip that check.
 
     Raises:
         GraftError: names the file, or the property of the target that differs.
     """
+    if path is None:
+        matrix = SuccessorMatrix.empty(target_config.vocab_size, PAPER_SUCCESSORS, torch.device("cpu"))
+        return Bundle(None, lookup_policy(), matrix)
     directory = resolve(path)
     layers = target_config.num_hidden_layers
     shape = load_any_config(directory, layers)
@@ -121,7 +128,7 @@ def load_graft(path: Path) -> tuple[Policy, dict[str, Any]]:
         raise GraftError(f"{path}: {error}; export the bundle again") from error
 
 
-def recorded_target(path: str | Path) -> str:
+def recorded_target(path: str | Path | None) -> str:
     """Name or path of the target that a bundle was made for.
 
     Args:
@@ -130,19 +137,21 @@ def recorded_target(path: str | Path) -> str:
     Raises:
         GraftError: no bundle, or a bare head, which does not tell.
     """
+    if path is None:
+        raise GraftError("without a bundle nothing says which model to run: pass --target")
     graft = resolve(path) / "graft.json"
     if not graft.exists():
         raise GraftError(f"{path} has no graft.json to say which target it was made for: pass --target")
     return load_graft(graft)[1]["name_or_path"]
 
 
-def served_dtype(path: str | Path, device: str, dtype: str) -> str:
+def served_dtype(path: str | Path | None, device: str, dtype: str) -> str:
     """The dtype itself, and for "auto" the one to serve a bundle in.
 
     That is bfloat16 on CUDA, and on a CPU the one in which the policy was measured on a CPU, else float32.
 
     Args:
-        path: of a bundle or a bare head: local directory or Hub id.
+        path: of a bundle or a bare head: local directory or Hub id; None: there is none.
         device: "auto", or a device as torch writes it.
 
     Raises:
@@ -152,8 +161,8 @@ def served_dtype(path: str | Path, device: str, dtype: str) -> str:
         return dtype
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return "bfloat16"
-    graft = resolve(path) / "graft.json"
-    measured_on = load_graft(graft)[0].measured_on if graft.exists() else {}
+    graft = None if path is None else resolve(path) / "graft.json"
+    measured_on = load_graft(graft)[0].measured_on if graft and graft.exists() else {}
     on_cpu = (measured_on.get("device") or {}).get("type") == "cpu"
     return measured_on.get("dtype", "float32") if on_cpu else "float32"
 

@@ -19,7 +19,7 @@ GIVEN = {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).par
 
 
 def template_variables(given: Sequence[str]) -> dict[str, Any]:
-    """What a template is told beside the messages, by name.
+    """Variables of a chat template, by name.
 
     Args:
         given: NAME=VALUE each, the value in JSON.
@@ -55,7 +55,7 @@ def check_variables(tokenizer: Any, names: Iterable[str], setting: str) -> None:
     """Whether the chat template, or one of several, reads these variables.
 
     Args:
-        setting: where they are told, for errors.
+        setting: the setting that gives them, for errors.
 
     Raises:
         GraftError: it does not, and would ignore one without a word, or transformers gives that one itself.
@@ -70,7 +70,7 @@ def check_variables(tokenizer: Any, names: Iterable[str], setting: str) -> None:
 
 
 def variables_read(template: str) -> frozenset[str]:
-    """Names that a chat template looks up in what it is told; raises GraftError if it is no template."""
+    """Names of the variables that a chat template reads; raises GraftError if it is no template."""
     return _read(template)[0]
 
 
@@ -101,7 +101,7 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]], variables: dict[
 
     Args:
         messages: of the template's roles, each with its content.
-        variables: what the template is told beside, such as enable_thinking.
+        variables: of the template, such as enable_thinking.
 
     Raises:
         GraftError: a text that the template or the tokenizer refuses.

@@ -15,10 +15,12 @@ from .errors import GraftError
 from .policy.policy import METHODS
 from .prompts import check_text, text_ids
 
+BUNDLE_HELP = "directory or Hub id of an exported bundle or a head; without one, prompt lookup alone speculates"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 2 on bad input, with one line on stderr that says what to do."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)  # a bundle may be left out, wherever the options stand
     try:
         stats = run(options)
     except GraftError as error:
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> GenerationStats:
     """Loads, generates and prints the continuation to stdout while it comes."""
     if not options.chat and (options.system is not None or options.template_variable):
-        raise GraftError("--system and --template-variable are told to the chat template: add --chat")
+        raise GraftError("--system and --template-variable are for the chat template: add --chat")
     prompt, variables = _read(options.prompt), template_variables(options.template_variable)
     _check_texts(options)
     engine = load_engine(options.bundle, options.target, options.device, options.dtype)
@@ -60,8 +62,13 @@ def run(options: argparse.Namespace) -> GenerationStats:
     return stats
 
 
-def load_engine(bundle: str, target: str, device: str = "auto", dtype: str = "auto", **settings: Any) -> GraftEngine:
+def load_engine(
+    bundle: str | None, target: str, device: str = "auto", dtype: str = "auto", **settings: Any
+) -> GraftEngine:
     """An engine that has the target's tokenizer; `settings` are those of `GraftEngine`.
+
+    Args:
+        bundle: None where there is none: prompt lookup alone speculates then.
 
     Raises:
         GraftError: what `GraftEngine.from_pretrained` raises, or a target without tokenizer.
@@ -81,7 +88,7 @@ def encode(
     Args:
         chat: wrap it in the tokenizer's chat template.
         system: what stands before it there.
-        variables: what the template is told beside, such as enable_thinking.
+        variables: of the template, such as enable_thinking.
 
     Raises:
         GraftError: what `check_template` raises, or a text that the template or the tokenizer refuses.
@@ -125,7 +132,7 @@ def summary(stats: GenerationStats) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="graft-generate", description="Lossless hybrid tree speculation.")
-    parser.add_argument("bundle", help="directory or Hub id of an exported bundle")
+    parser.add_argument("bundle", nargs="?", help=BUNDLE_HELP)
     parser.add_argument("prompt", help="text to continue; - reads it from stdin")
     parser.add_argument("--target", required=True, help="directory or Hub id of the model it was made for")
     parser.add_argument("--method", choices=METHODS, default="graft")
@@ -147,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="with --chat: what the template is told, in JSON, such as enable_thinking=false; may be given repeatedly",
+        help="with --chat: a variable of the template, in JSON, such as enable_thinking=false; may be given repeatedly",
     )
     return parser
 

@@ -48,9 +48,9 @@ class GraftEngine:
 
     Args:
         target: the model; its `aux_layer_ids` are those that `head` reads.
-        policy: a plan per method.
-        head: None where no plan drafts.
-        successors: the matrix that requests start from.
+        policy: the plan of each method.
+        head: the draft head; None where no plan drafts.
+        successors: the successor matrix that requests start from.
         eos_token_ids: generation ends after one of these, and no other.
         tokenizer: the target's, to find stop strings with.
         retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the
@@ -112,7 +112,7 @@ class GraftEngine:
     @classmethod
     def from_pretrained(
         cls,
-        bundle: str | Path,
+        bundle: str | Path | None,
         target: str | Path,
         device: str = "auto",
         dtype: str = "auto",
@@ -122,9 +122,10 @@ class GraftEngine:
         tp_plan: str | None = None,
         **settings: Any,
     ) -> Self:
-        """Loads a bundle, or a bare EAGLE-3 head, and its target, each a local directory or a Hub id.
+        """Loads a bundle, or a bare head, and its target, each a local directory or a Hub id.
 
         Args:
+            bundle: None where there is no head yet: prompt lookup alone speculates then.
             device: "auto" is CUDA where there is one, else the CPU.
             dtype: "auto" is bfloat16 on CUDA. On a CPU it is the one in which the policy was measured on a CPU, else
                 float32.
@@ -170,20 +171,23 @@ class GraftEngine:
         Raises:
             GraftError: a family that cannot be served, or a bad setting. The model is left as it was.
         """
-        target = Target(model, bundle.head.config.aux_layer_ids)
+        head = bundle.head
+        target = Target(model, () if head is None else head.config.aux_layer_ids)
         with target.released_on_failure():
             if check:
                 self_check(target)
-            head = bundle.head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
-            if possible_copies(head):
-                drop_copies(head, target.embedding_weight, model.get_output_embeddings().weight)
+            if head is not None:
+                head.to(device=target.device, dtype=model.dtype).eval().requires_grad_(False)
+                if possible_copies(head):
+                    drop_copies(head, target.embedding_weight, model.get_output_embeddings().weight)
             warn_if_elsewhere(bundle.policy, target.device)
             matrix = bundle.successors.to(target.device)
             ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))
             engine = cls(target, bundle.policy, head, matrix, ends, tokenizer, **settings)
             if packed and not target.is_split:
                 pack_target(target)
-                pack_linears(head)
+                if head is not None:
+                    pack_linears(head)
             return engine
 
     def generate(
@@ -253,7 +257,7 @@ class GraftEngine:
         Arguments that are not listed are those of `generate`.
 
         Args:
-            stats: filled meanwhile; the last of its `sources` is that of the token just yielded.
+            stats: filled while tokens come; the last of its `sources` is that of the token just yielded.
 
         Raises:
             GraftError: what `generate` raises, and for a batch.
@@ -275,13 +279,13 @@ class GraftEngine:
     ) -> Generator[Finished, None, None]:
         """Continues any number of prompts, at most so many at a time, and yields each when it has ended.
 
-        The place of a prompt that has ended goes to the next, so that none waits for the longest. Each gets what `run`
-        gives it alone. Kept prefixes are neither used nor replaced.
+        When a prompt ends, the next one takes its place, so that none waits for the longest. Each gets what `run` would
+        give it alone. Kept prefixes are neither used nor replaced.
 
         Args:
             requests: a prompt and its settings each, all of one plan; read as places become free.
-            at_most: prompts under way, each with caches of its own.
-            keep_aux: hand out the target's auxiliary states too, which takes a pass more over each last token.
+            at_most: most prompts under way, each with caches of its own.
+            keep_aux: return the target's aux hidden states too, which takes one more pass over each last token.
 
         Raises:
             GraftError: what `run` raises, with the number of the prompt; nothing is yielded after it.
@@ -335,7 +339,9 @@ class GraftEngine:
             raise GraftError("the processes of a tensor-parallel target must draw the same: pass seed=")
         plan = request.plan or self.policy.plan(request.method)
         if self.head is None and plan.drafts:
-            raise GraftError("this engine has no draft head: choose the method autoregressive")
+            raise GraftError(
+                "this engine has no draft head, and the plan drafts: choose another method, or load a bundle"
+            )
         if self.head is None:
             check_sources(plan, 0, self.tables)
         else:
@@ -419,7 +425,7 @@ class GraftEngine:
     def _open(
         self, row: Row, plan: Plan, stats: GenerationStats, logprobs: list[Tensor] | None, resumes: bool
     ) -> DecodeState:
-        """What a request starts with, its prompt not yet read.
+        """The state that a request starts with, before its prompt is read.
 
         Args:
             resumes: whether a kept prefix may be used, which only one request can.
@@ -451,7 +457,7 @@ class GraftEngine:
     def _sources(
         self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
     ) -> dict[str, TokenSource]:
-        """Those that the plan asks, told the prompt."""
+        """The sources that the plan asks, opened on the prompt."""
         # As many as the cache: the last round may go beyond the request's end.
         capacity = len(prompt_S) + new_tokens + plan.num_draft_tokens
         left = kept.sources if kept and kept.continues(prompt_S) else {}
@@ -496,7 +502,7 @@ class GraftEngine:
         return fallback
 
     def _replayed(self, states: Sequence[DecodeState]) -> list[Emitted] | None:
-        """The round from CUDA graphs; None where it has to run eagerly."""
+        """Runs the round by CUDA graphs; None if it has to run eagerly."""
         if self.captured is None:
             return None
         if len(states) == 1:
@@ -513,5 +519,5 @@ class GraftEngine:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """What the bundle holds for sources, by name."""
+        """The bundle's tables for sources, by name."""
         return {"matrix": self.successors}

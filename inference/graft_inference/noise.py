@@ -1,9 +1,8 @@
-"""The noise of a request's draws, which whoever proposes tokens may be told.
+"""The noise of a request's draws, which may be shared with head and sources.
 
-The noise of a draw depends on the seed and on the token's place in the output alone. A draft head that adds it to its
-own scores meets the draw wherever it agrees with the target, though neither knows what the other will say (Gumbel
-coupling: Daliri, Musco and Suresh, arXiv 2408.07978): a draw from a flat distribution is foreseen as well as its
-likeliest token.
+The noise of a draw depends only on the seed and on the token's position in the output. A draft head that adds it to its
+own scores proposes the drawn token wherever it agrees with the target, though it does not know the target's scores
+(Gumbel coupling: Daliri, Musco and Suresh, arXiv 2408.07978). So even a draw from a flat distribution can be predicted.
 """
 
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ class Noise:
     """What a round's draws add to the target's scores.
 
     Attributes:
-        gumbel_PV: by place, from that of the root's child on.
-        temperature: that the scores are divided by.
-        warpers: what else unlikely tokens go through, temperature included, in the order of the request; None where no
-            token is left out.
+        gumbel_PV: standard Gumbel noise by position in the output, from that of the root's child on.
+        temperature: by which scores are divided.
+        warpers: the request's temperature and filters (top-k, top-p and the like), in order; None without a filter.
     """
 
     gumbel_PV: Tensor
@@ -36,21 +34,23 @@ class Noise:
     warpers: LogitsProcessorList | None = None
 
     def told(self, scores_MN: Tensor, ids_N: Tensor, depth: int) -> Tensor:
-        """Scores of tokens at that depth of a tree as they will be drawn, if they are the target's.
+        """Scores plus noise: the argmax of a row is the token that is drawn, if the scores are the target's.
 
         Args:
-            scores_MN: log-probabilities, but for a constant of each row.
-            ids_N: the tokens, of all rows or of each.
+            scores_MN: log-probabilities, up to a constant for each row.
+            ids_N: ids of the tokens, [N] for all rows, or [M, N].
+            depth: of the tokens in the tree.
         """
         place_N = ids_N + (depth - 1) * self.gumbel_PV.shape[1]
         return scores_MN / self.temperature + self.gumbel_PV.view(-1).take(place_N)
 
     def foreseen(self, logits_BD: Tensor, ids_D: Tensor, depth: int) -> Tensor:
-        """A head's scores as they will be drawn. What top-k, top-p or the like would leave out comes behind the rest.
+        """A head's scores plus noise. Tokens that top-k, top-p or the like would remove rank below the others.
 
         Args:
-            logits_BD: over the draft vocabulary.
-            ids_D: that vocabulary.
+            logits_BD: the head's logits over the draft vocabulary.
+            ids_D: target ids of that vocabulary.
+            depth: of the tokens in the tree.
         """
         scores_BD = self.told(logits_BD, ids_D, depth)
         if self.warpers is None:
@@ -59,12 +59,12 @@ class Noise:
         return scores_BD - LEFT_OUT * kept_BD.isneginf()
 
     def ranked(self, ids_MK: Tensor, probs_MK: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` of these successors that are likeliest to be drawn, and their log-probabilities of it.
+        """The `count` successors that are likeliest to be drawn, and the log-probability of each being drawn.
 
         Args:
-            ids_MK: -1 where there is none.
-            probs_MK: of each; what they leave to 1 belongs to tokens that are not named.
-            depth: at which they stand.
+            ids_MK: candidates, -1 where there is none.
+            probs_MK: their probabilities; what is missing to 1 belongs to tokens that are not listed.
+            depth: of the tokens in the tree.
         """
         none_MK = ids_MK < 0
         scores_MK = self.told(probs_MK.clamp(min=LEAST).log(), ids_MK.clamp(min=0).long(), depth)
@@ -75,13 +75,14 @@ class Noise:
 
 
 def gumbel(seed: int | Tensor, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise for consecutive places of the output, [places, V] float32.
+    """Standard Gumbel noise for consecutive positions of the output, [places, V] float32.
 
-    Seed and first place may be int64 tensors of one element, which a captured graph reads anew.
+    It is a pure function of seed, position and token id (counters through the finaliser of SplitMix64, Steele et al.
+    2014). So a position has the same noise whichever round reaches it. argmax(score + noise) samples softmax(score).
 
-    A pure function of seed, place and token id (counters through the finaliser of SplitMix64, Steele et al.
-    2014), so that a place keeps its noise however the rounds fall. argmax(score + noise) samples
-    softmax(score).
+    Args:
+        seed, place: the seed and the first position; ints, or int64 tensors of one element that a captured graph reads.
+        places: number of positions.
     """
     place_P = torch.arange(places, device=device) + place
     token_V = torch.arange(vocab_size, device=device)

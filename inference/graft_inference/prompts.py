@@ -186,9 +186,7 @@ def _unpadded(padded_BS: Tensor, attention_mask: Any, first_index: int = 0) -> l
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text that is to be gone on with: behind what the tokenizer puts before every text, once, and without what it
-    would put behind one, as an end token.
-    """
+    """Token ids of a text that is to be continued: with the tokenizer's start token, once, and without an end token."""
     encoded = tokenizer(text, return_special_tokens_mask=True)
     ids, added = list(encoded.input_ids), encoded.special_tokens_mask
     while ids and added[len(ids) - 1]:

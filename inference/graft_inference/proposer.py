@@ -1,4 +1,4 @@
-"""The seam between the speculator and what proposes draft tokens: a draft head, and sources that run no model."""
+"""The interfaces of what proposes draft tokens: a draft head, and sources that run no model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ SCOPES = ("request", "engine", "frozen")
 
 @dataclass(frozen=True)
 class Opening:
-    """What a source may look at when a request begins.
+    """What a source is given when a request begins.
 
     Attributes:
-        tokens_S: the prompt.
-        capacity: most tokens of prompt and output.
-        tables: what the bundle holds for sources, by name.
+        tokens_S: the prompt's token ids.
+        capacity: most tokens of prompt and output together.
+        tables: the bundle's tables for sources, by name, such as the successor matrix.
         scope: one of SCOPES.
-        kept: the same source of the last request, if this one is a later turn of its text.
+        kept: this source's state of the previous request, if the prompt continues that request's text.
     """
 
     tokens_S: Tensor
@@ -44,8 +44,8 @@ class Proposal:
 
     Attributes:
         tree: its `logp_N` is the source's own cumulative log-probability; 0 where it has none.
-        evidence_1: which kind of evidence it goes by, 1 to `kinds`, or 0 if it proposes nothing; [1] int64. None where
-            it has probabilities instead.
+        evidence_1: the kind of evidence for the proposal, 1 to `kinds`, or 0 if nothing is proposed; [1] int64. None
+            for a source that has probabilities instead.
     """
 
     tree: DraftTree
@@ -55,14 +55,14 @@ class Proposal:
 class TokenSource:
     """A source of draft tokens that runs no model, for one request. Nothing in it waits for the device.
 
-    `retrieval/sources.py` lists the classes; what else there is to know of a source follows from this one: it is
-    traced, calibrated, priced and served by these methods alone.
+    `retrieval/sources.py` lists the classes. Tracing, calibration, latency measurement and serving use these methods
+    alone.
 
     Attributes:
         name: in plans, traces and statistics.
-        kinds: of evidence, which its proposals are told apart by; 0: they carry probabilities.
-        learns: whether it looks at the target's logits (`learn`).
-        is_shared: whether its tensors are those of all requests of the engine.
+        kinds: number of kinds of evidence, see docs/policy.md; 0: proposals carry probabilities.
+        learns: whether it learns from the target's logits (`learn`).
+        is_shared: whether all requests of the engine share its tensors.
     """
 
     name: ClassVar[str]
@@ -72,12 +72,12 @@ class TokenSource:
 
     @classmethod
     def open(cls, opening: Opening) -> Self:
-        """Makes the source of one request, which has its prompt."""
+        """Makes the source for one request."""
         raise NotImplementedError
 
     @classmethod
     def most_ranks(cls, tables: dict[str, Any]) -> int:
-        """Most guesses that it has after one token; templates ask for no more."""
+        """Most guesses that it can make after one token: the greatest rank of a template, plus one."""
         return 1
 
     @classmethod
@@ -90,34 +90,36 @@ class TokenSource:
 
         Args:
             root_1: the last emitted token.
-            noise: of the draws, where the plan shares it: what is likeliest to be drawn is wanted.
+            noise: of the draws, where the plan shares it: the tokens likeliest to be drawn are wanted then.
         """
         raise NotImplementedError
 
     def extend(self, tokens_A: Tensor, count_1: Tensor | None = None) -> None:
-        """Takes in tokens that the request's text goes on with.
+        """Appends emitted tokens to the source's copy of the request's text.
 
         Args:
-            count_1: how many of the tokens count; None: all.
+            count_1: how many of the tokens are valid, [1] int64; None: all.
         """
 
     def learn(self, tokens_M: Tensor, logits_MV: Tensor, weight_M: Tensor | None = None) -> None:
-        """Learns from the target's logits after tokens; where a token occurs twice, the later one counts.
+        """Learns from the target's logits after some tokens. Where a token occurs twice, its later row counts.
 
         Args:
-            weight_M: 0 for a row that repeats another to keep the shape, else 1; None: all 1.
+            tokens_M: the tokens, int64.
+            logits_MV: the target's logits after each.
+            weight_M: 0 for a row that only pads the shape, else 1; None: all 1.
         """
 
     def ranked(self, tokens_D: Tensor, noise: Noise | None) -> Tensor | None:
-        """Returns its guesses after each token of a path, best first, [D, ranks]; None if it has one guess.
+        """Returns its guesses after each token of a path, best first, [D, ranks]; None if it makes one guess only.
 
-        Calibration chooses templates by it.
+        Calibration chooses templates from it.
         """
         return None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that `extend` and `learn` change."""
+        """The tensors that `extend` and `learn` change."""
         return []
 
     def adopt(self, other: Self) -> None:
@@ -143,26 +145,26 @@ class Draft(Protocol):
 
 
 class HeadProposer(Protocol):
-    """A draft head as the speculator asks it: several requests share a pass of the head.
+    """A draft head as the speculator uses it: several requests share a pass of the head.
 
-    A request's own part of it (caches, what is not read yet) is opaque here: `open` makes it. CUDA graphs need it on
-    fixed buffers: see `fix` and `adopt` of `heads.draft.HeadState`.
+    What it keeps of a request (KV cache, positions that it has not read yet) is opaque here: `open` makes that state.
+    CUDA graphs need it on fixed buffers: see `fix` and `adopt` of `heads.draft.HeadState`.
     """
 
     most_steps: int | None
     """Draft steps that it can run; None: any number."""
 
     def open(self, topk: int, num_steps: int, tokens: int) -> Any:
-        """Makes a request's part.
+        """Makes the state of a new request.
 
         Args:
             topk: children proposed per node, and nodes expanded per step.
             num_steps: most draft steps of a round.
-            tokens: that the request may come to.
+            tokens: most tokens of prompt and output.
         """
 
     def resume(self, state: Any, length: int, topk: int, num_steps: int, tokens: int) -> None:
-        """Reuses a part that another request left: keeps its first `length` positions, makes room for this one."""
+        """Reuses the state that another request left: keeps its first `length` positions, makes room for this one."""
 
     def begin(
         self,
@@ -174,7 +176,7 @@ class HeadProposer(Protocol):
         """Reads newly committed positions and proposes the children of the roots.
 
         Args:
-            fresh: of each request, the token after each position, [A], and the target's states there, [A, E].
+            fresh: of each request the token after each position, [A], and the target's aux hidden states there, [A, E].
             roots: the last of these tokens, [1].
         """
 

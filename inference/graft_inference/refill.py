@@ -1,4 +1,4 @@
-"""A batch that is refilled: the place of a prompt that has ended goes to the next one that waits."""
+"""Continuous batching: when a prompt of the batch has ended, the next one that waits takes its place."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Finished:
     Attributes:
         number: of the prompt, from 0 in the order in which they were asked for.
         tokens: the new ones; the end-of-sequence token, where it came, is the last.
-        aux_SE: the target's auxiliary states of every token of prompt and output; None unless they are kept.
+        aux_SE: the target's aux hidden states of every token of prompt and output; None unless they are kept.
     """
 
     number: int
@@ -73,9 +73,9 @@ def refilled(
     """Runs at most so many requests at a time and yields each as it ends.
 
     Args:
-        requests: read one by one, as places become free.
-        begin: reads the prompts of numbered requests.
-        advance: a round of those under way.
+        requests: read one by one, when there is room for them.
+        begin: prefills numbered requests.
+        advance: runs one round of those under way.
     """
     numbered = enumerate(requests)
     running: list[Running] = []

@@ -222,7 +222,7 @@ class Request:
         ends = {end for one in criteria if type(one) is EosTokenCriteria for end in one.eos_token_id.tolist()}
         # What says no more than a length or a token needs no tensor to be asked.
         others = StoppingCriteriaList(one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria))
-        count = max(1, min(lengths) - len(seen_S))  # criteria are asked behind the first token
+        count = max(1, min(lengths) - len(seen_S))  # criteria are asked after the first token
         if len(seen_S) + count > limit:
             raise GraftError(
                 f"a prompt of {len(seen_S)} tokens and max_new_tokens={count} exceed the target's "
@@ -272,7 +272,7 @@ class Row:
     Attributes:
         seen_S: what logits processors and stopping criteria take for the prompt.
         new_tokens: most tokens to emit.
-        is_last: told every emitted token.
+        is_last: called with every emitted token; returns whether it was the last.
     """
 
     prompt_S: Tensor
@@ -283,7 +283,7 @@ class Row:
 
 
 class Stopper:
-    """Told every emitted token in turn; says whether it was the last.
+    """Called with every emitted token in turn; returns whether it was the last.
 
     Args:
         prompt_S: the prompt, on the device where the criteria want the sequence.

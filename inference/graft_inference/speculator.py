@@ -1,4 +1,4 @@
-"""From proposers and a policy to the next tree: what an engine embeds. There is no target in it."""
+"""From proposers and a plan to the next tree. The target is not needed here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +24,15 @@ class Speculation:
     """What the speculator keeps of one request from round to round.
 
     Attributes:
-        builder: of the plan of this round.
-        head: the head's part; None where no plan of the request drafts.
-        sources: that the plan asks, by name.
-        root_1: the last emitted token, which the target has not read yet; of a prompt that is not read yet, its own
-            last.
-        fresh_tokens_A, fresh_aux_AE: what the head has not been told: the tokens after the positions that the last
-            round committed (or the last piece of the prompt), and the target's auxiliary states there.
+        builder: makes the trees of this round's plan.
+        head: what the head keeps of the request; None where no plan of the request drafts.
+        sources: the sources that the plan asks, by name.
+        root_1: the last emitted token, [1], which the target has not read yet. During the prefill it is the prompt's
+            last token.
+        fresh_tokens_A, fresh_aux_AE: input that the head has not read yet. For each position that the last round (or
+            the last piece of the prompt) committed: the token after it, and the target's aux hidden states at it.
         noise: of this round's draws; None for greedy decoding.
-        retrieved: this round's candidates by source, once looked up.
+        retrieved: this round's candidates, one tree for each source; None until they are looked up.
     """
 
     builder: TreeBuilder
@@ -46,16 +46,21 @@ class Speculation:
 
     @property
     def shared_noise(self) -> Noise | None:
-        """The noise, where the plan shares it with head and sources; else None."""
+        """The noise, if the plan shares it with head and sources; else None."""
         return self.noise if self.builder.plan.shares_noise else None
 
     @property
     def learns(self) -> bool:
-        """Whether a source looks at the target's logits."""
+        """Whether a source learns from the target's logits."""
         return any(source.learns for source in self.sources.values())
 
     def read(self, tokens_S: Tensor, logits_SV: Tensor) -> None:
-        """The target has read a piece of the prompt."""
+        """Lets the sources learn from a piece of the prompt.
+
+        Args:
+            tokens_S: the piece.
+            logits_SV: the target's logits after each token.
+        """
         for source in self.sources.values():
             if source.learns:
                 source.learn(tokens_S, logits_SV)
@@ -63,11 +68,13 @@ class Speculation:
     def observe(
         self, tree: DraftTree, logits_NV: Tensor, aux_NE: Tensor, acceptance: Acceptance, count: int | None = None
     ) -> None:
-        """What the target says of a tree: teaches the sources, and is kept for the head.
+        """Passes a verified tree on: sources learn and extend their text, the head's next input is kept.
 
         Args:
-            count: accepted nodes, where the host knows; else all shapes are those of the greatest depth, and all
-                tensors stay where they are.
+            tree: the tree that was verified.
+            logits_NV, aux_NE: the target's logits and aux hidden states at its nodes.
+            count: number of accepted nodes, if the host knows it; else, in a CUDA graph, tensors have the greatest
+                depth's shape and are changed in place.
         """
         if self.learns:
             taught = accepted_rows if self.builder.plan.learns_accepted else every_row
@@ -92,9 +99,9 @@ class Speculation:
 
 
 class Speculator:
-    """Makes the next trees of several requests; those that draft share the passes of the head.
+    """Makes the next trees of several requests, which share the passes of the head.
 
-    Every decision is one host read for all requests that face it.
+    Each decision whether to go on drafting is one host read, for all requests that are at that checkpoint.
 
     Args:
         head: None where no plan drafts.
@@ -105,16 +112,18 @@ class Speculator:
 
     @property
     def head(self) -> HeadProposer:
-        """Raises GraftError where there is none, and a plan drafts."""
+        """The head's proposer; raises GraftError where there is none."""
         if self._head is None:
-            raise GraftError("this engine has no draft head: choose the method autoregressive")
+            raise GraftError(
+                "this engine has no draft head, and the plan drafts: choose another method, or load a bundle"
+            )
         return self._head
 
     def draft(self, requests: Sequence[Speculation]) -> list[Chosen]:
-        """Drafts from checkpoint to checkpoint until the head is unsure; the steps after that never run.
+        """Drafts from checkpoint to checkpoint until the head is unsure. Later steps are not run.
 
         Returns:
-            Of each request, the checkpoint at which it stopped, and the root with every node that the head proposed.
+            For each request the checkpoint at which drafting stopped, and a tree of the root and all drafted nodes.
         """
         found: list[Chosen] = [(one.builder.plan.checkpoints[0], root_tree(one.root_1)) for one in requests]
         asked = self._asked(requests)
@@ -136,11 +145,11 @@ class Speculator:
         return found
 
     def advance(self, requests: Sequence[Speculation], drafts: Sequence[Any], checkpoint: Any) -> Sequence[Any]:
-        """Drafts up to a checkpoint. Nothing waits for the device.
+        """Runs the draft steps up to a checkpoint. Nothing waits for the device.
 
         Args:
-            requests: of one plan.
-            drafts: of each, at one depth; None for what is not begun.
+            requests: all with the same plan.
+            drafts: of each request its draft so far, all at the same depth; None before the first step.
         """
         heads = [one.head for one in requests]
         if drafts[0] is None:
@@ -151,7 +160,11 @@ class Speculator:
         return drafts
 
     def build(self, requests: Sequence[Speculation], drafts: Sequence[Chosen]) -> list[Chosen]:
-        """The best nodes of head and sources."""
+        """Chooses the nodes that are verified from those of head and sources.
+
+        Returns:
+            For each request the checkpoint, and the tree to verify.
+        """
         trees = []
         for one, (checkpoint, drafted) in zip(requests, drafts, strict=True):
             if one.retrieved is None:
@@ -160,7 +173,7 @@ class Speculator:
         return trees
 
     def _asked(self, requests: Sequence[Speculation]) -> list[int]:
-        """Which requests' heads are to draft. What the others committed waits until theirs is asked again."""
+        """Indices of the requests that draft in this round. For the others the head's new input is kept for later."""
         asked: list[int] = []
         waiting: list[int] = []
         skips = {}
@@ -184,17 +197,17 @@ class Speculator:
 
 
 def retrieve(request: Speculation, checkpoint: Any) -> list[DraftTree]:
-    """What the sources propose."""
+    """What the sources propose, one tree each."""
     return request.builder.retrieve(checkpoint, request.sources, request.root_1, request.shared_noise)
 
 
 def is_unsure(draft: Any, checkpoint: Any) -> Tensor:
-    """Whether drafting stops here (Graft Eq. 7), [1] bool."""
+    """Whether drafting stops at this checkpoint (Graft Eq. 7), [1] bool."""
     return (draft.confidence <= checkpoint.threshold)[None]
 
 
 def read_records(records: list[Tensor]) -> list[list[Any]]:
-    """Records of one dimension, in one host read; none where there is no record."""
+    """Copies one-dimensional tensors to the host in one read, and returns them as lists."""
     if not records:
         return []
     values = iter((records[0] if len(records) == 1 else torch.cat(records)).tolist())

@@ -1,4 +1,4 @@
-"""Text of tokens as they come, and where stop strings cut it."""
+"""Incremental detokenisation, and stop strings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +20,13 @@ class Spelling:
         self._start = self._end = 0
 
     def put(self, token: int) -> str:
-        """What can no longer change."""
+        """Adds a token; returns the text that can no longer change."""
         self.ids.append(token)
         piece = self._piece()
         return "" if piece.endswith("\ufffd") else self._take(piece)
 
     def end(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Returns the text that was held back, once no more tokens come."""
         return self._take(self._piece())
 
     def _piece(self) -> str:
@@ -45,7 +45,7 @@ class Spelling:
 
 
 class StopCutter:
-    """Lets text through up to the first stop string, which it keeps for itself.
+    """Passes text on up to the first stop string, which is left out.
 
     Attributes:
         is_cut: a stop string has come; nothing after it is let through.
@@ -57,7 +57,7 @@ class StopCutter:
         self._held = ""
 
     def put(self, piece: str) -> str:
-        """What is certain to stand before any stop string."""
+        """Adds a piece; returns the text that certainly comes before any stop string."""
         if self.is_cut:
             return ""
         text = self._held + piece
@@ -69,7 +69,7 @@ class StopCutter:
         return text[:safe]
 
     def end(self) -> str:
-        """What was held back, when no more text comes."""
+        """Returns the text that was held back, once no more text comes."""
         return "" if self.is_cut else self._held
 
     def _begun(self, text: str) -> int:

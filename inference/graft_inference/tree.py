@@ -61,7 +61,7 @@ class DraftTree:
     def chosen(self, score_N: Tensor, rows: int) -> "DraftTree":
         """The root and the best-scored nodes, by falling score; as many as asked for, where there are so many.
 
-        A child that never scores above its parent stands behind it, as the sort is stable. The result is a tree
+        A child that never scores above its parent stands after it, as the sort is stable. The result is a tree
         whatever the scores are: the root comes first, and a node that no number scores or whose parent is left out is
         EMPTY. torch would sort NaN first, and the rounding of a sum may lift a child above its parent.
 

@@ -55,7 +55,7 @@ def accept(tree: DraftTree, ancestors_NN: Tensor, drawn_N: Tensor, max_depth: in
 
 
 def to_record(tree: DraftTree, acceptance: Acceptance) -> Tensor:
-    """What the host has to know of a verification: count, emitted tokens, their sources. [1 + 2 * (depth+1)] int64"""
+    """What the host reads after a verification: count, emitted tokens, their sources. [1 + 2 * (depth+1)] int64"""
     return torch.cat((acceptance.count[None], acceptance.emitted_D, tree.sources_N.index_select(0, acceptance.path_D)))
 
 
@@ -72,11 +72,11 @@ Taught = tuple[Tensor, Tensor, Tensor | None]
 
 
 def accepted_rows(tree: DraftTree, acceptance: Acceptance, count: int | None) -> Taught:
-    """The root and the accepted nodes.
+    """The rows that teach the sources where only accepted nodes do: the root and the accepted nodes.
 
     Args:
-        count: how many, where the host knows; else the root also takes the place of what is missing, before itself,
-            where it changes nothing.
+        count: number of accepted nodes, if the host knows it; else rows are padded to a fixed shape by repeating the
+            root in front, with weight 0.
     """
     if count is not None:
         path_A = acceptance.path_D[:count]
@@ -88,9 +88,10 @@ def accepted_rows(tree: DraftTree, acceptance: Acceptance, count: int | None) ->
 
 
 def every_row(tree: DraftTree, acceptance: Acceptance, count: int | None) -> Taught:
-    """Every verified node (Graft Eq. 12); accepted nodes win conflicts, then those earlier in the tree.
+    """The rows that teach the sources where every verified node does (Graft Eq. 12).
 
-    Empty nodes pose as the root, which outranks them.
+    Where a token has several rows, the last one counts. So accepted nodes come after all others, and nodes that are
+    earlier in the tree after later ones. EMPTY nodes repeat the root, which is the very last.
     """
     row_N = torch.arange(len(tree), device=tree.tokens_N.device)
     empty_N = tree.sources_N == Source.EMPTY

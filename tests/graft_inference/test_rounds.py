@@ -195,7 +195,7 @@ def test_drafting_stops_at_a_confidence_of_at_most_the_threshold(confidence, sto
 
 def test_a_plan_that_drafts_needs_a_head():
     state = started(tiny_policy().eagle3, PlainHead(3), [1, 2], Sampler.of(0, 0), False)
-    with pytest.raises(GraftError, match="no draft head: choose the method autoregressive"):
+    with pytest.raises(GraftError, match="no draft head, and the plan drafts"):
         Speculator(None).draft([state.speculation])
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -100,6 +101,19 @@ def test_every_line_of_a_pipe_is_a_turn_answered_in_plain_text(bundle, monkeypat
     assert kept[0] == 0
     assert kept[2] > kept[1] > len("user why not\nassistant ")
     assert "\x1b" not in done.output
+
+
+def test_without_a_bundle_the_target_alone_answers(bundle):
+    done = CliRunner().invoke(cli.main, ["chat", *OPTIONS, "--max-new-tokens", "20"], input="why not\n")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "without a bundle nothing says which model to run: pass --target" in done.stderr
+
+    target = str(Path(bundle).parent / "target")
+    done = CliRunner().invoke(
+        cli.main, ["chat", "--target", target, *OPTIONS, "--max-new-tokens", "20"], input="why not\n"
+    )
+    assert done.stdout == expected(["why not"], 20)[0] + "\n"
+    assert "head 0 matrix 0 lookup" in done.stderr
 
 
 def test_the_system_prompt_and_variables_reach_the_template(bundle):

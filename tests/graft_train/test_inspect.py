@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from graft_train.inspect import facts_of, in_words
 
 from ..graft_inference.tiny import tiny_head, tiny_model
 from ..graft_inference.tiny_bundle import write_bundle, write_target
+from .test_evaluate import run_evaluate, write_run
 
 MATRIX = SourceModel("matrix", chain(2), (1.0, 1.0), ((0.0, 0.0),), (0.0,))
 HEAD = ((1.0, 0.0),) * 3
@@ -33,7 +35,9 @@ def test_what_is_inside_is_said(bundle, tmp_path):
     assert said["target"] == f"{tmp_path / 'target'}: 4 layers, 32 wide, 61 tokens, tokenizer {fingerprint[:12]}"
     size = sum(parameter.numel() for parameter in tiny_head(tiny_model("llama")).parameters())
     assert said[""] == f"{size:,} parameters in float32, reads layers [0, 1, 3], drafts 40 of 61 tokens"
-    assert said["corpus"] == "up to 4 successors of 61 tokens (100% of the vocabulary)"
+    assert said["corpus"] == "up to 4 successors of 61 tokens (100% of the vocabulary), counted at 61 places"
+    assert said["served by"].startswith("graft serve, graft chat and GraftEngine")
+    assert "transformers" not in said
     files = [line for name, line in facts if name == "file"]
     digest = hashlib.sha256((bundle / "model.safetensors").read_bytes()).hexdigest()
     assert any(line.startswith("model.safetensors") and line.endswith(f"sha256 {digest[:12]}") for line in files)
@@ -63,10 +67,20 @@ def test_a_plan_in_words(plan, words):
     assert in_words(plan) == words
 
 
-def test_the_command_shows_it_in_one_screen(bundle):
-    shown = CliRunner().invoke(main, ["inspect", str(bundle)])
+def test_the_runtimes_code_within_serves_transformers(bundle):
+    (bundle / "custom_generate").mkdir()
+    said = dict(facts_of(bundle, "you/tiny"))
+    assert said["transformers"] == 'generate(custom_generate="you/tiny", trust_remote_code=True): the same'
+
+
+def test_the_command_shows_it_in_one_screen(tmp_path):
+    run = write_run(tmp_path / "run")
+    run_evaluate(run)
+    shutil.copy(run / "evaluation" / "evaluation.json", run / "bundle")
+    shown = CliRunner().invoke(main, ["inspect", str(run / "bundle")], env={"COLUMNS": "120"})
     assert shown.exit_code == 0, shown.output
     assert "up to 4 successors" in shown.output
+    assert "speed-up" in shown.output
     assert len(shown.output.splitlines()) < 40
 
 

@@ -1,8 +1,9 @@
 """Rounds as CUDA graphs: one per piece and bucket of the caches, captured when first needed, then replayed.
 
-The host reads a small record when a round ends and a number at each decision on the way, and chooses the next
-piece; nothing else waits for the device. A round ends by starting the next one's draft, up to its first decision,
-which the record brings along: a round that stops there is one read.
+A *piece* is a part of a round between two decisions of the host. The host reads a small record when a round ends, and
+one number at each decision in between, and then replays the next piece. Nothing else waits for the device. A round ends
+by starting the next round's draft, up to its first decision, whose number comes with the record. So a round that stops
+drafting there needs one host read.
 """
 
 import time
@@ -41,12 +42,12 @@ MOST_SAMPLINGS = 16
 
 @dataclass
 class Drafted:
-    """How far a round's draft is.
+    """How far the draft of a round has come.
 
     Attributes:
-        pieces: those of the round.
-        place: of the checkpoint that it has reached; -1 before the first.
-        stops: what the piece up to there told; None where the host has not read it.
+        pieces: the round's pieces.
+        place: index of the checkpoint that was reached; -1 before the first.
+        stops: whether drafting stops there; None as long as the host has not read it.
     """
 
     pieces: FixedRound
@@ -65,10 +66,10 @@ class Drafted:
 
 
 class CapturedRounds:
-    """Serves one request at a time; another that is under way meanwhile runs eagerly.
+    """Rounds as CUDA graphs, for one request at a time; other requests that are under way run eagerly.
 
     Args:
-        graphs: what captures and replays.
+        graphs: captures and replays functions.
 
     Attributes:
         captures: graphs captured so far, failed attempts included.
@@ -91,13 +92,14 @@ class CapturedRounds:
         self._samplings: set[tuple] = set()
 
     def round(self, state: DecodeState, tables: dict[str, Any]) -> Emitted | None:
-        """The tokens that one round emits and where each came from.
+        """Runs one round.
 
         Args:
-            tables: the engine's own, which are used in place where the request has no copy.
+            tables: the engine's tables for sources, which are used in place where the request has no copy.
 
         Returns:
-            None, and nothing has changed, where the round has to run eagerly: `stats.uncaptured` says why.
+            The tokens that the round emits and the source of each. None if the round has to run eagerly: then nothing
+            has changed, and `stats.uncaptured` says why.
         """
         start, captures = time.perf_counter(), self.captures
         reason = self._obstacle(state)

@@ -37,7 +37,7 @@ class Captured:
 
 
 class CudaGraphs:
-    """Captures and replays on one device. All graphs share a pool: what one leaves there the next may overwrite."""
+    """Captures and replays on one device. All graphs share a memory pool, so one may overwrite another's results."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -54,7 +54,7 @@ class CudaGraphs:
             torch.zeros(1, device=self.device)
 
     def capture(self, function: Function, changing: Sequence[Tensor]) -> Captured:
-        """Runs the function twice, in vain, and records a third run.
+        """Runs the function twice, without lasting effect, and records a third run.
 
         Args:
             changing: what the function changes and must find unchanged.

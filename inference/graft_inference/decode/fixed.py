@@ -1,7 +1,7 @@
-"""A round over buffers at fixed addresses: the functions of an eager round, cut where the host decides.
+"""A round over buffers at fixed addresses: the functions of an eager round, in pieces that end where the host decides.
 
-Lengths and places lie on the device; caches are read by whole buckets, of which masks hide what is not valid. Nothing
-here waits for the device, so that each piece can be captured once and replayed.
+Lengths and positions are tensors on the device. KV caches are read by whole buckets, and masks hide the rows that are
+not valid. Nothing here waits for the device, so each piece can be captured once and replayed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,12 +27,12 @@ from .state import DecodeState
 
 
 def fresh_rows(depth: int) -> int:
-    """Room for one commit more, while at most half of it is taken."""
+    """Rows for positions that the head has not read: twice the most that one round commits."""
     return 2 * (depth + 1)
 
 
 def slack_rows(plan: Plan, rows: int, depth: int) -> int:
-    """Rows of either cache that a round may write behind the committed ones."""
+    """Rows of either cache that a round may write after the committed ones."""
     return max(rows, fresh_rows(depth) + plan.topk * plan.num_steps)
 
 
@@ -42,16 +42,16 @@ class Buffers:
     Args:
         cache: of a request; its layout is copied.
         capacity: rows of the caches.
-        rows, depth: greatest of the trees.
+        rows, depth: most nodes, and greatest depth, of the trees.
 
     Attributes:
         cache: the target's keys and values.
-        length_1, place_1, root_1, seed_1: int64, what a request calls so.
-        tree: what is verified next.
+        length_1, place_1, root_1, seed_1: int64; committed positions, emitted tokens, last token and seed.
+        tree: the tree that is verified next.
         logp_D: log-probabilities of the tokens just emitted.
         head, noise_PV: None until a request needs them; the noise is that of the next round's draws.
-        sources: by name, once a request needed them: those that hold what is a request's alone.
-        record: host memory that pieces write to: what a draft told, then what a verification did.
+        sources: by name, the sources whose state belongs to one request; made when a request first needs them.
+        record: host memory that pieces write to: a draft's decision, then the result of a verification.
     """
 
     def __init__(self, cache: TreeCache, capacity: int, rows: int, depth: int, graphs: CudaGraphs) -> None:
@@ -73,7 +73,7 @@ class Buffers:
         return fresh_rows(self.depth)
 
     def foresee(self, sampler: Sampler, place: int | Tensor) -> None:
-        """Makes the noise of the draws from this place on."""
+        """Makes the noise of the draws from this position of the output on."""
         if self.noise_PV is not None:
             places, vocab_size = self.noise_PV.shape
             noise = sampler.noise(place, places, vocab_size, self.noise_PV.device)
@@ -103,11 +103,11 @@ def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class FixedRound:
-    """The pieces of one plan's rounds, over one bucket. Each returns what later pieces read, if anything.
+    """The pieces of one plan's rounds, over one bucket of the KV cache. Each returns what later pieces read.
 
     Attributes:
-        size: of the bucket.
-        sources: asked and taught, by name.
+        size: rows of the bucket.
+        sources: by name; they propose, and learn.
         drafts: whether the head is kept up to date.
         logprobs: whether those of emitted tokens are wanted.
     """

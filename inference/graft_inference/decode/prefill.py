@@ -93,7 +93,7 @@ def _read(
 
 
 def _draw_first(target: Target, state: DecodeState, logits_1V: Tensor) -> None:
-    """The token behind the prompt, which becomes the first round's root."""
+    """The token after the prompt, which becomes the first round's root."""
     request = state.speculation
     noise = state.sampler.noise(0, 1, target.config.vocab_size, target.device)
     tree, wanted = root_tree(request.root_1), state.logprobs is not None

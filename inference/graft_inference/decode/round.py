@@ -1,6 +1,6 @@
 """One round of the decode loop, for one prompt or several: draft, retrieve, verify, commit, observe.
 
-The trees of several prompts lie one behind the other in a single pass of the target, which reads its weights once
+The trees of several prompts lie one after the other in a single pass of the target, which reads its weights once
 for all of them; nothing is padded, and each tree sees its own prompt's cache alone.
 """
 
@@ -19,9 +19,11 @@ from .state import DecodeState
 
 @dataclass
 class Verified:
-    """A tree and what the target says of it.
+    """A tree, and the result of its verification.
 
     Attributes:
+        output: the target's logits and aux hidden states at every node.
+        acceptance: which nodes were accepted.
         logp_N: log-probabilities of the drawn tokens; None where they are not wanted.
     """
 
@@ -57,7 +59,7 @@ def run_round(target: Target, speculator: Speculator, states: Sequence[DecodeSta
 
 
 def judge(state: DecodeState, tree: DraftTree, output: TargetOutput, ancestors_NN: Tensor, max_depth: int) -> Verified:
-    """Draws the target's token at every node and follows the matches. Nothing waits for the device.
+    """Draws the target's token at every node and follows the ones that match. Nothing waits for the device.
 
     Args:
         ancestors_NN: `tree.ancestors(max_depth)`.
@@ -68,10 +70,10 @@ def judge(state: DecodeState, tree: DraftTree, output: TargetOutput, ancestors_N
 
 
 def keep(state: DecodeState, verified: Verified, count: int | None) -> Tensor:
-    """Moves the accepted branch behind the committed rows and tells the proposers.
+    """Keeps the accepted branch in the KV cache, and passes the verified tree on to head and sources.
 
     Args:
-        count: accepted nodes, where the host knows; else the shapes are those of the greatest depth.
+        count: number of accepted nodes, if the host knows it; else tensors have the greatest depth's shape.
 
     Returns:
         Log-probabilities of the emitted tokens, [A]; empty where they are not wanted.
@@ -85,7 +87,7 @@ def keep(state: DecodeState, verified: Verified, count: int | None) -> Tensor:
 
 
 def commit(states: Sequence[DecodeState], chosen: Sequence[Chosen], verified: Sequence[Verified]) -> list[Emitted]:
-    """Keeps the accepted branches; the host read that every round has is here."""
+    """Keeps the accepted branches. This is the one host read that every round needs."""
     records = read_records([to_record(one.tree, one.acceptance) for one in verified])
     emitted = []
     for state, (checkpoint, _), one, record in zip(states, chosen, verified, records, strict=True):

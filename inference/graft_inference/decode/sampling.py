@@ -1,11 +1,11 @@
-"""The distribution a request wants of the target, and draws from it at every node of a tree.
+"""Draws the target's token at every node of a tree, from the distribution that a request asks for.
 
-The tree is fixed before the draws. At each node the target's own token is drawn; the emitted path follows the
-draws (verification.py), so that it is an ancestral sample of the target. The noise of a draw depends on the seed
-and on the token's place in the output alone. Nodes of one depth therefore share it, which is exact, because
-only one of them is on the path; and the same seed gives the same text whatever tree found it.
+The tree is fixed before the draws. At each node the target's own token is drawn, and the emitted path follows the draws
+(verification.py). So it is an ancestral sample of the target. The noise of a draw depends only on the seed and on the
+token's position in the output. Nodes of one depth therefore share it. That is exact, because only one of them is on the
+emitted path. And the same seed gives the same text, whatever trees were verified.
 
-For the same reason the noise may be told to whoever proposes tokens (noise.py).
+For the same reason the noise may be shared with head and sources (noise.py).
 """
 
 from collections.abc import Set
@@ -53,8 +53,8 @@ class Sampler:
         processors: transformers' logits processors, applied in order.
         greedy: take the likeliest token.
         seed: of the noise, any 64-bit integer.
-        ends: tokens behind which no processor is asked; the output ends there.
-        length: of prompt and output together, where it ends at the latest.
+        ends: tokens that end the output; no processor is called after one of them.
+        length: most tokens of prompt and output together; None: no limit.
     """
 
     def __init__(
@@ -79,18 +79,20 @@ class Sampler:
 
     @classmethod
     def of(cls, temperature: float, seed: int) -> Self:
-        """A sampler of a request with these settings alone."""
+        """A sampler with a temperature and a seed, and no other setting."""
         warpers = [TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
         return cls(LogitsProcessorList(warpers), temperature == 0, seed)
 
     def noise(self, place: int | Tensor, places: int, vocab_size: int, device: torch.device) -> Noise | None:
-        """Returns the noise of so many places; None for greedy decoding.
+        """Returns the noise of consecutive positions of the output; None for greedy decoding.
 
-        Trees of successive rounds reach the same places. Their noise is made once, some places ahead; a captured
-        graph, which learns the place when it is replayed, makes its own.
+        Trees of successive rounds reach the same positions, so noise is made some positions ahead, and kept. A CUDA
+        graph, to which the position is known only when it is replayed, makes its own.
 
         Args:
-            place: number of tokens emitted so far: where the token after the root will stand.
+            place: the first position: the number of tokens emitted so far.
+            places: number of positions.
+            vocab_size: of the target.
         """
         if self.greedy:
             return None
@@ -103,7 +105,7 @@ class Sampler:
         return self.adding(self._made_PV[first : first + places])
 
     def adding(self, gumbel_PV: Tensor) -> Noise:
-        """Joins the noise with the temperature and the filters of this request."""
+        """The same noise, with this request's temperature and filters."""
         return Noise(gumbel_PV, self.temperature, self.warpers)
 
     def draw(
@@ -118,13 +120,13 @@ class Sampler:
         """Draws the target's token after every node that the output may reach.
 
         Args:
-            noise: of the places that the tree reaches, and of one more.
+            noise: of the positions that the tree reaches, and of one more.
             history_S: prompt and emitted tokens, the root last; needed if `needs_history`.
             logprobs: whether log-probabilities are wanted.
 
         Returns:
-            tokens [N] int64, -1 where a node is off the path and was not looked at; and their
-            log-probabilities [N] float32, or None.
+            The tokens, [N] int64, -1 at nodes off the emitted path that were not looked at; and their
+            log-probabilities, [N] float32, or None.
         """
         if self.greedy and not self.processors:
             tokens_N = logits_NV.argmax(dim=-1)

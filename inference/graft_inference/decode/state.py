@@ -19,15 +19,15 @@ class DecodeState:
     """Everything that changes while one prompt is decoded.
 
     Attributes:
-        speculation: what the speculator keeps of it.
-        cache: the target's keys and values.
-        place: tokens emitted so far; what was accepted beyond the request's end counts too.
+        speculation: what the speculator keeps of the request.
+        cache: the target's KV cache.
+        place: number of tokens emitted so far, those that were accepted beyond the request's end included.
         history_S: prompt and emitted tokens, where a logits processor reads them.
         logprobs: of the emitted tokens, where wanted.
         tokens: emitted tokens, where the prefix is kept.
-        aux: the target's auxiliary states of what it has read and committed, piece by piece, where they are kept.
-        levels: the builders that the engine's fallback chooses from for each round; empty for the same one throughout.
-        fallbacks: of those, by the bit length of how many prompts are decoded together.
+        aux: the target's aux hidden states of all committed tokens, piece by piece, where they are kept.
+        levels: the tree builders that the engine's fallback chooses from in each round; empty without fallback.
+        fallbacks: the fallbacks themselves, by the bit length of the number of prompts that are decoded together.
     """
 
     speculation: Speculation

@@ -86,11 +86,11 @@ def save_files(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
 
 
 def read_config(directory: Path, parse: Callable[[dict[str, Any]], Config], what: str) -> Config:
-    """What `parse` makes of a head's configuration.
+    """Reads a head's `config.json` and returns what `parse` makes of it.
 
     Args:
-        parse: from the file's values; may raise as reading any malformed values does.
-        what: that the file is to describe, for errors.
+        parse: takes the file's values; may raise KeyError, TypeError and the like where they are malformed.
+        what: the kind of head that is expected, for error messages.
 
     Raises:
         GraftError: names the file, whatever is wrong with it.

@@ -1,4 +1,4 @@
-"""What drafters of all families share: a draft as layers of candidates, and a request's part of a head."""
+"""What drafters of all families share: a draft as layers of candidates, and what a head keeps of a request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ class Layer:
     """The candidates of one depth: topk children of every node that was expanded, best first.
 
     Attributes:
-        tokens_C, logp_C, paths_C: the children's columns of the tree, by parent.
-        parents_A: rows of their parents in the tree.
+        tokens_C, logp_C, paths_C: token ids, cumulative log-probabilities and path keys of the children, grouped by
+            parent, [A * topk].
+        parents_A: index of each parent in the tree, [A]: of the root, or of the nodes that were expanded.
     """
 
     tokens_C: Tensor
@@ -40,8 +41,8 @@ class Layer:
         """The layer below the best k of these children.
 
         Args:
-            best: `topk` of `logp_C`.
-            first_row: of this layer's children in the tree.
+            best: `logp_C.topk(k)`: values and indices of the children that are expanded.
+            first_row: index in the tree of this layer's first child.
         """
         return type(self)(
             tokens_kk.flatten(),
@@ -60,8 +61,9 @@ class Draft(Generic[L]):
     """A tree that grows by one depth a step.
 
     Attributes:
-        root_1: its root's token.
-        noise: of the draws, where the head is told of it.
+        root_1: the root's token, [1] int64.
+        layers: the candidates of depth 1, 2, ...
+        noise: of the draws, where plan and sampling share it with the head; else None.
     """
 
     root_1: Tensor
@@ -111,12 +113,12 @@ def _depths_and_sources(width: int, steps: int, device: torch.device) -> tuple[T
 
 @dataclass
 class Pending:
-    """What a head over fixed buffers has not read; its rows past the count mean nothing.
+    """Committed positions that a head over fixed buffers has not read yet.
 
     Attributes:
-        length_1: positions read, int64.
-        count_1: how many of the next two count, int64.
-        tokens_F, aux_FE: the token after each, and the target's states there.
+        length_1: positions that were read, int64.
+        count_1: positions that were not, int64: so many rows of the next two tensors are valid.
+        tokens_F, aux_FE: of each such position the token after it, and the target's aux hidden states at it.
     """
 
     length_1: Tensor
@@ -136,29 +138,29 @@ class Pending:
         self.count_1 += count_1
 
     def last(self, values_FX: Tensor) -> Tensor:
-        """The last row that counts, [1, X]."""
+        """The last valid row, [1, X]."""
         return values_FX.index_select(0, self.count_1 - 1)
 
     def clear(self) -> None:
-        """All of them have been read from now on."""
+        """Notes that the head has read all of them."""
         self.length_1 += self.count_1
         self.count_1.zero_()
 
 
 class HeadState:
-    """A request's part of a draft head: a key/value cache of its own, and what it has not read.
+    """What a draft head keeps of one request: a KV cache, and the committed positions that it has not read yet.
 
     Args:
-        shape: of keys and values but for the tokens: (layers, heads, head_dim).
+        shape: of the KV cache without its positions: (layers, key/value heads, head_dim).
         topk: children proposed per node, and nodes expanded per step (EAGLE's top-k).
         capacity: rows of the cache.
-        fc_HE: the head's projection of the target's auxiliary states; keys and values are of its dtype and device.
+        fc_HE: the head's projection of the target's aux hidden states; the KV cache has its dtype and device.
 
     Attributes:
         length: positions that were read.
-        span: where the next pass stands.
-        unread: committed positions that wait for the next `begin`.
-        fixed: what it has not read, where its span is fixed.
+        span: the rows of the KV cache that the next pass writes.
+        unread: number of committed positions that wait for the next `begin`.
+        fixed: these positions themselves, where rounds are CUDA graphs over fixed buffers; else None.
     """
 
     def __init__(self, shape: tuple[int, int, int], topk: int, capacity: int, fc_HE: Tensor) -> None:

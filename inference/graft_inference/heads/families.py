@@ -1,4 +1,4 @@
-"""The families of heads that can be served: how each is told, read, and asked."""
+"""The families of heads that can be served: how each is recognised, loaded, saved and run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -117,13 +117,13 @@ def check_head(head: HeadConfig, target: Any) -> None:
 
 
 def possible_copies(head: Head) -> list[str]:
-    """What the head has of its own although it may be its target's: of "embed_tokens" and "lm_head"."""
+    """Which of "embed_tokens" and "lm_head" the head stores although they may be copies of its target's."""
     whole = isinstance(head, BlockHead) and head.config.draft_vocab_size == head.config.vocab_size
     return [name for name in ("embed_tokens", *(["lm_head"] if whole else [])) if getattr(head, name) is not None]
 
 
 def drop_copies(head: Head, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:
-    """Drops what the head has of its own and its target alike; whoever runs the head then takes the target's.
+    """Drops the head's embeddings and lm_head where they equal the target's, which are used in their place then.
 
     Args:
         embedding_VH, lm_head_VH: the target's, in its dtype, in which they are compared.
@@ -135,7 +135,7 @@ def drop_copies(head: Head, embedding_VH: Tensor, lm_head_VH: Tensor) -> None:
 
 
 def described(directory: Path) -> tuple[str, str]:
-    """A tag and a sentence for people: the family of a head, and in whose dialect its checkpoint is."""
+    """A tag, and a line for people: a head's family, and the dialect that its checkpoint is written in."""
     values = read_json(Path(directory) / CONFIG_FILE, REMEDY)
     if is_block(directory):
         return "dflash", f"blocks drafted in one pass, as `{values['architectures'][0]}`"
@@ -152,7 +152,7 @@ def most_steps(config: HeadConfig) -> int | None:
 def proposer_of(
     head: Head, embed: Callable[[Tensor], Tensor], unembed: Callable[[Tensor], Tensor], max_positions: int
 ) -> HeadProposer:
-    """What asks a head, for all requests of an engine.
+    """The proposer that runs this head for all requests of an engine.
 
     Args:
         embed, unembed: the target's embeddings and lm_head.

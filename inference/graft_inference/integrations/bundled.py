@@ -1,4 +1,4 @@
-"""What the rounds of every other engine take from a bundle: its policy, and sources that are read and never taught."""
+"""What other engines need of a bundle: its policy, and sources that propose but do not learn."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from ..retrieval.sources import SOURCES
 
 
 def policy_of(bundle: str, target_config: Any, tokenizer: Any | None) -> tuple[Policy, dict[str, Any]]:
-    """A bundle's policy, and what it holds for sources, by name. The engine itself loads the head.
+    """A bundle's policy, and its tables for sources, by name. The engine itself loads the head.
 
     Args:
         bundle: directory or Hub id.
@@ -33,10 +33,10 @@ def policy_of(bundle: str, target_config: Any, tokenizer: Any | None) -> tuple[P
 
 
 def frozen_sources(names: Iterable[str], tables: Mapping[str, Any], text_S: Tensor) -> dict[str, TokenSource]:
-    """Sources over a whole text, as nothing is kept from round to round.
+    """Sources opened anew on a whole text, since nothing is kept from round to round.
 
     Args:
-        tables: what a bundle holds for sources, by name.
+        tables: a bundle's tables for sources, by name.
         text_S: prompt and output so far, the root last, int64 on the CPU.
     """
     opening = Opening(text_S, len(text_S), dict(tables), scope="frozen")

@@ -25,8 +25,7 @@ class ChainRounds:
     """Begins the rounds of one plan.
 
     Args:
-        tables: what a bundle holds for sources, by name. They are read and never taught: an engine that hides the
-            target's logits leaves nothing to learn from.
+        tables: a bundle's tables for sources, by name. They do not learn, since the engine hides the target's logits.
     """
 
     def __init__(self, plan: ChainPlan, tables: Mapping[str, Any]) -> None:
@@ -42,7 +41,7 @@ class ChainRounds:
             bundle: directory or Hub id.
             target_config: the target's (text) configuration.
             tokenizer: the target's, or None to skip that check.
-            most: tokens of a chain that the engine was told to verify.
+            most: most draft tokens of a chain, as the engine is configured.
 
         Raises:
             GraftError: no bundle, another target or tokenizer, a policy of trees, or of shorter chains.
@@ -66,7 +65,7 @@ class ChainRounds:
         return cls(plan, tables)
 
     def without_drafting(self) -> Self:
-        """The same where no head runs."""
+        """The same rounds without the head: sources alone."""
         return type(self)(self.plan.without_drafting(), self._tables)
 
     def begin(self, texts: Sequence[Tensor | None], most: int) -> "ChainRound":
@@ -74,7 +73,7 @@ class ChainRounds:
 
         Args:
             texts: of each request its prompt and output so far, [S] int64 on the CPU; None for one that does not draft.
-            most: tokens of a chain.
+            most: most draft tokens of a chain.
         """
         return ChainRound([None if text_S is None else self._draft(text_S, most) for text_S in texts])
 

@@ -25,7 +25,7 @@ LEAST = 1e-30
 
 @dataclass(frozen=True)
 class Shape:
-    """What an engine's rounds always have: no round is smaller, as its kernels are captured for one size.
+    """The fixed shape of an engine's rounds, for which its kernels are captured.
 
     Attributes:
         topk: children that the head proposes for a node, and nodes that it expands in a step.
@@ -42,7 +42,7 @@ class Shape:
 class VerifiedTrees:
     """Trees of N nodes each, as verifiers take them.
 
-    A node that only fills a tree up hangs below the root and is nobody's child: no link leads to it.
+    A padding node has the root as its parent, but no link leads to it.
 
     Attributes:
         tokens_BN: ids of the target's vocabulary, the root first.
@@ -74,10 +74,11 @@ class VerifiedTrees:
 class TreeRounds:
     """Makes the trees of a policy in an engine of one shape.
 
-    Drafting always runs to the end there, so of the plan's checkpoints the last one speaks, with the engine's own size.
+    Drafting always runs all of its steps there. So only the plan's last checkpoint is used, with the engine's number of
+    nodes.
 
     Args:
-        tables: what a bundle holds for sources, by name. They are read and never taught.
+        tables: a bundle's tables for sources, by name. They do not learn.
 
     Raises:
         GraftError: steps that the policy knows nothing of, or more nodes than there are candidates.

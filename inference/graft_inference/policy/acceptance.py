@@ -1,9 +1,9 @@
-"""The acceptance model: P(accepted) of every candidate on one scale, whoever proposed it.
+"""The acceptance model: P(accepted) of every candidate, on one scale for the head and all sources.
 
     P(accepted | parent accepted) = sigmoid(slope * logit(q) + offset),  q the proposer's probability of the step.
 
-A candidate's own P(accepted) is the product along its path. No node is worth more than its parent, so the best nodes
-are closed under parents, whatever was fitted.
+A candidate's own P(accepted) is the product along its path, so it is never above its parent's. Therefore the best nodes
+always form a tree, whatever was fitted.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class SourceModel:
 
     Attributes:
         name: of the source.
-        template: rank paths that are looked up below the root and may compete.
-        slopes: by depth, from 1; none where the source goes by evidence.
-        offsets: by kind of evidence (one, where the source has probabilities), then by depth.
-        ranks: added to a node's offset, by its rank among its parent's guesses.
+        template: the rank paths that the source is asked for.
+        slopes: by depth, from 1; empty for a source that has evidence in place of probabilities.
+        offsets: one row for each kind of evidence (one row for a source with probabilities), by depth.
+        ranks: what a node's rank among its siblings adds to its offset, by rank.
 
     Raises:
         GraftError: an unknown source, slopes that are not positive, or a table that is too short.
@@ -112,7 +112,7 @@ class AcceptanceModel:
 
 
 class SourceScorer:
-    """A source's model on its template, ready on a device."""
+    """Computes P(accepted) of one source's proposals, with its model on a device."""
 
     def __init__(self, model: SourceModel, device: torch.device) -> None:
         self.template = Template(model.template, device, number_of(model.name))

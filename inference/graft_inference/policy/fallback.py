@@ -1,9 +1,9 @@
-"""Never much slower than autoregressive: plans that do not pay are left for narrower ones, and for none at all.
+"""The fallback: a plan that loses time is replaced by a narrower one, and in the end by plain decoding.
 
-Everything is counted in tokens' worth of autoregressive time. A round that takes longer than its tokens would have
-taken one by one is a loss. Losses come out of a loss_budget that every emitted token feeds a little, so that whatever
-happens n tokens take at most (1 + SHARE) * n + LOSS_BUDGET tokens' worth of time, a first round of every plan, and one
-round more. What a round takes beyond OUTLIER times its plan's median is the machine's doing, and counts for no plan.
+The unit of time is the time that plain decoding takes for a token. A round that takes longer than its tokens would have
+taken one by one is a loss. Losses are paid from a loss budget, to which every emitted token adds a little. So n tokens
+take at most (1 + SHARE) * n + LOSS_BUDGET units, plus a first round of every plan and one more round, whatever happens.
+The time of a round beyond OUTLIER times its plan's median is blamed on the machine, and counts for no plan.
 """
 
 from collections import defaultdict, deque
@@ -34,7 +34,7 @@ FADE = 0.98
 
 @cache
 def fallback_plans(plan: Plan) -> dict[str, Plan]:
-    """The plan, what it can be narrowed to, and decoding without speculation, by name."""
+    """The plan, its narrower versions, and plain decoding, by name and from wide to narrow."""
     levels: dict[str, Plan | None] = {AS_PLANNED: plan, "narrowed": plan.narrowed()}
     if plan.drafts and plan.sources:
         levels["retrieval alone"] = plan.without_drafting()
@@ -44,14 +44,14 @@ def fallback_plans(plan: Plan) -> dict[str, Plan]:
 
 @dataclass
 class Level:
-    """How one plan has done.
+    """How well one plan has done.
 
     Attributes:
-        standing: what it won (negative: lost) in its present trial.
-        is_new: its trial has not begun: the first round, which may have to catch up, will not be judged.
-        wait, until: tokens that it rests after failing, and the place until which it does.
-        spent, earned: its faded time and tokens.
-        seconds: of its last rounds, trials before this one included.
+        standing: units of time won (negative: lost) in its present trial.
+        is_new: whether its trial has not begun. The first round is not judged, as the head may have to catch up.
+        wait, until: for how many tokens it is not tried after it failed, and up to which number of emitted tokens.
+        spent, earned: time and tokens of its rounds, of which later ones weigh more.
+        seconds: of its last rounds, those of earlier trials included.
     """
 
     standing: float = 0.0
@@ -64,18 +64,18 @@ class Level:
 
     @property
     def speed(self) -> float:
-        """Times the autoregressive one; 0 while it rests or was never judged."""
+        """Speed over plain decoding's; 0 while it is not tried or was never judged."""
         return 0.0 if self.is_new or not self.spent else self.earned / self.spent
 
 
 class Fallback:
-    """Chooses the plan of each round from what the rounds before it took.
+    """Chooses the plan of each round by the time that earlier rounds took.
 
     The processes of one tensor-parallel target decide alike because `agree` gives all of them the same times.
 
     Args:
-        levels: names of the plans, the widest first, the last one without speculation.
-        agree: seconds measured here -> seconds to go by.
+        levels: names of the plans, the widest first, plain decoding last.
+        agree: takes the seconds measured here, and returns those that all processes go by.
     """
 
     def __init__(self, levels: Sequence[str], agree: Callable[[float], float] = float) -> None:
@@ -92,10 +92,10 @@ class Fallback:
         self._since, self._open, self._seconds, self._tokens = 0, 0, 0.0, 0
 
     def choose(self, context: int) -> tuple[int, str]:
-        """The place of the next round's plan, and why, in words.
+        """Index of the next round's plan among the levels, and the reason in words.
 
         Args:
-            context: committed tokens.
+            context: number of committed tokens.
         """
         if self._tokens and self._size != context.bit_length():
             self._settle(self._plain[self._size][-1])
@@ -128,7 +128,7 @@ class Fallback:
         return self.emitted >= level.until and self.loss_budget > (STAKE if level.is_new else 0.0)
 
     def record(self, seconds: float, tokens: int) -> None:
-        """Tells what the round just chosen took and emitted."""
+        """Takes in the seconds and the number of emitted tokens of the round that was just chosen."""
         seconds = self._agree(seconds)
         self.emitted += tokens
         self.loss_budget = min(self.loss_budget + SHARE * tokens, LOSS_BUDGET)

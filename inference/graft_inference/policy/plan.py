@@ -1,4 +1,4 @@
-"""How a round is made: when drafting stops, and which nodes of each source make the tree."""
+"""Plans: when a round stops drafting, and which nodes are verified."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -33,9 +33,9 @@ class Checkpoint:
     Attributes:
         steps: draft steps (passes of the head) run when it is reached; the paper's checkpoint d is steps - 1.
             0 means that the head does not run.
-        threshold: drafting stops here if the confidence is at most this, a probability (Graft Eq. 7). The last
-            checkpoint of a plan ignores it, since drafting always stops there. At a first checkpoint of 0 steps it
-            counts tokens: the head is not asked if the retrieved nodes promise more accepted tokens than this.
+        threshold: drafting stops here if the head's confidence is at most this, a probability (Graft Eq. 7). The last
+            checkpoint of a plan ignores it, since drafting always stops there. At a first checkpoint of 0 steps it is
+            a number of tokens: the head does not run if more accepted tokens are expected of the retrieved nodes.
         num_draft_tokens: nodes of the tree, the root included.
     """
 
@@ -91,13 +91,13 @@ class QuotaCheckpoint:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one method does; a `QuotaPlan`, a `ScoredPlan` or a `ChainPlan`.
+    """How the rounds of a method are made; a `QuotaPlan`, a `ScoredPlan` or a `ChainPlan`.
 
     Attributes:
-        checkpoints: by rising steps.
-        topk: children proposed per node, and nodes expanded per step.
-        learns_accepted: the matrix learns from accepted tokens alone, not from every verified node.
-        shares_noise: where tokens are drawn by chance, head and sources are told the noise of the draws (`Noise`).
+        checkpoints: by rising number of draft steps.
+        topk: children that the head proposes per node, and nodes that it expands per step.
+        learns_accepted: the matrix learns from accepted tokens only, not from every verified node.
+        shares_noise: when sampling, head and sources get the noise of the draws (`Noise`).
 
     Raises:
         GraftError: checkpoints out of order, or more nodes than a verification or the head can have.
@@ -226,7 +226,7 @@ class QuotaPlan(Plan):
 
 @dataclass(frozen=True)
 class ScoredPlan(Plan):
-    """The nodes of all sources compete for the places of the tree by their P(accepted)."""
+    """The nodes of the head and of all sources compete for the tree by their P(accepted)."""
 
     checkpoints: tuple[Checkpoint, ...]
     acceptance: AcceptanceModel = NOTHING
@@ -272,8 +272,8 @@ class ScoredPlan(Plan):
 class ChainPlan(ScoredPlan):
     """Verifies one path instead of a tree, for engines that verify chains.
 
-    Of all nodes that compete it is the path with the most expected accepted tokens. The head drafts its likeliest token
-    after the other. What the sources propose lengthens that chain, or takes its place.
+    Of all candidates it takes the path with the most expected accepted tokens. The head drafts one likeliest token per
+    step. What the sources propose lengthens that chain, or replaces it.
     """
 
     topk: int = 1

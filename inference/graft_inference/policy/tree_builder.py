@@ -1,4 +1,4 @@
-"""From the candidates of head and sources to the tree that is verified, as a plan says."""
+"""Builds the tree that is verified from the candidates of head and sources, as a plan says."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +17,12 @@ from .plan import ChainPlan, Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, Score
 
 
 def check_sources(plan: Plan, draft_vocab_size: int, tables: dict[str, Any], most_steps: int | None = None) -> None:
-    """Raises GraftError where a plan asks for what the head and the sources do not have.
+    """Raises GraftError where a plan asks head or sources for more than they have.
 
     Args:
-        most_steps: that the head can run; None: any number.
+        draft_vocab_size: number of tokens that the head can propose.
+        tables: the bundle's tables for sources, by name.
+        most_steps: most draft steps that the head can run; None: any number.
     """
     if most_steps is not None and plan.num_steps > most_steps:
         raise GraftError(
@@ -46,10 +48,10 @@ def check_sources(plan: Plan, draft_vocab_size: int, tables: dict[str, Any], mos
 
 
 class TreeBuilder:
-    """Makes the trees of one plan: what is retrieved, and which nodes are verified. `builder_of` chooses its kind.
+    """Builds the trees of one plan: what is retrieved, and which nodes are verified. `builder_of` makes the right kind.
 
     Attributes:
-        depths: bound on the depth of a tree, by the steps of its checkpoint.
+        depths: greatest possible depth of a tree, by the draft steps of its checkpoint.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -61,19 +63,20 @@ class TreeBuilder:
     def retrieve(
         self, checkpoint: Any, sources: Mapping[str, TokenSource], root_1: Tensor, noise: Noise | None
     ) -> list[DraftTree]:
-        """The candidates that each source has for this checkpoint.
+        """Asks the sources for this checkpoint's candidates, one tree each.
 
         Args:
-            noise: what the sources are told of the draws.
+            root_1: the last emitted token, [1].
+            noise: of the draws, where the plan shares it; else None.
         """
         raise NotImplementedError
 
     def build(self, checkpoint: Any, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
-        """The best nodes, as many as the checkpoint verifies.
+        """Chooses the best nodes, as many as the checkpoint verifies.
 
         Args:
-            drafted: the root and every node the head proposed.
-            retrieved: what `retrieve` found.
+            drafted: the root and every node that the head proposed.
+            retrieved: the result of `retrieve`.
         """
         raise NotImplementedError
 
@@ -119,9 +122,9 @@ class ScoredBuilder(TreeBuilder):
         ]
 
     def skips_drafting(self, checkpoint: Checkpoint, retrieved: list[DraftTree]) -> Tensor:
-        """Whether what was retrieved promises so many tokens that the head is not asked, [1] bool.
+        """Whether the retrieved nodes are expected to give so many tokens that drafting is skipped, [1] bool.
 
-        The source that promises most speaks: they foresee the same tokens.
+        The expected number is that of the best source, not the sum: sources often propose the same tokens.
         """
         promises = torch.stack([tree.logp_N.exp().sum() for tree in retrieved])
         return promises.amax(dim=0, keepdim=True) > checkpoint.threshold
@@ -131,7 +134,7 @@ class ScoredBuilder(TreeBuilder):
         return pool.chosen(pool.logp_N, checkpoint.num_draft_tokens)
 
     def _pool(self, checkpoint: Checkpoint, drafted: DraftTree, retrieved: list[DraftTree]) -> DraftTree:
-        """All candidates, their `logp_N` log P(accepted)."""
+        """All candidates in one tree; their `logp_N` is log P(accepted)."""
         step_N = step_scores(self._drafted_D2.index_select(0, drafted.depths_N), drafted)
         own_N = drafted.path_sums(step_N, checkpoint.steps)
         return pooled([drafted, *retrieved], [own_N, *(tree.logp_N for tree in retrieved)])
@@ -146,7 +149,7 @@ class ChainBuilder(ScoredBuilder):
 
 
 def builder_of(plan: Plan, device: torch.device) -> TreeBuilder:
-    """The builder of a plan's kind."""
+    """The builder for this kind of plan."""
     if isinstance(plan, ChainPlan):
         return ChainBuilder(plan, device)
     return ScoredBuilder(plan, device) if isinstance(plan, ScoredPlan) else QuotaBuilder(plan, device)  # type: ignore[arg-type]

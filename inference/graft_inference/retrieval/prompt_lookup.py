@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last time the request's own text ran as it does now."""
+"""Prompt lookup: what followed the longest earlier match of the end of the request's own text."""
 
 from typing import Self
 
@@ -10,24 +10,24 @@ from ..proposer import Opening, Proposal, TokenSource
 from ..template import Template
 
 LONGEST = 12
-"""Matched tokens that are told apart; a longer match counts as this."""
+"""Longest match that is looked for, in tokens; a longer one counts as this."""
 
 
 class PromptLookup(TokenSource):
     """Proposes what followed the longest earlier match of the text's end, within one request's prompt and output.
 
-    Prompt lookup (Saxena 2023) with the length of the match as evidence: what P(accepted) is read from. Found by
-    comparing every place with the end, a few operators of fixed shapes, so that there is nothing to keep in step.
+    Prompt lookup (Saxena 2023), with the length of the match as the evidence from which P(accepted) follows. Every
+    position is compared with the end of the text by a few operators of fixed shapes. So there is no index to maintain.
 
     Args:
-        capacity: tokens the text may have.
+        capacity: most tokens of prompt and output together.
     """
 
     name = "lookup"
     kinds = LONGEST
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        # -1 stands before the text, where a match may not begin, and behind it, where none may end.
+        # -1 stands before the text, where a match may not begin, and after it, where none may end.
         self.text_S = torch.full((LONGEST + capacity,), -1, dtype=torch.int32, device=device)
         self.end_1 = torch.full((1,), LONGEST - 1, dtype=torch.long, device=device)
         self._place_W = torch.arange(capacity + 1, device=device)
@@ -65,15 +65,15 @@ class PromptLookup(TokenSource):
     def find(self, count: int) -> tuple[Tensor, Tensor]:
         """Finds what followed the longest match of the text's end; of equally long ones the latest.
 
-        What has not been written yet repeats what has: a match overlapping the end is a period.
+        A match that overlaps the end of the text is taken for a period, and goes on by repeating it.
 
         Returns:
             tokens_D: the `count` tokens, int64.
-            length_1: matched tokens, at most LONGEST; at 0 the tokens mean nothing.
+            length_1: matched tokens, at most LONGEST, int64; 0: no match, and the tokens are meaningless.
         """
         start_1 = self.end_1 - (LONGEST - 1)
         recent_L1 = self._windows_LW.index_select(1, start_1)
-        # The last of a window's places that differs, counted from 1, leaves the matched tokens behind it.
+        # The last of a window's places that differs, counted from 1, leaves the matched tokens after it.
         differs_W = ((self._windows_LW != recent_L1) * self._weight_L1).amax(dim=0)
         length_W = (LONGEST - differs_W.long()).index_fill_(0, start_1, 0)
         best_1 = (length_W * len(length_W) + self._place_W).argmax(dim=0, keepdim=True)

@@ -25,8 +25,8 @@ class SuccessorMatrix:
     Attributes:
         ids_VK: int32 [V, k].
         probs_VK: fp16 [V, k], their probabilities; None: only ids are kept, and nodes are not scored.
-        learned_V: int64, observations behind each row since the matrix was loaded.
-        made_for: the target it belongs to, as its file says it.
+        learned_V: int64, number of observations that changed each row since the matrix was loaded.
+        made_for: the target that it was built for, as its file says.
     """
 
     ids_VK: Tensor
@@ -70,7 +70,7 @@ class SuccessorMatrix:
 
         Args:
             root_1: the root's token, [1] int64.
-            noise: of the draws; ranks are then those of what will be drawn. Needs probabilities.
+            noise: of the draws; successors are then ranked by how likely they are to be drawn. Needs probabilities.
         """
         if noise is not None and self.probs_VK is not None:
             return self._foresee(root_1, template, noise)
@@ -86,7 +86,7 @@ class SuccessorMatrix:
         return template.found(torch.cat(tokens), F.pad(prob_P.clamp_(min=LEAST).log_(), (1, 0)))
 
     def _foresee(self, root_1: Tensor, template: Template, noise: Noise) -> DraftTree:
-        """`expand` with each node's successors in the order in which they are likely to be drawn."""
+        """`expand`, each node's successors ranked by how likely they are to be drawn."""
         tokens, steps = [root_1], [torch.zeros_like(root_1, dtype=torch.float32)]
         for depth, level in enumerate(template.levels, 1):
             row_M = tokens[-1].index_select(0, level.above)
@@ -101,8 +101,8 @@ class SuccessorMatrix:
         """The likeliest successors and their log-probabilities, [M, count]; ids are -1 where there are fewer.
 
         Args:
-            tokens_M: int64; below an unknown one, -1, whatever is found means nothing.
-            noise: of the draws, where the likeliest to be drawn at that depth are wanted.
+            tokens_M: int64; the result for -1, an unknown token, is meaningless.
+            noise: of the draws, where the successors likeliest to be drawn at that depth are wanted.
         """
         assert self.probs_VK is not None
         row_M = tokens_M.clamp(min=0)
@@ -117,9 +117,9 @@ class SuccessorMatrix:
         The paper leaves conflicts open: where a token occurs twice, its later row wins.
 
         Args:
-            tokens_M: tokens just read by the target, int64.
+            tokens_M: tokens that the target has just read, int64.
             logits_MV: its logits after each of them.
-            weight_M: observations that each row counts for; None: one.
+            weight_M: number of observations that each row counts for, int64; None: one each.
         """
         top = logits_MV.topk(self.k, dim=-1)
         row_M = torch.arange(len(tokens_M), device=tokens_M.device)
@@ -147,11 +147,11 @@ class SuccessorMatrix:
 
 
 class MatrixSource(TokenSource):
-    """The source that proposes from the matrix, for one request.
+    """The source that proposes from the successor matrix, for one request.
 
     Args:
-        learns: whether it is taught; what it learns stays in the matrix.
-        is_shared: whether the matrix is the engine's.
+        learns: whether the target's logits update the matrix.
+        is_shared: whether the matrix is the engine's own, and not a copy for this request.
     """
 
     name = "matrix"

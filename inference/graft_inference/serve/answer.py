@@ -36,10 +36,10 @@ class Asked:
     """What one request asks.
 
     Attributes:
-        encode: makes token ids [S] of the prompt, with the tokenizer that it is given.
-        max_tokens: of the answer; None is as many as the limits let it have.
+        encode: takes the tokenizer, and returns the prompt's token ids, [S].
+        max_tokens: of the answer; None: as many as the limits allow.
         sampling: settings of `Request`: temperature, seed, filters, penalty.
-        stops: texts that end the answer, and do not stand in it.
+        stops: strings that end the answer, and are not part of it.
         skip_special: leave special tokens out of the text.
     """
 
@@ -65,12 +65,12 @@ class Piece:
 
 @dataclass
 class Answer:
-    """Made by one thread, read by another, which may cancel it.
+    """An answer: computed by one thread, read by another, which may cancel it.
 
     Attributes:
-        tell: is told every piece, or the exception that ended it, and None in the end.
+        tell: called with every piece, or with the exception that ended the answer, and with None at the end.
         outcome: how it ended: completed, cancelled, refused (the request's fault) or failed (the server's).
-        arrived, first, ended: moments, in seconds of `time.perf_counter`; 0 before they come.
+        arrived, first, ended: times of arrival, first piece and end, in seconds of `time.perf_counter`; 0 until then.
     """
 
     asked: Asked
@@ -92,7 +92,7 @@ class Answer:
         self._cutter = StopCutter(self.asked.stops)
 
     def cancel(self) -> None:
-        """Nobody waits for the rest; it ends with the round under way."""
+        """Ends the answer after the round under way."""
         self.is_cancelled = True
 
     def begin(self, engine: GraftEngine, method: str, limits: Limits) -> bool:
@@ -111,7 +111,7 @@ class Answer:
         return True
 
     def advance(self) -> bool:
-        """Computes a round, the first time the prefill, and tells its piece; whether there is more to come."""
+        """Computes the prefill or a round, and calls `tell` with its piece. Returns whether there is more to come."""
         assert self._tokens is not None
         text, ids, is_last = "", [], True
         for token in self._tokens:
@@ -133,7 +133,7 @@ class Answer:
         self.tell(error)
 
     def close(self) -> None:
-        """Gives the engine back what the answer holds."""
+        """Frees what the answer holds of the engine."""
         self.ended = time.perf_counter()
         if self._tokens is not None:
             self._tokens.close()

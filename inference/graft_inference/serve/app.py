@@ -1,4 +1,4 @@
-"""The routes, and what a mistake looks like."""
+"""The routes of the server, and its error responses."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -35,7 +35,7 @@ class NoSuchModel(Refused):
 
 
 class BodyLimit:
-    """Refuses bodies of more bytes, as they come.
+    """Middleware that refuses request bodies over a size, while they arrive.
 
     Args:
         most: bytes.
@@ -60,7 +60,7 @@ class BodyLimit:
 
 
 class Streamed(StreamingResponse):
-    """Events of an answer, which ends with whoever reads it."""
+    """A stream of server-sent events; the answer is cancelled when its client disconnects."""
 
     def __init__(self, events: AsyncIterator[str], answer: Answer) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -74,14 +74,16 @@ class Streamed(StreamingResponse):
 
 
 class Server(uvicorn.Server):
-    """Says when it listens, and does not wait for answers that would take long when a signal ends it.
+    """uvicorn's server, which reports when it listens, and does not wait for long answers when a signal ends it.
 
     Args:
-        ready: called when requests can come.
+        ready: called once requests are accepted.
     """
 
     def __init__(self, app: FastAPI, scheduler: Scheduler, ready: Callable[[], None]) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
+        # The same loop and parser everywhere, whatever else is installed.
+        config = uvicorn.Config(app, loop="asyncio", http="h11", log_level="warning", timeout_graceful_shutdown=GRACE)
+        super().__init__(config)
         self.scheduler = scheduler
         self.ready = ready
 
@@ -214,7 +216,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
 
 
 def _told(error: Exception) -> tuple[dict[str, Any], int]:
-    """What a client learns of a request that was taken on and went wrong, and the status."""
+    """The error body and the HTTP status for a request that failed after it was accepted."""
     if isinstance(error, GraftError):
         return _bad_request(error), 404 if isinstance(error, NoSuchModel) else 400
     if isinstance(error, Overloaded):
@@ -233,7 +235,7 @@ def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Errors of requests that were not taken on, in OpenAI's shape and counted."""
+    """Handlers for requests that are not accepted: errors in OpenAI's shape, counted."""
 
     def count(http: Request, outcome: str) -> None:
         if http.url.path in ASKING:

@@ -9,7 +9,7 @@ from functools import partial
 from ipaddress import ip_address
 
 from ..bundle import recorded_target
-from ..cli import load_engine
+from ..cli import BUNDLE_HELP, load_engine
 from ..engine import GraftEngine
 from ..errors import GraftError
 from ..policy.policy import METHODS
@@ -117,7 +117,7 @@ def _length(engine: GraftEngine, asked: int | None) -> int:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=HELP)
-    parser.add_argument("bundle", help="directory or Hub id of an exported bundle")
+    parser.add_argument("bundle", nargs="?", help=BUNDLE_HELP)
     parser.add_argument("--target", help="directory or Hub id of the model; else the one the bundle names")
     parser.add_argument("--method", choices=METHODS, default="graft")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone can reach it")

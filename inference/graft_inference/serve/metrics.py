@@ -51,7 +51,7 @@ class Metrics:
     def follow(
         self, policy: Policy, method: str, running: Callable[[], float], unfinished: Callable[[], float]
     ) -> None:
-        """Shows the plan that requests are given, and how many there are."""
+        """Exposes the plan in use, and gauges of how many requests are running and waiting."""
         plan = policy.plan(method)
         info = self._gauge("plan_info", "The plan of the bundle that is served.", ["method", "kind", "sources"])
         info.labels(method, type(plan).__name__, ",".join(plan.sources)).set(1)
@@ -59,7 +59,7 @@ class Metrics:
         self._gauge("requests_waiting", "Requests that wait.").set_function(lambda: max(0, unfinished() - running()))
 
     def ended(self, answer: Answer, method: str) -> None:
-        """Counts a request that was taken on."""
+        """Counts an answer that has ended."""
         self.requests.labels(answer.outcome).inc()
         stats = answer.stats
         if not answer.first:

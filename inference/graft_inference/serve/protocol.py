@@ -1,7 +1,7 @@
-"""What requests say, in OpenAI's words and some of vLLM's, and what is said back.
+"""Request and response bodies, with OpenAI's fields and some of vLLM's.
 
-A field that would change the answer and is not followed is refused by name, as is an unknown one. null means that a
-field is absent.
+A field that would change the answer and is not supported is refused by name, and so is an unknown one. null means that
+a field is absent.
 """
 
 import json
@@ -45,7 +45,7 @@ DEFAULT_COMPLETION = 16
 
 
 class Refused(GraftError):
-    """A request that is not followed, with the field at fault."""
+    """A request that cannot be followed, and the field that is the reason."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -102,7 +102,7 @@ class Generating(_Body):
         return {name: value for name, value in values.items() if name not in left_out}
 
     def asked(self, encode: Callable[[Any], Tensor], max_tokens: int | None) -> Asked:
-        """Raises Refused for stop strings that are none, or too many."""
+        """Raises Refused for stop strings that are empty, or too many."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         if len(stops) > MOST_STOPS or "" in stops:
             raise Refused(f"stop: give at most {MOST_STOPS} texts, none of them empty", "stop")
@@ -171,7 +171,7 @@ class ChatBody(Generating):
     """/v1/chat/completions: a conversation to answer.
 
     Attributes:
-        chat_template_kwargs: what the chat template is told beside the messages, such as enable_thinking.
+        chat_template_kwargs: variables of the chat template, such as enable_thinking.
     """
 
     messages: list[Message] = Field(min_length=1)
@@ -199,10 +199,10 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 @dataclass
 class Reply:
-    """What is said back to one request, whole or piece by piece.
+    """The response to one request, whole or streamed.
 
     Attributes:
-        is_chat: which of the two forms it has.
+        is_chat: whether it has the form of a chat completion, and not of a completion.
     """
 
     body: Generating
@@ -215,7 +215,7 @@ class Reply:
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
 
     def whole(self, prompt_ids: list[int], pieces: list[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        """Of a request that is not streamed."""
+        """The body of a response that is not streamed."""
         text = "".join(piece.text for piece in pieces)
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
         choice = self._choice(said, pieces[-1].finish, [token for piece in pieces for token in piece.ids])
@@ -230,14 +230,14 @@ class Reply:
         return [self._event([self._choice(delta, None, [])])] if self.is_chat else []
 
     def piece(self, piece: Piece) -> list[str]:
-        """The events of a piece; none where it has nothing to say yet."""
+        """The events of a piece; none while it has no text yet."""
         if not (piece.text or piece.finish or (piece.ids and self.body.return_token_ids)):
             return []
         said = {"delta": {"content": piece.text} if piece.text else {}} if self.is_chat else {"text": piece.text}
         return [self._event([self._choice(said, piece.finish, piece.ids)])]
 
     def closing(self, usage: dict[str, Any]) -> list[str]:
-        """The events behind the last piece."""
+        """The events after the last piece."""
         wanted = self.body.stream_options.include_usage
         return [*([self._event([], usage=usage)] if wanted else []), "data: [DONE]\n\n"]
 

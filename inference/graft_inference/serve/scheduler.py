@@ -18,17 +18,17 @@ LOG = logging.getLogger("graft_inference.serve")
 
 
 class Overloaded(Exception):
-    """As many requests wait as may, or the server ends."""
+    """No more requests may wait, or the server is shutting down."""
 
 
 class Scheduler:
-    """Makes answers, several at a time; what one says does not depend on the others.
+    """Computes answers, several at a time. None depends on the others.
 
     Args:
         method: one of `policy.METHODS`.
-        at_most: answers under way, each with caches of its own.
-        waiting: requests that may wait beside them.
-        ended: told of every answer that ends, however it does.
+        at_most: most answers under way, each with caches of its own.
+        waiting: most requests that wait beside them.
+        ended: called with every answer that has ended, in whatever way.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Scheduler:
         self._arrivals.put(None)
 
     def join(self) -> None:
-        """Returns when all have ended, or a round takes too long."""
+        """Returns when all answers have ended, or a round takes too long."""
         self._thread.join(PATIENCE)
 
     def submit(self, answer: Answer) -> None:
@@ -116,7 +116,7 @@ class Scheduler:
                 return found
 
     def _goes_on(self, answer: Answer, part: Callable[[], bool]) -> bool:
-        """Does a part of an answer, whose mistakes are its own; whether there is more to do."""
+        """Runs a part of an answer; an error ends that answer alone. Returns whether there is more to do."""
         try:
             if not answer.is_cancelled and part():
                 return True

@@ -1,4 +1,4 @@
-"""Attention of a tree over cache and itself, registered with transformers as `graft_tree`."""
+"""Tree attention: each node attends to the KV cache and to its ancestors. transformers knows it as `graft_tree`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +15,18 @@ ATTENTION = "graft_tree"
 
 
 class UntoldError(GraftError):
-    """Our attention was called without what a `Target` tells it."""
+    """Our attention was called without the `visible` argument that a `Target` passes to its model."""
 
 
 class Visibility:
-    """The attention mask of a pass of N tokens: each sees committed tokens, and some of its own pass.
+    """The attention mask of a pass over N tokens: each attends to committed tokens, and to some of its own pass.
 
-    A committed key's index is its logical position, a row's is given; a sliding window counts these.
+    Sliding windows count logical positions: of a committed key that is its index, of a token of the pass it is given.
 
     Args:
-        positions_N: logical positions of the rows.
-        span: of the cache: the pass's keys stand behind the committed ones.
-        own_NN: bool, which rows of the pass each row sees; None where they stand in a line (a prompt).
+        positions_N: logical positions of the tokens.
+        span: where in the KV cache the pass writes: after the committed keys.
+        own_NN: bool, which tokens of the pass each one attends to; None for causal (a prompt).
     """
 
     def __init__(self, positions_N: Tensor, span: Span, own_NN: Tensor | None = None) -> None:
@@ -37,16 +37,16 @@ class Visibility:
         self._biases: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor | None] = {}
 
     def first_key(self, window: int | None) -> int:
-        """Index of the first key that any row of this pass may see, as far as the host knows."""
+        """Index of the first key that any token of this pass may attend to, as far as the host knows."""
         start = self.span.start
         return max(0, start - window + 1) if window and isinstance(start, int) else 0
 
     def bias(self, window: int | None, groups: int, query: Tensor) -> Tensor | None:
-        """[groups * N, K] over the keys from `first_key` on: 0 where a row looks, else -inf; None for plain causal.
+        """The mask as an additive bias, [groups * N, K], over the keys from `first_key` on: 0 or -inf; None: causal.
 
         Args:
-            groups: how often the rows are repeated, for query heads that share a key head.
-            query: of the same dtype and device.
+            groups: how often the N rows are repeated, for query heads that share a key head.
+            query: gives the dtype and device.
         """
         key = (window, groups, query.dtype, query.device)
         if key not in self._biases:
@@ -99,7 +99,7 @@ def tree_attention(
         s_aux: attention sinks, one logit per query head that takes part in the softmax and has no value.
 
     Raises:
-        UntoldError: the model was called by something else than its `Target`, or does not hand on what that tells it.
+        UntoldError: the model was not called by its `Target`, or does not pass `visible` on to its attention.
     """
     if visible is None:
         raise UntoldError("this model serves a GraftEngine: call engine.target.release() to use it otherwise")
@@ -140,11 +140,11 @@ def _attend(
 
 
 def as_bias(mask_NK: Tensor, groups: int, like: Tensor) -> Tensor:
-    """A mask of booleans as what is added to the scores: 0 where True, else -inf, [groups * N, K].
+    """A boolean mask as an additive bias: 0 where True, else -inf, [groups * N, K].
 
     Args:
-        groups: how often the rows are repeated, for query heads that share a key head.
-        like: of the dtype and device that are wanted.
+        groups: how often the N rows are repeated, for query heads that share a key head.
+        like: gives the dtype and device.
     """
     bias_NK = like.new_zeros(mask_NK.shape).masked_fill_(~mask_NK.to(like.device), -torch.inf)
     return bias_NK.repeat(groups, 1)

@@ -1,4 +1,4 @@
-"""A preallocated key/value cache that can keep one branch of a tree."""
+"""A preallocated KV cache that can keep one branch of a tree."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SMALLEST = 512
 
 
 def bucket(rows: int) -> int:
-    """The least of 512, 768, 1024, 1536, 2048, ... that holds so many rows."""
+    """The smallest of 512, 768, 1024, 1536, 2048, ... that is at least `rows`."""
     size = SMALLEST
     while size < rows:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -24,11 +24,11 @@ def bucket(rows: int) -> int:
 
 @dataclass
 class Span:
-    """Where the next pass writes its rows, and which it sees: behind `start`, within `size`.
+    """Which rows of the KV cache the next pass writes (from `start` on), and which it attends to (those below `size`).
 
-    A pass that runs once knows where it stands: `start` is a number and `size` just holds its own rows (None: however
-    many there are). One that is captured and replayed has its start on the device, [1] int64, and sees a bucket, of
-    which a mask hides what is not valid.
+    For an eager pass `start` is a number, and `size` is None: it attends to all rows up to its own. For a pass that is
+    captured and replayed, `start` is on the device, [1] int64, and `size` is a bucket. Then a mask hides the rows that
+    are not valid.
     """
 
     start: int | Tensor = 0
@@ -39,23 +39,23 @@ class Span:
         return self.size is not None
 
     def end(self, count: int) -> int:
-        """Rows that a pass of so many sees, or holds a mask for."""
+        """Number of rows that a pass over `count` tokens attends to, or masks."""
         return self.size if self.size is not None else int(self.start) + count
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """Indices of so many rows in the buffer, int64."""
+        """Indices of the `count` rows that the pass writes, int64."""
         if isinstance(self.start, int):
             return torch.arange(self.start, self.start + count, device=device)
         return self.start + torch.arange(count, device=device)
 
     def read(self, table: Tensor, count: int) -> Tensor:
-        """Reads so many rows of a table, [rows, X], from where the pass stands on."""
+        """Reads `count` rows of a table, [rows, X], from `start` on."""
         if isinstance(self.start, int):
             return table[self.start : self.start + count]
         return table.index_select(0, self.rows(count, table.device))
 
     def write(self, buffer: Tensor, values: Tensor) -> Tensor:
-        """Writes rows, [..., count, D], into a buffer of more; returns what the pass sees."""
+        """Writes rows, [..., count, D], into the buffer; returns all rows that the pass attends to."""
         count = values.shape[-2]
         if isinstance(self.start, Tensor):
             buffer.index_copy_(2, self.rows(count, buffer.device), values)
@@ -67,10 +67,11 @@ class Span:
 class TreeCacheLayer(CacheLayerMixin):
     """One layer's keys and values, [1, heads, capacity, head_dim].
 
-    Until the first commit they are what the first pass brought: its shapes and devices say what to allocate.
+    They are allocated at the first commit, with the shapes and devices that the first pass brought.
 
     Args:
-        shared: [the cache's span]; a list, as a cycle of references would keep the buffers until Python looks for such.
+        shared: a list that holds the cache's span, and not the cache itself: a reference cycle would keep the buffers
+            alive until the garbage collector runs.
     """
 
     is_sliding = False
@@ -86,7 +87,7 @@ class TreeCacheLayer(CacheLayerMixin):
         self.keys, self.values = key_states, value_states
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes rows behind the committed ones, without committing them, and returns all that the pass sees."""
+        """Writes keys and values after the committed ones, uncommitted; returns all that the pass attends to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
@@ -105,17 +106,17 @@ class TreeCacheLayer(CacheLayerMixin):
 
 
 class TreeCache(Cache):
-    """All layers' caches. Rows are written by a forward pass and committed afterwards.
+    """The KV caches of all layers. A forward pass writes rows, which are committed afterwards.
 
-    Layers that stand on one device share a buffer, [layers * 2, heads, capacity, head_dim], so that a branch of
-    the tree moves in one copy.
+    Layers on one device share a buffer, [layers * 2, heads, capacity, head_dim], so that a branch of the tree is moved
+    by one copy.
 
     Args:
         num_layers: layers of the model.
-        capacity: rows: committed tokens plus one tree.
+        capacity: rows for committed tokens and one tree.
 
     Attributes:
-        length: committed rows.
+        length: number of committed rows.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
@@ -145,10 +146,11 @@ class TreeCache(Cache):
         self.rewind(self.length + count)
 
     def keep_branch(self, path_A: Tensor) -> None:
-        """Moves one branch of the tree written last behind the committed rows, to be committed there.
+        """Moves one branch of the last tree to the rows right after the committed ones. `commit` commits it.
 
         Args:
-            path_A: the root and rows of the tree by depth, int64. Those of a fixed span may end in rows of no account.
+            path_A: indices of the branch's nodes in the tree, from the root down, int64. In a CUDA graph its last
+                entries may be padding.
         """
         if not self.buffers:
             self._allocate(self.tree_layers[0].keys.shape[2])
@@ -158,7 +160,7 @@ class TreeCache(Cache):
             self.span.write(buffer, buffer.index_select(2, (self.span.start + path_A).to(buffer.device)))
 
     def rewind(self, length: int = 0) -> None:
-        """Forgets what was committed after the first `length` rows; buffers are kept."""
+        """Keeps only the first `length` committed rows; buffers stay allocated."""
         self.length = length
         self.span = Span(length)
 
@@ -217,10 +219,10 @@ class TreeCache(Cache):
 
 
 class PackedCaches(Cache):
-    """The caches of several prompts, under one pass whose rows are theirs, one prompt behind the other.
+    """The KV caches of several prompts, for one pass over their concatenated tokens.
 
     Args:
-        rows: of each prompt in the pass.
+        rows: number of tokens of each prompt in the pass.
     """
 
     def __init__(self, caches: Sequence[TreeCache], rows: list[int]) -> None:
@@ -231,9 +233,9 @@ class PackedCaches(Cache):
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Writes each prompt's rows to its own cache, and returns each one's valid keys and values.
+        """Writes each prompt's keys and values to its own cache; returns the valid keys and values of each.
 
-        Attention functions get what it returns as it is, so nothing is copied into one tensor.
+        Attention functions get the lists as they are, so nothing is copied into one tensor.
         """
         parts = zip(self.caches, key_states.split(self.rows, dim=2), value_states.split(self.rows, dim=2), strict=True)
         keys, values = zip(*(cache.update(key, value, layer_idx) for cache, key, value in parts), strict=True)

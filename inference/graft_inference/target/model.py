@@ -1,4 +1,4 @@
-"""The target: any transformers causal LM of a supported kind, run over a prompt or a tree."""
+"""The target: a transformers causal LM, run over prompts (prefill) and trees (verification)."""
 
 import inspect
 import warnings
@@ -24,17 +24,17 @@ SWITCHING_ROPE = {"dynamic", "longrope"}
 
 @dataclass
 class TargetOutput:
-    """What one pass over N tokens yields: logits, and the aux hidden states side by side (E=0 without aux layers)."""
+    """Output of one pass over N tokens: logits, and the aux hidden states, concatenated (E=0 without aux layers)."""
 
     logits_NV: Tensor
     aux_NE: Tensor
 
 
 class Target:
-    """A frozen causal LM with tree attention under it, whose aux layers' outputs are kept.
+    """A frozen causal LM that computes tree attention, and whose aux layers' outputs are kept.
 
-    The one place that knows which families work, how the aux hidden states are caught and how the model is given
-    back. Training reads packed batches with it (`graft_train.data.states.PackedTarget`), with an attention of its own.
+    Only this class knows which families work, how aux hidden states are captured, and how the model is restored.
+    Training runs it over packed batches, with another attention (`graft_train.data.states.PackedTarget`).
 
     It may be spread over devices (`device_map`, tensor parallelism): inputs go to the device of its embeddings,
     and logits and aux hidden states come back there.
@@ -85,17 +85,17 @@ class Target:
         return hook
 
     def release(self) -> None:
-        """Gives the model back as it was: its own attention, no hooks."""
+        """Restores the model: its own attention, no hooks."""
         for hook in self._hooks:
             hook.remove()
         self.model.set_attn_implementation(self._implementation)
 
     @contextmanager
     def released_on_failure(self) -> Iterator[None]:
-        """Gives the model back if what is built on it fails.
+        """Restores the model if the code inside fails.
 
         Raises:
-            GraftError: anything that is not one, with the family's name.
+            GraftError: for any error; one that is not a GraftError gets the family's name.
         """
         try:
             yield
@@ -112,7 +112,7 @@ class Target:
 
     @contextmanager
     def own_attention(self) -> Iterator[PreTrainedModel]:
-        """The model with the attention that it would compute with alone."""
+        """The model with its own attention, inside a `with` block."""
         self.model.set_attn_implementation(self._reference)
         try:
             yield self.model
@@ -136,7 +136,7 @@ class Target:
         return self.is_parallel or len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
 
     def agree(self, seconds: float) -> float:
-        """What the first of the processes measured, where several compute the target and must decide alike."""
+        """Seconds that all processes go by: those that the first one measured, where several compute the target."""
         if not self.is_parallel:
             return seconds
         measured_1 = torch.tensor([seconds], dtype=torch.float64, device=self.device)
@@ -145,14 +145,14 @@ class Target:
 
     @property
     def attention(self) -> str:
-        """What computes the attention under a tree, for reports."""
+        """Name of what computes the attention, for reports."""
         capped = getattr(self.config, "attn_logit_softcapping", None)
         has_sinks = any(name.endswith("sinks") for name, _ in self.model.named_parameters())
         return "explicit attention" if capped or has_sinks else "scaled_dot_product_attention"
 
     @property
     def max_positions(self) -> int:
-        """Longest prompt and continuation."""
+        """Most tokens of prompt and output together."""
         return max_positions(self.config)
 
     @property
@@ -172,17 +172,18 @@ class Target:
         return TreeCache(self.config.num_hidden_layers, capacity)
 
     def prefill(self, tokens_S: Tensor, cache: TreeCache, all_logits: bool = True) -> TargetOutput:
-        """Reads a prompt, or the next piece of one, and commits it.
+        """Runs the model over a prompt, or the next piece of one, and commits it to the cache.
 
         Args:
-            all_logits: False computes only those of the last token, where the family can: [1, V].
+            tokens_S: token ids.
+            all_logits: False: only those of the last token, [1, V], which are cheaper where the family supports that.
         """
         return self.prefill_all([tokens_S], [cache], all_logits)[0]
 
     def prefill_all(
         self, pieces: Sequence[Tensor], caches: Sequence[TreeCache], all_logits: bool = True
     ) -> list[TargetOutput]:
-        """`prefill` for several prompts, in one pass: none sees another's cache or piece."""
+        """`prefill` for several prompts in one pass. None attends to another's cache or piece."""
         rows = [len(piece_S) for piece_S in pieces]
         visible = [
             Visibility(cache.span.rows(count, piece_S.device), cache.span)
@@ -199,13 +200,13 @@ class Target:
         return list(map(TargetOutput, logits, output.aux_NE.split(rows)))
 
     def verify(self, tree: DraftTree, ancestors_NN: Tensor, cache: TreeCache) -> TargetOutput:
-        """One pass over all nodes of a tree; each sees the cache and its own ancestors. Commits nothing."""
+        """One pass over all nodes of a tree, which attend to the cache and to their ancestors. Commits nothing."""
         return self.forward(tree.tokens_N, cache, self._visible(tree, ancestors_NN, cache))
 
     def verify_all(
         self, trees: Sequence[DraftTree], ancestors: Sequence[Tensor], caches: Sequence[TreeCache]
     ) -> list[TargetOutput]:
-        """`verify` for the trees of several prompts, in one pass: none sees another's cache or tree."""
+        """`verify` for the trees of several prompts in one pass. None attends to another's cache or tree."""
         if len(trees) == 1:
             return [self.verify(trees[0], ancestors[0], caches[0])]
         rows = [len(tree) for tree in trees]
@@ -217,9 +218,10 @@ class Target:
         return Visibility(self.positions(cache.span.start, tree), cache.span, ancestors_NN)
 
     def positions(self, length: int | Tensor, tree: DraftTree) -> Tensor:
-        """Positions of a tree's nodes, [N], behind so many committed tokens; none lies beyond the limit.
+        """Positions of a tree's nodes, [N], after `length` committed tokens, clamped to the target's limit.
 
-        No token beyond it is ever emitted. Learned positions end there, and some RoPE would change for all rows.
+        No token beyond the limit is ever emitted. But learned position embeddings end there, and some kinds of RoPE
+        would change for all tokens.
         """
         return (length + tree.depths_N).clamp(max=self.max_positions - 1)
 
@@ -230,11 +232,12 @@ class Target:
         visible: Visibility | list[Visibility],
         logits_of: Tensor | None = None,
     ) -> TargetOutput:
-        """One pass over N rows that see the cache and each other as `visible` says. Commits nothing.
+        """One pass over N tokens, masked by `visible`. Commits nothing.
 
         Args:
-            cache, visible: of several prompts, whose rows are one behind the other: their caches, and what each sees.
-            logits_of: rows whose logits are wanted, on the host; None: all.
+            tokens_N: token ids; those of several prompts are concatenated.
+            cache, visible: KV cache and mask of one prompt; or the caches of several, and a mask for each.
+            logits_of: indices of the tokens whose logits are wanted, on the host; None: all.
         """
         if isinstance(visible, Visibility):
             positions_N = visible.positions_N
@@ -266,7 +269,7 @@ def is_parallel(model: PreTrainedModel) -> bool:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuses, by name and reason, what would run wrong.
+    """Refuses a model that would be computed wrongly, by name and reason.
 
     Raises:
         GraftError: the family keeps state other than keys and values, hides tokens by other rules than a

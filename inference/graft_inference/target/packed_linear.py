@@ -29,10 +29,11 @@ def pack_target(target: Target) -> list[str]:
 
 
 def pack_linears(module: nn.Module, sharing: Sequence[Sequence[nn.Linear]] = ()) -> list[str]:
-    """Replaces the products of a module's linear layers where the packed one is faster on this CPU.
+    """Replaces a module's linear layers by prepacked ones where these are faster on this CPU.
 
-    Whether it is depends on the processor and the shapes, so each set of shapes is timed once, at one row and at eight.
-    Weights stay where they are. Does nothing off the CPU or where the build lacks the operator.
+    Whether they are depends on the processor and the shapes. So each set of shapes is timed once, with one token and
+    with eight. Weights stay where they are. Does nothing on other devices, or where the build of torch lacks the
+    operator.
 
     Args:
         sharing: layers that read the same tensor, one right after the other in every pass.

@@ -1,4 +1,4 @@
-"""Does tree attention compute what the model computes alone? Asked once, when an engine is built."""
+"""Checks that tree attention gives the logits of the untouched model. Runs once, when an engine is built."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ BRANCHES = ((0, 1, 3, 5), (0, 2, 4, 6))
 
 @torch.inference_mode()
 def self_check(target: Target) -> None:
-    """Compares a small tree pass, its prompt read in two pieces, with linear passes of the untouched model.
+    """Compares the logits of a small tree with passes of the untouched model over its branches.
 
     Raises:
         GraftError: they differ by more than rounding, a layer that has a sliding window does not apply it, or a pass
-            fails. The model is released.
+            fails. The model is restored.
     """
     with target.released_on_failure():
         try:
@@ -60,7 +60,7 @@ def _compare(target: Target) -> None:
 
 
 def _own_logits(target: Target, lines_BS: Tensor) -> Tensor:
-    """What the untouched model says behind the prompt."""
+    """What the untouched model says after the prompt."""
     with target.own_attention() as model:
         return model(input_ids=lines_BS, use_cache=False).logits[:, PROMPT:].to(target.device).float()
 

@@ -41,7 +41,7 @@ class BlockHeadConfig:
         aux_layer_ids: target layers whose *outputs* are the context, 0-based and ascending; the last layer is none.
         num_target_layers: of the target.
         block_size: slots of a block, the anchor's included.
-        mask_token_id: what stands in all slots but the anchor's: a token that the target never emits.
+        mask_token_id: the input of every slot except the anchor's; a token that the target never emits.
         causal: whether a slot sees only itself and the slots before it, so that a shorter block may be asked for. None:
             in layers with a sliding window, but not in the others.
         sample_from_anchor: next-token slots in place of fill-in ones.
@@ -99,7 +99,7 @@ class BlockHeadConfig:
 
     @property
     def first_slot(self) -> int:
-        """The slot that predicts the token behind the anchor."""
+        """The slot that predicts the token after the anchor."""
         return 0 if self.sample_from_anchor else 1
 
     @property

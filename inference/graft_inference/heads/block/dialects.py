@@ -250,7 +250,7 @@ def _sliding(values: dict[str, Any]) -> SlidingWindow | None:
 
 
 def _causal(values: dict[str, Any], nested: dict[str, Any], sliding: SlidingWindow | None) -> bool | None:
-    """Whether slots do not see those behind them: by the keys of vLLM and SGLang and by JetSpec's, else where a window
+    """Whether slots do not see those after them: by the keys of vLLM and SGLang and by JetSpec's, else where a window
     slides."""
     said = [values.get("is_causal"), nested.get("causal"), nested.get("causal_head")]
     given = [value for value in said if value is not None]
@@ -266,7 +266,7 @@ def _default_causal(sliding: SlidingWindow | None, layers: int) -> bool | None:
 
 
 def _layout(values: dict[str, Any], nested: dict[str, Any], is_dspark: bool) -> bool:
-    """Whether slots predict the token behind them.
+    """Whether slots predict the token after them.
 
     Raises:
         GraftError: the key contradicts the architecture, or is missing where engines take different defaults.

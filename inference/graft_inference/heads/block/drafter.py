@@ -1,8 +1,9 @@
 """From a block head to scored candidate nodes: one pass of the head, then one depth of the tree a step.
 
-The slots of a block are distributions of their places alone, whatever stands before them. The best nodes of a tree are
-those with the greatest sum of log-probabilities along their path, as DDTree takes them: each step extends the best
-paths by the likeliest tokens of the next slot. With a Markov head a slot is conditioned on the token before it.
+A slot's distribution belongs to its position alone: it does not depend on which tokens were drafted before it. As in
+DDTree, the best nodes of a tree are those with the greatest sum of log-probabilities along their path. So each draft
+step extends the best paths by the likeliest tokens of the next slot. With a Markov head, a slot's distribution also
+depends on the token before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ class BlockDraft(Draft[Layer]):
     """A tree that grows by one slot a step.
 
     Attributes:
-        logits_KD: of every draft of the block, before any Markov bias.
+        logits_KD: of all K drafts of the block over the draft vocabulary, before any Markov bias.
     """
 
     logits_KD: Tensor | None = None
@@ -52,21 +53,21 @@ class BlockProposer:
         self.most_steps: int | None = head.config.drafts
 
     def open(self, topk: int, num_steps: int, tokens: int) -> HeadState:
-        """A request's part: keys and values of the context."""
+        """What the head keeps of a new request: a KV cache of the context."""
         config = self.head.config
         shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         return HeadState(shape, topk, tokens, self.head.fc.weight)
 
     def resume(self, state: HeadState, length: int, topk: int, num_steps: int, tokens: int) -> None:
-        """A part whose first `length` positions another request goes on from."""
+        """Reuses what another request left: keeps its first `length` positions, and makes room for this one."""
         state.resume(length, topk, tokens)
 
     def read(self, states: Sequence[HeadState], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """The target's auxiliary states of newly committed positions become context, in one pass of the projections.
+        """Projects the target's aux hidden states of newly committed positions into the KV cache of the context.
 
         Args:
-            fresh: the token after each position, which is not read, and the states there. Of a fixed span what is
-                pending takes their place.
+            fresh: of each request the token after each position, [A], which is ignored, and the aux hidden states
+                there, [A, E]. Over fixed buffers the pending positions are read instead.
         """
         parts = [state.caught_up(*one)[1] for state, one in zip(states, fresh, strict=True)]
         positions = [
@@ -85,7 +86,7 @@ class BlockProposer:
                 state.fixed.clear()
 
     def defer(self, states: Sequence[HeadState], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
+        """Keeps newly committed positions for the next `begin`, where a round does not draft."""
         if full := deferred(states, fresh):
             self.read(full, [state.deferred.pop() for state in full])
 
@@ -96,10 +97,10 @@ class BlockProposer:
         roots: Sequence[Tensor],
         noises: Sequence[Noise | None],
     ) -> list[BlockDraft]:
-        """Catches up, runs the block behind each root, and proposes the roots' children.
+        """Reads newly committed positions, runs the head over one block per root, and proposes the roots' children.
 
         Args:
-            noises: of the draws: the head then proposes what is likeliest to be drawn.
+            noises: of the draws, or None: with noise the head proposes the tokens that are likeliest to be drawn.
         """
         self.read(states, fresh)
         drafts = []
@@ -110,7 +111,7 @@ class BlockProposer:
         return drafts
 
     def deepen(self, states: Sequence[HeadState], drafts: Sequence[BlockDraft]) -> list[BlockDraft]:
-        """One slot more of every draft; the head does not run."""
+        """Extends every draft by the next slot; the head does not run."""
         deeper = []
         for state, draft in zip(states, drafts, strict=True):
             last = draft.layers[-1]

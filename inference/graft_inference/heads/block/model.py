@@ -1,13 +1,14 @@
 """A head that drafts a whole block in one pass: the backbone of DFlash and DSpark.
 
-A round asks it for B ids, the last accepted token (the *anchor*, at position p) and B - 1 times a mask token, at
-positions p..p+B-1. They attend to the *context*, what the target made of all tokens before the anchor, and to each
-other. Every layer projects the same context, so its keys and values are computed once per accepted token.
+Its input in a round is a block of B *slots*: the last accepted token (the *anchor*, at position p) and B - 1 mask
+tokens, at positions p..p+B-1. They attend to the *context*, which is the target's aux hidden states of all tokens
+before the anchor, and to each other. Every layer projects the same context, so its keys and values are computed once
+per accepted token, and cached.
 
-Two layouts of the slots: fill-in (DFlash), where slot k predicts the token at its own place p+k and slot 0 nothing;
-and next-token (DSpark), where slot k predicts the token behind it, p+k+1. Draft k = 1, 2, ... is the token at p+k in
-both. Embeddings and lm_head are the target's, unless a checkpoint brings its own; a reduced draft vocabulary always
-brings the lm_head's rows of its own.
+There are two layouts of the slots. Fill-in (DFlash): slot k predicts the token at its own position p+k, and slot 0
+predicts nothing. Next-token (DSpark): slot k predicts the token after it, at p+k+1. In both, draft k = 1, 2, ... is the
+token at p+k. Embeddings and lm_head are the target's, unless a checkpoint brings its own; a reduced draft vocabulary
+always brings the lm_head's rows of its own.
 
 Shape suffixes: B batch, T context tokens, P slots of a block, K drafts of a block (in attention: key/value heads),
 L layers, Q query heads, D head size (of logits: draft vocabulary), H hidden size, E aux hidden states concatenated.
@@ -150,11 +151,11 @@ class BlockHead(HeadModule):
         return torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
 
     def forward(self, embedding_BPH: Tensor, positions_BP: Tensor, attend: Attend) -> Tensor:
-        """One pass over the slots of a block: what lm_head reads. [B, P, H]
+        """One pass over the slots of a block; returns the input of lm_head, [B, P, H].
 
         Args:
             embedding_BPH: the target's embeddings of the anchor and of P - 1 mask tokens.
-            positions_BP: the anchor's position and those behind it.
+            positions_BP: the anchor's position and those after it.
         """
         rope = self.rotary_emb(embedding_BPH, positions_BP)
         hidden_BPH = embedding_BPH
@@ -169,7 +170,7 @@ class BlockHead(HeadModule):
     def draft_logits(
         self, embedding_BPH: Tensor, keys_LBKTD: Tensor, values_LBKTD: Tensor, start_B: Tensor, lm_head_VH: Tensor
     ) -> Tensor:
-        """Logits of all drafts of a block behind a kept context, before any Markov bias. [B, K, D]
+        """Logits of all drafts of a block after a kept context, before any Markov bias. [B, K, D]
 
         Args:
             embedding_BPH: the target's embeddings of the anchor and of P - 1 mask tokens.
@@ -177,7 +178,7 @@ class BlockHead(HeadModule):
             start_B: the anchor's position.
 
         Raises:
-            GraftError: a block longer than trained, or a shorter one of a head whose slots see those behind them.
+            GraftError: a block longer than trained, or a shorter one of a head whose slots see those after them.
         """
         slots, trained = embedding_BPH.shape[1], self.config.block_size
         if slots > trained or (slots < trained and not self.config.causal):
@@ -195,7 +196,7 @@ class BlockHead(HeadModule):
         return F.linear(hidden_BPH, lm_head_VH if self.lm_head is None else self.lm_head.weight)
 
     def markov_bias(self, tokens: Tensor) -> Tensor:
-        """What is added to the logits of a draft whose predecessor is this token, over the draft vocabulary.
+        """DSpark's bias: what the token before a draft adds to the draft's logits, [..., draft vocabulary].
 
         Args:
             tokens: target ids, of any shape; for draft 1 the anchor.

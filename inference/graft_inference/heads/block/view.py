@@ -1,4 +1,4 @@
-"""What the slots of a block see: of the context before their anchor, and of each other."""
+"""The attention mask of a block head: which context tokens, and which other slots, a slot attends to."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from ..base import LARGEST, check_whole
 
 @dataclass(frozen=True)
 class View:
-    """What the slots see in one layer. Shape suffixes: P slots, T context tokens.
+    """The attention mask of one layer. Shape suffixes: P slots, T context tokens.
 
     Attributes:
-        causal: a slot sees itself and the slots before it, and none behind it.
-        window: places that a slot sees, its own and those before it; None: all.
+        causal: a slot sees itself and the slots before it, and none after it.
+        window: positions that a slot attends to, its own and those before it; None: all.
         from_anchor: the window is instead so many tokens before the anchor, the same ones for every slot.
     """
 

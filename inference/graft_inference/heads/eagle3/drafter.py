@@ -15,11 +15,11 @@ from .model import DraftHead, first_step_sees
 
 @dataclass
 class Eagle3Layer(Layer):
-    """What one pass of the head proposed.
+    """The candidates that one pass of the head proposed.
 
     Attributes:
-        hidden_AH: the head's outputs at the parents.
-        visible_AK: bool, which rows of the head's cache the parents see.
+        hidden_AH: the head's outputs at the parents, from which the candidates were predicted.
+        visible_AK: bool, which rows of the head's KV cache each parent attends to.
     """
 
     hidden_AH: Tensor
@@ -30,15 +30,15 @@ Eagle3Draft = Draft[Eagle3Layer]
 
 
 class Drafter(HeadState):
-    """A request's part of an EAGLE-3 head.
+    """What an EAGLE-3 head keeps of one request.
 
     The head's row for position t reads the embedding of token t+1 beside the target's state at t, so its
     cache lags the target's tokens by one.
 
     Args:
         max_positions: of the target.
-        tokens: that the request may come to.
-        num_steps: most draft steps of a round; each takes topk rows of the cache.
+        tokens: most tokens of prompt and output.
+        num_steps: most draft steps of a round; each needs topk rows of the KV cache.
     """
 
     def __init__(self, head: DraftHead, max_positions: int, topk: int, num_steps: int, tokens: int) -> None:
@@ -61,7 +61,7 @@ class Drafter(HeadState):
         self._turn()
 
     def line(self, tokens_A: Tensor) -> "HeadRows":
-        """Rows that stand in a line behind what was read."""
+        """The input of a pass over newly committed positions, one after the other."""
         count, span = len(tokens_A), self.span
         visible_AK, window = None, self.head.config.sliding_window
         hides = window is not None and span.end(count) > window
@@ -71,7 +71,7 @@ class Drafter(HeadState):
         return HeadRows(self, tokens_A, span, span, count, visible_AK)
 
     def branches(self, draft: Eagle3Draft, chosen_k: Tensor, parent_k: Tensor) -> "HeadRows":
-        """The rows of the last pass's children that are expanded; they stand at one position."""
+        """The input of a pass over the children that are expanded. All of them have one position."""
         last, behind = draft.layers[-1], (draft.steps - 1) * self.topk
         span = Span(self.span.start + behind, self.span.size)
         visible_kK, position = last.visible_AK[parent_k], Span(self.span.start + draft.steps - 1)
@@ -86,12 +86,13 @@ class Drafter(HeadState):
 
 @dataclass
 class HeadRows:
-    """One prompt's rows in a pass of the head.
+    """One prompt's input tokens in a pass of the head.
 
     Attributes:
-        span: where their keys and values are written.
-        position, positions: the rows stand at so many consecutive positions from there on; at one, all of them.
-        visible_AK: which rows of the cache they see; None for plain causal.
+        tokens_A: their ids.
+        span: the rows of the KV cache that their keys and values are written to.
+        position, positions: the first position, and the number of consecutive ones; with one, all tokens share it.
+        visible_AK: bool, which rows of the KV cache each token attends to; None for causal attention.
     """
 
     drafter: Drafter
@@ -135,19 +136,20 @@ class Eagle3Proposer:
     most_steps: int | None = None
 
     def open(self, topk: int, num_steps: int, tokens: int) -> Drafter:
-        """A request's part."""
+        """What the head keeps of a new request."""
         return Drafter(self.head, self.max_positions, topk, num_steps, tokens)
 
     def resume(self, drafter: Drafter, length: int, topk: int, num_steps: int, tokens: int) -> None:
-        """A part whose first `length` positions another request goes on from."""
+        """Reuses what another request left: keeps its first `length` positions, and makes room for this one."""
         drafter.resume(length, topk, tokens + topk * num_steps)
 
     def read(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Catches up with newly committed positions; returns the head's outputs there, [A, H] of each request.
+        """Runs the head over newly committed positions; returns its outputs there, [A, H] for each request.
 
         Args:
-            fresh: the token after each position, and the target's auxiliary states at these positions. Of a fixed
-                span what is pending takes their place, and the output is that of its last position alone.
+            fresh: of each request the token after each position, [A], and the target's aux hidden states there,
+                [A, E]. Over fixed buffers the pending positions are read instead, and the output is that of the last
+                one alone, [1, H].
         """
         fresh = [drafter.caught_up(*one) for drafter, one in zip(drafters, fresh, strict=True)]
         feature_AH = self.head.fuse(joined([aux_AE for _, aux_AE in fresh]))
@@ -162,7 +164,7 @@ class Eagle3Proposer:
         return hidden
 
     def defer(self, drafters: Sequence[Drafter], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keeps newly committed positions for the next `begin`: of a round that does not draft."""
+        """Keeps newly committed positions for the next `begin`, where a round does not draft."""
         if full := deferred(drafters, fresh):
             self.read(full, [drafter.deferred.pop() for drafter in full])
 
@@ -173,11 +175,11 @@ class Eagle3Proposer:
         roots: Sequence[Tensor],
         noises: Sequence[Noise | None],
     ) -> list[Eagle3Draft]:
-        """Catches up as `read` does and proposes the children of the roots.
+        """Runs the head over newly committed positions, as `read` does, and proposes the children of the roots.
 
         Args:
-            roots: the root of each, [1]: the last of the fresh tokens.
-            noises: of the draws: the head then proposes what is likeliest to be drawn.
+            roots: the root of each request, [1]: the last of the fresh tokens.
+            noises: of the draws, or None: with noise the head proposes the tokens that are likeliest to be drawn.
         """
         hidden = [hidden_AH[-1:] for hidden_AH in self.read(drafters, fresh)]
         drafts = []
@@ -219,13 +221,13 @@ class Eagle3Proposer:
     def _propose(
         self, topk: int, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """The same, prompt by prompt."""
+        """`propose`, its result split by prompt."""
         logp_Bk, tokens_Bk = propose(self.head, hidden, noises, depth, topk)
         counts = [len(part) for part in hidden]
         return list(zip(parted(logp_Bk, counts), parted(tokens_Bk, counts), strict=True))
 
     def _pass(self, rows: list[HeadRows], feature_AH: Tensor) -> list[Tensor]:
-        """Runs the head over the rows of all prompts, one behind the other: its outputs at each one's, [rows, H]."""
+        """One pass of the head over the inputs of all prompts, concatenated; its outputs by prompt, [A, H] each."""
         counts = [len(part.tokens_A) for part in rows]
 
         def attend(*query_key_value: Tensor) -> Tensor:
@@ -243,12 +245,12 @@ class Eagle3Proposer:
 def propose(
     head: DraftHead, hidden: list[Tensor], noises: Sequence[Noise | None], depth: int, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and target ids of the topk likeliest children of each row, [B, k] each.
+    """Log-probabilities and target ids of the topk likeliest children of each parent, [B, k] each.
 
     Args:
-        hidden: the head's outputs at the rows of each prompt, B in all.
-        noises: of their draws; where there is one, the likeliest to be drawn.
-        depth: of the children.
+        hidden: of each prompt the head's outputs at its parents; B parents in all.
+        noises: of each prompt's draws, or None: with noise the children are those likeliest to be drawn.
+        depth: of the children in the tree.
     """
     logits_BD = head.logits(joined(hidden)).float()
     if any(noises):
@@ -261,7 +263,7 @@ def propose(
 
 
 def _rope(rows: list[HeadRows]) -> tuple[Tensor, Tensor]:
-    """cos and sin of all rows, [1, rows, D]; [1, 1, D] where one prompt's rows share a position."""
+    """RoPE's cos and sin of all tokens of a pass, [1, A, D]; [1, 1, D] where one prompt's tokens share a position."""
     if len(rows) == 1:
         return rows[0].rope()
     tables = [[table.expand(-1, len(part.tokens_A), -1) for table in part.rope()] for part in rows]

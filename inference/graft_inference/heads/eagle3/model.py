@@ -44,7 +44,7 @@ class DraftHeadConfig:
         norm_before_residual: whether the residual is the normed feature (False in EAGLE and SGLang).
         qk_norm: whether queries and keys are normed by head, as in a Qwen3 layer.
         sliding_window: positions that the first draft step's query sees, its own included; None: all. Later steps see
-            what the first one saw, and the draft's own positions behind it.
+            what the first one saw, and the draft's own positions after it.
         norm_before_fc: one norm over all aux hidden states side by side (as heads of gpt-oss have it).
         fc_norm: a norm for each aux hidden state instead (EAGLE 3.1).
         norm_output: the next draft step's feature is the normed output, which lm_head reads (EAGLE 3.1).
@@ -105,7 +105,7 @@ class DraftHeadConfig:
 
 
 def first_step_sees(query: Any, key: Tensor, window: int | None) -> Tensor:
-    """Whether the first draft step's query at one position sees a key at another.
+    """Which keys a query of the first draft step attends to: those up to its own position, within the window. bool
 
     Args:
         query, key: their positions, of shapes that broadcast.
@@ -229,12 +229,12 @@ class DraftHead(HeadModule):
         return self.step(embedding_BSH, feature_BSH, self.rotary_emb(embedding_BSH, positions_BS), attend)
 
     def step(self, embedding_BSH: Tensor, feature_BSH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """The same, by the cos and sin of the positions."""
+        """`forward`, with RoPE's cos and sin, [B, S, D] each, in place of the positions."""
         hidden_BSH = self.midlayer(embedding_BSH, feature_BSH, rope, attend)
         return self.norm(hidden_BSH) if self.config.norm_output else hidden_BSH
 
     def normed(self, hidden_BSH: Tensor) -> Tensor:
-        """Outputs as lm_head reads them. [..., H]"""
+        """A draft step's output, normed as lm_head expects it. [..., H] -> [..., H]"""
         return hidden_BSH if self.config.norm_output else self.norm(hidden_BSH)
 
     def logits(self, hidden_BSH: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""The beginning of the quickstart: an answer that prompt lookup alone speeds up, before anything is trained."""
+
+from rich.console import Console
+
+from graft_inference import GraftError
+from graft_inference.cli import encode
+from graft_train.config import Config
+from graft_train.demonstrate import show_answer
+from graft_train.evaluate.timing import engine_of
+
+PROMPT = """Explain this Python code line by line:
+
+```python
+def read_lines(path):
+    with open(path) as file:
+        return file.read().splitlines()
+
+
+def count_lines(path):
+    return len(read_lines(path))
+```"""
+"""The answer repeats names and lines of it."""
+
+
+def first_answer(config: Config) -> None:
+    """Prints a prompt and the target's answer, without the fallback, which on a busy machine would not speculate.
+
+    Raises:
+        GraftError: what `GraftEngine.from_pretrained` raises, or a target without a tokenizer.
+    """
+    engine, console = engine_of(config, None, config.target.dtype, fallback=False), Console()
+    if engine.tokenizer is None:
+        raise GraftError(f"{config.target.name_or_path} has no tokenizer: put its files beside the model")
+    prompt_S = encode(engine.tokenizer, PROMPT, chat=bool(engine.tokenizer.chat_template))
+    show_answer(engine, prompt_S, console)
