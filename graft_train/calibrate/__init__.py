@@ -24,7 +24,7 @@ from graft_inference.heads.families import load_any_head, most_steps
 from graft_inference.target.model import max_positions
 from graft_train.arithmetic import measured_arithmetic, with_dtype
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.latency import Latency, RoundTimer, elsewhere
+from graft_train.calibrate.latency import Latency, elsewhere
 from graft_train.calibrate.measure import load_traces, record_missing, timer_of, told_traces
 from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, race
@@ -41,6 +41,7 @@ from graft_train.calibrate.results import Forecast, found_of, race_of
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.standings import ERROR, Standings
 from graft_train.calibrate.texts import TEXTS, texts_of
+from graft_train.calibrate.timer import RoundTimer
 from graft_train.calibrate.traces import Traces
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig

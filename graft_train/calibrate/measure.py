@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graft_inference import GraftEngine
 from graft_train.calibrate.budget import TABLE, TRACES, Budget
-from graft_train.calibrate.latency import RoundTimer
+from graft_train.calibrate.timer import RoundTimer
 from graft_train.calibrate.trace_file import read_traces
 from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.config.policy import CalibrateConfig

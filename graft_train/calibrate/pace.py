@@ -4,8 +4,8 @@ from itertools import cycle
 
 import numpy as np
 
-from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.rounds import mean_ms, undisturbed
+from graft_train.calibrate.timer import RoundTimer
 from graft_train.steadiness import variation
 
 

@@ -10,7 +10,7 @@ import torch
 from graft_inference import ChainPlan, Checkpoint, GraftError, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 from graft_inference.policy.acceptance import by_evidence
 from graft_train.calibrate import fit as fit_module
-from graft_train.calibrate import latency as latency_module
+from graft_train.calibrate import timer as timer_module
 from graft_train.calibrate.fit import (
     Steps,
     calibration_error,
@@ -398,8 +398,8 @@ def test_time_is_the_sum_of_the_rounds(traces, replay):
 
 
 def test_one_disturbed_time_does_not_stand_for_all_wider_passes():
-    assert latency_module._rising([1.0, 9.0, 1.2, 1.8, 5.0]) == pytest.approx([1.0, 4.0, 4.0, 4.0, 5.0])
-    assert latency_module._rising([1.0, 1.5, 2.0]) == [1.0, 1.5, 2.0]
+    assert timer_module._rising([1.0, 9.0, 1.2, 1.8, 5.0]) == pytest.approx([1.0, 4.0, 4.0, 4.0, 5.0])
+    assert timer_module._rising([1.0, 1.5, 2.0]) == [1.0, 1.5, 2.0]
 
 
 def test_verification_costs_more_in_a_long_context():

@@ -15,9 +15,9 @@ from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.retrieval.sources import SOURCES
 from graft_train import calibrate as module
 from graft_train.calibrate import calibrate, measure
-from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.race import ratio
 from graft_train.calibrate.standings import Lap, Run
+from graft_train.calibrate.timer import RoundTimer
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig
 from graft_train.config.target import TargetConfig
