@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     engine, prompts = pair()
     settings = CalibrateConfig(
-        max_new_tokens=48, topk=2, num_steps=2, widths=[1, 2, 4, 8, 16, 32], retrieval_depth=4, checkpoints=1,
+        max_new_tokens=48, topk=2, num_steps=2, num_draft_tokens=[1, 2, 4, 8, 16, 32], retrieval_depth=4, checkpoints=1,
         minutes=arguments.minutes, least_rounds=50,
     )  # fmt: skip
     traces = {False: record_traces(engine, prompts, settings)}
@@ -100,10 +100,12 @@ class Watched(RoundTimer):
 
     @classmethod
     def of(cls, settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: Any) -> "Watched":
-        told, most = traces[False], 2 * max(settings.widths)
+        told, most = traces[False], 2 * max(settings.num_draft_tokens)
         templates = {name: source.template[:most] for name, source in told.sources.items()}
         longest = int(told.context_T.max()) + 1
-        timer = cls(engine, prompts, settings.widths, settings.topk, settings.num_steps, 0.0, templates, longest)
+        timer = cls(
+            engine, prompts, settings.num_draft_tokens, settings.topk, settings.num_steps, 0.0, templates, longest
+        )
         timer.measure(Budget(60 * TABLE * settings.minutes))
         return timer
 

@@ -71,7 +71,7 @@ def main() -> None:
         max_new_tokens=arguments.tokens,
         topk=4,
         num_steps=6,
-        widths=[1, 2, 4, 6, 8, 10, 12, 16],
+        num_draft_tokens=[1, 2, 4, 6, 8, 10, 12, 16],
         retrieval_depth=6,
         checkpoints=2,
     )

@@ -51,7 +51,7 @@ def main() -> None:
     if not arguments.out.exists():
         settings = CalibrateConfig(
             prompts=arguments.prompts, max_new_tokens=arguments.tokens, topk=4, num_steps=5,
-            widths=[1, 2, 4, 8, 12, 16], retrieval_depth=5, checkpoints=2, minutes=arguments.minutes,
+            num_draft_tokens=[1, 2, 4, 8, 12, 16], retrieval_depth=5, checkpoints=2, minutes=arguments.minutes,
         )  # fmt: skip
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out, record(load_engine(arguments.run_dir), settings, arguments))

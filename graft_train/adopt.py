@@ -39,9 +39,9 @@ def adopt(config: Config) -> Path:
 
 
 def _build(config: Config, place: str, path: Path, out: Path) -> None:
-    head = head_of(place, path, text_config(config))
+    head = head_of(place, path, text_config(config.target))
     if possible_copies(head):
-        target: Any = load_target(config)
+        target: Any = load_target(config.target)
         drop_copies(head, target.get_input_embeddings().weight, target.get_output_embeddings().weight)
     save_any_head(head, out)
     size = sum(parameter.numel() for parameter in head.parameters())

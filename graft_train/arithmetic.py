@@ -16,7 +16,7 @@ from graft_inference.target.kv_cache import TreeCache
 from graft_inference.target.model import Target
 from graft_inference.target.packed_linear import pack_linears
 from graft_train.config import Config
-from graft_train.config.target import MEASURED
+from graft_train.config.target import MEASURED, TargetConfig
 from graft_train.data.target import load_target, resolve_device
 from graft_train.device import describe_device
 from graft_train.files import write_json
@@ -78,7 +78,7 @@ def _build(config: Config, out: Path) -> None:
     times: list[dict[str, Any]] = []
     try:
         for dtype in DTYPES:
-            times += _passes(config, dtype, counts)
+            times += _passes(replace(config.target, dtype=dtype, tp_plan=None), counts)
             gc.collect()  # a large target is held once at a time
     finally:
         torch.set_num_threads(before)
@@ -99,9 +99,9 @@ def _thread_counts() -> list[int]:
     return sorted({max(1, most // part) for part in (1, 2, 4)}, reverse=True)
 
 
-def _passes(config: Config, dtype: str, thread_counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a pass by its rows, for each number of threads, of the target in this dtype, packed as served."""
-    model = load_target(replace(config, target=replace(config.target, dtype=dtype, tp_plan=None)))
+def _passes(settings: TargetConfig, thread_counts: list[int]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a pass by its rows, for each number of threads, of the target, packed as served."""
+    model = load_target(settings)
     target = Target(model)
     pack_linears(model)
     cache = target.new_cache(PROMPT + max(ROWS))
@@ -110,7 +110,7 @@ def _passes(config: Config, dtype: str, thread_counts: list[int]) -> Iterator[di
         for threads in thread_counts:
             torch.set_num_threads(threads)
             milliseconds = {str(rows): least_milliseconds(partial(_pass, target, cache, rows)) for rows in ROWS}
-            yield {"dtype": dtype, "threads": threads, "milliseconds": milliseconds}
+            yield {"dtype": settings.dtype, "threads": threads, "milliseconds": milliseconds}
 
 
 def _pass(target: Target, cache: TreeCache, rows: int) -> None:

@@ -18,9 +18,9 @@ class Latency:
     """Milliseconds per round, the lower quartile of rounds, and the spread they were seen with.
 
     Attributes:
-        widths: nodes of a verification that were timed: of those asked for, what a tree can have.
+        num_draft_tokens: nodes of a verification that were timed: of those asked for, what a tree can have.
         contexts: tokens in the cache at which they were timed.
-        verify_ms: one target pass, [contexts][widths].
+        verify_ms: one target pass, [contexts][num_draft_tokens].
         draft_ms: the head at 0, 1, 2, ... steps.
         build_ms: choosing the tree, without retrieved candidates.
         commit_ms: acceptance and keeping its result, without sources.
@@ -29,7 +29,7 @@ class Latency:
         spread: interquartile range over median of each timed plan's rounds: the median of them, and the most.
     """
 
-    widths: list[int]
+    num_draft_tokens: list[int]
     contexts: list[int]
     verify_ms: list[list[float]]
     draft_ms: list[float]
@@ -47,7 +47,7 @@ class Latency:
     def phases_ms(self, plan: Plan, checkpoint: Any, context_T: np.ndarray) -> dict[str, Any]:
         """The same by phase, `verify` [T] and the others one number each. The sources' work counts for `graft`."""
         asks_first = len(plan.checkpoints) > 1 and not plan.checkpoints[0].steps
-        by_context = [np.interp(checkpoint.num_draft_tokens, self.widths, times) for times in self.verify_ms]
+        by_context = [np.interp(checkpoint.num_draft_tokens, self.num_draft_tokens, times) for times in self.verify_ms]
         return {
             "draft": self.draft_ms[checkpoint.steps] + asks_first * self.read_ms,
             "graft": self.build_ms + sum(self.source_ms[name] for name in plan.sources),
@@ -63,7 +63,7 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
     """The latency table of another engine, and what it was measured on.
 
     Args:
-        path: `widths`, `contexts`, `verify_ms`, `draft_ms` and `measured_on`, all as in `Latency`.
+        path: `num_draft_tokens`, `contexts`, `verify_ms`, `draft_ms` and `measured_on`, all as in `Latency`.
         own: of the engine that traced. What choosing and looking up take on the host is read there: the code is the
             same.
 
@@ -80,10 +80,11 @@ def elsewhere(path: Path, own: Path, settings: CalibrateConfig) -> tuple[Latency
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise GraftError(f"{path} is no table of latencies ({error}): measure it again") from error
-    if max(latency.widths) < max(settings.widths) or len(latency.draft_ms) <= settings.num_steps:
+    nodes, most = max(latency.num_draft_tokens), max(settings.num_draft_tokens)
+    if nodes < most or len(latency.draft_ms) <= settings.num_steps:
         raise GraftError(
-            f"{path} has times of {max(latency.widths) - 1} verified tokens and {len(latency.draft_ms) - 1} draft "
-            f"steps, but policy.widths has up to {max(settings.widths) - 1} and policy.num_steps is "
+            f"{path} has times of {nodes - 1} verified tokens and {len(latency.draft_ms) - 1} draft "
+            f"steps, but policy.num_draft_tokens has up to {most - 1} and policy.num_steps is "
             f"{settings.num_steps}: measure more, or lower these"
         )
     return latency, measured_on
@@ -98,7 +99,7 @@ def read_latency(path: Path, remedy: str) -> Latency:
     """
     latency = Latency(**read_json(path, remedy))
     try:
-        _check_table(latency.widths, latency.contexts, latency.verify_ms, latency.draft_ms)
+        _check_table(latency.num_draft_tokens, latency.contexts, latency.verify_ms, latency.draft_ms)
         _check_own(latency)
     except (TypeError, AttributeError, ValueError) as error:
         raise GraftError(f"{path} is no table of latencies ({error}): {remedy}") from error
@@ -114,16 +115,18 @@ def _check_own(latency: Latency) -> None:
             raise ValueError("times must be numbers from 0")
 
 
-def _check_table(widths: list[int], contexts: list[int], verify_ms: list[list[float]], draft_ms: list[float]) -> None:
-    """Raises ValueError or TypeError unless every width and context has a time, and more work takes no less."""
-    for name, counts in {"widths": widths, "contexts": contexts}.items():
+def _check_table(
+    num_draft_tokens: list[int], contexts: list[int], verify_ms: list[list[float]], draft_ms: list[float]
+) -> None:
+    """Raises ValueError or TypeError unless each count of nodes and each context has a time, and more is no faster."""
+    for name, counts in {"num_draft_tokens": num_draft_tokens, "contexts": contexts}.items():
         known = all(type(count) is int and 0 <= count < 2**31 for count in counts)
         if not counts or not known or counts != sorted({*counts}):
             raise ValueError(f"{name} must be whole numbers that rise")
-    if widths[0] != 1 or draft_ms[:1] != [0.0]:
-        raise ValueError("widths begin with 1, the root, and draft_ms with 0, for no step")
-    if [len(times) for times in verify_ms] != [len(widths)] * len(contexts):
-        raise ValueError("verify_ms must have a time of every width for every context")
+    if num_draft_tokens[0] != 1 or draft_ms[:1] != [0.0]:
+        raise ValueError("num_draft_tokens begin with 1, the root, and draft_ms with 0, for no step")
+    if [len(times) for times in verify_ms] != [len(num_draft_tokens)] * len(contexts):
+        raise ValueError("verify_ms must have a time of every number of nodes for every context")
     for times in [*verify_ms, draft_ms]:
         if not all(is_a(time, float) for time in times) or times != sorted(times):
             raise ValueError("times must be numbers that do not fall")

@@ -20,13 +20,13 @@ class Pace:
 
     def __init__(self, timer: RoundTimer) -> None:
         self.timer = timer
-        self.milliseconds: dict[int, list[float]] = {timer.widths[0]: [], timer.widths[-1]: []}
+        self.milliseconds: dict[int, list[float]] = {timer.num_draft_tokens[0]: [], timer.num_draft_tokens[-1]: []}
         self._turns = cycle(self.milliseconds)
 
     def probe(self) -> None:
         """One more sample; of a prompt that ends at once there is none."""
         rows = next(self._turns)
-        found = self.timer.timed(("short", ("width", rows)), 0)
+        found = self.timer.timed(("short", ("nodes", rows)), 0)
         if found:
             self.milliseconds[rows].append(mean_ms(found))
 
@@ -34,7 +34,7 @@ class Pace:
     def factor(self) -> float:
         """The table's times this often are those of the race; 1 where nothing was sampled."""
         slowness = [
-            np.log(time / undisturbed(self.timer.samples["short", ("width", rows)]))
+            np.log(time / undisturbed(self.timer.samples["short", ("nodes", rows)]))
             for rows, times in self.milliseconds.items()
             for time in times
         ]

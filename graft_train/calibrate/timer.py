@@ -55,7 +55,7 @@ class RoundTimer:
         self,
         engine: GraftEngine,
         prompts: list[Tensor],
-        widths: list[int],
+        num_draft_tokens: list[int],
         topk: int,
         num_steps: int,
         temperature: float,
@@ -64,10 +64,13 @@ class RoundTimer:
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
         most = 1 + drafted_nodes(topk, num_steps) + sum(map(len, templates.values()))
-        self.widths, self.num_steps = sorted({1, *(width for width in widths if width <= most)}), num_steps
-        self.plans = _forced_plans(self.widths, topk, num_steps, templates)
+        self.num_draft_tokens, self.num_steps = (
+            sorted({1, *(nodes for nodes in num_draft_tokens if nodes <= most)}),
+            num_steps,
+        )
+        self.plans = _forced_plans(self.num_draft_tokens, topk, num_steps, templates)
         self.contexts = _contexts(prompts, min(longest, engine.target.max_positions - SAMPLE))
-        runs = [("long", key) for key in self.plans if key[0] == "width"] if len(self.contexts) > 1 else []
+        runs = [("long", key) for key in self.plans if key[0] == "nodes"] if len(self.contexts) > 1 else []
         runs = [("short", key) for key in self.plans] + runs
         self.samples: dict[tuple[str, tuple[str, int]], list[Sample]] = {run: [] for run in runs}
         self.sweeps = 0
@@ -126,7 +129,7 @@ class RoundTimer:
 
     def contradicts(self) -> bool:
         """Whether more nodes or more steps took less time, so that times had to be evened out to rise."""
-        series = [self._times("verify", context, "width", self.widths) for context in self.contexts]
+        series = [self._times("verify", context, "nodes", self.num_draft_tokens) for context in self.contexts]
         series.append(self._times("draft", "short", "steps", range(1, self.num_steps + 1)))
         pairs = (pair for times in filter(None, series) for pair in zip(times, _rising(times), strict=True))
         return any(abs(time - risen) > MISFIT * risen for time, risen in pairs)
@@ -157,13 +160,13 @@ class RoundTimer:
         sources = [name for name in SOURCES if (name, 1) in self.plans]
         spreads = [_relative_spread(found) for found in self.samples.values()]
         return Latency(
-            widths=self.widths,
+            num_draft_tokens=self.num_draft_tokens,
             contexts=[
                 int(np.median([len(prompt) for prompt in self.prompts])),
                 *(len(prompt) for context, prompt in self.contexts.items() if context != "short"),
             ],
             verify_ms=[
-                _rising([typical("verify", "width", width, context=context) for width in self.widths])
+                _rising([typical("verify", "nodes", nodes, context=context) for nodes in self.num_draft_tokens])
                 for context in self.contexts
             ],
             draft_ms=_rising([0.0, *(typical("draft", "steps", step) for step in range(1, self.num_steps + 1))]),
@@ -176,20 +179,20 @@ class RoundTimer:
 
 
 def _forced_plans(
-    widths: list[int], topk: int, num_steps: int, templates: dict[str, RankPaths]
+    num_draft_tokens: list[int], topk: int, num_steps: int, templates: dict[str, RankPaths]
 ) -> dict[tuple[str, int], Plan]:
-    """Plans that leave no choice: of every width, of every number of steps, and with every source.
+    """Plans that leave no choice: of every number of nodes, of every number of steps, and with every source.
 
     All share the noise of draws, which takes longer than not to.
     """
     drafted = ((1.0, 0.0),) * num_steps
     models = {name: flat_model(name, template) for name, template in templates.items()}
-    middle = min(topk, widths[len(widths) // 2])
+    middle = min(topk, num_draft_tokens[len(num_draft_tokens) // 2])
     plans: dict[tuple[str, int], ScoredPlan] = {}
 
-    def force(key: tuple[str, int], steps: int, width: int, *sources: SourceModel) -> None:
+    def force(key: tuple[str, int], steps: int, nodes: int, *sources: SourceModel) -> None:
         plans[key] = ScoredPlan(
-            (Checkpoint(steps, num_draft_tokens=width),),
+            (Checkpoint(steps, num_draft_tokens=nodes),),
             topk,
             learns_accepted=True,
             shares_noise=True,
@@ -197,8 +200,8 @@ def _forced_plans(
         )
 
     retrieved = sum(map(len, templates.values()))
-    for width in widths:
-        force(("width", width), 0 if width <= 1 + retrieved else num_steps, width, *models.values())
+    for nodes in num_draft_tokens:
+        force(("nodes", nodes), 0 if nodes <= 1 + retrieved else num_steps, nodes, *models.values())
     for steps in range(1, num_steps + 1):
         force(("steps", steps), steps, middle)
     for name, model in models.items():

@@ -73,7 +73,7 @@ def new_engine(config: Config, dtype: str, fallback: bool) -> GraftEngine:
     bundle = Path(config.run_dir) / "bundle"
     engine = GraftEngine.from_pretrained(
         bundle,
-        target_path(config),
+        target_path(config.target),
         device,
         dtype,
         device_map=config.target.device_map,

@@ -172,7 +172,7 @@ def test_bad_settings_are_refused(config, tmp_path):
 
 def captured(config, tmp_path):
     """What distill leaves of the training samples, the longest of them cut."""
-    model = load_target(config)
+    model = load_target(config.target)
     config.head.max_length = 17
     samples = read_samples(tmp_path / "run" / "data" / "samples.jsonl", "train")
     rows = to_tensors(samples, config.head.max_length, VOCAB)
@@ -208,8 +208,8 @@ def test_captured_states_of_something_else_are_not_read(config, tmp_path, capsys
     captured(config, tmp_path)
     index = tmp_path / "run" / "states" / "index.json"
     write_json(index, json.loads(index.read_text()) | {changed: "other"})
-    assert find_captured(config, load_target(config)) is None
+    assert find_captured(config, load_target(config.target)) is None
     assert f"of other {changed}: the target runs" in capsys.readouterr().out
     index.write_text("{")
     with pytest.raises(GraftError, match=r"index\.json is not valid JSON .*; delete"):
-        find_captured(config, load_target(config))
+        find_captured(config, load_target(config.target))

@@ -32,7 +32,7 @@ from tests.graft_inference.trees import random_tree, token_path
 BEAM, PASSES, NEW, BUDGET = 3, 4, 40, 12
 WIDTHS = [1, 2, 4, 8, 12]
 LATENCY = Latency(
-    widths=WIDTHS,
+    num_draft_tokens=WIDTHS,
     contexts=[16, 64],
     verify_ms=[[1.0, 1.1, 1.3, 1.9, 2.6]] * 2,
     draft_ms=[0.0, 0.2, 0.4, 0.6, 0.8],
@@ -54,7 +54,7 @@ def engine():
 
 def settings(**changes) -> CalibrateConfig:
     """36 rank paths of the matrix (four times the widest tree), chains of 8 of the lookup."""
-    sizes = {"max_new_tokens": NEW, "topk": BEAM, "num_steps": PASSES, "widths": [1, 9], "retrieval_depth": 4}
+    sizes = {"max_new_tokens": NEW, "topk": BEAM, "num_steps": PASSES, "num_draft_tokens": [1, 9], "retrieval_depth": 4}
     return CalibrateConfig(**(sizes | changes))
 
 
@@ -246,7 +246,7 @@ def test_without_temperature_reach_is_the_greedy_path(traces, replay):
 
 def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engine, prompts):
     """Against plain passes over each path, at several positions of a sampled continuation."""
-    small = settings(max_new_tokens=12, num_steps=2, retrieval_depth=2, widths=[2], temperature=0.7)
+    small = settings(max_new_tokens=12, num_steps=2, retrieval_depth=2, num_draft_tokens=[2], temperature=0.7)
     traces = record_traces(engine, prompts[:1], small)
     sequence = engine.generate(prompts[0], 12, 0.7, "autoregressive", seed=0).sequences[0]
     model = engine.target.model

@@ -328,9 +328,9 @@ class Timed(RoundTimer):
 
     def __init__(self, clock, milliseconds, prompts=4):
         self.clock, self.milliseconds, self.asked = clock, milliseconds, []
-        self.widths, self.num_steps, self.contexts = [1, 2, 4], 0, {"short": torch.tensor([0])}
+        self.num_draft_tokens, self.num_steps, self.contexts = [1, 2, 4], 0, {"short": torch.tensor([0])}
         self.prompts = [torch.tensor([0])] * prompts
-        self.samples, self.sweeps = {("short", ("width", width)): [] for width in self.widths}, 0
+        self.samples, self.sweeps = {("short", ("nodes", width)): [] for width in self.num_draft_tokens}, 0
 
     def timed(self, run, number, tokens=timer_module.SAMPLE):
         self.clock.now += 1
@@ -356,9 +356,9 @@ def test_the_error_of_a_table_is_that_of_most_plans_means(clock):
     timer = Timed(clock, None)
     samples = {1: [1.0, 1.2], 2: [2.0, 2.0], 4: [9.0]}
     for width, times in samples.items():
-        timer.samples["short", ("width", width)] = list(map(sample, times))
+        timer.samples["short", ("nodes", width)] = list(map(sample, times))
     assert timer.error == timer_module.UNKNOWN  # between 0 and 0.1 / 1.1
-    timer.samples["short", ("width", 4)] = list(map(sample, [9.0, 11.0]))
+    timer.samples["short", ("nodes", 4)] = list(map(sample, [9.0, 11.0]))
     assert timer.error == pytest.approx(0.1 / 1.1)
 
 
@@ -392,7 +392,7 @@ def test_prompts_that_end_at_once_are_passed_over_for_those_that_go_on(clock):
 def test_more_rows_in_less_time_contradict(clock, milliseconds, contradicts):
     timer = Timed(clock, None)
     for width, times in milliseconds.items():
-        timer.samples["short", ("width", width)] = list(map(sample, times))
+        timer.samples["short", ("nodes", width)] = list(map(sample, times))
     assert timer.contradicts() == contradicts
 
 
@@ -455,8 +455,8 @@ class TimedOnShared(Timed):
 
     def __init__(self, clock, machine):
         super().__init__(clock, None)
-        self.machine, self.widths = machine, WIDTHS
-        self.samples = {("short", ("width", width)): [] for width in WIDTHS}
+        self.machine, self.num_draft_tokens = machine, WIDTHS
+        self.samples = {("short", ("nodes", width)): [] for width in WIDTHS}
 
     def timed(self, run, number, tokens=timer_module.SAMPLE):
         costs = COSTS[WIDTHS.index(run[1][1])] * self.machine.random.normal(1, 0.03, 6)
@@ -505,8 +505,8 @@ def test_on_a_machine_slowed_by_half_the_choice_is_within_3_percent_of_the_best(
 
 def test_the_pace_is_that_of_the_same_work_against_the_table(clock):
     timer = Timed(clock, lambda number, width: 3.0 * width)
-    for width in timer.widths:
-        timer.samples["short", ("width", width)] = [sample(2.0 * width), sample(2.0 * width), sample(90.0)]
+    for width in timer.num_draft_tokens:
+        timer.samples["short", ("nodes", width)] = [sample(2.0 * width), sample(2.0 * width), sample(90.0)]
     pace = Pace(timer)
     assert (pace.factor, pace.variation) == (1.0, 0.0)
     for _ in range(6):
