@@ -108,7 +108,7 @@ def corpus_in_memory(config: Config) -> Path:
     data, settings = Path(config.run_dir) / "data", config.corpus
 
     def build(out: Path) -> None:
-        made_for, samples = describe_corpus(config), data / "samples.jsonl"
+        made_for, samples = describe_corpus(config.target), data / "samples.jsonl"
         model, vocab_size = load_target(config.target), made_for["vocab_size"]
         sums_VS = torch.zeros(vocab_size, vocab_size + 1, dtype=torch.int64)  # the last column: OTHER, which is -1
         for window in windows(samples):

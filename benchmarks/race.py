@@ -24,8 +24,7 @@ from graft_train.calibrate import learn, replays_of, taught_by_all
 from graft_train.calibrate.budget import TABLE, TRACES
 from graft_train.calibrate.measure import timer_of
 from graft_train.calibrate.race import distinct, full_race
-from graft_train.calibrate.replay import replay_of
-from graft_train.calibrate.results import Forecast
+from graft_train.calibrate.replay import Forecast, replay_of
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
 from graft_train.calibrate.traces import record_traces
 from graft_train.config.policy import CalibrateConfig

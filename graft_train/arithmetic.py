@@ -51,7 +51,15 @@ def with_dtype(config: Config, inputs: Sequence[str] = ()) -> Config:
         return replace(config, target=replace(config.target, dtype="bfloat16"))
     fingerprints_of(config, [name for name in inputs if name != "target"])
     given = {"threads": config.threads}
-    made = run_stage(config, "measure", DIRECTORY, given, ["target"], lambda out: _build(config, out), alone=True)
+    made = run_stage(
+        config,
+        "measure",
+        DIRECTORY,
+        given,
+        ["target"],
+        lambda out: _build(config.target, config.threads, out),
+        alone=True,
+    )
     found = _read(made / FILE)
     torch.set_num_threads(found["threads"])
     return replace(config, target=replace(config.target, dtype=found["dtype"]))
@@ -72,13 +80,13 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _build(config: Config, out: Path) -> None:
+def _build(settings: TargetConfig, threads: int | None, out: Path) -> None:
     before = torch.get_num_threads()
-    counts = [config.threads] if config.threads else _thread_counts()
+    counts = [threads] if threads else _thread_counts()
     times: list[dict[str, Any]] = []
     try:
         for dtype in DTYPES:
-            times += _passes(replace(config.target, dtype=dtype, tp_plan=None), counts)
+            times += _passes(replace(settings, dtype=dtype, tp_plan=None), counts)
             gc.collect()  # a large target is held once at a time
     finally:
         torch.set_num_threads(before)

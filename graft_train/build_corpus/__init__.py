@@ -29,6 +29,7 @@ from graft_train.build_corpus.pairs import (
 )
 from graft_train.config import Config
 from graft_train.config.corpus import CorpusConfig
+from graft_train.config.target import TargetConfig
 from graft_train.data.target import (
     load_target,
     load_tokenizer,
@@ -68,10 +69,10 @@ def build_corpus(config: Config) -> Path:
     return corpus
 
 
-def describe_corpus(config: Config) -> dict[str, Any]:
+def describe_corpus(target: TargetConfig) -> dict[str, Any]:
     """What a corpus records of its target, and what is compared when one is loaded."""
-    described = describe_target("", text_config(config.target), load_tokenizer(config.target))
-    described |= {"fingerprint": fingerprint_of(target_path(config.target))}
+    described = describe_target("", text_config(target), load_tokenizer(target))
+    described |= {"fingerprint": fingerprint_of(target_path(target))}
     return {name: value for name, value in described.items() if name != "name_or_path"}
 
 
@@ -80,7 +81,7 @@ def _build(config: Config, out: Path) -> None:
     processes = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the main process merges while others wait
     if not config.corpus.text_only:
         refuse_several_spread(config.target, processes.num_processes)
-    made_for = describe_corpus(config)
+    made_for = describe_corpus(config.target)
     samples = Path(config.run_dir) / "data" / "samples.jsonl"
     counts = out / COUNTS
     counts.mkdir(exist_ok=True)

@@ -26,9 +26,8 @@ from graft_train.arithmetic import measured_arithmetic, with_dtype
 from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency, elsewhere
 from graft_train.calibrate.measure import load_traces, record_missing, timer_of, told_traces
-from graft_train.calibrate.pace import Pace
-from graft_train.calibrate.race import Track, distinct, race
-from graft_train.calibrate.replay import Replay, Replays, replay_of
+from graft_train.calibrate.race import Track, distinct, found_of, race, race_of
+from graft_train.calibrate.replay import Forecast, Replay, Replays, replay_of
 from graft_train.calibrate.report import (
     CONTRADICTS,
     calibration,
@@ -37,11 +36,10 @@ from graft_train.calibrate.report import (
     print_report,
     to_markdown,
 )
-from graft_train.calibrate.results import Forecast, found_of, race_of
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.standings import ERROR, Standings
 from graft_train.calibrate.texts import TEXTS, texts_of
-from graft_train.calibrate.timer import RoundTimer
+from graft_train.calibrate.timer import Pace, RoundTimer
 from graft_train.calibrate.traces import Traces
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import cycle
 from statistics import median
 
 import numpy as np
@@ -28,6 +29,7 @@ from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.rounds import Sample, between, mean_ms, undisturbed, whole_ms
 from graft_train.processes import of_main, say
+from graft_train.steadiness import variation
 
 SAMPLE, WARM_UP = 12, 2
 """Tokens of one sample, and of the run of each plan that comes before them, without CUDA graphs."""
@@ -251,3 +253,40 @@ def _error(samples: list[Sample]) -> float:
 
 def _is_sure(samples: list[Sample]) -> bool:
     return len(samples) >= SURE_SAMPLES and _error(samples) < SURE
+
+
+class Pace:
+    """Samples plain decoding and the widest verification in turn, always the same work.
+
+    The one waits for memory most, the other for arithmetic.
+
+    Attributes:
+        milliseconds: of a round, by rows: every sample.
+    """
+
+    def __init__(self, timer: RoundTimer) -> None:
+        self.timer = timer
+        self.milliseconds: dict[int, list[float]] = {timer.num_draft_tokens[0]: [], timer.num_draft_tokens[-1]: []}
+        self._turns = cycle(self.milliseconds)
+
+    def probe(self) -> None:
+        """One more sample; of a prompt that ends at once there is none."""
+        rows = next(self._turns)
+        found = self.timer.timed(("short", ("nodes", rows)), 0)
+        if found:
+            self.milliseconds[rows].append(mean_ms(found))
+
+    @property
+    def factor(self) -> float:
+        """The table's times this often are those of the race; 1 where nothing was sampled."""
+        slowness = [
+            np.log(time / undisturbed(self.timer.samples["short", ("nodes", rows)]))
+            for rows, times in self.milliseconds.items()
+            for time in times
+        ]
+        return float(np.exp(np.mean(slowness))) if slowness else 1.0
+
+    @property
+    def variation(self) -> float:
+        """How much the same work's time varied within the race."""
+        return variation(self.milliseconds.values())

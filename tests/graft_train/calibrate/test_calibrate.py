@@ -20,8 +20,7 @@ from graft_train.calibrate.fit import (
     source_scores,
 )
 from graft_train.calibrate.latency import Latency
-from graft_train.calibrate.replay import Replay
-from graft_train.calibrate.results import Forecast
+from graft_train.calibrate.replay import Forecast, Replay
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.trace_file import read_traces
 from graft_train.calibrate.traces import on_path, record_traces

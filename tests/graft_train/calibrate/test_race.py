@@ -15,12 +15,11 @@ from graft_train.calibrate import budget as budget_module
 from graft_train.calibrate import measure
 from graft_train.calibrate import timer as timer_module
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, full_race, race, summary
 from graft_train.calibrate.report import notes
 from graft_train.calibrate.rounds import between, undisturbed
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
-from graft_train.calibrate.timer import RoundTimer
+from graft_train.calibrate.timer import Pace, RoundTimer
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import of_main
 
