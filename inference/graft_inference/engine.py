@@ -39,9 +39,9 @@ class GraftEngine(Runner):
 
     Args:
         target: the model; its `aux_layer_ids` are those that `head` reads.
-        policy: a plan per method.
-        head: None where no plan drafts.
-        successors: the matrix that requests start from.
+        policy: the plan of each method.
+        head: the draft head; None where no plan drafts.
+        successors: the successor matrix that requests start from.
         eos_token_ids: generation ends after one of these, and no other.
         tokenizer: the target's, to find stop strings with.
         settings: those of `EngineSettings`.

@@ -68,9 +68,9 @@ class Runner:
 
     Args:
         target: the model; its `aux_layer_ids` are those that `head` reads.
-        policy: a plan per method.
-        head: None where no plan drafts.
-        successors: the matrix that requests start from.
+        policy: the plan of each method.
+        head: the draft head; None where no plan drafts.
+        successors: the successor matrix that requests start from.
         settings: see `EngineSettings`.
 
     Raises:
@@ -136,7 +136,7 @@ class Runner:
     def _open(
         self, row: Row, plan: Plan, stats: GenerationStats, logprobs: list[Tensor] | None, resumes: bool
     ) -> DecodeState:
-        """What a request starts with, its prompt not yet read; `resumes` as in `_prefill`."""
+        """The state that a request starts with, before its prompt is read; `resumes` as in `_prefill`."""
         kept = None
         if resumes:
             kept, self._kept = self._kept, None
@@ -164,7 +164,7 @@ class Runner:
     def _sources(
         self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
     ) -> dict[str, TokenSource]:
-        """Those that the plan asks, told the prompt."""
+        """The sources that the plan asks, opened on the prompt."""
         # As many as the cache: the last round may go beyond the request's end.
         capacity = len(prompt_S) + new_tokens + plan.num_draft_tokens
         left = kept.sources if kept and kept.continues(prompt_S) else {}
@@ -209,7 +209,7 @@ class Runner:
         return fallback
 
     def _replayed(self, states: Sequence[DecodeState]) -> list[Emitted] | None:
-        """The round from CUDA graphs; None where it has to run eagerly."""
+        """Runs the round by CUDA graphs; None if it has to run eagerly."""
         if self.captured is None:
             return None
         if len(states) == 1:
@@ -235,5 +235,5 @@ class Runner:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """What the bundle holds for sources, by name."""
+        """The bundle's tables for sources, by name."""
         return {"matrix": self.successors}

@@ -61,10 +61,10 @@ class Drafted:
 
 
 class CapturedRounds:
-    """Serves one request at a time; another that is under way meanwhile runs eagerly.
+    """Rounds as CUDA graphs, for one request at a time; other requests that are under way run eagerly.
 
     Args:
-        graphs: what captures and replays.
+        graphs: captures and replays functions.
     """
 
     def __init__(self, target: Target, speculator: Speculator, graphs: CudaGraphs) -> None:
@@ -88,13 +88,14 @@ class CapturedRounds:
         return self._captured.captures
 
     def round(self, state: DecodeState, tables: dict[str, Any]) -> Emitted | None:
-        """The tokens that one round emits and where each came from.
+        """Runs one round.
 
         Args:
-            tables: the engine's own, which are used in place where the request has no copy.
+            tables: the engine's tables for sources, which are used in place where the request has no copy.
 
         Returns:
-            None, and nothing has changed, where the round has to run eagerly: `stats.uncaptured` says why.
+            The tokens that the round emits and the source of each. None if the round has to run eagerly: then nothing
+            has changed, and `stats.uncaptured` says why.
         """
         start, captures = time.perf_counter(), self.captures
         reason = self._obstacle(state)
