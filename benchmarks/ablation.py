@@ -69,9 +69,9 @@ def without_pieces(settings: CalibrateConfig, directory: Path, latency: Latency)
     traces = load_traces(settings, directory, made_of={})
     replays = replays_of(settings, traces, latency)
     replay = replays[True in replays]
-    most = 2 * max(settings.widths)
+    most = 2 * max(settings.num_draft_tokens)
     model = looked_up(replay.fitted, most)
-    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints)
+    allowed = Allowed(tuple(sorted({*settings.num_draft_tokens})), settings.checkpoints)
     yield "nothing", replay, model, allowed
     yield "the fit of P(accepted)", replay, looked_up(raw_acceptance(told_traces(traces)), most), allowed
     yield "early stops", replay, model, replace(allowed, checkpoints=0)

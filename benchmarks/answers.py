@@ -53,18 +53,20 @@ class ThreePasses:
     """What the stages did one after the other."""
 
     def __init__(self, config: Config, ends: set[int]) -> None:
-        self.config, self.model = config, load_target(config)
+        self.config, self.model = config, load_target(config.target)
         self.model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=PAD)
-        self.layers = tuple(captured_settings(config)["aux_layer_ids"])
+        self.layers = tuple(captured_settings(config.head, config.target)["aux_layer_ids"])
 
     def run(self, prompts: list[Prompt], seconds: Seconds) -> list[Sample]:
-        size, settings = self.config.regenerate.batch, self.config
+        settings, asked = self.config, self.config.regenerate
         ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
-        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        batches = [ordered[start : start + asked.batch] for start in range(0, len(ordered), asked.batch)]
         samples = [
             sample
             for batch in batches
-            for sample in timed(seconds, "answers", lambda batch=batch: answer(self.model, batch, 0, settings))
+            for sample in timed(
+                seconds, "answers", lambda batch=batch: answer(self.model, batch, 0, settings.regenerate, settings.seed)
+            )
         ]
         target = PackedTarget(self.model, self.layers)
         rows = tensors(samples, settings)
@@ -80,8 +82,8 @@ class OnePass:
     """What they do with `regenerate.states=true`."""
 
     def __init__(self, config: Config, ends: set[int]) -> None:
-        self.config, self.model = config, load_target(config)
-        self.layers = tuple(captured_settings(config)["aux_layer_ids"])
+        self.config, self.model = config, load_target(config.target)
+        self.layers = tuple(captured_settings(config.head, config.target)["aux_layer_ids"])
         self.engine = plain_engine(self.model, self.layers, ends)
 
     def run(self, prompts: list[Prompt], seconds: Seconds) -> list[Sample]:
@@ -103,7 +105,7 @@ class OnePass:
         shards.flush()
         with path.open("ab") as file:
             append_samples(file, samples)
-        shards.finish(self.config, path, self.layers)
+        shards.finish(self.config.target, path, self.layers)
         return samples
 
     def _read_states(self) -> None:
@@ -151,7 +153,7 @@ def main() -> None:
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config = configured(arguments)
-    ends = end_ids(target_path(config), AutoTokenizer.from_pretrained(target_path(config)))
+    ends = end_ids(target_path(config.target), AutoTokenizer.from_pretrained(target_path(config.target)))
     samples = read_samples(arguments.run / "data" / "samples.jsonl", "train")
     prompts = [Prompt(sample.id, sample.prompt_ids) for sample in samples]
     turns = [prompts[start : start + arguments.prompts] for start in range(0, len(prompts), arguments.prompts)]

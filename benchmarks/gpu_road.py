@@ -81,7 +81,7 @@ def road(arguments: argparse.Namespace) -> Config:
             mixed_precision="no", states="online", measure_every=None, checkpoint_every=10**9, trackers=[],
         ),
         policy=CalibrateConfig(
-            prompts=16, max_new_tokens=96, topk=8, num_steps=6, widths=[1, 4, 8, 16, 32, 64],
+            prompts=16, max_new_tokens=96, topk=8, num_steps=6, num_draft_tokens=[1, 4, 8, 16, 32, 64],
             retrieval_depth=6, checkpoints=2, minutes=1,
         ),
         evaluation=EvaluateConfig(prompts=8, max_new_tokens=128, repeats=2),
@@ -96,7 +96,7 @@ def tiny(arguments: argparse.Namespace) -> Config:
     config.regenerate = replace(config.regenerate, samples=12, held_out=3, max_new_tokens=8, batch=4)
     config.head = replace(config.head, draft_vocab_size=100, ttt_steps=2, max_steps=2, batch_tokens=128)
     config.policy = replace(
-        config.policy, prompts=2, max_new_tokens=10, topk=3, num_steps=3, widths=[1, 4, 8], retrieval_depth=3,
+        config.policy, prompts=2, max_new_tokens=10, topk=3, num_steps=3, num_draft_tokens=[1, 4, 8], retrieval_depth=3,
         minutes=0.01, least_rounds=10,
     )  # fmt: skip
     config.evaluation = replace(config.evaluation, prompts=2, max_new_tokens=10, repeats=1)
@@ -108,8 +108,8 @@ def corpus_in_memory(config: Config) -> Path:
     data, settings = Path(config.run_dir) / "data", config.corpus
 
     def build(out: Path) -> None:
-        made_for, samples = describe_corpus(config), data / "samples.jsonl"
-        model, vocab_size = load_target(config), made_for["vocab_size"]
+        made_for, samples = describe_corpus(config.target), data / "samples.jsonl"
+        model, vocab_size = load_target(config.target), made_for["vocab_size"]
         sums_VS = torch.zeros(vocab_size, vocab_size + 1, dtype=torch.int64)  # the last column: OTHER, which is -1
         for window in windows(samples):
             for pairs in window_pairs(settings, model, None, window, samples, vocab_size):

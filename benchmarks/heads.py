@@ -60,7 +60,7 @@ def contestants_of(run: Path, first: Path, model: torch.nn.Module) -> Iterator[t
     bundle = Bundle(head, paper_policy(4, 12, steps, matrix.k - 1), matrix)
     engine = GraftEngine.from_bundle(bundle, model, check=False, fallback=False)
     settings = CalibrateConfig(
-        topk=4, num_steps=steps, widths=[1, 2, 4, 8, 12], retrieval_depth=5, checkpoints=1, max_new_tokens=48
+        topk=4, num_steps=steps, num_draft_tokens=[1, 2, 4, 8, 12], retrieval_depth=5, checkpoints=1, max_new_tokens=48
     )
     prompts = prompts_of(first, "calibration", 8)
     traces = {False: record_traces(engine, prompts, settings)}

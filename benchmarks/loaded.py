@@ -27,13 +27,15 @@ from graft_inference import GraftEngine, Plan, paper_policy
 from graft_inference.heads.eagle3.model import DraftHead, DraftHeadConfig
 from graft_inference.retrieval.successor_matrix import SuccessorMatrix
 from graft_inference.target.model import Target
-from graft_train.calibrate import latency, plan_of, replays_of
+from graft_train.calibrate import plan_of, replays_of
+from graft_train.calibrate import timer as timer_module
 from graft_train.calibrate.budget import TABLE, Budget
-from graft_train.calibrate.latency import Latency, RoundTimer
+from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.measure import timer_of
 from graft_train.calibrate.replay import Replay
 from graft_train.calibrate.report import describe
 from graft_train.calibrate.rounds import Round, Sample
+from graft_train.calibrate.timer import RoundTimer
 from graft_train.calibrate.traces import record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.device import describe_device
@@ -55,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     engine, prompts = pair()
     settings = CalibrateConfig(
-        max_new_tokens=48, topk=2, num_steps=2, widths=[1, 2, 4, 8, 16, 32], retrieval_depth=4, checkpoints=1,
+        max_new_tokens=48, topk=2, num_steps=2, num_draft_tokens=[1, 2, 4, 8, 16, 32], retrieval_depth=4, checkpoints=1,
         minutes=arguments.minutes, least_rounds=50,
     )  # fmt: skip
     traces = {False: record_traces(engine, prompts, settings)}
@@ -98,21 +100,23 @@ class Watched(RoundTimer):
 
     @classmethod
     def of(cls, settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: Any) -> "Watched":
-        told, most = traces[False], 2 * max(settings.widths)
+        told, most = traces[False], 2 * max(settings.num_draft_tokens)
         templates = {name: source.template[:most] for name, source in told.sources.items()}
         longest = int(told.context_T.max()) + 1
-        timer = cls(engine, prompts, settings.widths, settings.topk, settings.num_steps, 0.0, templates, longest)
+        timer = cls(
+            engine, prompts, settings.num_draft_tokens, settings.topk, settings.num_steps, 0.0, templates, longest
+        )
         timer.measure(Budget(60 * TABLE * settings.minutes))
         return timer
 
     def fill(self, budget: Budget, least: int = 1) -> None:
         super().fill(budget, least)
         if least == 1:
-            kept, undisturbed = self.samples, latency.undisturbed
+            kept, undisturbed = self.samples, timer_module.undisturbed
             self.samples = {run: [[mean(one)] for one in found] for run, found in kept.items()}
-            latency.undisturbed = lambda samples, phase: median(one[phase] for [one] in samples)
+            timer_module.undisturbed = lambda samples, phase: median(one[phase] for [one] in samples)
             self.before = self.latency()
-            self.samples, latency.undisturbed = kept, undisturbed
+            self.samples, timer_module.undisturbed = kept, undisturbed
 
 
 def mean(sample: Sample) -> Round:

@@ -27,10 +27,10 @@ from graft_inference.bundle import Bundle, load_successors, load_target_model
 from graft_inference.heads.eagle3.checkpoint import load_head
 from graft_train.calibrate import learn, replays_of, taught_by_all
 from graft_train.calibrate.measure import timer_of, told_traces
-from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, full_race, ratio
 from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.report import calibration, describe
+from graft_train.calibrate.timer import Pace
 from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.config.data import DataConfig
 from graft_train.config.policy import CalibrateConfig
@@ -71,7 +71,7 @@ def main() -> None:
         max_new_tokens=arguments.tokens,
         topk=4,
         num_steps=6,
-        widths=[1, 2, 4, 6, 8, 10, 12, 16],
+        num_draft_tokens=[1, 2, 4, 6, 8, 10, 12, 16],
         retrieval_depth=6,
         checkpoints=2,
     )

@@ -24,8 +24,7 @@ from graft_train.calibrate import learn, replays_of, taught_by_all
 from graft_train.calibrate.budget import TABLE, TRACES
 from graft_train.calibrate.measure import timer_of
 from graft_train.calibrate.race import distinct, full_race
-from graft_train.calibrate.replay import replay_of
-from graft_train.calibrate.results import Forecast
+from graft_train.calibrate.replay import Forecast, replay_of
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
 from graft_train.calibrate.traces import record_traces
 from graft_train.config.policy import CalibrateConfig
@@ -51,7 +50,7 @@ def main() -> None:
     if not arguments.out.exists():
         settings = CalibrateConfig(
             prompts=arguments.prompts, max_new_tokens=arguments.tokens, topk=4, num_steps=5,
-            widths=[1, 2, 4, 8, 12, 16], retrieval_depth=5, checkpoints=2, minutes=arguments.minutes,
+            num_draft_tokens=[1, 2, 4, 8, 12, 16], retrieval_depth=5, checkpoints=2, minutes=arguments.minutes,
         )  # fmt: skip
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out, record(load_engine(arguments.run_dir), settings, arguments))

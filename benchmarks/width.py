@@ -3,7 +3,7 @@
     python benchmarks/width.py --run runs/quickstart
 
 More rows wake more experts, so that a wider pass costs a mixture more than it costs a dense target. `calibrate` chooses
-widths from the device's own curve, whatever the target. Here a trained pair's traces say what is accepted, and two
+tree sizes from the device's own curve, whatever the target. Here a trained pair's traces say what is accepted, and two
 targets of random weights, in which a token passes through equally many parameters, what it costs.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     trained = load_engine(arguments.run)
     settings = CalibrateConfig(
-        max_new_tokens=64, topk=4, num_steps=6, widths=[1, 2, 4, 6, 8, 12, 16, 24, 32], retrieval_depth=6,
+        max_new_tokens=64, topk=4, num_steps=6, num_draft_tokens=[1, 2, 4, 6, 8, 12, 16, 24, 32], retrieval_depth=6,
         checkpoints=2,
     )  # fmt: skip
     prompts = own_prompts(arguments.run, arguments.prompts)["calibration"]
@@ -51,7 +51,7 @@ def main() -> None:
         table.add_column(name, justify="left" if name in ("target", "plan", "steps: nodes") else "right")
     for name, model in targets(trained.target.config.vocab_size, arguments.experts).items():
         latency = timer_of(settings, with_random_head(model), prompts, traces).latency()
-        for rows, milliseconds in zip(latency.widths, latency.verify_ms[0], strict=True):
+        for rows, milliseconds in zip(latency.num_draft_tokens, latency.verify_ms[0], strict=True):
             table.add_row(name, str(rows), f"{milliseconds:.1f}")
         replays = replays_of(settings, traces, latency)
         plain = latency.verify_ms[0][0] + latency.build_ms + latency.commit_ms

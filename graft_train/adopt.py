@@ -6,6 +6,7 @@ from typing import Any
 from graft_inference.errors import GraftError
 from graft_inference.heads.families import drop_copies, possible_copies, save_any_head
 from graft_train.config import Config
+from graft_train.config.target import TargetConfig
 from graft_train.data.target import load_target, text_config
 from graft_train.processes import say
 from graft_train.published import head_of, published_path
@@ -35,13 +36,13 @@ def adopt(config: Config) -> Path:
     # A Hub id was downloaded to a directory that is named by its commit.
     commit = None if Path(place).expanduser().is_dir() else path.name
     settings = {"init_from": place, "commit": commit, "files": fingerprint_of(path)}
-    return run_stage(config, "adopt", "head", settings, ["target"], lambda out: _build(config, place, path, out))
+    return run_stage(config, "adopt", "head", settings, ["target"], lambda out: _build(config.target, place, path, out))
 
 
-def _build(config: Config, place: str, path: Path, out: Path) -> None:
-    head = head_of(place, path, text_config(config))
+def _build(settings: TargetConfig, place: str, path: Path, out: Path) -> None:
+    head = head_of(place, path, text_config(settings))
     if possible_copies(head):
-        target: Any = load_target(config)
+        target: Any = load_target(settings)
         drop_copies(head, target.get_input_embeddings().weight, target.get_output_embeddings().weight)
     save_any_head(head, out)
     size = sum(parameter.numel() for parameter in head.parameters())

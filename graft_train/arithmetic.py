@@ -16,7 +16,7 @@ from graft_inference.target.kv_cache import TreeCache
 from graft_inference.target.model import Target
 from graft_inference.target.packed_linear import pack_target
 from graft_train.config import Config
-from graft_train.config.target import MEASURED
+from graft_train.config.target import MEASURED, TargetConfig
 from graft_train.data.target import load_target, resolve_device
 from graft_train.device import describe_device
 from graft_train.files import write_json
@@ -51,7 +51,15 @@ def with_dtype(config: Config, inputs: Sequence[str] = ()) -> Config:
         return replace(config, target=replace(config.target, dtype="bfloat16"))
     fingerprints_of(config, [name for name in inputs if name != "target"])
     given = {"threads": config.threads}
-    made = run_stage(config, "measure", DIRECTORY, given, ["target"], lambda out: _build(config, out), alone=True)
+    made = run_stage(
+        config,
+        "measure",
+        DIRECTORY,
+        given,
+        ["target"],
+        lambda out: _build(config.target, config.threads, out),
+        alone=True,
+    )
     found = _read(made / FILE)
     torch.set_num_threads(found["threads"])
     return replace(config, target=replace(config.target, dtype=found["dtype"]))
@@ -72,13 +80,13 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _build(config: Config, out: Path) -> None:
+def _build(settings: TargetConfig, threads: int | None, out: Path) -> None:
     before = torch.get_num_threads()
-    counts = [config.threads] if config.threads else _thread_counts()
+    counts = [threads] if threads else _thread_counts()
     times: list[dict[str, Any]] = []
     try:
         for dtype in DTYPES:
-            times += _passes(config, dtype, counts)
+            times += _passes(replace(settings, dtype=dtype, tp_plan=None), counts)
             gc.collect()  # a large target is held once at a time
     finally:
         torch.set_num_threads(before)
@@ -99,9 +107,9 @@ def _thread_counts() -> list[int]:
     return sorted({max(1, most // part) for part in (1, 2, 4)}, reverse=True)
 
 
-def _passes(config: Config, dtype: str, thread_counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a pass by its rows, for each number of threads, of the target in this dtype, packed as served."""
-    model = load_target(replace(config, target=replace(config.target, dtype=dtype, tp_plan=None)))
+def _passes(settings: TargetConfig, thread_counts: list[int]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a pass by its rows, for each number of threads, of the target, packed as served."""
+    model = load_target(settings)
     target = Target(model)
     pack_target(target)
     cache = target.new_cache(PROMPT + max(ROWS))
@@ -110,7 +118,7 @@ def _passes(config: Config, dtype: str, thread_counts: list[int]) -> Iterator[di
         for threads in thread_counts:
             torch.set_num_threads(threads)
             milliseconds = {str(rows): least_milliseconds(partial(_pass, target, cache, rows)) for rows in ROWS}
-            yield {"dtype": dtype, "threads": threads, "milliseconds": milliseconds}
+            yield {"dtype": settings.dtype, "threads": threads, "milliseconds": milliseconds}
 
 
 def _pass(target: Target, cache: TreeCache, rows: int) -> None:

@@ -51,7 +51,7 @@ def export(config: Config) -> Path:
     run_dir = Path(config.run_dir)
     if settings.engines:
         fingerprints_of(config, ["head"])  # a missing stage is told first
-        layers = text_config(config).num_hidden_layers
+        layers = text_config(config.target).num_hidden_layers
         check_engines(settings.engines, load_any_config(run_dir / "head", layers), layers)
     bundle = run_stage(
         config,
@@ -132,12 +132,12 @@ def push(bundle: Path, repo_id: str, private: bool) -> str:
 
 def _build(config: Config, out: Path, final: Path) -> None:
     run_dir = Path(config.run_dir)
-    head_writer(config)(load_any_head(run_dir / "head", text_config(config).num_hidden_layers), out)
+    head_writer(config.target)(load_any_head(run_dir / "head", text_config(config.target).num_hidden_layers), out)
     _copy(run_dir / "corpus" / "successors.safetensors", out)
     policy = read_json(run_dir / "policy" / "policy.json")
-    tokenizer = load_tokenizer(config)
-    path = target_path(config)
-    target_config = text_config(config)
+    tokenizer = load_tokenizer(config.target)
+    path = target_path(config.target)
+    target_config = text_config(config.target)
     name = config.target.name_or_path or str(path)
     graft = {
         "policy": policy,

@@ -10,20 +10,20 @@ import torch
 from graft_inference.files import read_json, read_safetensors
 from graft_inference.heads.checkpoint import CONFIG_FILE, OF_SPECULATORS, WEIGHTS_FILE, Verifier, save_files
 from graft_inference.heads.families import Head, save_any_head
-from graft_train.config import Config
+from graft_train.config.target import TargetConfig
 from graft_train.data.target import target_path, whole_config
 
 
-def head_writer(config: Config) -> Callable[[Head, Path], None]:
+def head_writer(target: TargetConfig) -> Callable[[Head, Path], None]:
     """What writes a head of this run into a directory: in its target's dtype, and with its target's name.
 
     SGLang computes a head in the head's own dtype, which must be the target's. A target whose checkpoint does not say
     its dtype leaves the head's.
     """
-    path = target_path(config)
+    path = target_path(target)
     whole = whole_config(path)
     dtype = whole.dtype or whole.get_text_config().dtype
-    name = config.target.name_or_path or str(path)
+    name = target.name_or_path or str(path)
     place = Path(name).expanduser()
     verifier = Verifier(str(place.resolve()) if place.exists() else name, tuple(whole.architectures or ()))
 

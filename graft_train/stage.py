@@ -118,7 +118,7 @@ def _partial(final: Path) -> Path:
 def fingerprints_of(config: Config, inputs: Sequence[str]) -> dict[str, str]:
     """Of inputs by name, see `run_stage`. A missing stage is told before a target is downloaded."""
     found = {name: fingerprint_of(Path(config.run_dir) / name) for name in inputs if name != "target"}
-    return found | ({"target": fingerprint_of(target_path(config))} if "target" in inputs else {})
+    return found | ({"target": fingerprint_of(target_path(config.target))} if "target" in inputs else {})
 
 
 def fingerprint_of(directory: Path) -> str:

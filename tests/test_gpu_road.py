@@ -76,7 +76,7 @@ def test_an_ablation_leaves_one_piece_out(road, tmp_path):
     latency["source_ms"] = dict.fromkeys(latency["source_ms"], 0.0)
     (tmp_path / "policy" / "latency.json").write_text(json.dumps(latency))
     stage = json.loads((tmp_path / "policy" / "stage.json").read_text())
-    stage["settings"]["widths"] = [1, 4, 8, 40]  # room for what every proposer has
+    stage["settings"]["num_draft_tokens"] = [1, 4, 8, 40]  # room for what every proposer has
     (tmp_path / "policy" / "stage.json").write_text(json.dumps(stage))
     plans = {name: cells[-1] for name, cells in ablated(tmp_path).items()}
     assert plans["nothing"].endswith("(matrix, lookup)")

@@ -29,6 +29,7 @@ from graft_train.build_corpus.pairs import (
 )
 from graft_train.config import Config
 from graft_train.config.corpus import CorpusConfig
+from graft_train.config.target import TargetConfig
 from graft_train.data.target import (
     load_target,
     load_tokenizer,
@@ -68,10 +69,10 @@ def build_corpus(config: Config) -> Path:
     return corpus
 
 
-def describe_corpus(config: Config) -> dict[str, Any]:
+def describe_corpus(target: TargetConfig) -> dict[str, Any]:
     """What a corpus records of its target, and what is compared when one is loaded."""
-    described = describe_target("", text_config(config), load_tokenizer(config))
-    described |= {"fingerprint": fingerprint_of(target_path(config))}
+    described = describe_target("", text_config(target), load_tokenizer(target))
+    described |= {"fingerprint": fingerprint_of(target_path(target))}
     return {name: value for name, value in described.items() if name != "name_or_path"}
 
 
@@ -79,8 +80,8 @@ def _build(config: Config, out: Path) -> None:
     cpu = resolve_device(config.target.device).type == "cpu"
     processes = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the main process merges while others wait
     if not config.corpus.text_only:
-        refuse_several_spread(config, processes.num_processes)
-    made_for = describe_corpus(config)
+        refuse_several_spread(config.target, processes.num_processes)
+    made_for = describe_corpus(config.target)
     samples = Path(config.run_dir) / "data" / "samples.jsonl"
     counts = out / COUNTS
     counts.mkdir(exist_ok=True)
@@ -88,7 +89,7 @@ def _build(config: Config, out: Path) -> None:
     processes.wait_for_everyone()
     if processes.is_main_process:
         write_matrix(config.corpus, counts, out, made_for)
-        inspection = inspect_corpus(config.corpus, samples, out, made_for["vocab_size"], load_tokenizer(config))
+        inspection = inspect_corpus(config.corpus, samples, out, made_for["vocab_size"], load_tokenizer(config.target))
         write_json(out / "inspection.json", inspection)
 
 
@@ -100,7 +101,7 @@ def count_windows(
     The samples' windows are dealt by their number, whichever were finished before, by however many processes.
     """
     settings, vocab_size = config.corpus, made_for["vocab_size"]
-    model = None if settings.text_only else load_target(config)
+    model = None if settings.text_only else load_target(config.target)
     captured = None if model is None else find_captured(config, model)
     with tqdm(
         total=samples.stat().st_size if samples.exists() else 0,

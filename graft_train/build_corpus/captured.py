@@ -60,7 +60,7 @@ def find_captured(config: Config, model: Any) -> CapturedStates | None:
     samples = with_room(samples, config.head.max_length)
     cut = to_tensors(samples, config.head.max_length, model.config.get_text_config().vocab_size)
     wanted = {
-        "target": fingerprint_of(target_path(config)),
+        "target": fingerprint_of(target_path(config.target)),
         "samples": hash_of(cut),
         "dtype": str(model.dtype).removeprefix("torch."),
         "top_k": None,

@@ -24,11 +24,10 @@ from graft_inference.heads.families import load_any_head, most_steps
 from graft_inference.target.model import max_positions
 from graft_train.arithmetic import measured_arithmetic, with_dtype
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.latency import Latency, RoundTimer, elsewhere
+from graft_train.calibrate.latency import Latency, elsewhere
 from graft_train.calibrate.measure import load_traces, record_missing, timer_of, told_traces
-from graft_train.calibrate.pace import Pace
-from graft_train.calibrate.race import Track, distinct, race
-from graft_train.calibrate.replay import Replay, Replays, replay_of
+from graft_train.calibrate.race import Track, distinct, found_of, race, race_of
+from graft_train.calibrate.replay import Forecast, Replay, Replays, replay_of
 from graft_train.calibrate.report import (
     CONTRADICTS,
     calibration,
@@ -37,10 +36,10 @@ from graft_train.calibrate.report import (
     print_report,
     to_markdown,
 )
-from graft_train.calibrate.results import Forecast, found_of, race_of
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.standings import ERROR, Standings
 from graft_train.calibrate.texts import TEXTS, texts_of
+from graft_train.calibrate.timer import Pace, RoundTimer
 from graft_train.calibrate.traces import Traces
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig
@@ -95,14 +94,14 @@ def plan_of(name: str, settings: CalibrateConfig, replays: Replays) -> Plan:
     """The best plan of one of PLANS or CHAINS under these settings."""
     replay = replays[name not in PUBLISHED and True in replays]
     kind = ChainPlan if settings.kind == "chain" else ScoredPlan
-    allowed = Allowed(tuple(sorted({*settings.widths})), settings.checkpoints, kind=kind)
+    allowed = Allowed(tuple(sorted({*settings.num_draft_tokens})), settings.checkpoints, kind=kind)
     match name:
         case "eagle3":
-            return best_eagle3(replay, settings.widths)
+            return best_eagle3(replay, settings.num_draft_tokens)
         case "paper":
             most = max(max(path) for path in replay.traces.sources["matrix"].template)
-            return best_paper(replay, settings.widths, most)
-    model = looked_up(replay.fitted, 2 * max(settings.widths))
+            return best_paper(replay, settings.num_draft_tokens, most)
+    model = looked_up(replay.fitted, 2 * max(settings.num_draft_tokens))
     if name == "draft_only":
         model = replace(model, sources=())
     if name == "retrieve_only":
@@ -272,7 +271,7 @@ def replays_of(settings: CalibrateConfig, traces: dict[bool, Traces], latency: L
     Args:
         traces: by whether the noise of draws is told.
     """
-    return {told: Replay(part, latency, max(settings.widths), told) for told, part in traces.items()}
+    return {told: Replay(part, latency, max(settings.num_draft_tokens), told) for told, part in traces.items()}
 
 
 def _write(
@@ -306,7 +305,7 @@ def _prompts(config: Config) -> list[Tensor]:
     if not samples:
         raise GraftError("no calibration prompts: raise data.calibration_share and regenerate")
     _check_enough(settings, len(samples) * (settings.max_new_tokens - 1))
-    check_room(samples, settings.max_new_tokens, max_positions(text_config(config)), "policy.max_new_tokens")
+    check_room(samples, settings.max_new_tokens, max_positions(text_config(config.target)), "policy.max_new_tokens")
     return [torch.tensor(sample.prompt_ids) for sample in samples]
 
 
@@ -326,6 +325,6 @@ def _engine(config: Config) -> GraftEngine:
         raise GraftError(f"policy.num_steps={config.policy.num_steps}: the head's blocks have {most} drafts: lower it")
     successors = load_successors(run_dir / "corpus" / "successors.safetensors", head.config.vocab_size)
     check_launch(config.target.tp_plan, config.target.device_map)
-    target = load_target(config, "tp" if config.target.tp_plan else None)
+    target = load_target(config.target, "tp" if config.target.tp_plan else None)
     bundle = Bundle(head, paper_policy(), successors)
-    return GraftEngine.from_bundle(bundle, target, tokenizer=load_tokenizer(config))
+    return GraftEngine.from_bundle(bundle, target, tokenizer=load_tokenizer(config.target))

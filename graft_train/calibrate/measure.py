@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graft_inference import GraftEngine
 from graft_train.calibrate.budget import TABLE, TRACES, Budget
-from graft_train.calibrate.latency import RoundTimer
+from graft_train.calibrate.timer import RoundTimer
 from graft_train.calibrate.trace_file import read_traces
 from graft_train.calibrate.traces import Traces, record_traces
 from graft_train.config.policy import CalibrateConfig
@@ -80,13 +80,13 @@ def timer_of(
     settings: CalibrateConfig, engine: GraftEngine, prompts: list[Tensor], traces: Mapping[bool, Traces]
 ) -> RoundTimer:
     """Has timed this device, with the templates that plans would look up, in the table's share of the minutes."""
-    told, most = told_traces(traces), 2 * max(settings.widths)
+    told, most = told_traces(traces), 2 * max(settings.num_draft_tokens)
     templates = {name: source.template[:most] for name, source in told.sources.items()}
     budget = Budget(60 * TABLE * settings.minutes)
     timer = RoundTimer(
         engine,
         prompts,
-        settings.widths,
+        settings.num_draft_tokens,
         settings.topk,
         settings.num_steps,
         settings.temperature,

@@ -1,4 +1,4 @@
-"""Plans on the real engine, interleaved."""
+"""Plans on the real engine, interleaved, and what was found of them."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from graft_inference import GraftEngine, Plan
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.pace import Pace
+from graft_train.calibrate.replay import Forecast
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
+from graft_train.calibrate.timer import Pace
 from graft_train.processes import is_main, of_main
 
 BOOTSTRAP = 2000
@@ -131,3 +132,34 @@ def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float, f
         ratios = (tokens / seconds) / (base_tokens / base_seconds)
     low, high = np.nanpercentile(ratios[1:], [2.5, 97.5])
     return float(ratios[0]), float(low), float(high)
+
+
+def found_of(standings: Standings, racer: str, forecast: Forecast) -> dict[str, Any]:
+    """What a race found of one plan.
+
+    `tokens_per_second` over all prompts: what the replay foretells, corrected by the laps that the plan ran. `weighed`:
+    corrected as far as their noise allows, by which plans are chosen. `acceptance_length` and `acceptance_foretold` are
+    of the prompts that it ran. `over_fastest`: its measured speed over the fastest plan's and the 95 % interval.
+    """
+    laps, tokens = standings.ran(racer), forecast.tokens_P.sum()
+    places = sorted({lap.place for lap in laps})
+    return {
+        "tokens_per_second": float(tokens / standings.seconds(racer)),
+        "weighed": float(tokens / standings.seconds(standings.leader) * np.exp(standings.lead(racer)[0])),
+        "acceptance_length": summary(laps, racer)["acceptance_length"],
+        "acceptance_foretold": float(forecast.tokens_P[places].sum() / forecast.rounds_P[places].sum()),
+        "laps": len(laps),
+        "left": racer in standings.left,
+        "over_fastest": np.exp(standings.ratio(racer)).tolist(),
+    }
+
+
+def race_of(standings: Standings, pace: Pace) -> dict[str, Any]:
+    """How the race went: its laps, who is left (one, if it was decided), and the device's speed meanwhile."""
+    return {
+        "laps": len(standings.laps),
+        "left": standings.left,
+        "fastest": standings.leader,
+        "slowness": pace.factor,
+        "variation": pace.variation,
+    }

@@ -273,3 +273,20 @@ def _paths(source: SourceTraces, truth_TD: Tensor) -> tuple[Tensor, Tensor]:
 def _to_budget(values: Tensor, budget: int) -> Tensor:
     """By nodes from 1: the last value repeats where the pool ends."""
     return torch.cat((values, values[:, -1:].expand(-1, budget - values.shape[1])), dim=1)
+
+
+@dataclass
+class Forecast:
+    """Of every prompt: the tokens, rounds and seconds of one plan, [P]."""
+
+    tokens_P: np.ndarray
+    rounds_P: np.ndarray
+    seconds_P: np.ndarray
+
+    @classmethod
+    def of(cls, replay: Replay, plan: Plan) -> "Forecast":
+        outcome = replay.outcome(plan)
+        visited = replay.visits(outcome)
+        prompt_V = replay.traces.prompt_T.numpy()[visited]
+        columns = (outcome.tokens_T, np.ones_like(outcome.tokens_T), outcome.ms_T / 1e3)
+        return cls(*(np.bincount(prompt_V, column[visited]) for column in columns))

@@ -82,15 +82,17 @@ def _errors(
 def frontier(
     settings: CalibrateConfig, replays: Replays, names: Iterable[str], plan_of: PlanOf
 ) -> dict[str, list[dict[str, float]]]:
-    """Predicted speed and acceptance length of the best plan of each kind with some of the widths as its most."""
+    """Predicted speed and acceptance length of the best plan of each kind with some of the tree sizes as its most."""
     points: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    widths = sorted({width for width in settings.widths if width > 1})
-    for width in widths[:: -max(1, len(widths) // POINTS)][::-1]:
-        narrow = replace(settings, widths=[w for w in settings.widths if w <= width])
+    num_draft_tokens = sorted({nodes for nodes in settings.num_draft_tokens if nodes > 1})
+    for nodes in num_draft_tokens[:: -max(1, len(num_draft_tokens) // POINTS)][::-1]:
+        narrow = replace(settings, num_draft_tokens=[one for one in settings.num_draft_tokens if one <= nodes])
         for name in points:
             plan = plan_of(name, narrow, replays)
             speed, acceptance_length = replay_of(replays, plan).run(plan)
-            points[name].append({"width": width, "tokens_per_second": speed, "acceptance_length": acceptance_length})
+            points[name].append(
+                {"num_draft_tokens": nodes, "tokens_per_second": speed, "acceptance_length": acceptance_length}
+            )
     return points
 
 
@@ -206,8 +208,8 @@ def to_markdown(report: dict[str, Any], plans: dict[str, Plan]) -> str:
         "",
         "## Latency, ms",
         "",
-        f"| context | {' | '.join(f'{width} nodes' for width in latency['widths'])} |",
-        "|---|" + "---:|" * len(latency["widths"]),
+        f"| context | {' | '.join(f'{nodes} nodes' for nodes in latency['num_draft_tokens'])} |",
+        "|---|" + "---:|" * len(latency["num_draft_tokens"]),
         *(
             f"| {context} | {' | '.join(f'{time:.2f}' for time in times)} |"
             for context, times in zip(latency["contexts"], latency["verify_ms"], strict=True)
@@ -234,7 +236,7 @@ def _times(milliseconds: list[float]) -> str:
 
 
 def draw_frontier(report: dict[str, Any], path: Path) -> None:
-    """Speed against acceptance length: predicted along the widths, measured as stars."""
+    """Speed against acceptance length: predicted along the tree sizes, measured as stars."""
     try:
         import matplotlib
     except ImportError:

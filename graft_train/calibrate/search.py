@@ -25,32 +25,34 @@ class Allowed:
     """What a plan may use.
 
     Attributes:
-        widths: nodes of a verification.
+        num_draft_tokens: nodes of a verification.
         checkpoints: most places where drafting may stop early.
         retrieve_first: may leave out drafting.
         kind: of the plan: trees or chains.
     """
 
-    widths: tuple[int, ...]
+    num_draft_tokens: tuple[int, ...]
     checkpoints: int = 3
     retrieve_first: bool = True
     kind: type[ScoredPlan] = ScoredPlan
 
 
-def best_eagle3(replay: Replay, widths: list[int]) -> Plan:
+def best_eagle3(replay: Replay, num_draft_tokens: list[int]) -> Plan:
     """The best tree of drafted nodes alone: its draft steps and nodes are tuned as well as Graft's."""
     plans = [
-        QuotaPlan((QuotaCheckpoint(steps, drafted=width - 1),), replay.topk, shares_noise=replay.shares_noise)
+        QuotaPlan((QuotaCheckpoint(steps, drafted=nodes - 1),), replay.topk, shares_noise=replay.shares_noise)
         for steps in range(1, replay.num_steps + 1)
-        for width in widths
-        if 1 < width <= 1 + _most_drafted(replay, steps)
+        for nodes in num_draft_tokens
+        if 1 < nodes <= 1 + _most_drafted(replay, steps)
     ]
     return _fastest(replay, plans)
 
 
-def best_paper(replay: Replay, widths: list[int], most_rank: int) -> Plan:
-    """The paper's checkpoints and thresholds, its nodes scaled to the width that suits this device best."""
-    plans = [paper_policy(replay.topk, width, replay.num_steps, most_rank).graft for width in widths if width > 1]
+def best_paper(replay: Replay, num_draft_tokens: list[int], most_rank: int) -> Plan:
+    """The paper's checkpoints and thresholds, its nodes scaled to the tree size that suits this device best."""
+    plans = [
+        paper_policy(replay.topk, nodes, replay.num_steps, most_rank).graft for nodes in num_draft_tokens if nodes > 1
+    ]
     return _fastest(replay, plans)
 
 
@@ -79,10 +81,10 @@ def _sources(model: AcceptanceModel) -> list[AcceptanceModel]:
 
 
 def _converged(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: int) -> Plan | None:
-    widths = _possible(replay, model, allowed, last)
-    if not widths:
+    num_draft_tokens = _possible(replay, model, allowed, last)
+    if not num_draft_tokens:
         return None
-    single = [(Checkpoint(last, num_draft_tokens=width),) for width in widths]
+    single = [(Checkpoint(last, num_draft_tokens=nodes),) for nodes in num_draft_tokens]
     plan: Plan = _fastest(replay, [_plan(replay, model, checkpoints, allowed.kind) for checkpoints in single])
     speed = replay.run(plan)[0]
     for _ in range(4):
@@ -112,9 +114,9 @@ def _improved(replay: Replay, model: AcceptanceModel, allowed: Allowed, last: in
             checkpoints = [one]
             continue
         if not _possible(replay, model, allowed, steps):
-            continue  # so early a tree has fewer nodes than any width
+            continue  # so early a tree has fewer nodes than any size
         found = None
-        for _ in range(2):  # the width that suits the rounds that stop here, then who stops, and again
+        for _ in range(2):  # the tree size that suits the rounds that stop here, then who stops, and again
             one, here_T = _best_checkpoint(replay, model, allowed, steps, rate, weight_T * stop_T)
             found = _threshold(measure_T, weight_T * (here_T - value_T))
             if found is None:
@@ -147,7 +149,7 @@ def _best_checkpoint(
     replay: Replay, model: AcceptanceModel, allowed: Allowed, steps: int, rate: float, weight_T: np.ndarray
 ) -> tuple[Checkpoint, np.ndarray]:
     """The checkpoint of so many steps worth most to these positions, and what it is worth at each."""
-    checkpoints = [Checkpoint(steps, num_draft_tokens=width) for width in _possible(replay, model, allowed, steps)]
+    checkpoints = [Checkpoint(steps, num_draft_tokens=nodes) for nodes in _possible(replay, model, allowed, steps)]
     worth = []
     for one in checkpoints:
         outcome = replay.outcome(_plan(replay, model, (one,), allowed.kind))
@@ -173,7 +175,7 @@ def _simplified(replay: Replay, plan: Plan, checkpoints: int) -> Plan:
 
 def _possible(replay: Replay, model: AcceptanceModel, allowed: Allowed, steps: int) -> list[int]:
     drafted = _most_drafted(replay, steps) if model.drafted else 0
-    return [width for width in allowed.widths if 1 < width <= 1 + drafted + model.candidates]
+    return [nodes for nodes in allowed.num_draft_tokens if 1 < nodes <= 1 + drafted + model.candidates]
 
 
 def _most_drafted(replay: Replay, steps: int) -> int:

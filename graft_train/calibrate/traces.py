@@ -187,8 +187,8 @@ def likely_paths(engine: GraftEngine, texts: list[Text], name: str, settings: Ca
     """
     ranks = SOURCES[name].most_ranks(engine.tables)
     if ranks == 1:
-        return chain(min(max(settings.widths) - 1, MOST_CHAINED))
-    count, depth = 4 * max(settings.widths), settings.retrieval_depth
+        return chain(min(max(settings.num_draft_tokens) - 1, MOST_CHAINED))
+    count, depth = 4 * max(settings.num_draft_tokens), settings.retrieval_depth
     counts: Counter[tuple[int, ...]] = Counter()
     for text in texts:
         counts.update(_true_prefixes(engine, text, name, depth))

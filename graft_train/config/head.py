@@ -57,6 +57,8 @@ BOOKKEEPING = (
 class HeadTrainConfig:
     """The draft head and its training; what is not set here (width, heads, RoPE) is the target's.
 
+    Many fields: each is set as `head.NAME=VALUE`, and one level of names is easier to type and to remember than two.
+
     Attributes:
         family: of the head: eagle3, which drafts one token a pass, or block, which drafts all in one.
         block: what a block head has of its own.

@@ -27,7 +27,7 @@ class CalibrateConfig:
         temperature: of the traced continuations. Above 0 the traces hold every node's P(accepted) under the target.
         topk: children that the head proposes for a node, and nodes that it expands in a draft step.
         num_steps: most draft steps of a round; EAGLE-3 at depth 8 runs 9.
-        widths: how many nodes a verification may have, the root included. The last one bounds every tree.
+        num_draft_tokens: how many nodes a verification may have, the root included. The last one bounds every tree.
         retrieval_depth: longest path of retrieved nodes.
         checkpoints: most checkpoints at which drafting may stop early.
         minutes: most time that calibration takes. Two fifths go to the traces, of fewer prompts where all would take
@@ -44,7 +44,7 @@ class CalibrateConfig:
     temperature: float = 0.0
     topk: int = 10
     num_steps: int = 9
-    widths: list[int] = field(default_factory=lambda: [1, 8, 16, 32, 64])
+    num_draft_tokens: list[int] = field(default_factory=lambda: [1, 8, 16, 32, 64])
     retrieval_depth: int = 9
     checkpoints: int = 3
     minutes: float = 10.0
@@ -55,14 +55,20 @@ class CalibrateConfig:
             raise GraftError(f"policy.kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
         if self.kind == "chain" and self.topk != 1:
             raise GraftError(f"policy.kind=chain drafts one token after the other: policy.topk={self.topk} must be 1")
-        if not self.widths or min(self.widths) < 1 or max(self.widths) < 2:
-            raise GraftError(f"policy.widths={list(self.widths)} must hold widths from 1, one of them at least 2")
+        if not self.num_draft_tokens or min(self.num_draft_tokens) < 1 or max(self.num_draft_tokens) < 2:
+            raise GraftError(
+                f"policy.num_draft_tokens={list(self.num_draft_tokens)} must hold numbers of nodes from 1, one of them "
+                "at least 2"
+            )
         least = {
             "prompts": 1, "max_new_tokens": 2, "topk": 1, "num_steps": 1, "retrieval_depth": 1,
             "checkpoints": 0, "least_rounds": 0,
         }  # fmt: skip
         check_least("policy", self, least)
-        for name, value in {"widths": max(self.widths), "retrieval_depth": self.retrieval_depth}.items():
+        for name, value in {
+            "num_draft_tokens": max(self.num_draft_tokens),
+            "retrieval_depth": self.retrieval_depth,
+        }.items():
             if value > MAX_NODES:
                 raise GraftError(
                     f"policy.{name} goes up to {value}, and a tree has {MAX_NODES} nodes at most: lower it"

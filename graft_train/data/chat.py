@@ -1,9 +1,7 @@
 """Chat: conversations as token ids, and which of these are answers, both by the tokenizer's own template."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -14,18 +12,13 @@ from graft_inference.errors import GraftError
 from graft_inference.prompts import text_ids
 from graft_train.data.bad_records import BadRecord
 from graft_train.data.documents import Document
+from graft_train.data.marks import ANSWER, GENERATION, Rendered, enclosed, marking, read_marks
 from graft_train.data.records import UNASKING, Conversation, Message
 from graft_train.data.samples import Sample
 from graft_train.data.turns import THOUGHT, as_template_reads
 
-# Unicode keeps these characters for a program's own use: no text has them.
-ANSWER, ANSWERED, ASKING, TOLD, SAID = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4"
-"""Before and behind a generation span; before what a turn asks, before what another turn tells, and behind both."""
 TRAINED = ("weight", "train", "training", "trainable", "loss")
 """What sets call whether, or how much, a turn is trained on: 1 or true where it is like all others."""
-MARKS = re.compile(f"([{ANSWER}-{SAID}])")
-GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
-END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
 
 class Chat:
@@ -129,22 +122,22 @@ class Chat:
         answers = [self._ended(ids, *span) for span in spans(mask)]
         return Sample(f"{document.id}#0", "train", ids[: answers[-1][1] if answers else 0], answers)
 
-    def _marked(self, document: Document) -> "_Rendered | None":
+    def _marked(self, document: Document) -> Rendered | None:
         """The conversation as text, its answers, and what other turns say; None where the marks change the text."""
         messages = _conversation(document).messages
         text = self._text(document, messages)
-        marking = _marking(self._template(document))
+        template = marking(self._template(document))
         try:
-            marked = self._render(document, list(map(_enclosed, messages)), chat_template=marking)
+            marked = self._render(document, list(map(enclosed, messages)), chat_template=template)
         except Exception:  # a template that looks at its turns' beginnings may refuse the marks
             return None
-        rendered = _read_marks(marked)
+        rendered = read_marks(marked)
         if rendered.text != text or rendered.asked is None or ANSWER not in marked:
             return None
         _check_said(document, rendered)
         # Nobody asked for what comes before the first question.
         answers = [(start, end) for start, end in rendered.answers if start >= rendered.asked]
-        return _Rendered(text, answers, rendered.said, rendered.asked)
+        return Rendered(text, answers, rendered.said, rendered.asked)
 
     def _ended(self, ids: Sequence[int], start: int, end: int) -> list[int]:
         """An answer up to the first token that ends it: the target would not go on, whatever the data do."""
@@ -204,22 +197,6 @@ class Chat:
             raise GraftError(f"the target's tokenizer has no chat template for {named(document)}: {error}") from error
 
 
-@dataclass
-class _Rendered:
-    """A conversation as text, in [start, end) of its characters.
-
-    Attributes:
-        answers: the template's generation spans.
-        said: what turns say that are not the assistant's.
-        asked: where the first question begins; None where the template swallows it.
-    """
-
-    text: str
-    answers: list[tuple[int, int]] = field(default_factory=list)
-    said: list[tuple[int, int]] = field(default_factory=list)
-    asked: int | None = None
-
-
 def _check_read(document: Document, messages: Sequence[Message], template: str) -> None:
     """Raises BadRecord for what the chat template would leave out without a word.
 
@@ -241,46 +218,7 @@ def _says_nothing(message: Message) -> bool:
     return not message["content"].strip() and "tool_calls" not in message
 
 
-def _marking(template: str) -> str:
-    """The template, which now writes a mark at both ends of a generation span too.
-
-    The marks are in the text itself: transformers counts the characters before a span, and counts wrong where a
-    template collects its text in a macro or a variable first.
-    """
-    begun = GENERATION.sub(rf"{{%\1 generation %}}{{% print '{ANSWER}' \2%}}", template)
-    return END_GENERATION.sub(rf"{{%\1 print '{ANSWERED}' %}}{{% endgeneration \2%}}", begun)
-
-
-def _enclosed(message: Message) -> Message:
-    """A turn with marks around what it says, inside the blanks that a template may strip; an answer as it is."""
-    if message["role"] == "assistant":
-        return message
-    mark = TOLD if message["role"] in UNASKING else ASKING
-    enclosed = re.sub(r"(?s)\S(.*\S)?|\Z", rf"{mark}\g<0>{SAID}", message["content"], count=1)
-    return message | {"content": enclosed}
-
-
-def _read_marks(marked: str) -> _Rendered:
-    begun, text, length, rendered = {ANSWER: 0, SAID: 0}, [], 0, _Rendered("")
-    for part in MARKS.split(marked):
-        if part == ANSWERED:
-            rendered.answers.append((begun[ANSWER], length))
-        elif part == SAID:
-            rendered.said.append((begun[SAID], length))
-        elif part == ANSWER:
-            begun[ANSWER] = length
-        elif part in (ASKING, TOLD):
-            begun[SAID] = length
-        else:
-            text.append(part)
-            length += len(part)
-        if part == ASKING and rendered.asked is None:
-            rendered.asked = length
-    rendered.text = "".join(text)
-    return rendered
-
-
-def _check_said(document: Document, rendered: _Rendered) -> None:
+def _check_said(document: Document, rendered: Rendered) -> None:
     """Raises BadRecord where an answer covers what another turn says."""
     for start, end in rendered.answers:
         for said_start, said_end in rendered.said:
@@ -303,7 +241,7 @@ def _check_trained(document: Document) -> None:
                 )
 
 
-def _in_answers(document: Document, rendered: _Rendered, offsets: Sequence[tuple[int, int]]) -> list[bool]:
+def _in_answers(document: Document, rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> list[bool]:
     """Which tokens stand for a part of an answer.
 
     Every token of a character that takes several is at the same place; a blank alone may be at the place behind it.

@@ -37,6 +37,8 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of a packed batch, registered with transformers as `graft_documents`.
 
+    Many parameters: transformers passes them by these names.
+
     Args:
         query: [1, q_heads, S, D]; key, value: [1, kv_heads, S, D].
         sliding_window: tokens a query sees, itself included.

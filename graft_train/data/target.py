@@ -16,7 +16,6 @@ from transformers import (
 from graft_inference.bundle import check_whole
 from graft_inference.device import without_plans
 from graft_inference.errors import GraftError
-from graft_train.config import Config
 from graft_train.config.target import MEASURED, TargetConfig
 from graft_train.data.sharded import load_zero3
 
@@ -24,13 +23,13 @@ UNREAD = ["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"]
 """Other copies of a model's weights, which are not downloaded."""
 
 
-def target_path(config: Config) -> Path:
+def target_path(settings: TargetConfig) -> Path:
     """The target's local directory; one named by its Hub id is downloaded first.
 
     Raises:
         GraftError: none is named, or it is neither a directory nor a model that the Hub has.
     """
-    name = config.target.name_or_path
+    name = settings.name_or_path
     if name is None:
         raise GraftError(
             "target.name_or_path is not set: give a model's directory, a GGUF file or an id on the Hub, or choose an "
@@ -55,9 +54,9 @@ def dtype_of(settings: TargetConfig) -> torch.dtype:
     return getattr(torch, settings.dtype)
 
 
-def text_config(config: Config) -> Any:
+def text_config(settings: TargetConfig) -> Any:
     """The configuration of the target's language model, without its weights."""
-    return whole_config(target_path(config)).get_text_config()
+    return whole_config(target_path(settings)).get_text_config()
 
 
 def whole_config(path: Path) -> Any:
@@ -72,17 +71,17 @@ def whole_config(path: Path) -> Any:
         raise GraftError(f"cannot read the configuration of the target in {path}: {error}") from error
 
 
-def refuse_several_spread(config: Config, processes: int) -> None:
+def refuse_several_spread(settings: TargetConfig, processes: int) -> None:
     """Raises GraftError where each of several processes would spread a whole target over the same devices."""
-    if config.target.device_map and processes > 1:
+    if settings.device_map and processes > 1:
         raise GraftError(
-            f"target.device_map={config.target.device_map} would give each of {processes} processes a whole target, "
+            f"target.device_map={settings.device_map} would give each of {processes} processes a whole target, "
             "spread over the same GPUs: launch one process (--num_processes 1), or set target.device_map=null (for "
             "distill with head.shard_target=zero3 or tp)"
         )
 
 
-def load_target(config: Config, shard: str | None = None) -> PreTrainedModel:
+def load_target(settings: TargetConfig, shard: str | None = None) -> PreTrainedModel:
     """The target in evaluation mode, frozen, on its device or devices. One that is quantised stays so.
 
     Args:
@@ -91,15 +90,15 @@ def load_target(config: Config, shard: str | None = None) -> PreTrainedModel:
     Raises:
         GraftError: no checkpoint there, a damaged one, one that cannot be shared out, or no such device.
     """
-    path, device = _existing(config), resolve_device(config.target.device)
+    path, device = _existing(settings), resolve_device(settings.device)
     without_plans(device)
-    spread = config.target.device_map
+    spread = settings.device_map
     if shard and spread:
         raise GraftError(
             f"head.shard_target={shard} and target.device_map={spread} exclude each other; set target.device_map=null"
         )
-    settings: dict[str, Any] = {
-        "dtype": dtype_of(config.target),
+    asked: dict[str, Any] = {
+        "dtype": dtype_of(settings),
         "use_safetensors": True,
         "output_loading_info": True,
         "trust_remote_code": False,
@@ -110,13 +109,13 @@ def load_target(config: Config, shard: str | None = None) -> PreTrainedModel:
         if shard == "zero3" and quantised:
             raise GraftError("DeepSpeed cannot share out a quantised target; set head.shard_target=tp or null")
         if shard == "zero3":
-            model, found = load_zero3(path, **settings)
+            model, found = load_zero3(path, **asked)
         elif shard == "tp":
-            model, found = loader.from_pretrained(path, tp_plan="auto", **settings)
+            model, found = loader.from_pretrained(path, tp_plan="auto", **asked)
         else:
             # Not every quantised model can be moved once it is loaded.
             place = {"": device} if quantised and spread is None else spread
-            model, found = loader.from_pretrained(path, device_map=place, **settings)
+            model, found = loader.from_pretrained(path, device_map=place, **asked)
             if place is None:
                 model.to(device)
     except Exception as error:  # transformers and safetensors raise many kinds
@@ -127,13 +126,13 @@ def load_target(config: Config, shard: str | None = None) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: TargetConfig) -> PreTrainedTokenizerBase:
     """The target's tokenizer, padding on the left as generation needs it.
 
     Raises:
         GraftError: no tokenizer beside the target, or one without an end-of-sequence token.
     """
-    path = _existing(config)
+    path = _existing(settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
@@ -159,8 +158,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _existing(config: Config) -> Path:
-    path = target_path(config)
+def _existing(settings: TargetConfig) -> Path:
+    path = target_path(settings)
     if not (path / "config.json").is_file():
         raise GraftError(f"there is no model in {path} (no config.json): set target.name_or_path to one")
     return path

@@ -69,15 +69,15 @@ def distill(config: "Config") -> Path:
 def _build(config: "Config", out: Path) -> None:
     started, settings = time.perf_counter(), config.head
     accelerator = make_accelerator(settings, resolve_device(config.target.device), out)
-    refuse_several_spread(config, accelerator.num_processes)
-    target_config = text_config(config)
+    refuse_several_spread(config.target, accelerator.num_processes)
+    target_config = text_config(config.target)
     texts = read_samples(Path(config.run_dir) / "data" / "samples.jsonl", "train")
     texts = with_room(texts, settings.max_length)
     samples = to_tensors(texts, settings.max_length, target_config.vocab_size)
     held_out, chosen = hold_out(texts, min(settings.validation_samples, len(samples) // 10), config.seed)
     _check_positions(samples, max_positions(target_config))
     plan, steps = plan_training(samples, chosen, settings, config.seed)
-    model = load_target(config, settings.shard_target)
+    model = load_target(config.target, settings.shard_target)
     set_seed(config.seed)
 
     strategy = FAMILIES[settings.family](model, [texts[number] for number in chosen], settings)
@@ -141,7 +141,7 @@ def _source(
         case "memory":
             return memory_states(target, samples, settings.batch_tokens)
         case "disk":
-            directory, fingerprint = states_directory(config.run_dir), fingerprint_of(target_path(config))
+            directory, fingerprint = states_directory(config.run_dir), fingerprint_of(target_path(config.target))
             dtype, top = settings.states_dtype, settings.states_top_k
             return disk_states(target, samples, settings.batch_tokens, directory, fingerprint, dtype, accelerator, top)
     return online_states(target)
@@ -161,7 +161,7 @@ def _pusher(config: "Config", out: Path) -> HeadPusher:
     """Takes the whole configuration: the target's place, and the repository in the bundle's section."""
     if config.head.resume == "never" and is_main():
         (out / PUSHED).unlink(missing_ok=True)
-    return HeadPusher(out, config.export, head_writer(config))
+    return HeadPusher(out, config.export, head_writer(config.target))
 
 
 def _announce(training: Training, plan: list[list[int]], steps: int) -> None:

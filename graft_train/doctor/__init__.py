@@ -20,10 +20,10 @@ from graft_train.doctor.device_checks import check_cost, check_fallback
 from graft_train.doctor.evidence import LEAST_STEPS, MOST_STEPS, Evidence, evidence_of
 from graft_train.doctor.finding import Finding, ordered
 from graft_train.doctor.head_checks import (
+    check_aux_layers,
     check_context,
     check_depth,
     check_prompts,
-    check_taps,
     check_training,
     layers_of,
 )
@@ -114,7 +114,7 @@ def _checked(
         check_answers(evidence),
         check_template(case.tokenizer, variables, case.trained),
         check_vocabulary(evidence),
-        check_taps(evidence, usual),
+        check_aux_layers(evidence, usual),
         *check_training(evidence, trained, held_out, case.known),
         check_depth(usual),
         check_context(evidence),

@@ -21,8 +21,8 @@ def check_cost(cost: Cost | None) -> Finding:
         f"drafts {cost.draft_ms:.2f}, and a plain pass {cost.plain_ms:.2f}: it pays from an acceptance length of "
         f"{cost.pays_from:.2f}, and has {cost.acceptance_length:.2f}",
         "a draft step takes a tenth of a pass at most",
-        "draft less and verify fewer nodes (policy.num_steps, policy.widths), choose the policy anew on this device "
-        "(graft calibrate policy.latency_only=true), or train a smaller head (head.intermediate_size)",
+        "draft less and verify fewer nodes (policy.num_steps, policy.num_draft_tokens), choose the policy anew on this "
+        "device (graft calibrate policy.latency_only=true), or train a smaller head (head.intermediate_size)",
         {
             "pays_from": cost.pays_from,
             "acceptance_length": cost.acceptance_length,

@@ -68,14 +68,14 @@ def layers_of(head: Head, layers: int) -> tuple[int, ...]:
     return tuple(sorted(read | set(head.config.aux_layer_ids)))
 
 
-def check_taps(evidence: Evidence, usual: StepSums | None) -> Finding:
+def check_aux_layers(evidence: Evidence, usual: StepSums | None) -> Finding:
     """Whether the head does better where its states are read by another convention.
 
     Args:
         usual: sums over `evidence.usual`, of the head as it is configured.
     """
     if usual is None:
-        return unchecked("taps", "there are no answers to look at")
+        return unchecked("aux-layers", "there are no answers to look at")
     own, reads = usual.metrics(), evidence.usual
     best, setting, found = "", "", {"own": accepted(own)}
     for said, set_to, other in variants(evidence.head, evidence.target.config.num_hidden_layers):
@@ -83,10 +83,10 @@ def check_taps(evidence: Evidence, usual: StepSums | None) -> Finding:
         if not best or found[said] > found[best]:
             best, setting = said, set_to
     gains = found[best] > max(found["own"] + GAIN, GAIN_SHARE * found["own"]) if best else False
-    taps = list(evidence.head.config.aux_layer_ids)
-    seen = f"{found['own']:.2f} drafted tokens a round are kept as configured, with layers {taps}"
+    layers = list(evidence.head.config.aux_layer_ids)
+    seen = f"{found['own']:.2f} drafted tokens a round are kept as configured, with layers {layers}"
     return Finding(
-        "taps",
+        "aux-layers",
         CAUSE if gains else FINE,
         f"{seen}; {found[best]:.2f} with {best}" if best else seen,
         "most as configured, by far",
@@ -128,7 +128,7 @@ def check_training(
 
 
 def check_depth(usual: StepSums | None) -> Finding:
-    """Whether later draft steps are as good as the first one; argument as `check_taps`."""
+    """Whether later draft steps are as good as the first one; argument as `check_aux_layers`."""
     if usual is None:
         return unchecked("depth", "there are no answers to look at")
     known = [

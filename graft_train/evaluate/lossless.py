@@ -11,6 +11,7 @@ from graft_inference import METHODS, GraftEngine, GraftError
 from graft_inference.bundle import load_target_model
 from graft_inference.request import ends_of
 from graft_train.config import Config
+from graft_train.config.target import TargetConfig
 from graft_train.data.samples import Sample
 from graft_train.data.target import resolve_device, target_path
 from graft_train.evaluate.timing import new_engine
@@ -37,7 +38,7 @@ def losslessness(config: Config, samples: list[Sample]) -> dict[str, Any]:
 def _compared(config: Config, samples: list[Sample]) -> dict[str, Any]:
     tokens = config.evaluation.max_new_tokens
     torch.set_float32_matmul_precision("highest")  # TensorFloat-32 parts passes of other widths on near ties
-    references = _references(config, samples)
+    references = _references(config.target, samples, tokens)
     gc.collect()
     # Without falling back: each method's own plan is to be checked, whether it pays in fp32 or not.
     engine = new_engine(config, "float32", fallback=False)
@@ -54,14 +55,10 @@ def _compared(config: Config, samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-def _references(config: Config, samples: list[Sample]) -> list[torch.Tensor]:
+def _references(settings: TargetConfig, samples: list[Sample], tokens: int) -> list[torch.Tensor]:
     """Greedy fp32 continuations by transformers alone, with their prompts."""
     model, tokenizer = load_target_model(
-        target_path(config),
-        str(resolve_device(config.target.device)),
-        "float32",
-        config.target.device_map,
-        config.target.tp_plan,
+        target_path(settings), str(resolve_device(settings.device)), "float32", settings.device_map, settings.tp_plan
     )
     # generate fills what a call leaves unsaid from the model's own settings: penalties, for instance.
     ends = sorted(ends_of(model.generation_config.eos_token_id, tokenizer))
@@ -73,7 +70,7 @@ def _references(config: Config, samples: list[Sample]) -> list[torch.Tensor]:
             model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=config.evaluation.max_new_tokens,
+                max_new_tokens=tokens,
                 do_sample=False,
             )[0].cpu()
         )

@@ -118,7 +118,7 @@ def asked_of(config: Config, out: Path, answer: Answerer | None = None, limit: i
         answer: answers the turns that others follow; None is the run's bundle on its target.
         limit: most tokens of prompt and answer, where something else than the target bounds them.
     """
-    settings, target_config = config.evaluation, text_config(config)
+    settings, target_config = config.evaluation, text_config(config.target)
     own = max_positions(target_config)
     positions = min(own, limit or own)
     if settings.is_own:
@@ -127,7 +127,7 @@ def asked_of(config: Config, out: Path, answer: Answerer | None = None, limit: i
         check_room(held_out, settings.max_new_tokens, positions, "evaluation.max_new_tokens", bound)
         return Asked(held_out)
     room = room_for_prompts(positions, settings.max_new_tokens, "evaluation.max_new_tokens")
-    data, tokenizer = data_of(config), load_tokenizer(config)
+    data, tokenizer = data_of(config), load_tokenizer(config.target)
     with naming(settings):
         chat = Chat(tokenizer, set(), data.chat_template_kwargs, target_config.vocab_size)
         if settings.suite is not None:

@@ -82,7 +82,7 @@ def _prompts(config: Config, out: Path, server: Server, asking: Asking) -> Asked
     greedy = Asking(asking.max_tokens, 0.0, asking.seed, asking.extensions)
 
     def answer(prompt: Sample) -> list[int]:
-        return server.answer(prompt, greedy, load_tokenizer(config))
+        return server.answer(prompt, greedy, load_tokenizer(config.target))
 
     return asked_of(config, out, answer, context_limit(config.evaluation.servers()))
 

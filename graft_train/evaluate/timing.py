@@ -77,7 +77,7 @@ def engine_of(config: Config, bundle: Path | None, dtype: str, fallback: bool) -
     device = str(resolve_device(config.target.device))
     engine = GraftEngine.from_pretrained(
         bundle,
-        target_path(config),
+        target_path(config.target),
         device,
         dtype,
         device_map=config.target.device_map,

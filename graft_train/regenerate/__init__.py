@@ -53,7 +53,7 @@ def regenerate(config: Config) -> Path:
         "seed": config.seed,
     }
     if config.regenerate.states:
-        settings["states"] = captured_settings(config)
+        settings["states"] = captured_settings(config.head, config.target)
     return run_stage(config, "regenerate", "data", settings, ["target"], lambda out: _build(config, out, settings))
 
 
@@ -94,8 +94,8 @@ class _Work:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        path, settings, target_config = target_path(config), config.regenerate, text_config(config)
-        tokenizer = load_tokenizer(config)
+        path, settings, target_config = target_path(config.target), config.regenerate, text_config(config.target)
+        tokenizer = load_tokenizer(config.target)
         ends = end_ids(path, tokenizer)
         self.chat = Chat(tokenizer, ends, config.data.chat_template_kwargs, target_config.vocab_size)
         self.max_positions = max_positions(target_config)
@@ -130,7 +130,7 @@ def end_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _preview(config: Config) -> None:
     """Shows what there is: samples of a finished or interrupted run, the data's own answers, or prompts."""
-    tokenizer, run = load_tokenizer(config), Path(config.run_dir)
+    tokenizer, run = load_tokenizer(config.target), Path(config.run_dir)
     for path in (run / "data" / "samples.jsonl", run / "data.partial" / "samples.jsonl"):
         if path.is_file() and (samples := list(islice(_trained(path), PREVIEWED))):
             say(f"{path}:")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from graft_inference.errors import GraftError
 from graft_inference.target.model import Target
-from graft_train.config import Config
 from graft_train.config.head import HeadTrainConfig
+from graft_train.config.target import TargetConfig
 from graft_train.data.prompts import Prompt
 from graft_train.data.samples import Sample, keep_lines, read_lines, read_samples
 from graft_train.data.states import PackedTarget, TargetStates, states_of
@@ -58,13 +58,12 @@ class CapturingTarget(Target):
         return torch.cat((super()._aux_states(tokens_N, dtype), final_NH), dim=-1)
 
 
-def captured_settings(config: Config) -> dict[str, Any]:
+def captured_settings(head: HeadTrainConfig, target: TargetConfig) -> dict[str, Any]:
     """What decides the captured states, beside what decides the samples.
 
     Raises:
         GraftError: a head that would not read them, or whose aux layers are not known yet.
     """
-    head = config.head
     if head.states != "disk":
         raise GraftError(
             f"regenerate.states=true keeps the states that head.states=disk reads, but it is {head.states}: set it"
@@ -72,7 +71,7 @@ def captured_settings(config: Config) -> dict[str, Any]:
     if head.init_from and not head.aux_layer_ids:
         raise GraftError(f"regenerate.states=true needs the layers of {head.init_from}: set head.aux_layer_ids")
     return {
-        "aux_layer_ids": list(aux_layers(head, text_config(config).num_hidden_layers)),
+        "aux_layer_ids": list(aux_layers(head, text_config(target).num_hidden_layers)),
         "dtype": head.states_dtype,
         "top_k": head.states_top_k,
         "max_length": head.max_length,
@@ -156,12 +155,12 @@ class StateShards:
             save_shard(self.directory, self._number, TargetStates.cat(self._parts), self.dtype)
             self._number, self._parts, self._tokens = self._number + 1, [], 0
 
-    def finish(self, config: Config, path: Path, aux_layer_ids: tuple[int, ...]) -> None:
+    def finish(self, target: TargetConfig, path: Path, aux_layer_ids: tuple[int, ...]) -> None:
         """Writes the index, which says that all is there."""
         cut = [sample.cut(self.head.max_length) for sample in read_samples(path, "train")]
         rows = [TokenSample(torch.tensor(one.ids, dtype=torch.long), one.loss_mask_S) for one in cut if one]
         lengths = [len(row.tokens_S) for row in rows]
-        fingerprint = fingerprint_of(target_path(config))
+        fingerprint = fingerprint_of(target_path(target))
         identity = identity_of(fingerprint, rows, aux_layer_ids, self.dtype, self.head.states_top_k)
         shards = [shard for shard in groups(lengths) if shard]
         write_json(self.directory / INDEX, identity | {"shards": shards, "lengths": lengths})

@@ -28,11 +28,11 @@ def answer_in_process(prompts: list[Prompt], path: Path, config: Config, end_ids
     Args:
         end_ids: an answer ends with the first of them.
     """
-    model = load_target(config)
+    model = load_target(config.target)
     layers: tuple[int, ...] = ()
     shards = None
     if config.regenerate.states:
-        layers = tuple(captured_settings(config)["aux_layer_ids"])
+        layers = tuple(captured_settings(config.head, config.target)["aux_layer_ids"])
         shards = StateShards(path.parent / "states", model, config.head)
     done = shards.resume(path) if shards else keep_whole_answers(path)
     pending = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.id not in done]
@@ -53,7 +53,7 @@ def answer_in_process(prompts: list[Prompt], path: Path, config: Config, end_ids
         if shards:
             shards.flush()
             _append(file, waiting)
-            shards.finish(config, path, layers)
+            shards.finish(config.target, path, layers)
 
 
 def _append(file: BinaryIO, samples: list[Sample]) -> None:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from graft_train.config import Config
+from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.prompts import Prompt
 from graft_train.data.samples import Sample, answered, append_samples, parse_sample
 from graft_train.data.target import load_target
@@ -25,7 +26,7 @@ def answer_in_static_batches(prompts: list[Prompt], path: Path, config: Config, 
     Args:
         end_ids: an answer ends with the first of them.
     """
-    model: Any = load_target(config)
+    model: Any = load_target(config.target)
     # A target's own generation settings would change its distribution, which the head is to learn.
     model.generation_config = GenerationConfig(eos_token_id=sorted(end_ids), pad_token_id=PAD)
     batches = list(_batches(prompts, config.regenerate.batch))
@@ -36,7 +37,7 @@ def answer_in_static_batches(prompts: list[Prompt], path: Path, config: Config, 
         tqdm(total=len(prompts), initial=finished, desc="regenerate", unit="answer") as bar,
     ):
         for number, batch in enumerate(batches[done:], start=done):
-            append_samples(file, answer(model, batch, number, config))
+            append_samples(file, answer(model, batch, number, config.regenerate, config.seed))
             bar.update(len(batch))
 
 
@@ -67,11 +68,10 @@ def drop_torn_batch(path: Path, sizes: list[int]) -> int:
 
 
 @torch.inference_mode()
-def answer(model: Any, batch: list[Prompt], number: int, config: Config) -> list[Sample]:
+def answer(model: Any, batch: list[Prompt], number: int, settings: RegenerateConfig, seed: int) -> list[Sample]:
     """The target's answers to one batch. Its seed follows from its number: a resumed run is the same."""
-    settings = config.regenerate
     temperature = settings.temperatures[number % len(settings.temperatures)]
-    seed = config.seed + number
+    seed += number
     torch.manual_seed(seed)
     length = max(len(prompt.ids) for prompt in batch)
     ids = torch.tensor([[PAD] * (length - len(prompt.ids)) + prompt.ids for prompt in batch], device=model.device)

@@ -122,8 +122,8 @@ def frontier(predicted: Rows, measured: Rows) -> Spec:
     """Speed against acceptance length.
 
     Args:
-        predicted: plan, width, acceptance_length and tokens_per_second, along the widths.
-        measured: the same of the plans that raced, without width.
+        predicted: plan, num_draft_tokens, acceptance_length and tokens_per_second, along them.
+        measured: the same of the plans that raced, without num_draft_tokens.
     """
     shown: list[Any] = ["plan:N", alt.Tooltip("acceptance_length:Q", format=".2f")]
     shown.append(alt.Tooltip("tokens_per_second:Q", format=".1f"))
@@ -131,7 +131,7 @@ def frontier(predicted: Rows, measured: Rows) -> Spec:
     y = alt.Y("tokens_per_second:Q", title="tokens/s", scale=alt.Scale(zero=False))
     color = _color("plan", PLAN_COLORS, measured)
     lines = alt.Chart(alt.Data(values=list(predicted))).mark_line(point={"size": 40}, strokeWidth=1.5).encode(
-        x=x, y=y, color=color, order="width:Q", tooltip=[*shown, "width:Q"]
+        x=x, y=y, color=color, order="num_draft_tokens:Q", tooltip=[*shown, "num_draft_tokens:Q"]
     )  # fmt: skip
     stars = alt.Chart(alt.Data(values=list(measured))).encode(x=x, y=y, color=color, tooltip=shown)
     stars = stars.mark_point(filled=True, size=220, shape="diamond", opacity=1)

@@ -11,6 +11,7 @@ from .policy.acceptance import AcceptanceModel, SourceModel
 from .policy.plan import ChainPlan, Checkpoint, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 from .policy.policy import METHODS, Policy, paper_policy
 from .request import Request
+from .runner import EngineSettings
 from .stats import Generation, GenerationStats
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "AcceptanceModel",
     "ChainPlan",
     "Checkpoint",
+    "EngineSettings",
     "Generation",
     "GenerationStats",
     "GraftEngine",

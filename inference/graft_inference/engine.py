@@ -1,6 +1,5 @@
 """The engine: requests in, tokens out; rounds of speculation between them."""
 
-import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -13,35 +12,27 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
 from .bundle import Bundle, load_bundle, load_target_model, served_dtype
-from .decode.captured import CapturedRounds
-from .decode.cuda_graph import CudaGraphs
-from .decode.prefill import prefill
 from .decode.prefix import KeptPrefix
-from .decode.round import run_round
 from .decode.state import DecodeState
 from .device import warn_if_elsewhere
 from .errors import GraftError
-from .heads.families import Head, drop_copies, most_steps, possible_copies, proposer_of
-from .policy.fallback import Fallback, Fallbacks, fallback_plans
+from .heads.families import Head, drop_copies, most_steps, possible_copies
 from .policy.plan import Plan
 from .policy.policy import Policy
-from .policy.tree_builder import TreeBuilder, builder_of, check_sources
+from .policy.tree_builder import check_sources
 from .prompts import Prompts
-from .proposer import SCOPES, Opening, TokenSource
 from .refill import Finished, Running, refilled
 from .request import Request, Row, ends_of
-from .retrieval.sources import SOURCES
 from .retrieval.successor_matrix import SuccessorMatrix
-from .speculator import Speculation, Speculator
-from .stats import Generation, GenerationStats, PhaseClock
-from .target.kv_cache import TreeCache
+from .runner import EngineSettings, Runner
+from .stats import Generation, GenerationStats
 from .target.model import Target
 from .target.packed_linear import pack_linears, pack_target
 from .target.self_check import self_check
 from .verification import Emitted
 
 
-class GraftEngine:
+class GraftEngine(Runner):
     """Lossless hybrid tree speculation on one target.
 
     Several requests may be under way at once, streams or threads: their rounds take turns.
@@ -53,15 +44,7 @@ class GraftEngine:
         successors: the successor matrix that requests start from.
         eos_token_ids: generation ends after one of these, and no other.
         tokenizer: the target's, to find stop strings with.
-        retrieval_scope: what the matrix learns from a request lasts for that "request" alone, or stays in the
-            "engine"; "frozen" teaches it nothing.
-        prefill_chunk: most tokens of prompts that are read in one pass; fewer need less memory.
-        keep_prefix: keep the caches of the last request that ended, or whose stream was closed, so that the next turn
-            of its chat reads only what is new. Output is the same, though not always the rounds: the matrix learns
-            nothing from what is not read again. Memory stays taken.
-        captured: replay rounds as CUDA graphs where that is possible. None: wherever there is CUDA.
-        fallback: where `method="graft"` costs more time than it saves, its tree is narrowed, and in the end it does not
-            speculate. A request's own `plan` and the other methods stay what they are.
+        settings: those of `EngineSettings`.
 
     Raises:
         GraftError: an unknown scope, a piece of no token, or graphs asked for without CUDA.
@@ -75,39 +58,11 @@ class GraftEngine:
         successors: SuccessorMatrix,
         eos_token_ids: Sequence[int] = (),
         tokenizer: Any | None = None,
-        retrieval_scope: str = "request",
-        prefill_chunk: int = 1024,
-        keep_prefix: bool = False,
-        captured: bool | None = None,
-        fallback: bool = True,
+        **settings: Any,
     ) -> None:
-        if retrieval_scope not in SCOPES:
-            raise GraftError(f"unknown retrieval_scope {retrieval_scope!r}: choose one of {', '.join(SCOPES)}")
-        if prefill_chunk < 1:
-            raise GraftError(f"prefill_chunk={prefill_chunk}: a prompt is read at least one token at a time")
-        is_cuda = target.device.type == "cuda"
-        if captured and not is_cuda:
-            raise GraftError(f"captured=True needs a CUDA device, and the target is on {target.device}")
-        self.target = target
-        self.policy = policy
-        self.head = head
-        self.successors = successors
+        super().__init__(target, policy, head, successors, EngineSettings(**settings))
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tokenizer = tokenizer
-        self.retrieval_scope = retrieval_scope
-        self.prefill_chunk = prefill_chunk
-        self.keep_prefix = keep_prefix
-        self.speculator = Speculator(
-            None if head is None else proposer_of(head, target.embed, target.unembed, target.max_positions)
-        )
-        self.captured: CapturedRounds | None = None
-        if captured or (captured is None and is_cuda):
-            self.captured = CapturedRounds(target, self.speculator, CudaGraphs(target.device))
-        self.fallback = fallback
-        self.fallbacks: Fallbacks = {}
-        self._kept: KeptPrefix | None = None
-        self._builders: dict[Plan, TreeBuilder] = {}
-        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -134,12 +89,13 @@ class GraftEngine:
             device_map: spreads the target over devices, as transformers does; instead of `device`.
             tp_plan: "auto" shares the target out over the processes that torchrun started; all of them must ask the
                 same of their engines.
-            settings: `retrieval_scope`, `prefill_chunk`, `keep_prefix`, `captured`, `fallback`.
+            settings: those of `EngineSettings`.
 
         Raises:
             GraftError: a missing or corrupt file, a target the bundle was not made for, or one whose family
                 cannot be served.
         """
+        EngineSettings(**settings)  # a bad one is told before anything is loaded
         dtype = served_dtype(bundle, device, dtype)
         model, tokenizer = load_target_model(target, device, dtype, device_map, tp_plan)
         if tokenizer is None:
@@ -166,7 +122,7 @@ class GraftEngine:
         Args:
             tokenizer: the target's. Its end of sequence ends a generation beside those of the model's
                 generation_config: that of a chat model may lack the token that ends a turn.
-            settings: those of the constructor, from `retrieval_scope` on.
+            settings: those of `EngineSettings`.
 
         Raises:
             GraftError: a family that cannot be served, or a bad setting. The model is left as it was.
@@ -322,14 +278,11 @@ class GraftEngine:
         """Reads the prompts of requests whose plan is that of this one."""
         plan = self._plan_of(request)
         with self._lock, torch.inference_mode():
-            states = [self._open(row, plan, GenerationStats(), None, resumes=False) for row in rows]
-            for state in states:
-                state.aux = [] if keep_aux else None
-            first = prefill(self.target, self.speculator, states, [row.prompt_S for row in rows], self.prefill_chunk)
+            each = [GenerationStats() for _ in rows]
+            states, first = self._prefill(rows, plan, each, [None] * len(rows), resumes=False, keep_aux=keep_aux)
             self._let_fall_back(states, request, plan)
         begun = [Running(*one) for one in zip(numbers, rows, states, strict=True)]
         for one, token in zip(begun, first, strict=True):
-            one.state.clock.mark("prefill")
             one.take(([token], ["prefill"]))
         return begun
 
@@ -348,15 +301,6 @@ class GraftEngine:
             shape = self.head.config
             check_sources(plan, shape.draft_vocab_size, self.tables, most_steps(shape))
         return plan
-
-    def _falls_back(self, request: Request) -> bool:
-        return self.fallback and request.plan is None and request.method == "graft"
-
-    def _let_fall_back(self, states: Sequence[DecodeState], request: Request, plan: Plan) -> None:
-        if self._falls_back(request):
-            for state in states:
-                state.levels = tuple(map(self._builder, fallback_plans(plan).values()))
-                state.fallbacks = self.fallbacks.setdefault(plan, {})
 
     def _decode(
         self,
@@ -404,120 +348,3 @@ class GraftEngine:
             if states:
                 with self._lock, torch.inference_mode():
                     emitted = dict(zip(states, self._round(list(states.values())), strict=True))
-
-    def _prefill(
-        self,
-        rows: Sequence[Row],
-        plan: Plan,
-        each: Sequence[GenerationStats],
-        logprobs: Sequence[list[Tensor] | None],
-    ) -> tuple[list[DecodeState], list[int]]:
-        """Reads the prompts; the first token of each."""
-        states = [
-            self._open(row, plan, stats, found, resumes=len(rows) == 1)
-            for row, stats, found in zip(rows, each, logprobs, strict=True)
-        ]
-        first = prefill(self.target, self.speculator, states, [row.prompt_S for row in rows], self.prefill_chunk)
-        for state in states:
-            state.clock.mark("prefill")
-        return states, first
-
-    def _open(
-        self, row: Row, plan: Plan, stats: GenerationStats, logprobs: list[Tensor] | None, resumes: bool
-    ) -> DecodeState:
-        """The state that a request starts with, before its prompt is read.
-
-        Args:
-            resumes: whether a kept prefix may be used, which only one request can.
-        """
-        kept = None
-        if resumes:
-            kept, self._kept = self._kept, None
-        prompt_S = row.prompt_S
-        stats.reused = kept.shared(prompt_S, plan.drafts) if kept else 0
-        cache, head = self._caches(prompt_S, row.new_tokens, plan, kept if stats.reused else None)
-        speculation = Speculation(
-            builder=self._builder(plan),
-            head=head,
-            sources=self._sources(prompt_S, row.new_tokens, plan, kept if stats.reused else None),
-            root_1=prompt_S[-1:],
-            fresh_tokens_A=prompt_S[:0],
-            fresh_aux_AE=torch.empty((0, 0), device=self.target.device),
-        )
-        return DecodeState(
-            speculation=speculation,
-            cache=cache,
-            sampler=row.sampler,
-            history_S=row.seen_S if row.sampler.needs_history else None,
-            logprobs=logprobs,
-            stats=stats,
-            clock=PhaseClock(stats.seconds, self.target.device),
-        )
-
-    def _sources(
-        self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
-    ) -> dict[str, TokenSource]:
-        """The sources that the plan asks, opened on the prompt."""
-        # As many as the cache: the last round may go beyond the request's end.
-        capacity = len(prompt_S) + new_tokens + plan.num_draft_tokens
-        left = kept.sources if kept and kept.continues(prompt_S) else {}
-        return {
-            name: SOURCES[name].open(Opening(prompt_S, capacity, self.tables, self.retrieval_scope, left.get(name)))
-            for name in plan.sources
-        }
-
-    def _caches(
-        self, prompt_S: Tensor, new_tokens: int, plan: Plan, kept: KeptPrefix | None
-    ) -> tuple[TreeCache, Any | None]:
-        """Those of the target and the head, holding what the last request left of the same text."""
-        tokens = len(prompt_S) + new_tokens
-        if kept is not None:
-            return kept.resume(self.speculator, kept.shared(prompt_S, plan.drafts), plan, tokens)
-        part = self.speculator.head.open(plan.topk, plan.num_steps, tokens) if plan.drafts else None
-        return self.target.new_cache(tokens + plan.num_draft_tokens), part
-
-    def _round(self, states: Sequence[DecodeState]) -> list[Emitted]:
-        """One target pass for all of them: the tokens it emits for each, and where each came from."""
-        fallback, clock = self._govern(states), states[0].clock
-        started, captures = clock.now(), self.captured and self.captured.captures
-        emitted = self._replayed(states) or run_round(self.target, self.speculator, states)
-        # A round that captures a graph is slow once, which is no plan's fault.
-        if fallback is not None and captures == (self.captured and self.captured.captures):
-            fallback.record(clock.now() - started, sum(len(tokens) for tokens, _ in emitted))
-        return emitted
-
-    def _govern(self, states: Sequence[DecodeState]) -> Fallback | None:
-        """Chooses the next round's plan where requests may fall back; each number of prompts is a case of its own."""
-        levels = states[0].levels
-        if not levels:
-            return None
-        fallbacks, size = states[0].fallbacks, len(states).bit_length()
-        if size not in fallbacks:
-            fallbacks[size] = Fallback(tuple(fallback_plans(levels[0].plan)), self.target.agree)
-        fallback = fallbacks[size]
-        place, reason = fallback.choose(max(state.cache.length for state in states))
-        for state in states:
-            state.speculation.builder = state.levels[place]
-            state.stats.fallback[reason] += 1
-        return fallback
-
-    def _replayed(self, states: Sequence[DecodeState]) -> list[Emitted] | None:
-        """Runs the round by CUDA graphs; None if it has to run eagerly."""
-        if self.captured is None:
-            return None
-        if len(states) == 1:
-            emitted = self.captured.round(states[0], self.tables)
-            return None if emitted is None else [emitted]
-        for state in states:
-            state.stats.uncaptured = "several prompts are decoded together"
-        return None
-
-    def _builder(self, plan: Plan) -> TreeBuilder:
-        if plan not in self._builders:
-            self._builders[plan] = builder_of(plan, self.target.device)
-        return self._builders[plan]
-
-    @property
-    def tables(self) -> dict[str, Any]:
-        """The bundle's tables for sources, by name."""
-        return {"matrix": self.successors}

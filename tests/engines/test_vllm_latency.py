@@ -27,7 +27,7 @@ def test_a_table_is_measured_for_several_requests_at_a_time(tmp_path):
     runtime = {"PYTHONPATH": str(Path(graft_inference.__file__).parents[1])}
     subprocess.run(command, check=True, env=os.environ | ENVIRONMENT | runtime, cwd=tmp_path)
     table = json.loads((tmp_path / "latency.json").read_text())
-    assert table["widths"] == [1, 2, 3, 4, 5, 6]
+    assert table["num_draft_tokens"] == [1, 2, 3, 4, 5, 6]
     assert table["contexts"] == [24]
     (verify_ms,), draft_ms = table["verify_ms"], table["draft_ms"]
     assert (len(verify_ms), len(draft_ms)) == (6, 4)

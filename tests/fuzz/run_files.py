@@ -79,7 +79,7 @@ class Calibrated(Directories):
 
     def __init__(self, root: Path) -> None:
         self.run = write_run(root / "run")
-        self.latency = write_latency(root / "latency.json", widths=[1, 4, 8], verify_ms=[[1.0, 1.1, 1.3]])
+        self.latency = write_latency(root / "latency.json", num_draft_tokens=[1, 4, 8], verify_ms=[[1.0, 1.1, 1.3]])
         self.config = config_for(self.run)
         sound = root / "policy"
         sound.mkdir()
@@ -98,11 +98,11 @@ class Calibrated(Directories):
         for path in (policy, self.run / "bundle", self.run / "bundle.partial"):
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.damaged, policy)
-        exported = load_bundle(export(self.config), text_config(self.config), None)
+        exported = load_bundle(export(self.config), text_config(self.config.target), None)
         if exported.policy != Policy.from_dict(read_json(policy / "policy.json")):
             return "another policy in the bundle"
         settings = replace(self.config.policy, latency_from=str(policy / "elsewhere.json"))
         config = replace(self.config, policy=settings)
         calibrate(config)
         chosen = Policy.from_dict(read_json(policy / "policy.json"))
-        return "right" if chosen.graft.num_draft_tokens <= max(settings.widths) else "a plan that is too wide"
+        return "right" if chosen.graft.num_draft_tokens <= max(settings.num_draft_tokens) else "a plan that is too wide"

@@ -530,6 +530,8 @@ def test_bad_settings_of_an_engine_are_refused(settings, message):
     engine = small_engine()
     with pytest.raises(GraftError, match=message):
         GraftEngine(engine.target, engine.policy, engine.head, engine.successors, **settings)
+    with pytest.raises(GraftError, match=message):  # before anything is looked for
+        GraftEngine.from_pretrained("no bundle", "no target", **settings)
 
 
 @pytest.mark.parametrize("method", ["graft", "autoregressive"])

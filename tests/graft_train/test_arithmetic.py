@@ -64,7 +64,7 @@ def test_the_faster_kind_is_chosen_once_for_the_run(config, monkeypatch, slowest
     say_how_long(monkeypatch, lambda kind, count: (3.0 if kind == other else 5.0) + abs(count - threads))
     chosen = with_dtype(config)
     assert (chosen.target.dtype, torch.get_num_threads()) == (dtype, threads)
-    assert load_target(chosen).dtype == getattr(torch, dtype)
+    assert load_target(chosen.target).dtype == getattr(torch, dtype)
     found = measured_arithmetic(Path(config.run_dir))
     kinds = [(one["dtype"], one["threads"]) for one in found["measured"]]
     assert kinds == [(kind, count) for kind in ("float32", "bfloat16") for count in (4, 2, 1)]
@@ -92,7 +92,7 @@ def test_a_dtype_that_is_named_is_kept(config, tmp_path):
 
 
 def test_what_was_not_measured_is_loaded_in_float32_on_a_cpu(config, tmp_path):
-    assert load_target(config).dtype == torch.float32
+    assert load_target(config.target).dtype == torch.float32
     assert not (tmp_path / "arithmetic").exists()
 
 

@@ -51,7 +51,7 @@ def test_data_has_to_be_named():
 
 def test_the_target_has_to_be_named():
     with pytest.raises(GraftError, match=r"target\.name_or_path is not set: give .* experiment=quickstart"):
-        target_path(composed("regenerate"))
+        target_path(composed("regenerate").target)
 
 
 @pytest.mark.parametrize("group", [field.name for field in fields(Config) if is_dataclass(field.default_factory)])
@@ -149,7 +149,7 @@ def test_an_address_with_a_key_in_it_is_refused(setting):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (f"policy.widths=[1,{MAX_NODES + 1}]", f"policy.widths goes up to {MAX_NODES + 1}"),
+        (f"policy.num_draft_tokens=[1,{MAX_NODES + 1}]", f"policy.num_draft_tokens goes up to {MAX_NODES + 1}"),
         (f"policy.retrieval_depth={MAX_NODES + 1}", "policy.retrieval_depth goes up to"),
         ("policy.topk=91", f"propose {91 + 8 * 91**2} nodes a round, over {MAX_CANDIDATES}"),
         (f"policy.num_steps={MAX_NODES + 1}", f"more than {MAX_NODES} steps"),
@@ -158,7 +158,7 @@ def test_an_address_with_a_key_in_it_is_refused(setting):
 def test_a_calibration_does_not_begin_with_what_no_plan_can_have(setting, words):
     with pytest.raises(GraftError, match=words):
         composed("calibrate", setting)
-    assert composed("calibrate", f"policy.widths=[1,{MAX_NODES}]", "policy.topk=90").policy.topk == 90
+    assert composed("calibrate", f"policy.num_draft_tokens=[1,{MAX_NODES}]", "policy.topk=90").policy.topk == 90
 
 
 @pytest.fixture

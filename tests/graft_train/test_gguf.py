@@ -34,8 +34,8 @@ def path_of(config) -> Path:
 def test_the_model_and_the_tokenizer_are_those_that_were_written(tmp_path):
     config = config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf"))
     config = module.with_directory(config)
-    model, tokenizer = load_target(config), load_tokenizer(config)
-    assert target_path(config) == tmp_path / "run" / "target"
+    model, tokenizer = load_target(config.target), load_tokenizer(config.target)
+    assert target_path(config.target) == tmp_path / "run" / "target"
     torch.testing.assert_close(model(prompt(9)).logits, tiny_model("llama")(prompt(9)).logits, atol=1e-4, rtol=1e-4)
     assert tokenizer(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
     assert (tokenizer.eos_token, tokenizer.chat_template) == (tiny_tokenizer().eos_token, CHAT)

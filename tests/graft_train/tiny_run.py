@@ -50,7 +50,7 @@ def tiny_config(run_dir: Path, sources: Path) -> Config:
             max_new_tokens=10,
             topk=3,
             num_steps=3,
-            widths=[1, 4, 8],
+            num_draft_tokens=[1, 4, 8],
             retrieval_depth=3,
             minutes=0.01,
             least_rounds=10,

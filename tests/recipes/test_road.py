@@ -42,7 +42,7 @@ def test_the_whole_road(tmp_path, capsys, family):
 
     engine = GraftEngine.from_pretrained(tmp_path / "run" / "bundle", tmp_path / "run" / "target")
     assert isinstance(engine.head, {"eagle3": DraftHead, "block": BlockHead}[family])
-    assert engine.policy.graft.num_draft_tokens <= config.policy.widths[-1]
+    assert engine.policy.graft.num_draft_tokens <= config.policy.num_draft_tokens[-1]
 
     capsys.readouterr()
     for stage in STAGES:

@@ -128,8 +128,8 @@ def test_a_target_that_is_code_is_refused(tmp_path):
     (target / "config.json").write_text(json.dumps(values))
     with pytest.raises(GraftError, match="no target can be loaded from"):
         load_target_model(target, "cpu", "float32")
-    config = type("Config", (), {"target": TargetConfig(str(target), device="cpu")})
+    settings = TargetConfig(str(target), device="cpu")
     for read in (target_module.text_config, target_module.load_target):
         with pytest.raises(GraftError, match=r"the target (in|from) "):
-            read(config)
+            read(settings)
     assert not marker.exists()

@@ -15,22 +15,18 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..errors import GraftError
-from ..noise import signed
 from ..policy.tree_builder import ScoredBuilder
-from ..proposer import Opening, TokenSource
-from ..retrieval.sources import SOURCES
+from ..proposer import TokenSource
 from ..speculator import Speculator
 from ..target.kv_cache import TreeCache, bucket
 from ..target.model import SWITCHING_ROPE, Target, rope_type
 from ..tree import DraftTree
 from ..verification import Emitted, of_record
-from .cuda_graph import CannotCapture, Captured, CudaGraphs
-from .fixed import Buffers, FixedRound, changed, slack_rows
+from .cuda_graph import CannotCapture, CudaGraphs, KeptGraphs
+from .fixed import Buffers, FixedRound, slack_rows
 from .sampling import Sampler
 from .state import DecodeState
 
@@ -70,9 +66,6 @@ class CapturedRounds:
 
     Args:
         graphs: captures and replays functions.
-
-    Attributes:
-        captures: graphs captured so far, failed attempts included.
     """
 
     def __init__(self, target: Target, speculator: Speculator, graphs: CudaGraphs) -> None:
@@ -85,11 +78,15 @@ class CapturedRounds:
         self._current: Callable[[], DecodeState | None] = lambda: None
         self._place = self._pending = 0
         self._begun: Drafted | None = None
-        self.captures = 0
         # By builders, of which a plan has one and which hash faster.
-        self._captured: dict[tuple, tuple[Captured, Any]] = {}
+        self._captured = KeptGraphs(graphs)
         self._refused: dict[tuple, str] = {}
         self._samplings: set[tuple] = set()
+
+    @property
+    def captures(self) -> int:
+        """Graphs captured so far, failed attempts included."""
+        return self._captured.captures
 
     def round(self, state: DecodeState, tables: dict[str, Any]) -> Emitted | None:
         """Runs one round.
@@ -163,29 +160,15 @@ class CapturedRounds:
         self._begun = None
         self._owner, self._current = weakref.ref(state.cache), weakref.ref(state)
         self._place, request = state.place, state.speculation
-        if state.cache.buffers[0] is not buffers.cache.buffers[0]:
-            state.cache.move_into(buffers.cache)
-        buffers.length_1.fill_(state.cache.length)
-        buffers.place_1.fill_(state.place)
-        buffers.root_1.copy_(request.root_1)
-        assert isinstance(state.sampler.seed, int)
-        buffers.seed_1.fill_(signed(state.sampler.seed))
-        buffers.foresee(state.sampler, state.place)
+        buffers.take(state)
         if request.head is not None and buffers.head is not None:
             tokens_A, aux_AE = request.head.caught_up(*request.fresh)
             if len(tokens_A) > 1:
                 self.speculator.head.read([request.head], [(tokens_A[:-1], aux_AE[:-1])])
             buffers.head.adopt(request.head, tokens_A[-1:], aux_AE[-1:])
             self._leave_pending(state, buffers.head, 1)
-        request.sources = {name: self._fixed(name, source, buffers) for name, source in request.sources.items()}
+        request.sources = {name: buffers.source(name, source) for name, source in request.sources.items()}
         return buffers
-
-    def _fixed(self, name: str, source: TokenSource, buffers: Buffers) -> TokenSource:
-        """The source over fixed buffers; what all requests share stands in some already."""
-        if source.is_shared or source is buffers.sources[name]:
-            return source
-        buffers.sources[name].adopt(source)
-        return buffers.sources[name]
 
     def _room(self, state: DecodeState) -> Buffers:
         """Buffers that are large enough. New ones cost every graph."""
@@ -203,12 +186,9 @@ class CapturedRounds:
             buffers = self._buffers = Buffers(state.cache, capacity, rows, depth, self.graphs)
         if request.head is not None and buffers.head is None:
             buffers.head = self.speculator.head.open(plan.topk, 0, buffers.capacity).fix(buffers.fresh)
-        for name in request.sources.keys() - buffers.sources.keys():
-            opening = Opening(request.root_1[:0], buffers.capacity, self._tables)
-            buffers.sources[name] = SOURCES[name].open(opening)
-        if not state.sampler.greedy and buffers.noise_PV is None:
-            places, device = buffers.depth + 1, buffers.root_1.device
-            buffers.noise_PV = torch.zeros(places, self.target.config.vocab_size, device=device)
+        buffers.make_sources(request.sources, self._tables)
+        if not state.sampler.greedy:
+            buffers.make_noise(self.target.config.vocab_size)
         return buffers
 
     def _round(self, state: DecodeState, buffers: Buffers, sampling: tuple) -> tuple[Emitted, dict[str, float]]:
@@ -317,33 +297,14 @@ class CapturedRounds:
         return pieces.builder, pieces.size, _keys(pieces.sources), sampling if told else None
 
     def _run(self, pieces: FixedRound, key: tuple, function: Callable[[], Any], given: Any = None) -> Any:
-        """Replays a piece, captured first where it was not yet; returns what it returned, where its graph writes it.
+        """What a piece returned, from its graph.
 
         Args:
-            given: what it was given; where it hands that on, nothing is copied.
+            given: what it was given.
         """
-        if key not in self._captured:
-            self.captures += 1
-            self._captured[key] = self._capture(pieces, function, given)
-        captured, returned = self._captured[key]
-        captured.replay()
-        return returned
-
-    def _capture(self, pieces: FixedRound, function: Callable[[], Any], given: Any) -> tuple[Captured, Any]:
-        """A graph, and what its function returns at the addresses that replays write to."""
-        known: dict[int, Tensor] = {}
-        changed((given, pieces.buffers.noise_PV, pieces.buffers.root_1), lambda one: known.setdefault(id(one), one))
-        last: list[Any] = []
-
-        def outputs() -> list[Tensor]:
-            found: list[Tensor] = []
-            last[:] = [function()]
-            changed(last[0], lambda one: one if id(one) in known else _put(found, one))
-            return found
-
-        captured = self.graphs.capture(outputs, pieces.buffers.changing(pieces.sources.values()))
-        kept = iter(captured.outputs)
-        return captured, changed(last.pop(), lambda one: one if id(one) in known else next(kept))
+        buffers = pieces.buffers
+        known = (given, buffers.noise_PV, buffers.root_1)
+        return self._captured.run(key, function, known, lambda: buffers.changing(pieces.sources.values()))
 
     def _stops(self, drafted: Drafted) -> bool:
         """What the piece up to this checkpoint told the host: one read, unless the last round's brought it."""
@@ -375,11 +336,6 @@ class CapturedRounds:
         self._pending = count
         request = state.speculation
         request.fresh_tokens_A, request.fresh_aux_AE = head.fixed.tokens_F[:count], head.fixed.aux_FE[:count]
-
-
-def _put(found: list[Tensor], one: Tensor) -> Tensor:
-    found.append(one)
-    return one
 
 
 def _keys(sources: Mapping[str, TokenSource]) -> tuple:

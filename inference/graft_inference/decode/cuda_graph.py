@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,74 @@ class CudaGraphs:
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Between two moments that lie before the last `wait`."""
         return start.elapsed_time(end) / 1e3
+
+
+class KeptGraphs:
+    """Graphs by what they are of, each captured when it is first asked for.
+
+    Attributes:
+        captures: graphs captured so far, failed attempts included.
+    """
+
+    def __init__(self, graphs: CudaGraphs) -> None:
+        self.graphs = graphs
+        self.captures = 0
+        self._captured: dict[tuple, tuple[Captured, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def clear(self) -> None:
+        self._captured.clear()
+
+    def run(self, key: tuple, function: Callable[[], Any], given: Any, changing: Callable[[], Sequence[Tensor]]) -> Any:
+        """Replays a function, captured first where it was not yet; returns what it returned, where its graph writes it.
+
+        Args:
+            given: lists and dataclasses of tensors; where the function hands one of these on, nothing is copied.
+            changing: what it changes for good, see `CudaGraphs.capture`.
+
+        Raises:
+            CannotCapture: see there.
+        """
+        if key not in self._captured:
+            self.captures += 1
+            self._captured[key] = self._capture(function, given, changing())
+        captured, returned = self._captured[key]
+        captured.replay()
+        return returned
+
+    def _capture(self, function: Callable[[], Any], given: Any, changing: Sequence[Tensor]) -> tuple[Captured, Any]:
+        """A graph, and what its function returns at the addresses that replays write to."""
+        known: dict[int, Tensor] = {}
+        changed(given, lambda one: known.setdefault(id(one), one))
+        last: list[Any] = []
+
+        def outputs() -> list[Tensor]:
+            found: list[Tensor] = []
+            last[:] = [function()]
+            changed(last[0], lambda one: one if id(one) in known else _put(found, one))
+            return found
+
+        captured = self.graphs.capture(outputs, changing)
+        kept = iter(captured.outputs)
+        return captured, changed(last.pop(), lambda one: one if id(one) in known else next(kept))
+
+
+def _put(found: list[Tensor], one: Tensor) -> Tensor:
+    found.append(one)
+    return one
+
+
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same lists and dataclasses, with every tensor in them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(changed(one, change) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: changed(getattr(value, one.name), change) for one in fields(value)})
+    return value
 
 
 @contextmanager

@@ -4,23 +4,25 @@ Lengths and positions are tensors on the device. KV caches are read by whole buc
 not valid. Nothing here waits for the device, so each piece can be captured once and replayed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..noise import signed
 from ..policy.plan import Plan
 from ..policy.tree_builder import ScoredBuilder, TreeBuilder
-from ..proposer import TokenSource
+from ..proposer import Opening, TokenSource
+from ..retrieval.sources import SOURCES
 from ..speculator import Speculation, Speculator, is_unsure, retrieve
 from ..stats import GenerationStats, PhaseClock
 from ..target.kv_cache import Span, TreeCache
 from ..target.model import Target
 from ..tree import DraftTree, root_tree
 from ..verification import to_record
-from .cuda_graph import CudaGraphs
+from .cuda_graph import CudaGraphs, changed
 from .round import judge, keep
 from .sampling import Sampler
 from .state import DecodeState
@@ -72,6 +74,34 @@ class Buffers:
         """Rows for what the head has not read."""
         return fresh_rows(self.depth)
 
+    def make_sources(self, names: Iterable[str], tables: dict[str, Any]) -> None:
+        """Room for what these sources hold of a request, where there is none yet."""
+        for name in set(names) - self.sources.keys():
+            self.sources[name] = SOURCES[name].open(Opening(self.root_1[:0], self.capacity, tables))
+
+    def make_noise(self, vocab_size: int) -> None:
+        """Room for the noise of a round's draws, where there is none yet."""
+        if self.noise_PV is None:
+            self.noise_PV = torch.zeros(self.depth + 1, vocab_size, device=self.root_1.device)
+
+    def take(self, state: DecodeState) -> None:
+        """Takes over the request's cache and numbers."""
+        if state.cache.buffers[0] is not self.cache.buffers[0]:
+            state.cache.move_into(self.cache)
+        self.length_1.fill_(state.cache.length)
+        self.place_1.fill_(state.place)
+        self.root_1.copy_(state.speculation.root_1)
+        assert isinstance(state.sampler.seed, int)
+        self.seed_1.fill_(signed(state.sampler.seed))
+        self.foresee(state.sampler, state.place)
+
+    def source(self, name: str, source: TokenSource) -> TokenSource:
+        """A request's source over fixed buffers; what all requests share stands in some already."""
+        if source.is_shared or source is self.sources[name]:
+            return source
+        self.sources[name].adopt(source)
+        return self.sources[name]
+
     def foresee(self, sampler: Sampler, place: int | Tensor) -> None:
         """Makes the noise of the draws from this position of the output on."""
         if self.noise_PV is not None:
@@ -88,17 +118,6 @@ class Buffers:
         if self.noise_PV is not None:
             tensors.append(self.noise_PV)
         return tensors + [tensor for source in sources for tensor in source.tensors]
-
-
-def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same lists and dataclasses, with every tensor in them changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)(changed(one, change) for one in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: changed(getattr(value, one.name), change) for one in fields(value)})
-    return value
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,10 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--head", required=True, help="a bundle, or an EAGLE-3 head")
     parser.add_argument(
-        "--length", type=int, required=True, help="tokens of the longest chain, the most of policy.widths less one"
+        "--length",
+        type=int,
+        required=True,
+        help="tokens of the longest chain, the most of policy.num_draft_tokens less one",
     )
     parser.add_argument("--steps", type=int, required=True, help="most draft steps, as policy.num_steps")
     parser.add_argument("--at-once", type=int, default=1, help="requests at a time that the policy is for")
@@ -90,7 +93,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
             found[plan] += _times(llm, plan, arguments)
     share = {plan: 1e3 * median(times) / arguments.at_once for plan, times in found.items()}
     return {
-        "widths": [1 + length for length in lengths],
+        "num_draft_tokens": [1 + length for length in lengths],
         "contexts": [arguments.context],
         "verify_ms": [_rising([share[0, length] for length in lengths])],
         "draft_ms": _rising([0.0, *(share[step, 1] - share[0, 1] for step in steps)]),

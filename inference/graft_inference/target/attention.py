@@ -91,6 +91,8 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention of N queries over K keys, or of several segments of queries, each over keys of its own.
 
+    Many parameters: transformers passes them by these names.
+
     Args:
         query: [1, q_heads, N, D]; key, value: [1, kv_heads, K, D], one of each per segment.
         visible: which keys each query sees; of several segments, that of each.

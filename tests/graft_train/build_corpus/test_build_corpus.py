@@ -53,7 +53,7 @@ def build(config, tmp_path, name, processes=1, finished=()):
     counts.mkdir(parents=True)
     for file in finished:
         (counts / file.name).write_bytes(file.read_bytes())
-    samples, made_for = tmp_path / "run" / "data" / "samples.jsonl", describe_corpus(config)
+    samples, made_for = tmp_path / "run" / "data" / "samples.jsonl", describe_corpus(config.target)
     for process in reversed(range(processes)):
         count_windows(config, samples, counts, made_for, process, processes)
     write_matrix(config.corpus, counts, tmp_path / name, made_for)
@@ -87,7 +87,7 @@ def test_a_killed_build_resumes_to_the_same_bits(config, tmp_path, monkeypatch, 
 
 def test_the_stage_writes_a_corpus_that_loads_and_tells_about_it(config, tmp_path, capsys):
     corpus = build_corpus(config)
-    made_for = describe_corpus(config)
+    made_for = describe_corpus(config.target)
     matrix = load_successors(corpus / "successors.safetensors", VOCAB, made_for)
     assert matrix.made_for == made_for
     assert not list(corpus.glob("counts*"))
@@ -140,7 +140,7 @@ def edited(path, metadata, **tensors):
 
 
 def test_a_corpus_for_another_target_is_refused(config, tmp_path):
-    corpus, made_for = build_corpus(config), describe_corpus(config)
+    corpus, made_for = build_corpus(config), describe_corpus(config.target)
     for name in ("tokenizer", "fingerprint", "hidden_size"):
         edited(corpus / "successors.safetensors", made_for | {name: "other"})
         with pytest.raises(GraftError, match=f"successors.*another target: its {name} is other"):
@@ -172,7 +172,7 @@ def test_bad_settings_are_refused(config, tmp_path):
 
 def captured(config, tmp_path):
     """What distill leaves of the training samples, the longest of them cut."""
-    model = load_target(config)
+    model = load_target(config.target)
     config.head.max_length = 17
     samples = read_samples(tmp_path / "run" / "data" / "samples.jsonl", "train")
     rows = to_tensors(samples, config.head.max_length, VOCAB)
@@ -208,8 +208,8 @@ def test_captured_states_of_something_else_are_not_read(config, tmp_path, capsys
     captured(config, tmp_path)
     index = tmp_path / "run" / "states" / "index.json"
     write_json(index, json.loads(index.read_text()) | {changed: "other"})
-    assert find_captured(config, load_target(config)) is None
+    assert find_captured(config, load_target(config.target)) is None
     assert f"of other {changed}: the target runs" in capsys.readouterr().out
     index.write_text("{")
     with pytest.raises(GraftError, match=r"index\.json is not valid JSON .*; delete"):
-        find_captured(config, load_target(config))
+        find_captured(config, load_target(config.target))

@@ -10,7 +10,7 @@ import torch
 from graft_inference import ChainPlan, Checkpoint, GraftError, Plan, QuotaCheckpoint, QuotaPlan, ScoredPlan
 from graft_inference.policy.acceptance import by_evidence
 from graft_train.calibrate import fit as fit_module
-from graft_train.calibrate import latency as latency_module
+from graft_train.calibrate import timer as timer_module
 from graft_train.calibrate.fit import (
     Steps,
     calibration_error,
@@ -20,8 +20,7 @@ from graft_train.calibrate.fit import (
     source_scores,
 )
 from graft_train.calibrate.latency import Latency
-from graft_train.calibrate.replay import Replay
-from graft_train.calibrate.results import Forecast
+from graft_train.calibrate.replay import Forecast, Replay
 from graft_train.calibrate.search import Allowed, best_eagle3, best_learned, best_paper
 from graft_train.calibrate.trace_file import read_traces
 from graft_train.calibrate.traces import on_path, record_traces
@@ -32,7 +31,7 @@ from tests.graft_inference.trees import random_tree, token_path
 BEAM, PASSES, NEW, BUDGET = 3, 4, 40, 12
 WIDTHS = [1, 2, 4, 8, 12]
 LATENCY = Latency(
-    widths=WIDTHS,
+    num_draft_tokens=WIDTHS,
     contexts=[16, 64],
     verify_ms=[[1.0, 1.1, 1.3, 1.9, 2.6]] * 2,
     draft_ms=[0.0, 0.2, 0.4, 0.6, 0.8],
@@ -54,7 +53,7 @@ def engine():
 
 def settings(**changes) -> CalibrateConfig:
     """36 rank paths of the matrix (four times the widest tree), chains of 8 of the lookup."""
-    sizes = {"max_new_tokens": NEW, "topk": BEAM, "num_steps": PASSES, "widths": [1, 9], "retrieval_depth": 4}
+    sizes = {"max_new_tokens": NEW, "topk": BEAM, "num_steps": PASSES, "num_draft_tokens": [1, 9], "retrieval_depth": 4}
     return CalibrateConfig(**(sizes | changes))
 
 
@@ -246,7 +245,7 @@ def test_without_temperature_reach_is_the_greedy_path(traces, replay):
 
 def test_with_temperature_reach_is_the_targets_own_probability_of_the_path(engine, prompts):
     """Against plain passes over each path, at several positions of a sampled continuation."""
-    small = settings(max_new_tokens=12, num_steps=2, retrieval_depth=2, widths=[2], temperature=0.7)
+    small = settings(max_new_tokens=12, num_steps=2, retrieval_depth=2, num_draft_tokens=[2], temperature=0.7)
     traces = record_traces(engine, prompts[:1], small)
     sequence = engine.generate(prompts[0], 12, 0.7, "autoregressive", seed=0).sequences[0]
     model = engine.target.model
@@ -398,8 +397,8 @@ def test_time_is_the_sum_of_the_rounds(traces, replay):
 
 
 def test_one_disturbed_time_does_not_stand_for_all_wider_passes():
-    assert latency_module._rising([1.0, 9.0, 1.2, 1.8, 5.0]) == pytest.approx([1.0, 4.0, 4.0, 4.0, 5.0])
-    assert latency_module._rising([1.0, 1.5, 2.0]) == [1.0, 1.5, 2.0]
+    assert timer_module._rising([1.0, 9.0, 1.2, 1.8, 5.0]) == pytest.approx([1.0, 4.0, 4.0, 4.0, 5.0])
+    assert timer_module._rising([1.0, 1.5, 2.0]) == [1.0, 1.5, 2.0]
 
 
 def test_verification_costs_more_in_a_long_context():

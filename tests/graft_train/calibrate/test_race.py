@@ -12,15 +12,14 @@ import torch
 from graft_inference import QuotaCheckpoint, QuotaPlan
 from graft_inference.stats import PHASES
 from graft_train.calibrate import budget as budget_module
-from graft_train.calibrate import latency as latency_module
 from graft_train.calibrate import measure
+from graft_train.calibrate import timer as timer_module
 from graft_train.calibrate.budget import Budget
-from graft_train.calibrate.latency import RoundTimer
-from graft_train.calibrate.pace import Pace
 from graft_train.calibrate.race import Track, distinct, full_race, race, summary
 from graft_train.calibrate.report import notes
 from graft_train.calibrate.rounds import between, undisturbed
 from graft_train.calibrate.standings import LEAST_LAPS, Lap, Run, Standings
+from graft_train.calibrate.timer import Pace, RoundTimer
 from graft_train.config.policy import CalibrateConfig
 from graft_train.processes import of_main
 
@@ -328,11 +327,11 @@ class Timed(RoundTimer):
 
     def __init__(self, clock, milliseconds, prompts=4):
         self.clock, self.milliseconds, self.asked = clock, milliseconds, []
-        self.widths, self.num_steps, self.contexts = [1, 2, 4], 0, {"short": torch.tensor([0])}
+        self.num_draft_tokens, self.num_steps, self.contexts = [1, 2, 4], 0, {"short": torch.tensor([0])}
         self.prompts = [torch.tensor([0])] * prompts
-        self.samples, self.sweeps = {("short", ("width", width)): [] for width in self.widths}, 0
+        self.samples, self.sweeps = {("short", ("nodes", width)): [] for width in self.num_draft_tokens}, 0
 
-    def timed(self, run, number, tokens=latency_module.SAMPLE):
+    def timed(self, run, number, tokens=timer_module.SAMPLE):
         self.clock.now += 1
         self.asked.append(run[1][1])
         found = self.milliseconds(number, run[1][1])
@@ -349,16 +348,16 @@ def test_a_table_is_done_when_every_plan_is_known(clock):
         assert len({len(found) for found in timer.samples.values()}) == 1, "all were sampled in turn"
         sweeps[noise] = len(timer.asked) // 3
     assert sweeps[0.02] in (3, 4)
-    assert 15 < sweeps[0.1] <= latency_module.MOST_SAMPLES
+    assert 15 < sweeps[0.1] <= timer_module.MOST_SAMPLES
 
 
 def test_the_error_of_a_table_is_that_of_most_plans_means(clock):
     timer = Timed(clock, None)
     samples = {1: [1.0, 1.2], 2: [2.0, 2.0], 4: [9.0]}
     for width, times in samples.items():
-        timer.samples["short", ("width", width)] = list(map(sample, times))
-    assert timer.error == latency_module.UNKNOWN  # between 0 and 0.1 / 1.1
-    timer.samples["short", ("width", 4)] = list(map(sample, [9.0, 11.0]))
+        timer.samples["short", ("nodes", width)] = list(map(sample, times))
+    assert timer.error == timer_module.UNKNOWN  # between 0 and 0.1 / 1.1
+    timer.samples["short", ("nodes", 4)] = list(map(sample, [9.0, 11.0]))
     assert timer.error == pytest.approx(0.1 / 1.1)
 
 
@@ -392,7 +391,7 @@ def test_prompts_that_end_at_once_are_passed_over_for_those_that_go_on(clock):
 def test_more_rows_in_less_time_contradict(clock, milliseconds, contradicts):
     timer = Timed(clock, None)
     for width, times in milliseconds.items():
-        timer.samples["short", ("width", width)] = list(map(sample, times))
+        timer.samples["short", ("nodes", width)] = list(map(sample, times))
     assert timer.contradicts() == contradicts
 
 
@@ -455,10 +454,10 @@ class TimedOnShared(Timed):
 
     def __init__(self, clock, machine):
         super().__init__(clock, None)
-        self.machine, self.widths = machine, WIDTHS
-        self.samples = {("short", ("width", width)): [] for width in WIDTHS}
+        self.machine, self.num_draft_tokens = machine, WIDTHS
+        self.samples = {("short", ("nodes", width)): [] for width in WIDTHS}
 
-    def timed(self, run, number, tokens=latency_module.SAMPLE):
+    def timed(self, run, number, tokens=timer_module.SAMPLE):
         costs = COSTS[WIDTHS.index(run[1][1])] * self.machine.random.normal(1, 0.03, 6)
         self.machine.takes(0.05)
         moments, seconds = [(0, dict.fromkeys(PHASES, 0.0))], 0.0
@@ -499,14 +498,14 @@ def test_on_a_machine_slowed_by_half_the_choice_is_within_3_percent_of_the_best(
         timer = TimedOnShared(clock, Shared(clock, seed, usual))
         timer.measure(Budget(4))
         times = list(map(undisturbed, timer.samples.values()))
-        good += chosen_within(latency_module._rising(times), 0.03)
+        good += chosen_within(timer_module._rising(times), 0.03)
     assert good >= 8
 
 
 def test_the_pace_is_that_of_the_same_work_against_the_table(clock):
     timer = Timed(clock, lambda number, width: 3.0 * width)
-    for width in timer.widths:
-        timer.samples["short", ("width", width)] = [sample(2.0 * width), sample(2.0 * width), sample(90.0)]
+    for width in timer.num_draft_tokens:
+        timer.samples["short", ("nodes", width)] = [sample(2.0 * width), sample(2.0 * width), sample(90.0)]
     pace = Pace(timer)
     assert (pace.factor, pace.variation) == (1.0, 0.0)
     for _ in range(6):

@@ -15,9 +15,9 @@ from graft_inference.heads.eagle3.checkpoint import save_head
 from graft_inference.retrieval.sources import SOURCES
 from graft_train import calibrate as module
 from graft_train.calibrate import calibrate, measure
-from graft_train.calibrate.latency import RoundTimer
 from graft_train.calibrate.race import ratio
 from graft_train.calibrate.standings import Lap, Run
+from graft_train.calibrate.timer import RoundTimer
 from graft_train.config import Config
 from graft_train.config.policy import CalibrateConfig
 from graft_train.config.target import TargetConfig
@@ -54,7 +54,7 @@ def config_for(run_dir: Path, **settings) -> Config:
         "max_new_tokens": 16,
         "topk": 3,
         "num_steps": 2,
-        "widths": [1, 4, 8],
+        "num_draft_tokens": [1, 4, 8],
         "retrieval_depth": 2,
         "checkpoints": 1,
         "minutes": 0.001,  # what a choice cannot do without
@@ -105,7 +105,7 @@ def test_everything_is_learned_measured_and_written(run_dir):
 
 
 def test_a_policy_of_chains_is_learned_from_chains(run_dir):
-    policy_dir = calibrate(config_for(run_dir, kind="chain", topk=1, widths=[1, 2, 3, 4]))
+    policy_dir = calibrate(config_for(run_dir, kind="chain", topk=1, num_draft_tokens=[1, 2, 3, 4]))
     report = json.loads((policy_dir / "report.json").read_text())
     assert set(report["measured"]) == {"eagle3", "retrieve_only", "chain"}
     assert report["graft_is"] == "chain"
@@ -118,7 +118,7 @@ def write_latency(path: Path, **changes) -> Path:
     """Times of an engine in which a pass of the head takes next to nothing, and one more verified token as much as
     another pass."""
     table = {
-        "widths": [1, 2, 3, 4],
+        "num_draft_tokens": [1, 2, 3, 4],
         "contexts": [16],
         "verify_ms": [[1.0, 1.01, 1.02, 1.03]],
         "draft_ms": [0.0, 0.01, 0.02],
@@ -128,7 +128,7 @@ def write_latency(path: Path, **changes) -> Path:
     return path
 
 
-CHAINS = {"kind": "chain", "topk": 1, "widths": [1, 2, 3, 4]}
+CHAINS = {"kind": "chain", "topk": 1, "num_draft_tokens": [1, 2, 3, 4]}
 
 
 def test_a_policy_is_chosen_by_another_engines_latencies(run_dir, tmp_path):
@@ -155,13 +155,16 @@ def test_a_policy_is_chosen_by_another_engines_latencies(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"widths": [1, 2, 3], "verify_ms": [[1.0, 2.0, 3.0]]}, "times of 2 verified tokens and 2 draft steps"),
+        (
+            {"num_draft_tokens": [1, 2, 3], "verify_ms": [[1.0, 2.0, 3.0]]},
+            "times of 2 verified tokens and 2 draft steps",
+        ),
         ({"draft_ms": [0.0, 1.0]}, "1 draft steps, but"),
-        ({"verify_ms": [[1.0, 2.0]]}, "a time of every width for every context"),
-        ({"contexts": [16, 32]}, "a time of every width for every context"),
+        ({"verify_ms": [[1.0, 2.0]]}, "a time of every number of nodes for every context"),
+        ({"contexts": [16, 32]}, "a time of every number of nodes for every context"),
         ({"contexts": [], "verify_ms": []}, "contexts must be whole numbers that rise"),
-        ({"widths": [1, 3, 2, 4]}, "widths must be whole numbers that rise"),
-        ({"widths": [2, 3, 4, 5]}, "widths begin with 1"),
+        ({"num_draft_tokens": [1, 3, 2, 4]}, "num_draft_tokens must be whole numbers that rise"),
+        ({"num_draft_tokens": [2, 3, 4, 5]}, "num_draft_tokens begin with 1"),
         ({"draft_ms": [0.0, "fast", 2.0]}, "numbers that do not fall"),
         ({"draft_ms": [0.0, True, 2.0]}, "numbers that do not fall"),
         ({"draft_ms": [0.0, 2.0, 1.0]}, "numbers that do not fall"),
@@ -303,7 +306,7 @@ def test_latencies_are_those_of_the_temperature(run_dir, monkeypatch):
 
     monkeypatch.setattr(engine, "stream", recorded)
     timer = module.timer_of(config.policy, engine, prompts, traces)
-    timer.timed(("short", ("width", 4)), 2)
+    timer.timed(("short", ("nodes", 4)), 2)
     assert {temperature for temperature, _ in asked} == {0.7}
     assert [asked[0], asked[-1]] == [(0.7, 0), (0.7, 2)]
 
@@ -351,9 +354,9 @@ def test_a_race_goes_over_the_traced_texts(run_dir, temperature):
 
 def test_widths_that_no_tree_has_are_left_out_and_others_are_timed(run_dir):
     """Eight rank paths of depth 1 beside 2 + 2 * 4 drafted nodes."""
-    config = config_for(run_dir, retrieval_depth=1, topk=2, num_steps=3, widths=[1, 4, 12, 64])
+    config = config_for(run_dir, retrieval_depth=1, topk=2, num_steps=3, num_draft_tokens=[1, 4, 12, 64])
     latency = json.loads((calibrate(config) / "latency.json").read_text())
-    assert latency["widths"] == [1, 4, 12]
+    assert latency["num_draft_tokens"] == [1, 4, 12]
 
 
 @pytest.mark.parametrize("kind", ["paper", "draft_only", "retrieve_only"])
@@ -384,7 +387,7 @@ def test_too_few_rounds_are_told_before_anything_runs(run_dir, monkeypatch):
     ("settings", "message"),
     [
         ({"kind": "best"}, "policy.kind=best is unknown"),
-        ({"widths": [1]}, "one of them at least 2"),
+        ({"num_draft_tokens": [1]}, "one of them at least 2"),
         ({"minutes": 0.0}, r"policy\.minutes=0\.0 must be finite and more than 0"),
         ({"minutes": float("nan")}, r"policy\.minutes=nan must be"),
         ({"minutes": float("inf")}, r"policy\.minutes=inf must be"),

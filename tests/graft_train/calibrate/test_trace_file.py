@@ -15,7 +15,7 @@ from tests.graft_inference.tiny import tiny_engine, tiny_model
 
 from .test_calibrate import LATENCY
 
-SETTINGS = CalibrateConfig(max_new_tokens=8, topk=2, num_steps=3, widths=[1, 4], retrieval_depth=3)
+SETTINGS = CalibrateConfig(max_new_tokens=8, topk=2, num_steps=3, num_draft_tokens=[1, 4], retrieval_depth=3)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,9 @@ def test_what_traces_were_made_of_is_read_strictly(stored, tmp_path, metadata):
 )
 def test_an_own_table_with_other_values_is_refused(tmp_path, own, told):
     sound = LATENCY.to_dict()
-    given = {name: sound[name] for name in ("widths", "contexts", "verify_ms", "draft_ms")} | {"measured_on": {}}
+    given = {name: sound[name] for name in ("num_draft_tokens", "contexts", "verify_ms", "draft_ms")} | {
+        "measured_on": {}
+    }
     (tmp_path / "given.json").write_text(json.dumps(given))
     (tmp_path / "own.json").write_text(json.dumps(sound))
     assert elsewhere(tmp_path / "given.json", tmp_path / "own.json", SETTINGS)
@@ -123,11 +125,16 @@ def test_an_own_table_with_other_values_is_refused(tmp_path, own, told):
         elsewhere(tmp_path / "given.json", tmp_path / "own.json", SETTINGS)
 
 
-@pytest.mark.parametrize("widths", [[1, 4, 10**30], [1, True, 8]])
-def test_widths_are_counts(tmp_path, widths):
+@pytest.mark.parametrize("counts", [[1, 4, 10**30], [1, True, 8]])
+def test_num_draft_tokens_are_counts(tmp_path, counts):
     sound = LATENCY.to_dict()
-    given = {"widths": widths, "contexts": [16], "verify_ms": [[1.0, 1.0, 1.0]], "draft_ms": [0.0, 1.0, 1.0, 1.0]}
+    given = {
+        "num_draft_tokens": counts,
+        "contexts": [16],
+        "verify_ms": [[1.0, 1.0, 1.0]],
+        "draft_ms": [0.0, 1.0, 1.0, 1.0],
+    }
     (tmp_path / "given.json").write_text(json.dumps(given | {"measured_on": {}}))
     (tmp_path / "own.json").write_text(json.dumps(sound))
-    with pytest.raises(GraftError, match="widths must be whole numbers that rise"):
+    with pytest.raises(GraftError, match="num_draft_tokens must be whole numbers that rise"):
         elsewhere(tmp_path / "given.json", tmp_path / "own.json", SETTINGS)

@@ -31,7 +31,7 @@ def test_a_target_is_spread_or_shared_out_but_not_both(tmp_path):
     config = make_run(tmp_path)
     config.target.device_map = "auto"
     with pytest.raises(GraftError, match=r"head\.shard_target=tp and target\.device_map=auto exclude each other"):
-        load_target(config, "tp")
+        load_target(config.target, "tp")
 
 
 def test_a_target_spread_over_all_devices_is_one_process(tmp_path, monkeypatch):

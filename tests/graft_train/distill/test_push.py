@@ -103,10 +103,10 @@ def test_training_does_not_wait_for_a_push(tmp_path, hub, monkeypatch, capsys):
     monkeypatch.setattr(hub_module, "HfApi", partial(huggingface_hub.HfApi, endpoint=hub.url, token=hub.token))
     over, real_step, real_writer, waited = threading.Event(), loop.train_step, stage_module.head_writer, []
 
-    def writer(config):
+    def writer(target):
         def write(head, directory):
             waited.append(over.wait(60))
-            real_writer(config)(head, directory)
+            real_writer(target)(head, directory)
 
         return write
 

@@ -76,7 +76,7 @@ def test_an_fp8_target_is_not_shared_out_by_deepspeed(tmp_path):
     config = make_run(tmp_path)
     to_fp8(Path(config.target.name_or_path))
     with pytest.raises(GraftError, match=r"cannot share out a quantised target; set head\.shard_target=tp"):
-        load_target(config, "zero3")
+        load_target(config.target, "zero3")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_target_of_integers_stays_so_and_trains_as_the_numbers_it_stands_for(t
     how = TorchAoConfig(how, include_input_output_embeddings=embeddings)
     AutoModelForCausalLM.from_pretrained(place, quantization_config=how, dtype=torch.float32).save_pretrained(place)
 
-    model, unpacked = load_target(config), tiny_target()
+    model, unpacked = load_target(config.target), tiny_target()
     assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == kind
     assert (type(model.get_output_embeddings().weight).__name__ == kind) == embeddings
     assert not any(parameter.requires_grad for parameter in model.parameters())

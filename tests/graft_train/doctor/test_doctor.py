@@ -134,8 +134,8 @@ def test_a_block_head_is_examined_too(pair, tmp_path):
     save_block_head(tiny_block_head(tiny_model("llama"), block_size=4), place / "head", torch.float32)
     found = examined(place, "--target", pair[1])
     assert {"trained", "held_out"} <= set(found["lengths"])
-    taps = next(finding for finding in found["findings"] if finding["name"] == "taps")
-    assert not any(name.startswith("norm") for name in taps["figures"])
+    aux_layers = next(finding for finding in found["findings"] if finding["name"] == "aux-layers")
+    assert not any(name.startswith("norm") for name in aux_layers["figures"])
 
 
 def test_a_step_of_bfloat16_is_that_of_torch():

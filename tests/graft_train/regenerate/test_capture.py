@@ -64,7 +64,7 @@ def path_of(config):
 def test_states_are_those_of_a_pass_over_the_samples(config):
     regenerate(config)
     found = stored(config)
-    target = PackedTarget(load_target(config), LAYERS)
+    target = PackedTarget(load_target(config.target), LAYERS)
     samples = with_room(read_samples(path_of(config), "train"), 18)
     assert len({len(sample.ids) > 18 for sample in samples}) == 2, "some are cut, some are not"
     for sample, row in zip(samples, to_tensors(samples, 18, VOCAB), strict=True):

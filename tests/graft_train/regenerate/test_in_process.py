@@ -70,7 +70,7 @@ def test_greedy_answers_are_generates(config):
     assert len(samples) == 12
     drawn = sorted((sample.sampling["seed"], sample.sampling["temperature"]) for sample in samples)
     assert drawn == [(config.seed + number, (0.0, 0.8)[number % 2]) for number in range(12)]
-    model = load_target(config)
+    model = load_target(config.target)
     for sample in [sample for sample in samples if sample.sampling["temperature"] == 0][:4]:
         prompt = torch.tensor([sample.prompt_ids])
         plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)

@@ -26,7 +26,7 @@ def test_greedy_answers_are_generates(config, tmp_path):
     samples = read_samples(tmp_path / "samples.jsonl", "train")
     assert sorted(sample.id for sample in samples) == sorted(prompt.id for prompt in PROMPTS)
     assert {sample.sampling["temperature"] for sample in samples} == {0.0, 0.8}
-    model = load_target(config)
+    model = load_target(config.target)
     for sample in [sample for sample in samples if sample.sampling["temperature"] == 0]:
         prompt = torch.tensor([sample.prompt_ids])
         mask = torch.ones_like(prompt)
