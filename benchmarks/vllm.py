@@ -5,15 +5,16 @@
         --suites gsm8k=gsm8k.jsonl humaneval=humaneval.jsonl --run runs/smollm2
 
 The bundle's policy must be one of chains (`policy.kind=chain policy.topk=1`). `--run` adds the run's own held-out
-prompts. Every method decodes all prompts of a suite in a vLLM of its own, so many at a time; output is compared with
+prompts. Every method decodes suite after suite in a vLLM of its own, so many prompts at a time; output is compared with
 plain decoding's. Acceptance length: tokens for a pass of the target, those after the first of each answer. Arctic's
-suffix decoding takes part where its package is in vLLM's environment.
+suffix decoding takes part where its package is in vLLM's environment. It learns from answers, also of earlier suites.
 """
 
 import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,17 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--python", type=Path, default=Path(".engines/vllm/bin/python"))
     arguments = parser.parse_args()
-    length = length_of(arguments.bundle)
+    suites, length = suites_of(arguments), length_of(arguments.bundle)
+    found: dict[str, Any] = {}
+    for method, job in jobs_of(arguments, length).items():
+        print(f"{method} ...", file=sys.stderr, flush=True)
+        found[method] = run(arguments, suites, job)
     columns = "suite", "method", "tokens/s", "acceptance length", "drafted a pass", "of these accepted", "same text"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, prompts in suites_of(arguments).items():
-        plain = None
-        for method, job in jobs_of(arguments, length).items():
-            found = run(arguments, prompts, job)
-            plain = plain or found
-            print(row_of(name, method, found, found["tokens"] == plain["tokens"]), flush=True)
+    for name in suites:
+        plain = found["plain"][name]["tokens"]
+        for method, batches in found.items():
+            print(row_of(name, method, batches[name], batches[name]["tokens"] == plain))
 
 
 def length_of(bundle: Path) -> int:
@@ -99,13 +102,13 @@ def jobs_of(arguments: argparse.Namespace, length: int) -> dict[str, dict[str, A
     return jobs
 
 
-def run(arguments: argparse.Namespace, prompts: list[list[int]], job: dict[str, Any]) -> dict[str, Any]:
-    """What the driver finds; the runtime lies on the path of vLLM's Python."""
+def run(arguments: argparse.Namespace, suites: dict[str, list[list[int]]], job: dict[str, Any]) -> dict[str, Any]:
+    """What the driver finds of each suite; the runtime lies on the path of vLLM's Python."""
     settings = {"max_num_seqs": arguments.at_once, "max_model_len": 1024} | job.get("settings", {})
     ends = GenerationConfig.from_pretrained(arguments.target).eos_token_id
     common = {
         "target": str(arguments.target.resolve()),
-        "prompts": prompts,
+        "batches": suites,
         "max_tokens": arguments.tokens,
         "warm_up": True,
         "stop_token_ids": ends if isinstance(ends, list) else [ends],

@@ -3,14 +3,16 @@
 The job:
     target              directory of the target; a tokenizer is not needed
     prompts             token ids of each prompt
+    batches             in their place: prompts by the name of their batch, which are answered one batch after the other
     max_tokens          new tokens of each
     stop_token_ids      which end a text sooner; may be absent
     speculative_config  as vLLM has it; null for plain decoding
     worker_cls          qualified name of a worker class in place of vLLM's own; may be absent
     settings            more arguments of `vllm.LLM`; may be absent
+    environment         variables that differ from those below; may be absent
     warm_up             true: answers a few tokens first, whose last round vLLM counts late; may be absent
 
-The result:
+The result, of the prompts or by name of each batch:
     tokens                 new token ids of each prompt
     drafts                 verifications of drafted tokens, over all prompts
     draft_tokens           tokens that were drafted for them
@@ -54,6 +56,7 @@ PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 def main(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
+    os.environ.update(ENVIRONMENT | job.get("environment", {}))
     Path(result_path).write_text(json.dumps(run(job)))
 
 
@@ -66,16 +69,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(model=job["target"], speculative_config=job["speculative_config"], **settings)
     ends = {"stop_token_ids": job.get("stop_token_ids"), "ignore_eos": True}
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], detokenize=False, **ends)
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    batches = job["batches"] if "batches" in job else {"prompts": job["prompts"]}
     if job.get("warm_up"):  # kernels and what is compiled when first used take no part in the seconds
-        llm.generate(
-            prompts[:1],
-            SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False),
-            use_tqdm=False,
-        )
+        short = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+        answered(llm, next(iter(batches.values()))[:1], short)
+    found = {name: answered(llm, prompts, sampling) for name, prompts in batches.items()}
+    return found if "batches" in job else found["prompts"]
+
+
+def answered(llm: Any, prompts: list[list[int]], sampling: Any) -> dict[str, Any]:
     before = counted(llm)
     start = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     seconds = time.perf_counter() - start
     after = counted(llm)
     per_position = [late - early for early, late in zip(before.pop(PER_POSITION), after.pop(PER_POSITION), strict=True)]
@@ -95,5 +100,4 @@ def counted(llm: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
     main(*sys.argv[1:])
