@@ -3,7 +3,6 @@
 The job:
     target              directory of the target; a tokenizer is not needed
     prompts             token ids of each prompt
-    batches             in their place: prompts by the name of their batch, which are answered one batch after the other
     max_tokens          new tokens of each
     stop_token_ids      which end a text sooner; may be absent
     speculative_config  as vLLM has it; null for plain decoding
@@ -12,8 +11,9 @@ The job:
     environment         variables that differ from those below; may be absent
     warm_up             true: answers a few tokens first, whose last round vLLM counts late; may be absent
 
-The result, of the prompts or by name of each batch:
+The result:
     tokens                 new token ids of each prompt
+    passes                 of the target that gave them, the first of which read the prompt
     drafts                 verifications of drafted tokens, over all prompts
     draft_tokens           tokens that were drafted for them
     accepted               of these, how many the target accepted, those behind max_tokens included
@@ -69,27 +69,35 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(model=job["target"], speculative_config=job["speculative_config"], **settings)
     ends = {"stop_token_ids": job.get("stop_token_ids"), "ignore_eos": True}
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], detokenize=False, **ends)
-    batches = job["batches"] if "batches" in job else {"prompts": job["prompts"]}
     if job.get("warm_up"):  # kernels and what is compiled when first used take no part in the seconds
-        short = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
-        answered(llm, next(iter(batches.values()))[:1], short)
-    found = {name: answered(llm, prompts, sampling) for name, prompts in batches.items()}
-    return found if "batches" in job else found["prompts"]
-
-
-def answered(llm: Any, prompts: list[list[int]], sampling: Any) -> dict[str, Any]:
+        answered(
+            llm, job["prompts"][:1], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+        )
     before = counted(llm)
     start = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    found = answered(llm, job["prompts"], sampling)
     seconds = time.perf_counter() - start
     after = counted(llm)
     per_position = [late - early for early, late in zip(before.pop(PER_POSITION), after.pop(PER_POSITION), strict=True)]
     return {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        **found,
         "seconds": seconds,
         **{name: after[name] - before[name] for name in COUNTERS},
         "accepted_per_position": per_position,
     }
+
+
+def answered(llm: Any, prompts: list[list[int]], sampling: Any) -> dict[str, Any]:
+    """New tokens of each prompt, and in how many passes they came."""
+    engine, tokens, passes = llm.llm_engine, [[] for _ in prompts], [0 for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            number, found = int(output.request_id), list(output.outputs[0].token_ids)
+            passes[number] += len(found) > len(tokens[number])
+            tokens[number] = found
+    return {"tokens": tokens, "passes": passes}
 
 
 def counted(llm: Any) -> dict[str, Any]:
