@@ -66,6 +66,13 @@ def test_another_version_is_refused(integration, version):
     integration.vllm.__version__ = version
     with pytest.raises(GraftError, match=rf"this is vLLM {version}, and Graft runs in 0\.32\.x: install that"):
         integration._check_start(worker())
+    with pytest.raises(GraftError, match=rf"this is vLLM {version}"):
+        integration.GraftRetriever(SimpleNamespace(additional_config={"graft_bundle": "somewhere"}))
+
+
+def test_a_retriever_without_a_bundle_says_where_it_is_told(integration):
+    with pytest.raises(GraftError, match=r'the bundle is missing: --additional-config .*"graft_bundle"'):
+        integration.GraftRetriever(SimpleNamespace(additional_config={}))
 
 
 @pytest.mark.parametrize("lacks", ["propose", "_sample_draft_tokens"])
