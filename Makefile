@@ -5,8 +5,9 @@ INSTALLED := .venv/.installed
 MODEL := .venv/.model
 
 ENGINES := $(or $(GRAFT_ENGINES),.engines)
+SMALL := $(ENGINES)/llama_cpp/.installed $(ENGINES)/speculators/.installed
 
-.PHONY: quickstart test faults test-engines engines mutants fuzz audit setup lint docs bench clean
+.PHONY: quickstart test faults test-engines test-small-engines engines mutants fuzz audit setup lint docs bench clean
 
 quickstart: $(MODEL)
 	$(BIN)/python recipes/quickstart.py
@@ -19,9 +20,13 @@ test: lint
 faults: setup
 	GRAFT_ALL_FAULTS=1 $(BIN)/python -m pytest -vv -rs tests/faults
 
-# What is exported, in other engines: each has an environment of its own, 9 GB in all, under $GRAFT_ENGINES or .engines.
+# What is exported, in other engines: each has an environment of its own, 6 GB in all, under $GRAFT_ENGINES or .engines.
 test-engines: setup engines
 	$(BIN)/python -m pytest -m engines
+
+# In those that are small enough for CI, llama.cpp and speculators; the tests of others are skipped where they are not.
+test-small-engines: setup $(SMALL)
+	$(BIN)/python -m pytest -m engines -n logical --dist loadscope
 
 # One small change of the code after the other, in a copy: a test should fail for each (docs/mutants.md). Run it again
 # after a change of the code or the tests, and it goes on; remove .mutants to begin anew.
@@ -31,8 +36,7 @@ mutants: setup
 	cd .mutants && OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=mutants ../$(BIN)/mutmut run --max-children 1
 	cd .mutants && ../$(BIN)/python tests/mutants.py
 
-engines: $(ENGINES)/vllm/.installed $(ENGINES)/llama_cpp/.installed $(ENGINES)/speculators/.installed \
-    $(ENGINES)/sglang/.installed
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed $(SMALL)
 
 setup: $(INSTALLED)
 
@@ -87,6 +91,14 @@ $(ENGINES)/sglang/.installed: tests/engines/requirements-sglang.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -r $<
 	$(@D)/bin/python -m pip install --no-deps sglang==0.5.23
+	touch $@
+
+# These find torch, transformers and the rest in .venv, and have only what that lacks.
+$(SMALL): $(ENGINES)/%/.installed: tests/engines/requirements-%.txt $(INSTALLED)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(@D)/project.pth
+	mv $(@D)/project.pth $(@D)/lib/python3*/site-packages/
+	$(@D)/bin/python -m pip install --no-deps -r $<
 	touch $@
 
 $(ENGINES)/%/.installed: tests/engines/requirements-%.txt

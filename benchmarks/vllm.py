@@ -5,9 +5,9 @@
         --suites gsm8k=gsm8k.jsonl humaneval=humaneval.jsonl --run runs/smollm2
 
 The bundle's policy must be one of chains (`policy.kind=chain policy.topk=1`). `--run` adds the run's own held-out
-prompts. Every method decodes all prompts of a suite in a vLLM of its own, so many at a time; output is compared with
-plain decoding's. Acceptance length: tokens for a pass of the target, those after the first of each answer. Arctic's
-suffix decoding takes part where its package is in vLLM's environment.
+prompts. Every method decodes the prompts of all suites, in turns, in a vLLM of its own, so many at a time; output is
+compared with plain decoding's. The figures of a suite are its acceptance length: tokens for a pass of the target, those
+after the first of each answer. Arctic's suffix decoding takes part where its package is in vLLM's environment.
 """
 
 import argparse
@@ -15,6 +15,9 @@ import json
 import os
 import subprocess
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +41,20 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--suites", nargs="*", default=[], help="name=file")
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--prompts", type=int, default=32, help="of each suite")
+    parser.add_argument("--prompts", type=int, default=12, help="of each suite")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--python", type=Path, default=Path(".engines/vllm/bin/python"))
     arguments = parser.parse_args()
-    length = length_of(arguments.bundle)
-    columns = "suite", "method", "tokens/s", "acceptance length", "drafted a pass", "of these accepted", "same text"
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, prompts in suites_of(arguments).items():
-        plain = None
-        for method, job in jobs_of(arguments, length).items():
-            found = run(arguments, prompts, job)
-            plain = plain or found
-            print(row_of(name, method, found, found["tokens"] == plain["tokens"]), flush=True)
+    suites, length = suites_of(arguments), length_of(arguments.bundle)
+    names, prompts = zip(*in_turns(suites), strict=True)
+    columns = "method", *suites, "drafted a pass", "of these accepted", "tokens/s", "same text"
+    print(f"| {' | '.join(columns)} |\n|---{'|---:' * (len(columns) - 1)}|")
+    plain = None
+    for method, job in jobs_of(arguments, length).items():
+        found = run(arguments, prompts, job)
+        plain = plain or found["tokens"]
+        print(row_of(method, names, found, found["tokens"] == plain), flush=True)
 
 
 def length_of(bundle: Path) -> int:
@@ -74,6 +77,12 @@ def suites_of(arguments: argparse.Namespace) -> dict[str, list[list[int]]]:
         held_out = read_samples(arguments.run / "data" / "samples.jsonl", "evaluation")[: arguments.prompts]
         suites["held out"] = [list(sample.prompt_ids) for sample in held_out]
     return suites
+
+
+def in_turns(suites: dict[str, list[list[int]]]) -> list[tuple[str, list[int]]]:
+    """Suite and prompt, one of each suite after the other."""
+    rounds = zip_longest(*suites.values())
+    return [(name, prompt) for turn in rounds for name, prompt in zip(suites, turn, strict=True) if prompt]
 
 
 def jobs_of(arguments: argparse.Namespace, length: int) -> dict[str, dict[str, Any]]:
@@ -99,7 +108,7 @@ def jobs_of(arguments: argparse.Namespace, length: int) -> dict[str, dict[str, A
     return jobs
 
 
-def run(arguments: argparse.Namespace, prompts: list[list[int]], job: dict[str, Any]) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, prompts: Sequence[list[int]], job: dict[str, Any]) -> dict[str, Any]:
     """What the driver finds; the runtime lies on the path of vLLM's Python."""
     settings = {"max_num_seqs": arguments.at_once, "max_model_len": 1024} | job.get("settings", {})
     ends = GenerationConfig.from_pretrained(arguments.target).eos_token_id
@@ -119,19 +128,20 @@ def run(arguments: argparse.Namespace, prompts: list[list[int]], job: dict[str, 
         return json.loads(paths[1].read_text())
 
 
-def row_of(suite: str, method: str, found: dict[str, Any], is_same: bool) -> str:
-    tokens = sum(map(len, found["tokens"]))
-    later = tokens - len(found["tokens"])  # the first token of an answer comes from reading its prompt
-    passes = later - found["accepted"]
-    accepted = f"{found['accepted'] / found['draft_tokens']:.0%}" if found["draft_tokens"] else ""
-    cells = [
-        f"{tokens / found['seconds']:.1f}",
-        f"{later / passes:.2f}",
-        f"{found['draft_tokens'] / passes:.2f}",
-        accepted,
+def row_of(method: str, names: Sequence[str], found: dict[str, Any], is_same: bool) -> str:
+    later, passes = Counter[str](), Counter[str]()
+    for name, tokens, took in zip(names, found["tokens"], found["passes"], strict=True):
+        later[name] += len(tokens) - 1  # the first token of an answer comes from reading its prompt
+        passes[name] += took - 1
+    drafted = found["draft_tokens"]
+    cells = [f"{later[name] / passes[name]:.2f}" for name in passes]
+    cells += [
+        f"{drafted / passes.total():.2f}",
+        f"{found['accepted'] / drafted:.0%}" if drafted else "",
+        f"{sum(map(len, found['tokens'])) / found['seconds']:.1f}",
         "yes" if is_same else "**no**",
     ]
-    return f"| {suite} | {method} | {' | '.join(cells)} |"
+    return f"| {method} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -59,8 +59,12 @@ import sglang  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from sglang.kernels.ops.speculative import spec_tree  # noqa: E402
+from sglang.srt.arg_groups.overrides import resolved_view  # noqa: E402
 from sglang.srt.managers.io_struct import AddExternalCorpusReqInput  # noqa: E402
+from sglang.srt.managers.overlap_utils import RelayPayload  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode  # noqa: E402
+from sglang.srt.runtime_context import publish  # noqa: E402
+from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang.srt.speculative import eagle_worker_v2  # noqa: E402
 from sglang.srt.speculative.cpp_ngram.external_corpus import iter_external_corpus_chunks  # noqa: E402
 from sglang.srt.speculative.eagle_info import EagleVerifyInput  # noqa: E402
@@ -86,7 +90,9 @@ def main(job_path: str, result_path: str) -> None:
         and eagle_worker_v2.EagleDraftWorker is not stock_worker,
         "organize": eagle_worker_v2.organize_draft_results.__wrapped__ is not None,
     }
-    result |= {"refused": refusals(), "corpus": read_corpus(Path(job["corpus"]), job["target"])}
+    target = job["target"]
+    result |= {"refused": refusals(target), "defaults": defaults(target), "relayed": relayed(target)}
+    result |= {"corpus": read_corpus(Path(job["corpus"]), target)}
     for mode in ("FULL_MASK", "QLEN_ONLY"):
         result[mode] = rounds(job, spec_tree.TreeMaskMode[mode])
     Path(result_path).write_text(json.dumps(result))
@@ -108,16 +114,36 @@ def asked() -> dict[str, list[str]]:
     return {name: sorted(method for method in called if not hasattr(kind, method)) for name, kind in kinds.items()}
 
 
-def refusals() -> dict[str, str | None]:
-    """What the plug-in says of settings, and of an SGLang that is another one; None where it says nothing."""
-    fit = {"speculative_num_steps": 4, "speculative_eagle_topk": 3, "speculative_num_draft_tokens": 12, "pp_size": 1}
-    fit |= {"disable_overlap_schedule": True, "enable_dp_attention": False, "speculative_adaptive": False}
-    fit |= {"speculative_use_rejection_sampling": False}
+def relayed(target: str) -> dict[str, Any]:
+    """What SGLang keeps from round to round for an algorithm, made and written as its scheduler does; or the error."""
+    publish(started(target, "EAGLE3"), role="scheduler")
+    SpeculativeAlgorithm.register("STOCK")(lambda server_args: None)
+    pool = types.SimpleNamespace(req_to_token=torch.zeros(4, 8, dtype=torch.int32))
+    row, p, ids = torch.tensor([2]), torch.tensor([[0.5, 0.3]]), torch.tensor([[7, 1]])
+    payload = RelayPayload(bonus_tokens=torch.tensor([5]), topk_p=p, topk_index=ids, hidden_states=torch.ones(1, 4))
+    found: dict[str, Any] = {}
+    for name in ("GRAFT", "EAGLE3", "STOCK"):
+        algorithm = SpeculativeAlgorithm.from_string(name)
+        try:
+            needs = {"needs_cpu_seq_lens": True, "needs_confidence_relay": False}
+            kept = algorithm.create_future_map(torch.device("cpu"), pool, **needs)
+            kept.stash(row, payload)
+            buffers = kept.output_tokens_buf, kept.topk_p_buf, kept.topk_index_buf, kept.hidden_states_buf
+            found[name] = [buffer[row].tolist() for buffer in buffers]
+        except AttributeError as error:
+            found[name] = str(error)
+    return found
+
+
+def refusals(target: str) -> dict[str, str | None]:
+    """What SGLang, asking the plug-in, says of settings and of an SGLang that is another one; None for nothing."""
     odd = {"speculative_num_steps": None, "speculative_eagle_topk": 1, "disable_overlap_schedule": False, "pp_size": 2}
-    odd |= dict.fromkeys(("enable_dp_attention", "speculative_use_rejection_sampling", "speculative_adaptive"), True)
-    found = {"what the help says": refusal(plugin.check_arguments, types.SimpleNamespace(**fit))}
+    odd |= dict.fromkeys(("speculative_use_rejection_sampling", "speculative_adaptive"), True)
+    odd |= {"attn_dp_size": 2, "disaggregation_mode": "decode", "attention_backend": "flashmla"}
+    found = {"what the help says": refusal(started(target, "graft").resolve_once)}
     for name, value in odd.items():
-        found[name] = refusal(plugin.check_arguments, types.SimpleNamespace(**fit | {name: value}))
+        found[name] = refusal(started(target, "graft", tp_size=2, **{name: value}).resolve_once)
+    found["pages of triton"] = refusal(started(target, "graft", attention_backend="triton", page_size=64).resolve_once)
     version, sglang.__version__ = sglang.__version__, "0.5.22"
     found["another version"] = refusal(plugin.register)
     sglang.__version__ = version
@@ -125,6 +151,22 @@ def refusals() -> dict[str, str | None]:
     found["another worker"] = refusal(plugin.worker_class, None)
     eagle_worker_v2.organize_draft_results = organize
     return found
+
+
+def started(target: str, algorithm: str, **changes: Any) -> ServerArgs:
+    """SGLang's settings, as the help says but for the changes."""
+    settings = {"speculative_num_steps": 4, "speculative_eagle_topk": 3, "speculative_num_draft_tokens": 12}
+    settings |= {"disable_overlap_schedule": True, "enable_mixed_chunk": True, "device": "cpu"}
+    settings |= {"model_path": target, "speculative_draft_model_path": target}
+    return ServerArgs(speculative_algorithm=algorithm, **settings | changes)
+
+
+def defaults(target: str) -> list[Any]:
+    """What SGLang settles for the algorithm: requests at a time, and whether chunks are mixed."""
+    server_args = started(target, "graft")
+    server_args.resolve_once()
+    settled = resolved_view(server_args)
+    return [settled.max_running_requests, settled.enable_mixed_chunk]
 
 
 def refusal(call: Any, *arguments: Any) -> str | None:

@@ -92,6 +92,20 @@ def test_no_method_is_lacking_that_sglang_calls_on_an_algorithm(made):
     assert lacking["stock"] == ["carries_draft_hidden_states", "create_future_map", "need_topk"]
 
 
+def test_what_a_round_leaves_to_the_next_is_kept_as_for_eagle3(made):
+    """Without those methods SGLang's scheduler fails where it makes room for that, after the model is loaded."""
+    relayed = made.found["relayed"]
+    token, p, ids, states = relayed["GRAFT"]
+    assert (token, ids, states) == ([5], [[7, 1]], [[1.0] * 4])
+    assert p == [pytest.approx([0.5, 0.3])]
+    assert relayed["EAGLE3"] == relayed["GRAFT"]
+    assert relayed["STOCK"] == "'CustomSpecAlgo' object has no attribute 'create_future_map'"
+
+
+def test_sglang_settles_what_it_does_for_eagle3(made):
+    assert made.found["defaults"] == [48, False]
+
+
 def test_the_hooks_reach_sglangs_worker(made):
     assert made.found["hooks"] == {"worker": True, "draft worker": True, "organize": True}
 
@@ -120,6 +134,7 @@ def test_the_trees_are_what_sglangs_own_kernels_build_and_verify(made, mode, who
 def test_what_graft_cannot_do_is_refused_before_a_model_is_loaded(made):
     refused = made.found["refused"]
     assert refused.pop("what the help says") is None
+    assert refused.pop("pages of triton") is None
     assert "this is SGLang 0.5.22, and Graft was written for 0.5.23: install that" in refused.pop("another version")
     assert "the EAGLE worker of this SGLang is not that of 0.5.23" in refused.pop("another worker")
     wanted = {
@@ -127,7 +142,9 @@ def test_what_graft_cannot_do_is_refused_before_a_model_is_loaded(made):
         "speculative_eagle_topk": "--speculative-eagle-topk 1 makes chains",
         "disable_overlap_schedule": "set --disable-overlap-schedule",
         "pp_size": "without pipeline parallelism",
-        "enable_dp_attention": "without pipeline parallelism and attention by data parallelism",
+        "attn_dp_size": "without pipeline parallelism and attention by data parallelism",
+        "disaggregation_mode": "leave out --disaggregation-mode",
+        "attention_backend": "over pages of 64 tokens with fa3, flashinfer, triton alone: set --page-size 1",
         "speculative_use_rejection_sampling": "--speculative-use-rejection-sampling is for SGLang's own trees",
         "speculative_adaptive": "--speculative-adaptive is for SGLang's own trees",
     }

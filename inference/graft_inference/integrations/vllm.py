@@ -104,6 +104,7 @@ class GraftRetriever:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
+        _check_version()
         bundle = vllm_config.additional_config.get(BUNDLE)
         if not bundle:
             raise GraftError(f'the bundle is missing: --additional-config \'{{"{BUNDLE}": "DIRECTORY_OR_HUB_ID"}}\'')
@@ -135,11 +136,15 @@ def _rounds_of(vllm_config: VllmConfig, bundle: str) -> ChainRounds:
     return ChainRounds.of_bundle(bundle, model.hf_text_config, tokenizer, most)
 
 
-def _check_start(worker: Any) -> None:
-    """Raises GraftError where vLLM, or how it was started, is not what this was written for."""
-    speculative = worker.vllm_config.speculative_config
+def _check_version() -> None:
     if not vllm.__version__.startswith(VERSIONS):
         raise GraftError(f"this is vLLM {vllm.__version__}, and Graft runs in {', '.join(VERSIONS)}x: install that")
+
+
+def _check_start(worker: Any) -> None:
+    """Raises GraftError where vLLM, or how it was started, is not what this was written for."""
+    _check_version()
+    speculative = worker.vllm_config.speculative_config
     asked = set(inspect.signature(EagleProposer.propose).parameters)
     if not asked >= PROPOSE or not hasattr(EagleProposer, "_sample_draft_tokens"):
         raise GraftError(f"EagleProposer of this vLLM {vllm.__version__} is another one: install {VERSIONS[0]}x")

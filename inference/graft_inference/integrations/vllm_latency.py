@@ -5,16 +5,19 @@
     graft calibrate ... policy.latency_from=latency.json
 
 Plans that leave no choice are timed in turn: so many draft steps, so many verified tokens, for so many requests at a
-time. Milliseconds are those of one request's share of a step. In every plan, that of plain decoding included, the head
-reads what was accepted, as it does where a policy leaves it out.
+time. Milliseconds are those of one request's share of a step, the lower quartile of all rounds, as other work on a
+machine only adds time. In every plan, that of plain decoding included, the head reads what was accepted, as it does
+where a policy leaves it out.
 """
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -29,6 +32,12 @@ from .vllm import EagleProposer, GraftWorker
 
 ROUNDS, WARM_UP, REPEATS = 16, 4, 3
 """Rounds of a run, those at its beginning that do not count, and runs of each plan."""
+
+
+UNDISTURBED = 0.25
+"""The quantile of rounds that counts."""
+UNSTEADY = 0.1
+"""Variation of the same plan's rounds from which on a table is not to be trusted."""
 
 
 class ForcedProposer(EagleProposer):
@@ -91,12 +100,19 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(REPEATS):
         for plan in plans if number % 2 else reversed(plans):
             found[plan] += _times(llm, plan, arguments)
-    share = {plan: 1e3 * median(times) / arguments.at_once for plan, times in found.items()}
+    share = {plan: 1e3 * _quantile(times, UNDISTURBED) / arguments.at_once for plan, times in found.items()}
+    varied = variation(found.values())
+    if varied > UNSTEADY:
+        print(
+            f"vllm_latency: these figures cannot be trusted: rounds of the same plan varied by {varied:.0%} "
+            "(interquartile range over median); measure again on an idle machine",
+            file=sys.stderr,
+        )
     return {
         "num_draft_tokens": [1 + length for length in lengths],
         "contexts": [arguments.context],
-        "verify_ms": [_rising([share[0, length] for length in lengths])],
-        "draft_ms": _rising([0.0, *(share[step, 1] - share[0, 1] for step in steps)]),
+        "verify_ms": [rising([share[0, length] for length in lengths])],
+        "draft_ms": rising([0.0, *(max(0.0, share[step, 1] - share[0, 1]) for step in steps)]),
         "measured_on": {
             "engine": f"vLLM {vllm.__version__}, {arguments.at_once} requests at a time",
             "name": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
@@ -139,9 +155,28 @@ def _times(llm: LLM, plan: tuple[int, int], arguments: argparse.Namespace) -> li
     return [later - earlier for earlier, later in pairwise(whole)]
 
 
-def _rising(times: list[float]) -> list[float]:
-    """Times that never fall: more work never costs less, what says otherwise is noise."""
-    return torch.tensor(times).cummax(dim=0).values.tolist()
+def variation(times: Iterable[Sequence[float]]) -> float:
+    """How much the times of each plan varied: the interquartile range over the median, of all plans together."""
+    relative = [one / median(found) for found in times for one in found]
+    return _quantile(relative, 0.75) - _quantile(relative, 0.25)
+
+
+def rising(times: Sequence[float]) -> list[float]:
+    """The nearest times that never fall, by least squares: more work never costs less, what says otherwise is noise.
+
+    Neighbours that fall are pooled until none does.
+    """
+    pools: list[list[float]] = []
+    for time_ms in times:
+        pools.append([time_ms])
+        while len(pools) > 1 and mean(pools[-2]) > mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    return [mean(pool) for pool in pools for _ in pool]
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
 if __name__ == "__main__":
