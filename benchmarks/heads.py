@@ -2,8 +2,9 @@
 
     python benchmarks/heads.py --runs runs/quickstart runs/quickstart-block
 
-The first run's target, data and corpus serve both; of the others only `head/` is read. Of each head: the chain that
-engines verify, the tuned tree of the head alone, and the learned plan with all sources. Every output is compared.
+The first run's target, data and corpus serve all; of the others only `head/` is read. Of each head: the chain that
+engines verify, what papers make of such a head (`published`), and the learned plan with all sources. Every output is
+compared.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from graft_inference import GraftEngine, Plan, QuotaCheckpoint, QuotaPlan, paper_policy
 from graft_inference.bundle import Bundle, load_successors
-from graft_inference.heads.families import load_any_head, most_steps
+from graft_inference.heads.block.config import BlockHeadConfig
+from graft_inference.heads.families import HeadConfig, load_any_head, most_steps
 from graft_inference.policy.plan import AUTOREGRESSIVE
 from graft_train.calibrate import learn, replays_of
 from graft_train.calibrate.measure import timer_of
@@ -68,9 +70,26 @@ def contestants_of(run: Path, first: Path, model: torch.nn.Module) -> Iterator[t
     plans = learn(settings, replays_of(settings, traces, latency))
     print(f"{run}: draft_ms {[round(time, 2) for time in latency.draft_ms]}", flush=True)
     chain = QuotaPlan((QuotaCheckpoint(steps, drafted=steps),), 1)
-    for name, plan in {"chain": chain, "tree": plans["eagle3"], "learned": plans["learned"]}.items():
+    for name, plan in {"chain": chain, **published(head.config, plans), "learned": plans["learned"]}.items():
         print(f"{run} {name}: {describe(plan)}", flush=True)
         yield f"{run.name} {name}", (engine, plan)
+
+
+def published(head: HeadConfig, plans: dict[str, Plan]) -> dict[str, Plan]:
+    """The plans of papers that such a head has, by their names; docs/benchmarks/heads.md says what each is.
+
+    Args:
+        plans: of `learn`.
+    """
+    tuned = plans["eagle3"]
+    if not isinstance(head, BlockHeadConfig):
+        return {"tree": tuned}
+    # As many paths go on at every depth as the tree has nodes: none of the best is missed.
+    nodes = tuned.num_draft_tokens - 1
+    best = QuotaPlan((QuotaCheckpoint(tuned.num_steps, drafted=nodes),), topk=nodes)
+    if head.markov_rank:
+        return {"DARTree": best}
+    return {"DDTree": best, "CaDDTree": plans["draft_only"], "Graft-DFlash": plans["paper"]}
 
 
 def measured(contestants: Contestants, prompts: list[Tensor], tokens: int) -> dict[str, dict[str, list[float]]]:
