@@ -426,6 +426,12 @@ def test_a_head_of_another_target_is_not_gone_on_from(tmp_path):
         distill(block_run(tmp_path, init_from=str(tmp_path / "head")))
 
 
+def test_a_head_whose_mask_the_target_emits_is_not_gone_on_from(tmp_path):
+    save_block_head(block_head(mask_token_id=3), tmp_path / "head")
+    with pytest.raises(GraftError, match=r"mask_token_id of head\.init_from=.*=3 is a token that samples hold"):
+        distill(block_run(tmp_path, init_from=str(tmp_path / "head")))
+
+
 def test_a_head_with_an_lm_head_of_its_own_is_not_gone_on_from(tmp_path):
     free = family.mask_token(samples(30), VOCAB, None)
     save_block_head(block_head(mask_token_id=free), tmp_path / "head")
