@@ -2,12 +2,15 @@
 
     python benchmarks/heads.py --runs runs/quickstart runs/quickstart-block
 
-The first run's target, data and corpus serve both; of the others only `head/` is read. Of each head: the chain that
-engines verify, the tuned tree of the head alone, and the learned plan with all sources. Every output is compared.
+The first run's target, data and corpus serve all; of the others only `head/` is read. Of each head: the chain that
+engines verify, what papers make of such a head (`published`), and the learned plan with all sources. Every output is
+compared. Before they are timed, the same plans are computed for a target so large that a pass of it costs LARGE passes
+of the head, from the acceptance in the traces.
 """
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,16 +19,19 @@ from transformers import AutoModelForCausalLM
 
 from graft_inference import GraftEngine, Plan, QuotaCheckpoint, QuotaPlan, paper_policy
 from graft_inference.bundle import Bundle, load_successors
-from graft_inference.heads.families import load_any_head, most_steps
+from graft_inference.heads.block.config import BlockHeadConfig
+from graft_inference.heads.families import HeadConfig, load_any_head, most_steps
 from graft_inference.policy.plan import AUTOREGRESSIVE
 from graft_train.calibrate import learn, replays_of
 from graft_train.calibrate.measure import timer_of
 from graft_train.calibrate.race import ratio
+from graft_train.calibrate.replay import Replays, replay_of
 from graft_train.calibrate.report import describe
 from graft_train.calibrate.traces import record_traces
 from graft_train.config.policy import CalibrateConfig
 from graft_train.data.samples import read_samples
 
+LARGE = 20.0
 Contestants = dict[str, tuple[GraftEngine, Plan]]
 
 
@@ -66,11 +72,44 @@ def contestants_of(run: Path, first: Path, model: torch.nn.Module) -> Iterator[t
     traces = {False: record_traces(engine, prompts, settings)}
     latency = timer_of(settings, engine, prompts, traces).latency()
     plans = learn(settings, replays_of(settings, traces, latency))
+    compute_for_a_large_target(run.name, head.config, settings, replays_of(settings, traces, latency))
     print(f"{run}: draft_ms {[round(time, 2) for time in latency.draft_ms]}", flush=True)
     chain = QuotaPlan((QuotaCheckpoint(steps, drafted=steps),), 1)
-    for name, plan in {"chain": chain, "tree": plans["eagle3"], "learned": plans["learned"]}.items():
+    for name, plan in {"chain": chain, **published(head.config, plans), "learned": plans["learned"]}.items():
         print(f"{run} {name}: {describe(plan)}", flush=True)
         yield f"{run.name} {name}", (engine, plan)
+
+
+def compute_for_a_large_target(name: str, head: HeadConfig, settings: CalibrateConfig, replays: Replays) -> None:
+    """Prints what would be gained, by replay, where the target's pass takes as long for all widths of a tree."""
+    is_block = isinstance(head, BlockHeadConfig)
+    draft_ms = [0.0] + [1.0 if is_block else float(step) for step in range(1, settings.num_steps + 1)]
+    for_all = dict.fromkeys(("build_ms", "commit_ms", "read_ms"), 0.0)
+    for replay in replays.values():
+        known = replay.latency
+        free = dict.fromkeys(known.source_ms, 0.0)
+        verify_ms = [[LARGE] * len(known.widths)] * len(known.contexts)
+        replay.latency = replace(known, verify_ms=verify_ms, draft_ms=draft_ms, source_ms=free, **for_all)
+    for plan_name, plan in learn(settings, replays).items():
+        speed, length = replay_of(replays, plan).run(plan)
+        print(f"{name} {plan_name}, computed for a large target: {speed * LARGE / 1e3:.2f}x, acceptance {length:.2f}")
+
+
+def published(head: HeadConfig, plans: dict[str, Plan]) -> dict[str, Plan]:
+    """The plans of papers that such a head has, by their names; docs/benchmarks/heads.md says what each is.
+
+    Args:
+        plans: of `learn`.
+    """
+    tuned = plans["eagle3"]
+    if not isinstance(head, BlockHeadConfig):
+        return {"tree": tuned}
+    # As many paths go on at every depth as the tree has nodes: none of the best is missed.
+    nodes = tuned.num_draft_tokens - 1
+    best = QuotaPlan((QuotaCheckpoint(tuned.num_steps, drafted=nodes),), topk=nodes)
+    if head.markov_rank:
+        return {"DARTree": best}
+    return {"DDTree": best, "CaDDTree": plans["draft_only"], "Graft-DFlash": plans["paper"]}
 
 
 def measured(contestants: Contestants, prompts: list[Tensor], tokens: int) -> dict[str, dict[str, list[float]]]:

@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --arms loss reference-loss --tokens 4096 --vocab 32000 --draft-vocab 8192
     python benchmarks/train_step.py --arms block block-speculators --tokens 1024 --draft-vocab 8192 --anchors 64
 
-Each arm lives in a process of its own; the parent asks them for steps in turn and reports medians, and the
-peak of the memory that a step takes beyond what is held between steps. The target is left out: its states are
-random. `speculators` 0.9 pins other packages than ours and is best installed beside them:
+Each arm lives in a process of its own; the parent asks them for steps in turn and reports medians, the quartiles
+around them, the processor's time, which other work on the machine disturbs less, and the peak of the memory that a step
+takes beyond what is held between steps. The target is left out: its states are random. `speculators` 0.9 pins other
+packages than ours and is best installed beside them:
 
     pip install --target SOMEWHERE --no-deps speculators==0.9.0 hs-connectors==0.9.0
     pip install --target SOMEWHERE openai aiohttp loguru pydantic-settings
@@ -246,11 +247,12 @@ def work(arm: str, args: argparse.Namespace) -> None:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")
-        held, started = memory(device, "VmRSS"), time.perf_counter()
+        held, started, worked = memory(device, "VmRSS"), time.perf_counter(), time.process_time()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        answer = {"seconds": time.perf_counter() - started, "bytes": memory(device, "VmHWM") - held}
+        seconds, worked = time.perf_counter() - started, time.process_time() - worked
+        answer = {"seconds": seconds, "worked": worked, "bytes": memory(device, "VmHWM") - held}
         print(json.dumps(answer), flush=True)
 
 
@@ -277,12 +279,16 @@ def measure(args: argparse.Namespace) -> None:
         worker.stdin.close()
         worker.wait()
     print(json.dumps({**describe_device(torch.device(args.device)), **vars(args)}))
-    print("| arm | ms | tokens/s | x | peak MiB of a step |\n|---|---:|---:|---:|---:|")
-    first = statistics.median(one["seconds"] for one in taken[args.arms[0]])
+    print("| arm | ms | quartiles | x | processor ms | x | peak MiB of a step |\n|---|---:|---:|---:|---:|---:|---:|")
+    first = {what: statistics.median(one[what] for one in taken[args.arms[0]]) for what in ("seconds", "worked")}
     for arm, steps in taken.items():
-        seconds = statistics.median(one["seconds"] for one in steps)
+        low, seconds, high = statistics.quantiles([one["seconds"] for one in steps], n=4)
+        worked = statistics.median(one["worked"] for one in steps)
         peak = max(one["bytes"] for one in steps) / 2**20
-        print(f"| {arm} | {seconds * 1e3:.0f} | {args.tokens / seconds:.0f} | {seconds / first:.2f} | {peak:.0f} |")
+        print(
+            f"| {arm} | {seconds * 1e3:.0f} | {low * 1e3:.0f}-{high * 1e3:.0f} | {seconds / first['seconds']:.2f} | "
+            f"{worked * 1e3:.0f} | {worked / first['worked']:.2f} | {peak:.0f} |"
+        )
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ class PackedTarget(Target):
         return states_of(aux_SE, final_SH, self._project(final_SH), top)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The target's embeddings of tokens of any shape, [..., H], scaled as its first layer reads them."""
+        """The target's embeddings of tokens of any shape, [..., H]; see `Target.embed`."""
         if self._embeddings_VH is not None:
             return self._embeddings_VH[tokens]
         return super().embed(tokens)

@@ -3,6 +3,9 @@
 p is the target's distribution over the draft vocabulary, q the head's. C positions, K steps, D tokens.
 """
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -10,32 +13,89 @@ from graft_inference.errors import GraftError
 from graft_train.config.head import LOSSES
 
 
-def divergence(name: str, teacher_CD: Tensor, logp_CKD: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass
+class Distribution:
+    """What logits say, with one exponential for each of them.
+
+    Attributes:
+        logits, probabilities: [..., D] float32.
+        norm: log of the sum of exp(logits), [...]: log-probabilities are `logits - norm`.
+    """
+
+    logits: Tensor
+    probabilities: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, probabilities: Tensor) -> Self:
+        """
+        Args:
+            probabilities: memory for them.
+        """
+        torch.softmax(logits, dim=-1, out=probabilities)
+        # The likeliest token's probability is at least 1 / D, which its logarithm loses nothing of.
+        return cls(logits, probabilities, logits.amax(-1) - probabilities.amax(-1).log())
+
+
+@dataclass
+class Taught:
+    """What a divergence needs of the target's distribution.
+
+    Attributes:
+        probabilities: [..., D] float32.
+        certainty: sum p log p, [...].
+        logp: the logarithms, for a divergence that has a use for them.
+    """
+
+    probabilities: Tensor
+    certainty: Tensor
+    logp: Tensor | None
+
+    @classmethod
+    def of(cls, name: str, logits: Tensor, probabilities: Tensor) -> Self:
+        """
+        Args:
+            name: of the divergence.
+            logits: which are overwritten.
+            probabilities: memory for them.
+        """
+        found = Distribution.of(logits, probabilities)
+        logp = logits - found.norm[..., None] if name == "reverse_kl" else None
+        return cls(probabilities, logits.mul_(probabilities).sum(-1) - found.norm, logp)
+
+    def rows(self, index: Tensor, probabilities: Tensor) -> Self:
+        """
+        Args:
+            probabilities: memory for those of these rows.
+        """
+        torch.index_select(self.probabilities, 0, index, out=probabilities)
+        return type(self)(probabilities, self.certainty[index], None if self.logp is None else self.logp[index])
+
+
+def divergence(name: str, teacher: Taught, head: Distribution) -> tuple[Tensor, Tensor]:
     """The divergence of every position, and its gradient with respect to the head's logits.
 
     Args:
         name: one of LOSSES. "survival" is the forward KL; its weights are the caller's.
-        teacher_CD, logp_CKD: log-probabilities of target and head.
+        teacher, head: of shapes that broadcast. The head's are overwritten.
 
     Returns:
         Nats (total variation: 0 to 1), [C, K], and the gradient [C, K, D].
     """
+    p, q = teacher.probabilities, head.probabilities
     match name:
         case "forward_kl" | "survival":  # sum p (log p - log q)
-            p_CD = teacher_CD.exp()
-            entropy_C1 = (p_CD * teacher_CD).sum(-1, keepdim=True)
-            return entropy_C1 - (logp_CKD @ p_CD[:, :, None]).squeeze(-1), logp_CKD.exp().sub_(p_CD[:, None])
+            return teacher.certainty - head.logits.mul_(p).sum(-1) + head.norm, q.sub_(p)
         case "reverse_kl":  # sum q (log q - log p)
-            ratio_CKD = logp_CKD - teacher_CD[:, None]
-            q_CKD = logp_CKD.exp()
-            value_CK = (q_CKD * ratio_CKD).sum(-1)
-            return value_CK, q_CKD.mul_(ratio_CKD.sub_(value_CK[..., None]))
+            assert teacher.logp is not None
+            ratio = head.logits.sub_(head.norm[..., None]).sub_(teacher.logp)
+            value = (q * ratio).sum(-1)
+            return value, q.mul_(ratio.sub_(value[..., None]))
         case "total_variation":  # sum max(p - q, 0)
-            q_CKD = logp_CKD.exp()
-            gap_CKD = teacher_CD.exp()[:, None] - q_CKD
-            short_CKD = (gap_CKD > 0).to(q_CKD.dtype)
-            pull_CK1 = (q_CKD * short_CKD).sum(-1, keepdim=True)
-            return gap_CKD.clamp_(min=0).sum(-1), q_CKD.mul_(pull_CK1 - short_CKD)
+            gap = torch.sub(p, q, out=head.logits)
+            short = (gap > 0).to(q.dtype)
+            pull = (q * short).sum(-1, keepdim=True)
+            return gap.clamp_(min=0).sum(-1), q.mul_(pull - short)
     raise GraftError(f"head.loss={name} is unknown; choose one of {', '.join(LOSSES)}")
 
 
@@ -52,6 +112,6 @@ def reference_divergence(name: str, teacher_TD: Tensor, logp_TD: Tensor) -> Tens
     raise GraftError(f"head.loss={name} is unknown; choose one of {', '.join(LOSSES)}")
 
 
-def acceptance(teacher: Tensor, logp: Tensor) -> Tensor:
-    """The probability that a token drawn from q survives verification, sum min(p, q), from log-probabilities."""
-    return torch.minimum(teacher, logp).exp().sum(-1)
+def acceptance(teacher: Taught, head: Distribution) -> Tensor:
+    """The probability that a token drawn from q survives verification, sum min(p, q)."""
+    return torch.minimum(teacher.probabilities, head.probabilities).sum(-1)

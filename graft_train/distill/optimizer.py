@@ -18,7 +18,7 @@ def make_optimizers(head: nn.Module, settings: HeadTrainConfig) -> list[torch.op
     chosen = set(map(id, inner))
     rest = [parameter for _, parameter in named if id(parameter) not in chosen]
     rate = settings.learning_rate
-    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if not inner:
         return [adamw]
     return [torch.optim.Muon(inner, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), adamw]

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from graft_train.data.states import TargetStates
 
-Teacher = Callable[[Tensor], Tensor]
-"""Positions [C] -> the target's logits there over the draft vocabulary, [C, D]."""
+Teacher = Callable[[Tensor, Tensor], Tensor]
+"""(positions [C], out [C, D] float32) -> out, with the target's logits there over the draft vocabulary."""
 ABSENT = -1e4
 """A logit whose probability is zero in fp32, and which is finite, as zero times infinity is not."""
 
@@ -36,7 +36,16 @@ def final_state_teacher(final_SH: Tensor, teacher_DH: Tensor) -> Teacher:
         final_SH: what the target's lm_head reads.
         teacher_DH: the lm_head's rows of the draft vocabulary.
     """
-    return lambda index_C: F.linear(final_SH[index_C], teacher_DH)
+    return lambda index_C, out_CD: product(final_SH[index_C], teacher_DH, out_CD)
+
+
+def product(states_CH: Tensor, weight_DH: Tensor, out_CD: Tensor) -> Tensor:
+    """`F.linear` into memory that is there: on a CPU new memory costs more than a softmax in it."""
+    device = states_CH.device.type
+    rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if states_CH.dtype == weight_DH.dtype == out_CD.dtype and not rounded:
+        return torch.mm(states_CH, weight_DH.T, out=out_CD)
+    return out_CD.copy_(F.linear(states_CH, weight_DH))
 
 
 def top_logits_teacher(ids_SM: Tensor, logits_SM: Tensor, target_ids_D: Tensor, vocab_size: int) -> Teacher:
@@ -51,9 +60,9 @@ def top_logits_teacher(ids_SM: Tensor, logits_SM: Tensor, target_ids_D: Tensor, 
     place_V = torch.full((vocab_size,), count, device=ids_SM.device)
     place_V[target_ids_D] = torch.arange(count, device=ids_SM.device)
 
-    def logits(index_C: Tensor) -> Tensor:
+    def logits(index_C: Tensor, out_CD: Tensor) -> Tensor:
         # What the draft vocabulary lacks goes to a column behind it.
         wide = torch.full((len(index_C), count + 1), ABSENT, device=ids_SM.device)
-        return wide.scatter_(1, place_V[ids_SM[index_C]], logits_SM[index_C].float())[:, :count]
+        return out_CD.copy_(wide.scatter_(1, place_V[ids_SM[index_C]], logits_SM[index_C].float())[:, :count])
 
     return logits

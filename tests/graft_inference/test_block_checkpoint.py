@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from graft_inference.errors import GraftError
 from graft_inference.heads.block.checkpoint import load_block_head, save_block_head
-from graft_inference.heads.block.dialects import LAYER
+from graft_inference.heads.block.keys import LAYER
 from graft_inference.heads.block.view import SlidingWindow
 from graft_inference.heads.checkpoint import OF_SPECULATORS as OF_SPECULATORS_KEYS
 from graft_inference.heads.checkpoint import Verifier
@@ -292,6 +292,68 @@ def test_a_published_dflash_head_need_not_say_what_is_the_default(tmp_path):
     assert load_block_head(tmp_path).config == block_head(head_dim=4).config
 
 
+@pytest.mark.parametrize(
+    ("layer_types", "nested", "causal", "layers"),
+    [
+        (None, {}, False, (0, 1)),
+        (["full_attention"] * 2, {}, False, (0, 1)),
+        (["full_attention"] * 2, {"causal": True}, True, (0, 1)),
+        (["sliding_attention"] * 2, {}, True, (0, 1)),
+        (["sliding_attention"] * 2, {"causal": False}, False, (0, 1)),
+        (["full_attention", "sliding_attention"], {}, None, (1,)),
+        (["full_attention", "sliding_attention"], {"use_swa": False}, None, (1,)),
+    ],
+)
+def test_use_swa_slides_every_layer_where_layer_types_names_none(tmp_path, layer_types, nested, causal, layers):
+    """As modelopt and MiMo write it and vLLM resolves it: only where layer_types names it is a window causal."""
+
+    def edit(values):
+        del values["is_causal"], values["use_sliding_window"], values["dflash_config"]["causal"]
+        values |= {"layer_types": layer_types, "sliding_window": 7}
+        values["dflash_config"] |= {"use_swa": True, "swa_window_size": 7} | nested
+
+    edit_config(saved(tmp_path), edit)
+    config = load_block_head(tmp_path).config
+    assert (config.causal, config.sliding) == (causal, SlidingWindow(layers, 7))
+
+
+@pytest.mark.parametrize("place", ["dflash_config", "dspark_config"])
+def test_specforges_dspark_head_is_the_same_head(tmp_path, place):
+    """It nests what DeepSpec has at the top level, and does not say that its slots predict the token behind them."""
+
+    def edit(values):
+        values |= {"architectures": ["DSparkDraftModel"], "model_type": "dspark", "tie_word_embeddings": True}
+        names = ("markov_rank", "markov_head_type", "enable_confidence_head")
+        nested = {name: values.pop(name) for name in ("target_layer_ids", "mask_token_id")}
+        values["dflash_config"] = nested | {"projector_type": "dspark", "attention_mode": "gqa"}
+        moved = {name: values.pop(name) for name in names}
+        values[place] = values.get(place, {}) | moved | {"confidence_head_alpha": 1.0}
+        del values["sample_from_anchor"], values["is_causal"], values["draft_vocab_size"]
+
+    edit_config(saved(tmp_path, **DSPARK), edit)
+    head = load_any_head(tmp_path)
+    assert head.config == block_head(**DSPARK).config
+    assert torch.equal(head.markov_head.markov_w2.weight, block_head(**DSPARK).float().markov_head.markov_w2.weight)
+
+
+def test_a_text_model_of_another_name_has_the_same_layers(tmp_path):
+    """Positions of images in RoPE are the same for text."""
+    edit_config(saved(tmp_path), lambda v: v.update(model_type="qwen3_vl_text", rope_scaling=None))
+    edit_config(tmp_path, lambda v: v["rope_parameters"].update(mrope_section=[1, 1, 1], mrope_interleaved=True))
+    assert load_block_head(tmp_path).config == block_head().config
+
+
+def test_a_head_without_embeddings_of_its_own_may_say_that_the_targets_are_tied(tmp_path):
+    edit_config(saved(tmp_path), lambda v: v.update(tie_word_embeddings=True))
+    assert load_block_head(tmp_path).config == block_head().config
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"embed_tokens.weight": torch.ones(13, 16)}, path)
+    with pytest.raises(GraftError, match="tie_word_embeddings=True, but of its own the head has embeddings alone"):
+        load_block_head(tmp_path)
+    save_file(load_file(path) | {"lm_head.weight": torch.ones(13, 16)}, path)
+    assert load_block_head(tmp_path).lm_head is not None
+
+
 def test_jetspecs_key_makes_a_head_causal(tmp_path):
     def edit(values):
         del values["is_causal"], values["dflash_config"]["causal"]
@@ -316,7 +378,11 @@ def of_dflash(**changes):
 @pytest.mark.parametrize(
     ("kind", "edit", "message"),
     [
-        ({}, lambda v: v.update(architectures=["DFlash2DraftModel"]), "DFlash2DraftModel.*only DFlashDraftModel and"),
+        (
+            {},
+            lambda v: v.update(architectures=["DFlash2DraftModel"]),
+            "DFlash2DraftModel.*only DFlashDraftModel, Qwen3D",
+        ),
         ({}, lambda v: v.update(is_causal=True), "is_causal, dflash_config.causal and .*say different things"),
         ({}, of_dflash(sample_from_anchor=True), "sample_from_anchor=True and DFlashDraftModel"),
         (
@@ -330,7 +396,23 @@ def of_dflash(**changes):
         ({}, of_dflash(block_size=16), r"different things of block_size: \[4, 16\]"),
         ({}, of_dflash(final_logit_softcapping=30.0), "final_logit_softcapping=30.0 is not known"),
         ({}, of_dflash(conv_kernel_size=2), "conv_kernel_size=2 is not known"),
-        ({}, of_dflash(use_swa=True), "use_swa=True makes another network"),
+        ({}, of_dflash(use_swa=True), "needs use_sliding_window=true and a sliding_window"),
+        ({}, of_dflash(use_swa=1, swa_window_size=7), "use_swa=1 must be true or false"),
+        ({}, of_dflash(use_swa=True, swa_window_size=4), "sliding_window=4 must be a whole number from 5"),
+        (SLIDING, of_dflash(swa_window_size=8), "sliding_window=7 and swa_window_size=8: engines differ"),
+        ({}, of_dflash(attention_sink_bias=True), "attention_sink_bias=True makes another network"),
+        ({}, lambda v: v.update(attention_sink_bias=True), "attention_sink_bias=True makes another network"),
+        ({}, of_dflash(attention_value_scale=0.612), "attention_value_scale=0.612 makes another network"),
+        ({}, lambda v: v.update(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 makes another network"),
+        ({}, of_dflash(attention_mode="mla"), "attention_mode='mla' makes another network"),
+        ({}, of_dflash(projector_type="dspark"), "projector_type='dspark' and DFlashDraftModel"),
+        (DSPARK, lambda v: v.update(dspark_config={"markov_head_type": "rnn"}), "markov_head_type='rnn' makes another"),
+        (DSPARK, lambda v: v.update(dspark_config={"markov_rank": 4}), r"different things of markov_rank: \[3, 4\]"),
+        (
+            DSPARK,
+            lambda v: v.update(dspark_config={"block_size": 3}, dflash_config={"block_size": 4}),
+            "dflash_config and dspark_config say different things of block_size",
+        ),
         ({}, lambda v: v.update(layer_types=["sliding_attention"] * 2), "needs use_sliding_window=true and a"),
         (SLIDING, lambda v: v.update(use_sliding_window=False), "needs use_sliding_window=true and a"),
         (SLIDING, lambda v: v.update(sliding_window=None), "needs use_sliding_window=true and a"),

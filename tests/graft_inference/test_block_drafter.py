@@ -70,13 +70,31 @@ def test_a_block_behind_a_context_has_the_logits_of_its_head(layout):
     engine = block_engine(layout=layout)
     proposer, head = engine.speculator.head, engine.head
     aux = torch.randn((6, head.fc.in_features), generator=torch.Generator().manual_seed(3))
-    state, root = proposer.open(3, 3, 20), torch.tensor([4])
+    state, root = proposer.open(3, 0, 20), torch.tensor([4])
     (draft,) = proposer.begin([state], [(torch.zeros(6, dtype=torch.long), aux)], [root], [None])
     context = head.read_context(aux[None], torch.arange(6)[None])
     tokens = torch.tensor([[4, *[head.config.mask_token_id] * (head.config.block_size - 1)]])
     lm_head = engine.target.model.get_output_embeddings().weight
     expected = head.draft_logits(engine.target.embed(tokens), *context, torch.tensor([6]), lm_head)[0]
     torch.testing.assert_close(draft.logits_KD, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.inference_mode()
+def test_a_causal_head_is_asked_for_no_more_slots_than_the_plan_has_steps(layout):
+    """Two requests of different plans, in one pass: each has the first drafts of the whole block."""
+    engine = block_engine(layout=layout)
+    proposer, head = engine.speculator.head, engine.head
+    generator = torch.Generator().manual_seed(3)
+    fresh = [(torch.zeros(5, dtype=torch.long), torch.randn((5, head.fc.in_features), generator=generator))] * 3
+    states = [proposer.open(2, num_steps, 20) for num_steps in (0, 2, 1)]
+    whole, *shorter = proposer.begin(states, fresh, [torch.tensor([4])] * 3, [None] * 3)
+    assert len(whole.logits_KD) == head.config.drafts
+    assert [len(one.logits_KD) for one in shorter] == ([2, 1] if head.config.causal else [head.config.drafts] * 2)
+    for one in shorter:
+        torch.testing.assert_close(one.logits_KD, whole.logits_KD[: len(one.logits_KD)], atol=1e-4, rtol=1e-4)
+    proposer.resume(states[1], 5, 2, 3, 20)
+    assert states[1].slots == (3 + head.config.first_slot if head.config.causal else head.config.block_size)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,6 @@
 """The trees of block heads against plain searches, what slots see against loops, and what heads leave unread."""
 
+import heapq
 import math
 from functools import cache
 from itertools import product
@@ -94,6 +95,38 @@ def test_a_block_becomes_the_tree_of_a_plain_search(layout, seed, root, topk, de
         sums = [sum(slots[slot][token] for slot, token in enumerate(path)) for path in product(ids, repeat=depth)]
         best = sorted(deepest.values(), reverse=True)[:topk]
         assert best == pytest.approx(sorted(sums, reverse=True)[: len(best)], abs=1e-3)
+
+
+def best_first(head, logits_KD, root, nodes, depth) -> list[float]:
+    """Scores of the best paths that there are, by a heap (DDTree; with a Markov head DARTree)."""
+    heap, found = [(0.0, ())], []
+    while heap and len(found) <= nodes:
+        score, path = heapq.heappop(heap)
+        found.append(-score)
+        if len(path) < depth:
+            steps = after(head, logits_KD, len(path), (root, *path)[-1], None)
+            for token, more in steps.items():
+                heapq.heappush(heap, (score - more, (*path, token)))
+    return found[1:]
+
+
+@pytest.mark.parametrize("layout", KINDS)
+@given(st.integers(0, 2**32), st.integers(0, SMALL - 1), st.integers(1, 6))
+@torch.inference_mode()
+def test_with_as_many_children_as_nodes_a_plan_verifies_the_best_first_tree(layout, seed, root, nodes):
+    head = head_of(layout)
+    depth, draft_ids = head.config.drafts, head.config.draft_vocab_size
+    nodes = min(nodes, draft_ids)
+    logits_KD = torch.randn(depth, draft_ids, generator=torch.Generator().manual_seed(seed))
+    proposer, state = BlockProposer(head, None, None, 64), HeadState((1, 1, 1), nodes, 4, logits_KD)
+    draft = BlockDraft(torch.tensor([root]), [], None, logits_KD)
+    draft.layers.append(Layer.below_root(*proposer._children(draft, nodes, draft.root_1)))
+    for _ in range(depth - 1):
+        (draft,) = proposer.deepen([state], [draft])
+    tree = draft.candidates
+    chosen = tree.chosen(tree.logp_N, nodes + 1)
+    assert Source.EMPTY not in chosen.sources_N
+    assert chosen.logp_N[1:].tolist() == pytest.approx(best_first(head, logits_KD, root, nodes, depth), abs=1e-3)
 
 
 @given(st.booleans(), st.one_of(st.none(), st.integers(1, 6)), st.booleans(), st.integers(0, 8), st.integers(1, 5))

@@ -32,7 +32,8 @@ def make_strategy(model: PreTrainedModel, samples: list[Sample], settings: HeadT
     if settings.init_from:
         published = published_head(settings.init_from, model.config.get_text_config()).float()
     if isinstance(published, BlockHead):
-        mask_token(samples, published.config.vocab_size, published.config.mask_token_id)
+        of = f"the mask_token_id of head.init_from={settings.init_from}"
+        mask_token(samples, published.config.vocab_size, published.config.mask_token_id, of)
         share = coverage(samples, published.target_ids, published.config.vocab_size)
         target = PackedTarget(model, published.config.aux_layer_ids)
         share_with(published, target)

@@ -15,7 +15,7 @@ from graft_train.distill.block.layout import BlockLayout
 
 BlockAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, BlockLayout], Tensor]
 """(query_1QND, context's key_1KSD and value_1KSD, the blocks' key_1KND and value_1KND, layout) -> attended 1QND,
-for N = A * P slots."""
+for N = A * P slots, of which those that do not ask (`layout.first`) have no query."""
 
 
 def fastest_attention(device: torch.device) -> BlockAttention:
@@ -51,12 +51,13 @@ class _Merged(torch.autograd.Function):
 
     Flash attention's backward needs only the output and the log-sum-exp of the softmax its keys are part
     of: given the merged ones, it returns the gradients of its share. Query heads of a key head are folded into
-    queries, which saves repeating keys: [K, G, A, P, D] and [K, G * slots, D] are the same rows.
+    queries, which saves repeating keys: [K, G, A, P, D] and [K, G * slots, D] are the same rows. P stands for the slots
+    that ask, where it is a query's.
     """
 
     @staticmethod
     def forward(ctx, layout, query, context_key, context_value, key, value):
-        query_KGAPD, blocks = _grouped(query, key.shape[1], layout.slots), (-1, layout.slots)
+        query_KGAPD, blocks = _grouped(query, key.shape[1], layout.asking), (-1, layout.slots)
         key_KAPD, value_KAPD = key[0].unflatten(1, blocks), value[0].unflatten(1, blocks)
         output_KGAPD, lse_KGAP = torch.empty_like(query_KGAPD), query_KGAPD.new_empty(query_KGAPD.shape[:-1]).float()
         for (anchors, tokens), bias in zip(layout.pieces, layout.biases, strict=True):
@@ -83,7 +84,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx, grad):
         query_KGAPD, context_key, context_value, key_KAPD, value_KAPD, output, lse, weight_KGAPP = ctx.saved_tensors
         layout, scale = ctx.layout, query_KGAPD.shape[-1] ** -0.5
-        grad_KGAPD = _grouped(grad, context_key.shape[1], layout.slots)
+        grad_KGAPD = _grouped(grad, context_key.shape[1], layout.asking)
         query_grad, key_grad, value_grad = map(torch.zeros_like, (query_KGAPD, context_key, context_value))
         for (anchors, tokens), bias in zip(layout.pieces, layout.biases, strict=True):
             part = query_KGAPD[:, :, anchors]
@@ -122,6 +123,6 @@ def _mask(bias: Tensor, part_KGAPD: Tensor) -> Tensor:
 def _own_scores(query_KGAPD: Tensor, key_KAPD: Tensor, layout: BlockLayout) -> Tensor:
     scores = (query_KGAPD @ key_KAPD[:, None].transpose(-1, -2)).float() * query_KGAPD.shape[-1] ** -0.5
     if layout.view.causal:
-        behind = torch.ones(layout.slots, layout.slots, dtype=torch.bool, device=scores.device).triu(1)
+        behind = torch.ones(layout.asking, layout.slots, dtype=torch.bool, device=scores.device).triu(1 + layout.first)
         scores = scores.masked_fill_(behind, -torch.inf)
     return scores

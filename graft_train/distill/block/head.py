@@ -50,8 +50,11 @@ def block_head_config(model: PreTrainedModel, samples: list[Sample], settings: H
     )
 
 
-def mask_token(samples: list[Sample], vocab_size: int, wanted: int | None) -> int:
+def mask_token(samples: list[Sample], vocab_size: int, wanted: int | None, of: str = "head.block.mask_token_id") -> int:
     """The mask token: the wanted one, or the last id that no sample holds.
+
+    Args:
+        of: who wants it, for errors.
 
     Raises:
         GraftError: it lies outside the vocabulary, or samples hold it.
@@ -65,11 +68,9 @@ def mask_token(samples: list[Sample], vocab_size: int, wanted: int | None) -> in
             raise GraftError(f"samples hold all {vocab_size} tokens of the target: none is left to be the mask")
         return int(free[-1])
     if not 0 <= wanted < vocab_size:
-        raise GraftError(f"head.block.mask_token_id={wanted} lies outside the target's vocabulary of {vocab_size}")
+        raise GraftError(f"{of}={wanted} lies outside the target's vocabulary of {vocab_size}")
     if held_V[wanted]:
-        raise GraftError(
-            f"head.block.mask_token_id={wanted} is a token that samples hold; choose one that the target never emits"
-        )
+        raise GraftError(f"{of}={wanted} is a token that samples hold; choose one that the target never emits")
     return wanted
 
 

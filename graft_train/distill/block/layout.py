@@ -25,6 +25,7 @@ class BlockLayout:
         started_AK: whether draft k of the anchor is a token of the anchor's own answer.
         slots: P.
         view: what they see of the tokens before their anchor, and of each other.
+        first: slots before this one do not ask: they only lend their keys.
     """
 
     lengths: list[int]
@@ -34,6 +35,7 @@ class BlockLayout:
     started_AK: Tensor
     slots: int
     view: View = field(default_factory=lambda: View(causal=False))
+    first: int = 0
 
     def to(self, device: torch.device) -> "BlockLayout":
         tensors = ("positions_S", "document_S", "anchors_A", "started_AK")
@@ -43,6 +45,11 @@ class BlockLayout:
     def seen_by(self, view: View) -> "BlockLayout":
         """The same blocks in a layer whose slots see what this view says."""
         return replace(self, view=view)
+
+    @property
+    def asking(self) -> int:
+        """Slots of a block that ask."""
+        return self.slots - self.first
 
     @property
     def slot_positions_N(self) -> Tensor:
@@ -67,24 +74,25 @@ class BlockLayout:
         biases = []
         for anchors, tokens in self.pieces:
             keys = torch.arange(tokens.start, tokens.stop, device=self.anchors_A.device)
-            anchor_N1 = self.anchors_A[anchors].repeat_interleave(self.slots)[:, None]
+            anchor_N1 = self.anchors_A[anchors].repeat_interleave(self.asking)[:, None]
             hidden = keys >= anchor_N1
             if self.view.window is not None:
-                first_P = self.view.first_seen(self.slots, keys.device)
-                hidden |= keys < anchor_N1 + first_P.repeat(len(anchor_N1) // self.slots)[:, None]
+                first_P = self.view.first_seen(self.slots, keys.device)[self.first :]
+                hidden |= keys < anchor_N1 + first_P.repeat(len(anchor_N1) // self.asking)[:, None]
             biases.append(torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -torch.inf))
         return biases
 
     @cached_property
     def block_mask(self) -> Any:
-        """For flex_attention: A * P queries over the S tokens and, behind them, the A * P slots."""
+        """For flex_attention: the slots that ask over the S tokens and, behind them, the A * P slots."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         document_S, anchors_A, slots, view = self.document_S, self.anchors_A, self.slots, self.view
         first_P = None if view.window is None else view.first_seen(slots, document_S.device)
-        tokens, queries = len(document_S), len(anchors_A) * slots
+        tokens, asking, first = len(document_S), self.asking, self.first
 
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def sees(batch: Tensor, head: Tensor, asked: Tensor, key: Tensor) -> Tensor:
+            query = asked // asking * slots + asked % asking + first
             anchor, own = anchors_A[query // slots], key - tokens
             token = key.clamp(max=tokens - 1)
             context = (key < tokens) & (key < anchor) & (document_S[token] == document_S[anchor])
@@ -93,7 +101,8 @@ class BlockLayout:
             block = (key >= tokens) & (own // slots == query // slots)
             return context | (block & (own <= query) if view.causal else block)
 
-        return create_block_mask(sees, None, None, queries, tokens + queries, device=document_S.device)
+        blocks = len(anchors_A)
+        return create_block_mask(sees, None, None, blocks * asking, tokens + blocks * slots, device=document_S.device)
 
 
 def make_block_layout(

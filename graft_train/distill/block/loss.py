@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from graft_inference.heads.block.model import BlockHead
 from graft_train.distill.block.layout import BlockLayout
-from graft_train.distill.divergence import divergence
+from graft_train.distill.divergence import Distribution, Taught, divergence
 from graft_train.distill.metrics import StepSums
-from graft_train.distill.teacher import Teacher
+from graft_train.distill.teacher import Teacher, product
 
 CHUNK = 256
 """Drafts whose logits exist at a time."""
@@ -77,27 +77,27 @@ class BlockLoss:
     def needs_teacher(self) -> bool:
         return self.name != "cross_entropy"
 
-    def of(self, logp_ND: Tensor, label_N: Tensor, teacher_ND: Tensor | None) -> tuple[Tensor, Tensor]:
+    def of(self, head: Distribution, label_N: Tensor, teacher: Taught | None) -> tuple[Tensor, Tensor]:
         """The loss of every draft, [N], and its gradient with respect to the head's logits, [N, D].
 
         Args:
-            logp_ND, teacher_ND: log-probabilities of head and target.
+            head, teacher: [N, D]. The head's are overwritten.
         """
+        hard_N = head.norm - head.logits.gather(1, label_N[:, None])[:, 0]
         if self.name == "cross_entropy":
-            return _cross_entropy(logp_ND, label_N)
-        assert teacher_ND is not None
-        name = "total_variation" if self.name == "dspark" else self.name
-        value_N1, grad_N1D = divergence(name, teacher_ND, logp_ND[:, None])
+            return hard_N, _minus_label(head.probabilities, label_N, 1)
+        assert teacher is not None
         if self.name != "dspark":
-            return value_N1[:, 0], grad_N1D[:, 0]
-        value_N, grad_ND = _cross_entropy(logp_ND, label_N)
+            return divergence(self.name, teacher, head)
+        share_ND = head.probabilities * 0.1
+        value_N, grad_ND = divergence("total_variation", teacher, head)
         # The L1 distance of two distributions is twice their total variation.
-        return 0.1 * value_N + 1.8 * value_N1[:, 0], grad_ND.mul_(0.1).add_(grad_N1D[:, 0], alpha=1.8)
+        grad_ND = _minus_label(share_ND, label_N, 0.1).add_(grad_ND, alpha=1.8)
+        return 0.1 * hard_N + 1.8 * value_N, grad_ND
 
 
-def _cross_entropy(logp_ND: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-    value_N1 = -logp_ND.gather(1, label_N[:, None])
-    return value_N1[:, 0], logp_ND.exp().scatter_add_(1, label_N[:, None], torch.full_like(value_N1, -1))
+def _minus_label(share_ND: Tensor, label_N: Tensor, share: float) -> Tensor:
+    return share_ND.scatter_add_(1, label_N[:, None], torch.full_like(share_ND[:, :1], -share))
 
 
 def d_pace_weights(confidence_CK: Tensor, trained_CK: Tensor, share: float) -> Tensor:
@@ -156,35 +156,45 @@ class _BlockLoss(torch.autograd.Function):
         grad_markov_AKR = None if markov_AKR is None else torch.zeros_like(markov_AKR)
         grad_markov_DR = None if markov_DR is None else torch.zeros_like(markov_DR, dtype=torch.float32)
         anchors = max(1, CHUNK // max(1, weight_AK.shape[1]))
+        rows = min(anchors, len(hidden_AKH)) * weight_AK.shape[1]
+        memory = [value_AK.new_empty(rows, len(lm_head_DH)) for _ in range(3 if loss.needs_teacher else 2)]
         for start in range(0, len(hidden_AKH), anchors):
             chunk = slice(start, start + anchors)
             taken_CK = taught.started_AK[chunk]
             hidden_NH = hidden_AKH[chunk][taken_CK]
-            logits_ND = F.linear(hidden_NH, lm_head_DH).float()
-            if markov_AKR is not None:
-                markov_NR = markov_AKR[chunk][taken_CK]
-                logits_ND += F.linear(markov_NR, markov_DR).float()
-            draft_AK[chunk][taken_CK] = logits_ND.argmax(dim=-1)
-            logp_ND = logits_ND.log_softmax(dim=-1)
-            del logits_ND
-            label_N = taught.label_AK[chunk][taken_CK]
-            if loss.d_pace is not None:
-                confidence_CK = torch.zeros_like(scale_AK[chunk])
-                confidence_CK[taken_CK] = logp_ND.gather(1, label_N[:, None])[:, 0].exp()
-                scale_AK[chunk] = d_pace_weights(confidence_CK, taught.trained_AK[chunk], loss.d_pace)
+            label_N, logits_ND, more_ND = (
+                taught.label_AK[chunk][taken_CK],
+                *(one[: len(hidden_NH)] for one in memory[:2]),
+            )
             teacher_ND = None
             if loss.needs_teacher:
                 # Blocks of neighbouring anchors share places.
                 place_U, of_N = taught.before_AK[chunk][taken_CK].unique(return_inverse=True)
-                teacher_ND = teacher(place_U).float().log_softmax(dim=-1)[of_N]
-            value_AK[chunk][taken_CK], grad_ND = loss.of(logp_ND, label_N, teacher_ND)
-            grad_ND *= (weight_AK[chunk] * scale_AK[chunk])[taken_CK][:, None]
+                teacher_UD = teacher(place_U, logits_ND[: len(place_U)])
+                teacher_UD = Taught.of(loss.name, teacher_UD, more_ND[: len(place_U)])
+                teacher_ND = teacher_UD.rows(of_N, memory[2][: len(hidden_NH)])
+            product(hidden_NH, lm_head_DH, logits_ND)
+            if markov_AKR is not None:
+                markov_NR = markov_AKR[chunk][taken_CK]
+                logits_ND += F.linear(markov_NR, markov_DR)
+            draft_AK[chunk][taken_CK] = logits_ND.argmax(dim=-1)
+            head_ND = Distribution.of(logits_ND, more_ND)
+            if loss.d_pace is not None:
+                confidence_CK = torch.zeros_like(scale_AK[chunk])
+                confidence_CK[taken_CK] = head_ND.probabilities.gather(1, label_N[:, None])[:, 0]
+                scale_AK[chunk] = d_pace_weights(confidence_CK, taught.trained_AK[chunk], loss.d_pace)
+            value_AK[chunk][taken_CK], grad_ND = loss.of(head_ND, label_N, teacher_ND)
             # DeepSpeed trains a head that is bf16 itself; under autocast only the products are.
-            grad_ND = grad_ND.to(hidden_AKH.dtype)
-            grad_hidden_AKH[chunk][taken_CK] = (grad_ND @ lm_head_DH.to(grad_ND.dtype)).to(hidden_AKH.dtype)
+            grad_ND, scale_N1 = (
+                part.to(hidden_AKH.dtype) for part in (grad_ND, (weight_AK[chunk] * scale_AK[chunk])[taken_CK][:, None])
+            )
+            # A draft's weight is that of all its logits, so the narrower factor takes it.
+            grad_hidden_AKH[chunk][taken_CK] = (grad_ND @ lm_head_DH.to(grad_ND.dtype)) * scale_N1
             if grad_markov_AKR is not None:
-                grad_markov_AKR[chunk][taken_CK] = (grad_ND @ markov_DR.to(grad_ND.dtype)).to(markov_AKR.dtype)
-                grad_markov_DR += grad_ND.T @ markov_NR.to(grad_ND.dtype)
+                grad_markov_AKR[chunk][taken_CK] = ((grad_ND @ markov_DR.to(grad_ND.dtype)) * scale_N1).to(
+                    markov_AKR.dtype
+                )
+                grad_markov_DR += grad_ND.T @ (markov_NR.to(grad_ND.dtype) * scale_N1)
         if grad_markov_DR is not None:
             grad_markov_DR = grad_markov_DR.to(markov_DR.dtype)
         ctx.save_for_backward(grad_hidden_AKH, grad_markov_AKR, grad_markov_DR)
@@ -193,5 +203,5 @@ class _BlockLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *unused):
-        grads = [None if one is None else grad * one for one in ctx.saved_tensors]
+        grads = [None if one is None else one.mul_(grad) for one in ctx.saved_tensors]
         return *grads, None, None, None, None, None

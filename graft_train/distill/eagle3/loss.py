@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from graft_inference.heads.eagle3.model import DraftHead
-from graft_train.distill.divergence import acceptance, divergence, reference_divergence
+from graft_train.distill.divergence import Distribution, Taught, acceptance, divergence, reference_divergence
 from graft_train.distill.eagle3.layout import Layout
 from graft_train.distill.metrics import StepSums
-from graft_train.distill.teacher import Teacher
+from graft_train.distill.teacher import Teacher, product
 
 CHUNK = 256
 """Positions whose logits exist at a time; each brings K rows of the draft vocabulary."""
@@ -84,11 +83,23 @@ def distillation_loss(
     Returns:
         The loss, 0-d, and what was summed.
     """
+    # A position that is not trained has a choice that no draft can match. Survival goes on over it.
+    kept_N = torch.ones_like(taught.drafted_N) if name == "survival" else taught.trained_NK.any(1)
+    kept_P = kept_N.nonzero().flatten()
     # Where the draft did not start (not `started`) this is another draft's output; any will do.
-    hidden_NKH = head.normed(torch.stack([output.roll(step, 0) for step, output in enumerate(outputs)], dim=1))
-    weight_NK = taught.trained_NK * coefficient_K
-    loss, value_NK, draft_NK = _LinearDivergence.apply(
-        hidden_NKH, head.lm_head.weight, teacher, taught.index_N, weight_NK, taught.drafted_N, name
+    hidden = [output.roll(step, 0).index_select(0, kept_P) for step, output in enumerate(outputs)]
+    weight_PK = (taught.trained_NK * coefficient_K)[kept_P]
+    loss, value_PK, draft_PK = _LinearDivergence.apply(
+        head.normed(torch.stack(hidden, dim=1)),
+        head.lm_head.weight,
+        teacher,
+        taught.index_N[kept_P],
+        weight_PK,
+        taught.drafted_N[kept_P],
+        name,
+    )
+    value_NK, draft_NK = (
+        part.new_zeros(taught.started_NK.shape).index_copy(0, kept_P, part) for part in (value_PK, draft_PK)
     )
     matched_NK = (head.target_ids[draft_NK] == taught.choice_N[:, None]) & taught.started_NK
     # Step k at position n and step k-1 at n-1 belong to one draft; `started` is false where n-1 would
@@ -122,22 +133,28 @@ class _LinearDivergence(torch.autograd.Function):
         grad_hidden_NKH = torch.empty_like(hidden_NKH)
         grad_weight_DH = torch.zeros_like(weight_DH, dtype=torch.float32)
         last_K = torch.zeros_like(value_NK[:1])  # of the chunk before: survived, this step included
+        steps, rows, width = hidden_NKH.shape[1], min(CHUNK, len(hidden_NKH)), len(weight_DH)
+        memory_MD, more_MD = (value_NK.new_empty(rows * steps, width) for _ in range(2))
+        teacher_memory_CD = value_NK.new_empty(rows, width)
         for start in range(0, len(hidden_NKH), CHUNK):
             chunk = slice(start, start + CHUNK)
-            teacher_CD = teacher(index_N[chunk]).float().log_softmax(dim=-1)
-            logits_CKD = F.linear(hidden_NKH[chunk], weight_DH).float()
-            draft_NK[chunk] = logits_CKD.argmax(dim=-1)
-            logp_CKD = logits_CKD.log_softmax(dim=-1)
-            del logits_CKD
+            hidden_CKH = hidden_NKH[chunk]
+            count, shape = len(hidden_CKH), (len(hidden_CKH), steps, width)
+            logits_CD = teacher(index_N[chunk], memory_MD[:count])
+            teacher_C1D = Taught.of(name, logits_CD[:, None], teacher_memory_CD[:count, None])
+            logits_MD = product(hidden_CKH.flatten(0, 1), weight_DH, memory_MD[: count * steps])
+            head_CKD = Distribution.of(logits_MD.view(shape), more_MD[: count * steps].view(shape))
+            draft_NK[chunk] = head_CKD.logits.argmax(dim=-1)
             if name == "survival":
-                accepted_CK = acceptance(teacher_CD[:, None], logp_CKD) * drafted_N[chunk, None]
+                accepted_CK = acceptance(teacher_C1D, head_CKD) * drafted_N[chunk, None]
                 survived_NK[chunk], last_K = _survival(accepted_CK, last_K)
-            value_NK[chunk], grad_CKD = divergence(name, teacher_CD, logp_CKD)
-            grad_CKD *= (weight_NK[chunk] * survived_NK[chunk])[..., None]
+            value_NK[chunk], grad_CKD = divergence(name, teacher_C1D, head_CKD)
             # DeepSpeed trains a head that is bf16 itself; under autocast only the products are.
             grad_CKD = grad_CKD.to(hidden_NKH.dtype)
-            grad_hidden_NKH[chunk] = grad_CKD @ weight_DH
-            grad_weight_DH += grad_CKD.flatten(0, 1).T @ hidden_NKH[chunk].flatten(0, 1)
+            # A position's weight is that of all its logits, so the narrower factor takes it.
+            scale_CK1 = (weight_NK[chunk] * survived_NK[chunk])[..., None].to(hidden_NKH.dtype)
+            grad_hidden_NKH[chunk] = (grad_CKD @ weight_DH) * scale_CK1
+            grad_weight_DH += grad_CKD.flatten(0, 1).T @ (hidden_CKH * scale_CK1).flatten(0, 1)
         ctx.save_for_backward(grad_hidden_NKH, grad_weight_DH.to(weight_DH.dtype))
         ctx.mark_non_differentiable(value_NK, draft_NK)
         return (value_NK * survived_NK * weight_NK).sum(), value_NK, draft_NK
@@ -145,7 +162,7 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *unused):
         grad_hidden_NKH, grad_weight_DH = ctx.saved_tensors
-        return grad * grad_hidden_NKH, grad * grad_weight_DH, None, None, None, None, None
+        return grad_hidden_NKH.mul_(grad), grad_weight_DH.mul_(grad), None, None, None, None, None
 
 
 def _survival(accepted_CK: Tensor, before_1K: Tensor) -> tuple[Tensor, Tensor]:

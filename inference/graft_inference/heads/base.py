@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from ..errors import GraftError
@@ -66,6 +66,12 @@ def sound_rotary(make: Callable[[], Rotary], rope_parameters: dict[str, Any]) ->
     if not sound:
         raise GraftError(f"rope_parameters={rope_parameters} give frequencies that are not finite")
     return rotary
+
+
+def turned(states_BQTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE; cosines and sines are [B, T, D]."""
+    cos_B1TD, sin_B1TD = (part[:, None] for part in rope)
+    return states_BQTD * cos_B1TD + rotate_half(states_BQTD) * sin_B1TD
 
 
 class GatedMLP(nn.Module):

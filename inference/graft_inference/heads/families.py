@@ -12,8 +12,9 @@ from ..files import read_json
 from ..proposer import HeadProposer
 from .block.checkpoint import load_block_config, load_block_head, save_block_head
 from .block.config import BlockHeadConfig
-from .block.dialects import DFLASH, DSPARK, TYPES, sees_as_in_speculators
+from .block.dialects import sees_as_in_speculators
 from .block.drafter import BlockProposer
+from .block.keys import ARCHITECTURES, TYPES
 from .block.model import BlockHead
 from .checkpoint import CONFIG_FILE, REMEDY, SPECULATORS, Verifier
 from .eagle3.checkpoint import load_head, load_head_config, save_head
@@ -46,7 +47,7 @@ def is_block(directory: Path) -> bool:
     kind, architectures = values.get(SPECULATORS), values.get("architectures")
     names = list(map(str, architectures if isinstance(architectures, list) else []))
     _refuse_others(directory, [str(kind), *names])
-    return bool({DFLASH, DSPARK} & set(names)) if kind is None else kind in TYPES
+    return bool(set(ARCHITECTURES) & set(names)) if kind is None else kind in TYPES
 
 
 def _refuse_others(directory: Path, names: list[str]) -> None:

@@ -161,7 +161,13 @@ class Target:
         return embeddings.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(tokens)
+        """The rows of the embedding table, which are what heads are trained on by everybody, [..., H].
+
+        Gemma's own module multiplies them by a scale, which heads do not.
+        """
+        embeddings: Any = self.model.get_input_embeddings()
+        rows, scale = embeddings(tokens), getattr(embeddings, "embed_scale", None)
+        return rows if scale is None else rows / scale.to(rows.dtype)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary by the target's own lm_head, of normed states, [..., H] -> [..., V]."""

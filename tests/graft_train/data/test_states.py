@@ -58,12 +58,11 @@ def test_a_target_that_changes_its_logits_is_refused():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
-def test_the_head_reads_the_embeddings_that_training_read_scaled_as_the_target_scales_them(family):
-    """Gemma multiplies its embeddings by the root of their width."""
+def test_a_head_reads_the_rows_of_the_targets_embeddings_in_training_and_when_it_is_served(family):
+    """Gemma multiplies them by the root of their width for its own layers. Nobody does so for heads."""
     capped = {"final_logit_softcapping": None} if family == "gemma2" else {}
     tokens_BS = torch.randint(31, (1, 7))
     model = family_model(family, **capped)
-    first_layer_BSH = model(tokens_BS, output_hidden_states=True).hidden_states[0]
-    trained_BSH = PackedTarget(model, (0, 3)).embed(tokens_BS)
-    torch.testing.assert_close(trained_BSH, first_layer_BSH)
-    torch.testing.assert_close(Target(model, (0, 3)).embed(tokens_BS), first_layer_BSH)
+    rows_BSH = model.get_input_embeddings().weight[tokens_BS]
+    torch.testing.assert_close(PackedTarget(model, (0, 3)).embed(tokens_BS), rows_BSH)
+    torch.testing.assert_close(Target(model, (0, 3)).embed(tokens_BS), rows_BSH)

@@ -234,6 +234,28 @@ def test_training_logits_are_those_of_inference_behind_a_kept_context(window, ch
             torch.testing.assert_close(trained[place], served[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1, "causal": True}, {"sample_from_anchor": True}])
+def test_all_blocks_at_once_have_the_gradients_of_each_block_alone(window, changes):
+    """Training computes alike slots once and leaves out what nothing reads; a block as it is served does neither."""
+    views = WINDOWS[window] if "num_hidden_layers" not in changes else {"sliding": SlidingWindow((0,), 5)}
+    head, plain = (block_head(**(views | changes)) for _ in range(2))
+    embedding_SH, mask_H, aux_SE = head_inputs()
+    layout = layout_of(drafts=head.config.drafts)
+    rows_DH = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(3))
+    logits = draft_blocks(head, embedding_SH, mask_H, aux_SE, layout) @ rows_DH.T
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / layout.started_AK.numel()
+    (logits * upstream).sum().backward()
+    for place, anchor in enumerate(layout.anchors_A.tolist()):
+        start = START[anchor]
+        context = plain.read_context(aux_SE[None, start:anchor], torch.arange(anchor - start)[None])
+        block = torch.cat([embedding_SH[anchor][None], mask_H.expand(SLOTS - 1, -1)])[None]
+        served = plain.draft_logits(block, *context, torch.tensor([anchor - start]), rows_DH)
+        (served[0] * upstream[place]).sum().backward()
+    for (name, got), wanted in zip(head.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
 def strategy(**block) -> BlockStrategy:
     settings = HeadTrainConfig(family="block", block=BlockHeadTrainConfig(block_size=SLOTS, **block))
     return BlockStrategy(block_head(), PackedTarget(tiny_target(), (0, 2)), settings)
@@ -401,6 +423,12 @@ def test_a_target_without_a_token_to_spare_is_named():
 def test_a_head_of_another_target_is_not_gone_on_from(tmp_path):
     save_block_head(block_head(num_target_layers=9), tmp_path / "head")
     with pytest.raises(GraftError, match=r"head.init_from=.*num_target_layers=9, but the target 4"):
+        distill(block_run(tmp_path, init_from=str(tmp_path / "head")))
+
+
+def test_a_head_whose_mask_the_target_emits_is_not_gone_on_from(tmp_path):
+    save_block_head(block_head(mask_token_id=3), tmp_path / "head")
+    with pytest.raises(GraftError, match=r"mask_token_id of head\.init_from=.*=3 is a token that samples hold"):
         distill(block_run(tmp_path, init_from=str(tmp_path / "head")))
 
 

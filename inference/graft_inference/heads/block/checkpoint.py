@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from ...errors import GraftError
-from ...files import read_safetensors
-from ..checkpoint import MASK_EMBEDDING, REMEDY, WEIGHTS_FILE, Verifier, read_config, save_files
+from ...files import read_json, read_safetensors
+from ..checkpoint import CONFIG_FILE, MASK_EMBEDDING, REMEDY, WEIGHTS_FILE, Verifier, read_config, save_files
 from .config import BlockHeadConfig
 from .dialects import block_config_from_dict, block_config_to_dict
+from .keys import TIED
 from .model import BlockHead
 
 CONFIDENCE = "confidence_head."
@@ -60,6 +61,11 @@ def load_block_head(directory: Path, target_layers: int | None = None) -> BlockH
         raise GraftError(f"{directory}: {MASK_EMBEDDING}, an embedding of the mask's own, is not computed here")
     path = Path(directory) / WEIGHTS_FILE
     tensors = read_safetensors(path, REMEDY)
+    tied = read_json(Path(directory) / CONFIG_FILE, REMEDY).get(TIED)
+    if tied and "embed_tokens.weight" in tensors and "lm_head.weight" not in tensors:
+        raise GraftError(
+            f"{directory}: {TIED}={tied}, but of its own the head has embeddings alone: add lm_head.weight"
+        )
     try:
         return BlockHead.of_tensors(config, _read_tensors(tensors))
     except GraftError as error:

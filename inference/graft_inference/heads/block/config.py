@@ -23,6 +23,7 @@ SIZES = (
     "num_target_layers",
     "max_position_embeddings",
 )
+MOST_LAYERS = 1024
 OWN = frozenset({
     "aux_layer_ids", "draft_vocab_size", "num_target_layers", "block_size", "mask_token_id", "causal",
     "sample_from_anchor", "markov_rank", "sliding",
@@ -75,7 +76,7 @@ class BlockHeadConfig:
     def __post_init__(self) -> None:
         for name in SIZES:
             check_whole(name, getattr(self, name), 1, LARGEST)
-        check_whole("num_hidden_layers", self.num_hidden_layers, 1, 1024)
+        check_whole("num_hidden_layers", self.num_hidden_layers, 1, MOST_LAYERS)
         check_whole("block_size", self.block_size, 2, 1024)
         check_whole("draft_vocab_size", self.draft_vocab_size, 1, self.vocab_size)
         check_whole("mask_token_id", self.mask_token_id, 0, self.vocab_size - 1)

@@ -1,7 +1,8 @@
 """The configuration of a block head on disk, written natively and in speculators' dialect, and read in either.
 
 A head with fill-in slots is written as `DFlashDraftModel`, one with next-token slots or a Markov bias as
-`Qwen3DSparkModel`. What decides how it is computed is always written where both vLLM and SGLang read it: `is_causal`
+`Qwen3DSparkModel`. SpecForge's `DSparkDraftModel` is the latter, whose keys stand in dflash_config or dspark_config;
+it is read, too. What decides how it is computed is always written where both vLLM and SGLang read it: `is_causal`
 and `layer_types` at the top level, and the layout of the slots.
 
 speculators' dialect nests the layers' configuration, as that of its EAGLE-3 heads does, and counts the aux layers
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 
 from ...errors import GraftError
+from ..base import check_whole
 from ..checkpoint import (
     HARMLESS,
     NESTED,
-    OF_SPECULATORS,
     SPECULATORS,
     Verifier,
     check_keys,
@@ -26,59 +27,29 @@ from ..checkpoint import (
     rope_and_dtype,
     rope_of,
 )
-from .config import BlockHeadConfig
+from .config import MOST_LAYERS, BlockHeadConfig
+from .keys import (
+    ARCHITECTURES,
+    AUX_IDS,
+    COMPUTED,
+    COMPUTED_NESTED,
+    DFLASH,
+    DSPARK,
+    FROM_ANCHOR,
+    FULL,
+    LAYER,
+    LAYOUT,
+    MODEL_TYPES,
+    NON_CAUSAL,
+    OF_TRAINING,
+    ONLY_OF_SPECULATORS,
+    READ,
+    READ_NESTED,
+    READ_OF_SPECULATORS,
+    SLIDING,
+    TYPES,
+)
 from .view import SlidingWindow
-
-DFLASH, DSPARK = "DFlashDraftModel", "Qwen3DSparkModel"
-TYPES = ("dflash", "dspark")
-"""`speculators_model_type` of the block heads that can be read."""
-LAYOUT = "sample_from_anchor"
-FROM_ANCHOR = "sliding_window_from_anchor"
-"""A key of our own, beside `sliding_window`: the dialect has no other for how speculators counts."""
-FULL, SLIDING = "full_attention", "sliding_attention"
-READ = frozenset({
-    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size", "max_position_embeddings", "rms_norm_eps",
-    "rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window",
-    "num_target_layers", "block_size", "is_causal", LAYOUT, "dflash_config", "target_layer_ids", "mask_token_id",
-    "markov_rank", "enable_confidence_head", FROM_ANCHOR,
-})  # fmt: skip
-"""Keys that what is computed is read from."""
-COMPUTED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "partial_rotary_factor": 1,
-    "is_encoder_decoder": False,
-    "is_neox_style": True,
-    "markov_head_type": "vanilla",
-}
-"""Keys that change what is computed, each with the value that this module computes; null and absent mean it too."""
-OF_TRAINING = frozenset({"confidence_head_with_markov", "num_anchors"})
-COMPUTED_NESTED = {
-    "use_swa": False,
-    "attention_sink_bias": False,
-    "attention_value_scale": 1,
-    "input_embedding_scale": 1,
-    "output_multiplier": 1,
-}
-READ_NESTED = frozenset({"target_layer_ids", "mask_token_id", "block_size", "causal", "causal_head", LAYOUT})
-"""Both within dflash_config."""
-AUX_IDS, NON_CAUSAL = "aux_hidden_state_layer_ids", "sliding_window_non_causal"
-READ_OF_SPECULATORS = frozenset({
-    "architectures", "block_size", "draft_vocab_size", "enable_confidence_head", "markov_rank", "mask_token_id",
-    "target_hidden_size", LAYOUT, SPECULATORS, AUX_IDS, NON_CAUSAL, NESTED,
-})  # fmt: skip
-LAYER = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "hidden_act", "rms_norm_eps",
-    "attention_bias", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype",
-    "layer_types", "sliding_window", "use_sliding_window",
-)  # fmt: skip
-"""Native keys that speculators' dialect nests."""
-ONLY_OF_SPECULATORS = frozenset({*OF_SPECULATORS, AUX_IDS, NON_CAUSAL})
-"""Keys that the native dialect does not have."""
 
 
 def block_config_to_dict(
@@ -143,7 +114,8 @@ def sees_as_in_speculators(config: BlockHeadConfig) -> bool:
     """Whether `_views_of_speculators` can say what the slots see."""
     if config.sliding is not None and not config.sliding.from_anchor:
         return False
-    return config.causal in (False, _default_causal(config.sliding, config.num_hidden_layers))
+    slides = 0 if config.sliding is None else len(config.sliding.layers)
+    return config.causal in (False, _default_causal(slides, config.num_hidden_layers))
 
 
 def _views_to_dict(config: BlockHeadConfig) -> dict[str, Any]:
@@ -180,16 +152,20 @@ def _one_dialect(values: dict[str, Any], target_layers: int | None) -> BlockHead
     if target_layers is not None:
         values = {"num_target_layers": target_layers} | values
     names = values.get("architectures")
-    if names not in ([DFLASH], [DSPARK]):
+    if names not in [[name] for name in ARCHITECTURES]:
         raise GraftError(
-            f"architectures={names} makes another network: only {DFLASH} and {DSPARK} can be computed here"
+            f"architectures={names} makes another network: only {', '.join(ARCHITECTURES)} can be computed here"
         )
     check_keys(values, READ, COMPUTED, HARMLESS | OF_TRAINING)
-    nested = values.get("dflash_config") or {}
-    check_keys(nested, READ_NESTED, COMPUTED_NESTED)
-    if given_or(values, "model_type", "qwen3") != "qwen3":
-        raise GraftError(f"model_type={values['model_type']!r} makes another layer: only qwen3 can be computed here")
-    heads, sliding = values["num_attention_heads"], _sliding(values)
+    nested = _nested(values, is_dspark=names != [DFLASH])
+    if given_or(values, "model_type", "qwen3") not in MODEL_TYPES:
+        raise GraftError(
+            f"model_type={values['model_type']!r} makes another layer: only {', '.join(MODEL_TYPES)} can be computed "
+            "here"
+        )
+    if given_or(values, "target_hidden_size", values["hidden_size"]) != values["hidden_size"]:
+        raise GraftError("only heads that are as wide as their target can be loaded")
+    heads, markov = values["num_attention_heads"], _agreed("markov_rank", values, nested, default=0)
     return BlockHeadConfig(
         hidden_size=values["hidden_size"],
         intermediate_size=values["intermediate_size"],
@@ -204,75 +180,105 @@ def _one_dialect(values: dict[str, Any], target_layers: int | None) -> BlockHead
         block_size=_agreed("block_size", values, nested),
         mask_token_id=_agreed("mask_token_id", values, nested),
         max_position_embeddings=values["max_position_embeddings"],
-        causal=_causal(values, nested, sliding),
-        sample_from_anchor=_layout(values, nested, names == [DSPARK]),
-        markov_rank=given_or(values, "markov_rank", 0),
-        sliding=sliding,
+        causal=_causal(values, nested),
+        sample_from_anchor=_layout([values.get(LAYOUT), nested.get(LAYOUT)], names != [DFLASH], bool(markov)),
+        markov_rank=markov,
+        sliding=_sliding(values, nested),
         rms_norm_eps=values["rms_norm_eps"],
         rope_parameters=rope_of(values),
     )
 
 
-def _agreed(name: str, *places: dict[str, Any]) -> Any:
+def _nested(values: dict[str, Any], is_dspark: bool) -> dict[str, Any]:
+    """What dflash_config and dspark_config say together.
+
+    Raises:
+        GraftError: a key that is not known, or of another network.
+    """
+    nested: dict[str, Any] = {}
+    for place in ("dflash_config", "dspark_config"):
+        part = values.get(place) or {}
+        check_keys(part, READ_NESTED, COMPUTED_NESTED | {"projector_type": "dspark"}, OF_TRAINING)
+        for name, value in part.items():
+            if value is not None and nested.setdefault(name, value) != value:
+                raise GraftError(f"dflash_config and dspark_config say different things of {name}")
+    if not is_dspark and "projector_type" in nested:
+        raise GraftError(
+            f"projector_type={nested['projector_type']!r} and {DFLASH}: such a head's tensors are not known"
+        )
+    return nested
+
+
+def _agreed(name: str, *places: dict[str, Any], default: Any = None) -> Any:
     """The one value that a key has in whichever places have it.
 
     Raises:
-        GraftError: two places say different things, or none says anything.
+        GraftError: two places say different things, or none says anything and there is no default.
     """
     given = [place[name] for place in places if place.get(name) is not None]
     if not given:
+        if default is not None:
+            return default
         raise GraftError(f"{name} is missing, at the top level as in dflash_config")
     if any(value != given[0] for value in given):
         raise GraftError(f"the top level and dflash_config say different things of {name}: {given}")
     return given[0]
 
 
-def _sliding(values: dict[str, Any]) -> SlidingWindow | None:
-    """The layers with a sliding window.
+def _sliding(values: dict[str, Any], nested: dict[str, Any]) -> SlidingWindow | None:
+    """The layers with a sliding window: those that layer_types names, or with use_swa all, where it names none.
 
     Raises:
         GraftError: kinds of layers that are not known or not one for each layer, or a window that is not said.
     """
-    kinds, count, window = values.get("layer_types"), values["num_hidden_layers"], values.get("sliding_window")
-    uses = values.get("use_sliding_window")
-    if kinds is None:
-        if window is not None and uses is not False:
+    kinds, count, uses = values.get("layer_types"), values["num_hidden_layers"], values.get("use_sliding_window")
+    if kinds is not None and (len(kinds) != count or not all(kind in (FULL, SLIDING) for kind in kinds)):
+        raise GraftError(f"layer_types={kinds} makes another network: there must be {count}, each {FULL} or {SLIDING}")
+    forced, window, own = nested.get("use_swa"), values.get("sliding_window"), nested.get("swa_window_size")
+    if type(forced) is not bool and forced is not None:
+        raise GraftError(f"use_swa={forced!r} must be true or false")
+    layers = tuple(layer for layer, kind in enumerate(kinds or ()) if kind == SLIDING)
+    if not layers and not forced:
+        if kinds is None and window is not None and uses is not False:
             raise GraftError(f"sliding_window={window}, but not in which layers: write layer_types")
         return None
-    if len(kinds) != count or not all(kind in (FULL, SLIDING) for kind in kinds):
-        raise GraftError(f"layer_types={kinds} makes another network: there must be {count}, each {FULL} or {SLIDING}")
-    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
-    if not layers:
-        return None
-    if window is None or uses is not True:
+    if own is not None and window not in (None, own):
+        raise GraftError(f"sliding_window={window} and swa_window_size={own}: engines differ in which of them counts")
+    # transformers forgets sliding_window unless use_sliding_window is true.
+    if own is None and (window is None or uses is not True):
         raise GraftError(f"layer_types={kinds} needs use_sliding_window=true and a sliding_window")
-    return SlidingWindow(layers, window, given_or(values, FROM_ANCHOR, False))
+    check_whole("num_hidden_layers", count, 1, MOST_LAYERS)
+    size: Any = window if own is None else own
+    return SlidingWindow(layers or tuple(range(count)), size, given_or(values, FROM_ANCHOR, False))
 
 
-def _causal(values: dict[str, Any], nested: dict[str, Any], sliding: SlidingWindow | None) -> bool | None:
-    """Whether slots do not see those after them: by the keys of vLLM and SGLang and by JetSpec's, else where a window
-    slides."""
+def _causal(values: dict[str, Any], nested: dict[str, Any]) -> bool | None:
+    """Whether slots do not see those after them: by the keys of vLLM and SGLang and by JetSpec's, else where
+    layer_types names a sliding window."""
     said = [values.get("is_causal"), nested.get("causal"), nested.get("causal_head")]
     given = [value for value in said if value is not None]
     if any(value != given[0] for value in given):
         raise GraftError(f"is_causal, dflash_config.causal and dflash_config.causal_head say different things: {said}")
-    return given[0] if given else _default_causal(sliding, values["num_hidden_layers"])
+    slides = (values.get("layer_types") or []).count(SLIDING)
+    return given[0] if given else _default_causal(slides, values["num_hidden_layers"])
 
 
-def _default_causal(sliding: SlidingWindow | None, layers: int) -> bool | None:
+def _default_causal(slides: int, layers: int) -> bool | None:
     """What is causal where nothing says so: the layers with a sliding window."""
-    slides = 0 if sliding is None else len(sliding.layers)
     return {0: False, layers: True}.get(slides)
 
 
-def _layout(values: dict[str, Any], nested: dict[str, Any], is_dspark: bool) -> bool:
+def _layout(said: list[Any], is_dspark: bool, has_markov: bool) -> bool:
     """Whether slots predict the token after them.
+
+    Args:
+        said: of it, at the top level and in dflash_config.
 
     Raises:
         GraftError: the key contradicts the architecture, or is missing where engines take different defaults.
     """
-    given = [place[LAYOUT] for place in (values, nested) if place.get(LAYOUT) is not None]
-    if not given and is_dspark and not values.get("markov_rank"):
+    given = [value for value in said if value is not None]
+    if not given and is_dspark and not has_markov:
         raise GraftError(
             f"{LAYOUT} is missing, and engines differ in what a {DSPARK} without a Markov head then predicts: write "
             f"{LAYOUT}: true, or false for a head whose first slot is unused"
@@ -292,8 +298,6 @@ def _native(values: dict[str, Any]) -> dict[str, Any]:
     if kind not in TYPES:
         raise GraftError(f"of speculators' block heads only {' and '.join(TYPES)} can be loaded, not {kind!r}")
     check_keys(values, READ_OF_SPECULATORS, COMPUTED, HARMLESS | OF_TRAINING)
-    if given_or(values, "target_hidden_size", layer["hidden_size"]) != layer["hidden_size"]:
-        raise GraftError("only heads that are as wide as their target can be loaded")
     if min(values[AUX_IDS]) < 1:
         raise GraftError(f"{AUX_IDS}={values[AUX_IDS]}: the target's embeddings (0) are not read here")
     from_anchor = given_or(values, LAYOUT, False if kind == "dflash" else None)
@@ -303,7 +307,7 @@ def _native(values: dict[str, Any]) -> dict[str, Any]:
     layer |= {"architectures": [DSPARK if from_anchor or kind == "dspark" else DFLASH], "model_type": "qwen3"}
     ropes = layer.get("rope_parameters") or {}
     layer |= {"rope_parameters": ropes.get(SLIDING, ropes)}
-    names = ("block_size", "draft_vocab_size", "mask_token_id", "markov_rank")
+    names = ("block_size", "draft_vocab_size", "mask_token_id", "markov_rank", "target_hidden_size")
     layer |= {name: values[name] for name in names if name in values}
     layer |= {"target_layer_ids": [place - 1 for place in values[AUX_IDS]], LAYOUT: from_anchor}
     return layer | _views_of_speculators(values, layer)

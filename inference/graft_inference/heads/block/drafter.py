@@ -30,6 +30,16 @@ class BlockDraft(Draft[Layer]):
     logits_KD: Tensor | None = None
 
 
+class BlockState(HeadState):
+    """A request's part of a block head.
+
+    Attributes:
+        slots: of the blocks that it asks for; set by whoever opens it.
+    """
+
+    slots: int
+
+
 class BlockProposer:
     """A block head, for all requests of an engine.
 
@@ -52,15 +62,27 @@ class BlockProposer:
         self.max_positions = max_positions
         self.most_steps: int | None = head.config.drafts
 
-    def open(self, topk: int, num_steps: int, tokens: int) -> HeadState:
-        """What the head keeps of a new request: a KV cache of the context."""
+    def open(self, topk: int, num_steps: int, tokens: int) -> BlockState:
+        """What the head keeps of a new request: a KV cache of the context.
+
+        Args:
+            num_steps: of its plan, beyond which slots are left out where the head is causal; 0: all slots.
+        """
         config = self.head.config
         shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        return HeadState(shape, topk, tokens, self.head.fc.weight)
+        state = BlockState(shape, topk, tokens, self.head.fc.weight)
+        state.slots = self._slots(num_steps)
+        return state
 
-    def resume(self, state: HeadState, length: int, topk: int, num_steps: int, tokens: int) -> None:
+    def resume(self, state: BlockState, length: int, topk: int, num_steps: int, tokens: int) -> None:
         """Reuses what another request left: keeps its first `length` positions, and makes room for this one."""
         state.resume(length, topk, tokens)
+        state.slots = self._slots(num_steps)
+
+    def _slots(self, num_steps: int) -> int:
+        config = self.head.config
+        shorter = config.causal and num_steps
+        return min(config.block_size, num_steps + config.first_slot) if shorter else config.block_size
 
     def read(self, states: Sequence[HeadState], fresh: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Projects the target's aux hidden states of newly committed positions into the KV cache of the context.
@@ -92,7 +114,7 @@ class BlockProposer:
 
     def begin(
         self,
-        states: Sequence[HeadState],
+        states: Sequence[BlockState],
         fresh: Sequence[tuple[Tensor, Tensor]],
         roots: Sequence[Tensor],
         noises: Sequence[Noise | None],
@@ -133,12 +155,13 @@ class BlockProposer:
         # A head that overflows says NaN: its proposals come last, and drafting stops.
         return logp_Ak.nan_to_num_(nan=-torch.inf, neginf=-torch.inf), self.head.target_ids[draft_ids_Ak]
 
-    def _blocks(self, states: Sequence[HeadState], roots: Sequence[Tensor]) -> list[Tensor]:
+    def _blocks(self, states: Sequence[BlockState], roots: Sequence[Tensor]) -> list[Tensor]:
         """Logits of the drafts of each request's block, [K, D] float32, in one pass of the head."""
-        config, slots = self.head.config, self.head.config.block_size
-        mask_P = roots[0].new_full((slots - 1,), config.mask_token_id)
-        tokens_P = torch.cat([part for root_1 in roots for part in (root_1, mask_P)])
-        position_P = torch.cat([state.span.rows(slots, tokens_P.device) for state in states])
+        config, slots = self.head.config, [state.slots for state in states]
+        mask_P = roots[0].new_full((config.block_size - 1,), config.mask_token_id)
+        asked = zip(roots, slots, strict=True)
+        tokens_P = torch.cat([part for root_1, count in asked for part in (root_1, mask_P[: count - 1])])
+        position_P = torch.cat([state.span.rows(state.slots, tokens_P.device) for state in states])
         position_P.clamp_(max=self.max_positions - 1)
 
         def attend(layer: int, query_BQPD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor) -> Tensor:
@@ -150,7 +173,7 @@ class BlockProposer:
         hidden_PH = self.head(embedding_1PH, position_P[None], attend)[0]
         hidden_PH = joined([part_PH[config.first_slot :] for part_PH in hidden_PH.split(slots)])
         logits_PD = self.unembed(hidden_PH) if self.head.lm_head is None else self.head.lm_head(hidden_PH)
-        return parted(logits_PD.float(), [config.drafts] * len(states))
+        return parted(logits_PD.float(), [count - config.first_slot for count in slots])
 
 
 def _attend(

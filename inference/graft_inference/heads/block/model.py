@@ -20,10 +20,9 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
 from ...errors import GraftError
-from ..base import GatedMLP, HeadModule
+from ..base import GatedMLP, HeadModule, turned
 from .config import BlockHeadConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -49,22 +48,26 @@ class BlockAttention(nn.Module):
 
     def key_value(self, states_BTH: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys, normed and turned, and values. [B, K, T, D] each"""
-        key_BKTD = self.k_norm(self._heads(self.k_proj(states_BTH)))
-        return _turn(key_BKTD, rope), self._heads(self.v_proj(states_BTH))
+        key_BKTD, value_BKTD = self.unturned_key_value(states_BTH)
+        return turned(key_BKTD, rope), value_BKTD
 
     def forward(self, states_BPH: Tensor, rope: Rope, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        query_BQPD = _turn(self.q_norm(self._heads(self.q_proj(states_BPH))), rope)
-        attended_BQPD = attend(query_BQPD, *self.key_value(states_BPH, rope))
+        query_BQPD = turned(self.unturned_query(states_BPH), rope)
+        return self.joined(attend(query_BQPD, *self.key_value(states_BPH, rope)))
+
+    def unturned_query(self, states_BPH: Tensor) -> Tensor:
+        """Normed, before RoPE. [B, Q, P, D]"""
+        return self.q_norm(self._heads(self.q_proj(states_BPH)))
+
+    def unturned_key_value(self, states_BTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, normed, before RoPE, and values. [B, K, T, D] each"""
+        return self.k_norm(self._heads(self.k_proj(states_BTH))), self._heads(self.v_proj(states_BTH))
+
+    def joined(self, attended_BQPD: Tensor) -> Tensor:
         return self.o_proj(attended_BQPD.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-def _turn(states_BQTD: Tensor, rope: Rope) -> Tensor:
-    """RoPE; cosines and sines are [B, T, D]."""
-    cos_B1TD, sin_B1TD = (part[:, None] for part in rope)
-    return states_BQTD * cos_B1TD + rotate_half(states_BQTD) * sin_B1TD
 
 
 class BlockLayer(nn.Module):
@@ -78,7 +81,11 @@ class BlockLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_BPH: Tensor, rope: Rope, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        hidden_BPH = hidden_BPH + self.self_attn(self.input_layernorm(hidden_BPH), rope, attend)
+        return self.behind(self.self_attn(self.input_layernorm(hidden_BPH), rope, attend), hidden_BPH)
+
+    def behind(self, attended_BPH: Tensor, hidden_BPH: Tensor) -> Tensor:
+        """The layer behind its attention."""
+        hidden_BPH = hidden_BPH + attended_BPH
         return hidden_BPH + self.mlp(self.post_attention_layernorm(hidden_BPH))
 
 

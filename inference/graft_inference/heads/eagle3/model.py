@@ -11,14 +11,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ...errors import GraftError
-from ..base import LARGEST, MAPS, GatedMLP, HeadModule, check_aux_layers, check_layer, check_whole, sound_rotary
+from ..base import LARGEST, MAPS, GatedMLP, HeadModule, check_aux_layers, check_layer, check_whole, sound_rotary, turned
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query_BQSD, key_BKSD, value_BKSD) of this pass -> attended values BQSD; owns cache and mask."""
-
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of positions, [B, S, D]."""
 
 SIZES = (
     "hidden_size",
@@ -131,14 +132,24 @@ class DraftAttention(nn.Module):
             nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, input_BSW: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        heads = (-1, self.head_dim)
-        query_BQSD = self.q_norm(self.q_proj(input_BSW).unflatten(-1, heads)).transpose(1, 2)
-        key_BKSD = self.k_norm(self.k_proj(input_BSW).unflatten(-1, heads)).transpose(1, 2)
-        value_BKSD = self.v_proj(input_BSW).unflatten(-1, heads).transpose(1, 2)
-        query_BQSD, key_BKSD = apply_rotary_pos_emb(query_BQSD, key_BKSD, *rope)
-        attended_BQSD = attend(query_BQSD, key_BKSD, value_BKSD)
+    def forward(self, input_BSW: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        query_BQSD = self.query(self.q_proj(input_BSW), rope)
+        key_BKSD, value_BKSD = self.key_value(self.k_proj(input_BSW), self.v_proj(input_BSW), rope)
+        return self.joined(attend(query_BQSD, key_BKSD, value_BKSD))
+
+    def query(self, projected: Tensor, rope: Rope) -> Tensor:
+        """[B, S, Q * D] -> normed and turned, [B, Q, S, D]"""
+        return turned(self._heads(projected, self.q_norm), rope)
+
+    def key_value(self, key: Tensor, value: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """[B, S, K * D] each -> [B, K, S, D]"""
+        return turned(self._heads(key, self.k_norm), rope), self._heads(value, nn.Identity())
+
+    def joined(self, attended_BQSD: Tensor) -> Tensor:
         return self.o_proj(attended_BQSD.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor, norm: nn.Module) -> Tensor:
+        return norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
 
 
 class DraftLayer(nn.Module):
@@ -153,13 +164,18 @@ class DraftLayer(nn.Module):
         self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, embedding_BSH: Tensor, feature_BSH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor:
+    def forward(self, embedding_BSH: Tensor, feature_BSH: Tensor, rope: Rope, attend: Attend) -> Tensor:
         normed_BSH = self.hidden_norm(feature_BSH)
-        residual_BSH = normed_BSH if self.norm_before_residual else feature_BSH
         input_BSW = torch.cat((self.input_layernorm(embedding_BSH), normed_BSH), dim=-1)
-        hidden_BSH = residual_BSH + self.self_attn(input_BSW, rope, attend)
+        return self.behind(self.self_attn(input_BSW, rope, attend), feature_BSH, normed_BSH)
+
+    def behind(self, attended_BSH: Tensor, feature_BSH: Tensor, normed_BSH: Tensor) -> Tensor:
+        """The layer behind its attention.
+
+        Args:
+            normed_BSH: of the feature, by `hidden_norm`.
+        """
+        hidden_BSH = attended_BSH + (normed_BSH if self.norm_before_residual else feature_BSH)
         return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH))
 
 
@@ -228,9 +244,12 @@ class DraftHead(HeadModule):
         """One draft step: its output, which is also the next step's feature. [B, S, H]"""
         return self.step(embedding_BSH, feature_BSH, self.rotary_emb(embedding_BSH, positions_BS), attend)
 
-    def step(self, embedding_BSH: Tensor, feature_BSH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def step(self, embedding_BSH: Tensor, feature_BSH: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """`forward`, with RoPE's cos and sin, [B, S, D] each, in place of the positions."""
-        hidden_BSH = self.midlayer(embedding_BSH, feature_BSH, rope, attend)
+        return self.output(self.midlayer(embedding_BSH, feature_BSH, rope, attend))
+
+    def output(self, hidden_BSH: Tensor) -> Tensor:
+        """A draft step's output, from the layer's, [B, S, H]: normed where the head does that."""
         return self.norm(hidden_BSH) if self.config.norm_output else hidden_BSH
 
     def normed(self, hidden_BSH: Tensor) -> Tensor:
