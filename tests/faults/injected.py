@@ -120,7 +120,7 @@ def _child(
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         gc.freeze()  # stages collect, and all that the tests have loaded would be gone through, and copied, each time
-        tqdm.set_lock(threading.RLock())  # or a killed process may hold the one that all share
+        _own_bars()
         ticks = itertools.count()
         time.perf_counter = lambda: next(ticks) / 1024  # type: ignore[assignment]
         _watch(Path(config.run_dir), fault, said["operations"])
@@ -135,6 +135,14 @@ def _child(
         said["crashed"] = traceback.format_exc()
     os.write(pipe, json.dumps(said).encode())
     os._exit(0)
+
+
+def _own_bars() -> None:
+    """Every class of progress bars gets a lock of this process's: a killed one may hold that which all share."""
+    lock, classes = threading.RLock(), [tqdm]
+    for one in classes:
+        one.set_lock(lock)
+        classes += one.__subclasses__()
 
 
 def _turn_back() -> None:
