@@ -11,10 +11,11 @@ import torch
 from graft_inference.errors import GraftError
 
 LOST = re.compile(
-    r"gloo/transport.*(closed by peer|reset by peer|broken pipe)|ncclRemoteError|remote process exit",
+    r"gloo/transport.*(closed by peer|reset by peer|broken pipe)|ncclRemoteError|remote process exit"
+    r"|\d/\d+ clients joined|time(d )?out after \d+ms|connection was likely closed",
     re.IGNORECASE | re.DOTALL,
 )
-"""What gloo and NCCL say when the process at the other end is gone."""
+"""What gloo and NCCL say when the process at the other end is gone, and PyTorch's rendezvous when it never came."""
 
 
 def is_main() -> bool:
@@ -49,7 +50,7 @@ def is_of_lost_process(error: BaseException) -> bool:
 
 @contextmanager
 def naming_lost_processes() -> Iterator[None]:
-    """Tells in one line that another process has ended: no process can go on without all others.
+    """Tells in one line that another process has ended, or never came: no process can go on without all others.
 
     Raises:
         GraftError: says what to do.
@@ -60,6 +61,6 @@ def naming_lost_processes() -> Iterator[None]:
         if not is_of_lost_process(error):
             raise
         raise GraftError(
-            "another process of this launch has ended, and this one cannot go on without it: its output says why. End "
-            "those that are left, and run the same command again: it goes on from what is finished"
+            "another process of this launch has ended or never came, and this one cannot go on without it: its output "
+            "says why. End those that are left, and run the same command again: it goes on from what is finished"
         ) from error

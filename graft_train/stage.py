@@ -117,22 +117,32 @@ def _partial(final: Path) -> Path:
 
 def fingerprints_of(config: Config, inputs: Sequence[str]) -> dict[str, str]:
     """Of inputs by name, see `run_stage`. A missing stage is told before a target is downloaded."""
-    found = {name: fingerprint_of(Path(config.run_dir) / name) for name in inputs if name != "target"}
+    found = {name: _fingerprint_of_stage(Path(config.run_dir) / name) for name in inputs if name != "target"}
     return found | ({"target": fingerprint_of(target_path(config.target))} if "target" in inputs else {})
 
 
+def _fingerprint_of_stage(directory: Path) -> str:
+    """What the record of an earlier stage says. A head or a bundle without one is none of this run's."""
+    recipe = f"run graft {RECIPE_OF[directory.name]} with the same run_dir first"
+    if not directory.exists():
+        raise GraftError(f"{directory} is missing; {recipe}")
+    if not (directory / RECORD).is_file():
+        raise GraftError(
+            f"{directory} was not made by a stage (no {RECORD}): put that back, or move it away and {recipe}"
+        )
+    return str(_read_record(directory / RECORD)["fingerprint"])
+
+
 def fingerprint_of(directory: Path) -> str:
-    """Identity of an input: of a stage its record's, of a user's own target one made from its files.
+    """Identity of a model: where a stage made it its record's, of a user's own one made from its files.
 
     Raises:
-        GraftError: the directory is missing; names the recipe that makes it.
+        GraftError: there is none.
     """
     if (directory / RECORD).is_file():
-        return _read_record(directory / RECORD)["fingerprint"]
+        return str(_read_record(directory / RECORD)["fingerprint"])
     if (directory / "config.json").is_file() or (directory / IDENTITY).is_file():
         return _fingerprint_of_model(directory)
-    if directory.name in RECIPE_OF:
-        raise GraftError(f"{directory} is missing; run graft {RECIPE_OF[directory.name]} with the same run_dir first")
     raise GraftError(f"there is no model in {directory} (no config.json)")
 
 

@@ -59,11 +59,14 @@ def build_corpus(config: Config) -> Path:
     Raises:
         GraftError: damaged samples, or something to merge that belongs to another target; names the file.
     """
-    settings = config.corpus.decisive() | {"merge": [_hash(Path(path)) for path in config.corpus.merge]}
+    settings = config.corpus.decisive() | {"merge": _hashes(config)}
     inputs = ["target", "data"]
     if not config.corpus.text_only:
         config = with_dtype(config, inputs)
-    corpus = run_stage(config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out), [COUNTS])
+    merged = settings["merge"]
+    corpus = run_stage(
+        config, "build_corpus", "corpus", settings, inputs, lambda out: _build(config, out, merged), [COUNTS]
+    )
     if is_main():
         print_inspection(read_json(corpus / "inspection.json"))
     return corpus
@@ -76,7 +79,7 @@ def describe_corpus(target: TargetConfig) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name != "name_or_path"}
 
 
-def _build(config: Config, out: Path) -> None:
+def _build(config: Config, out: Path, merged: list[str]) -> None:
     cpu = resolve_device(config.target.device).type == "cpu"
     processes = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the main process merges while others wait
     if not config.corpus.text_only:
@@ -86,6 +89,8 @@ def _build(config: Config, out: Path) -> None:
     counts = out / COUNTS
     counts.mkdir(exist_ok=True)
     count_windows(config, samples, counts, made_for, processes.process_index, processes.num_processes)
+    if _hashes(config) != merged:  # or the record would tell of rows that were not read
+        raise GraftError(f"a file of corpus.merge changed after the stage began: put it back, or delete {out}")
     processes.wait_for_everyone()
     if processes.is_main_process:
         write_matrix(config.corpus, counts, out, made_for)
@@ -151,6 +156,11 @@ def write_matrix(settings: CorpusConfig, counts: Path, out: Path, made_for: dict
         raise GraftError("no training sample has two tokens to count: run graft regenerate on more data")
     save_table(out / "successors.safetensors", matrix, made_for)
     say(f"build_corpus: {int(matrix['counts'].sum()):,} tokens counted")
+
+
+def _hashes(config: Config) -> list[str]:
+    """Of the files that are merged."""
+    return [_hash(Path(path)) for path in config.corpus.merge]
 
 
 def _hash(path: Path) -> str:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from graft_inference.errors import GraftError
@@ -109,6 +110,21 @@ def prompt_settings(data: DataConfig) -> dict[str, Any]:
         "prompt_tokens": data.prompt_tokens,
         "chat_template_kwargs": data.chat_template_kwargs,
     }
+
+
+def refuse_changed(data: DataConfig, recorded: dict[str, Any], out: Path) -> None:
+    """Compares once more what `prompt_settings` recorded, or the record would tell of data that were not read.
+
+    Args:
+        out: what the stage has made of them so far.
+
+    Raises:
+        GraftError: files changed since.
+    """
+    if any(recorded[name] != value for name, value in prompt_settings(data).items()):
+        raise GraftError(
+            f"the files of data.path changed while they were read: delete {out} and run the same command again"
+        )
 
 
 def answered_samples(

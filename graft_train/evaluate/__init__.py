@@ -11,7 +11,7 @@ from graft_train.arithmetic import with_dtype
 from graft_train.config import Config
 from graft_train.config.evaluation import EvaluateConfig
 from graft_train.evaluate.lossless import losslessness
-from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, directory_of, made_of, shown_path
+from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, check_unchanged, directory_of, made_of, shown_path
 from graft_train.evaluate.summary import acceptance, by_category, plain_variation, repetition, summarize
 from graft_train.evaluate.timing import Run, run_of, timed
 from graft_train.export import write_card
@@ -46,7 +46,8 @@ def evaluate(config: Config) -> Path:
         del settings[decides_nothing]
     del settings["check_lossless"]  # or runs that were timed could not be kept where the check does not fit
     settings |= chosen
-    directory = run_stage(config, "evaluate", name, settings, inputs, lambda out: _build(config, out), [TIMED, ANSWERS])
+    scratch = [TIMED, ANSWERS]
+    directory = run_stage(config, "evaluate", name, settings, inputs, lambda out: _build(config, out, chosen), scratch)
     if is_main():
         evaluation = read_json(directory / "evaluation.json")
         write_card(Path(config.run_dir) / "bundle", {name: evaluation})
@@ -56,8 +57,9 @@ def evaluate(config: Config) -> Path:
     return directory
 
 
-def _build(config: Config, out: Path) -> None:
+def _build(config: Config, out: Path, chosen: dict[str, Any]) -> None:
     asked, path = asked_of(config, out), out / TIMED
+    check_unchanged(config, chosen, out)
     gc.collect()  # hooks and their target hold each other, and a large one is held once at a time
     if not path.exists():  # else an interrupted check left it
         found = timed(config, asked.samples)

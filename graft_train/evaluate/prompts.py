@@ -22,7 +22,7 @@ from graft_train.config.evaluation import SUITES, EvaluateConfig
 from graft_train.data.bad_records import BadRecord, BadRecords
 from graft_train.data.chat import Chat
 from graft_train.data.documents import Document, read_documents
-from graft_train.data.prompts import build_prompts, prompt_settings, room_for_prompts
+from graft_train.data.prompts import build_prompts, prompt_settings, refuse_changed, room_for_prompts
 from graft_train.data.records import Conversation, Message
 from graft_train.data.samples import Sample, check_room, read_samples
 from graft_train.data.sources import is_local
@@ -92,6 +92,13 @@ def made_of(config: Config) -> tuple[list[str], dict[str, Any]]:
         return ["data"], {}
     with naming(config.evaluation):
         return [], prompt_settings(data_of(config))
+
+
+def check_unchanged(config: Config, chosen: dict[str, Any], out: Path) -> None:
+    """Raises GraftError if other prompts may have been read than those that `made_of` chose."""
+    if not config.evaluation.is_own:
+        with naming(config.evaluation):
+            refuse_changed(data_of(config), chosen, out)
 
 
 @contextmanager

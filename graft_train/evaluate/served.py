@@ -12,7 +12,7 @@ from graft_inference.files import read_json
 from graft_train.config import Config
 from graft_train.data.samples import Sample
 from graft_train.data.target import load_tokenizer
-from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, directory_of, made_of, shown_path
+from graft_train.evaluate.prompts import ANSWERS, Asked, asked_of, check_unchanged, directory_of, made_of, shown_path
 from graft_train.evaluate.server_figures import figures_of, variation_of
 from graft_train.evaluate.server_passes import Asking, Server
 from graft_train.files import write_json, write_text
@@ -43,17 +43,19 @@ def evaluate_servers(config: Config) -> Path:
     stages, chosen = made_of(config)
     name, scratch = directory_of(asked), [PASSES, SERVERS, ANSWERS]
     inputs = ["target", *stages]
-    directory = run_stage(config, "evaluate", name, settings | chosen, inputs, lambda out: _build(config, out), scratch)
+    settings |= chosen
+    directory = run_stage(config, "evaluate", name, settings, inputs, lambda out: _build(config, out, chosen), scratch)
     show(read_json(directory / "evaluation.json"))
     return directory
 
 
-def _build(config: Config, out: Path) -> None:
+def _build(config: Config, out: Path, chosen: dict[str, Any]) -> None:
     settings = config.evaluation
     servers = [Server.at(url) for url in settings.servers()]
     _check_same(out / SERVERS, servers)
     asking = Asking(settings.max_new_tokens, settings.temperature, config.seed, config.regenerate.server_extensions)
     asked = _prompts(config, out, servers[0], asking)
+    check_unchanged(config, chosen, out)
     levels = _levels(settings.concurrency, len(asked.samples))
     passes = _measure(servers, asked.samples, levels, settings.repeats, asking, out / PASSES)
     last = len(servers) - 1

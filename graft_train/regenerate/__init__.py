@@ -19,7 +19,14 @@ from graft_train.config.regenerate import RegenerateConfig
 from graft_train.data.chat import Chat
 from graft_train.data.documents import of_split, read_documents
 from graft_train.data.preview import show
-from graft_train.data.prompts import Prompt, answered_samples, build_prompts, prompt_settings, room_for_prompts
+from graft_train.data.prompts import (
+    Prompt,
+    answered_samples,
+    build_prompts,
+    prompt_settings,
+    refuse_changed,
+    room_for_prompts,
+)
 from graft_train.data.samples import Sample, append_samples, parse_sample, to_line
 from graft_train.data.target import load_tokenizer, resolve_device, target_path, text_config, whole_config
 from graft_train.processes import say
@@ -76,9 +83,7 @@ def _build(config: Config, out: Path, recorded: dict[str, Any]) -> None:
         answer_in_process(work.prompts("train", settings.samples), path, with_dtype(config), work.chat.end_ids)
     else:
         answer_in_static_batches(work.prompts("train", settings.samples), path, with_dtype(config), work.chat.end_ids)
-    # Or the record would tell of data that were not read.
-    if any(recorded[name] != value for name, value in prompt_settings(config.data).items()):
-        raise GraftError(f"the files of data.path changed while they were read: delete {out} and run graft regenerate")
+    refuse_changed(config.data, recorded, out)
     with path.open("ab") as file:
         append_samples(file, held_out)
 

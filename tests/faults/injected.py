@@ -6,6 +6,8 @@ on the size of files stops them in the middle.
 """
 
 import errno
+import gc
+import importlib
 import itertools
 import json
 import os
@@ -33,6 +35,9 @@ BASES = {"os.rename": 3, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2}
 """Where it says which open directory they are relative to; -1 is none."""
 FREEING = ("os.remove", "os.rmdir", "os.truncate")
 """What a full disk does not refuse."""
+
+for name in ("duckdb", "matplotlib.pyplot", "pandas"):
+    importlib.import_module(name)  # once, or every process would, as stages do it at first need
 
 Fault = Callable[[int, str, str], None]
 """Takes the number of an operation from 0, its name and its path, before it is done."""
@@ -114,7 +119,8 @@ def _child(
     said: dict[str, Any] = {"killed": False, "operations": []}
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        tqdm.set_lock(threading.RLock())  # or a killed process may hold the one that all share
+        gc.freeze()  # stages collect, and all that the tests have loaded would be gone through, and copied, each time
+        _own_bars()
         ticks = itertools.count()
         time.perf_counter = lambda: next(ticks) / 1024  # type: ignore[assignment]
         _watch(Path(config.run_dir), fault, said["operations"])
@@ -129,6 +135,14 @@ def _child(
         said["crashed"] = traceback.format_exc()
     os.write(pipe, json.dumps(said).encode())
     os._exit(0)
+
+
+def _own_bars() -> None:
+    """Every class of progress bars gets a lock of this process's: a killed one may hold that which all share."""
+    lock, classes = threading.RLock(), [tqdm]
+    for one in classes:
+        one.set_lock(lock)
+        classes += one.__subclasses__()
 
 
 def _turn_back() -> None:

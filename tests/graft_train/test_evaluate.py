@@ -18,9 +18,11 @@ from graft_inference.policy.fallback import MEASURED
 from graft_inference.stats import PhaseClock
 from graft_train.config import Config
 from graft_train.config.target import TargetConfig
+from graft_train.data.documents import read_documents
 from graft_train.data.samples import Sample, append_samples, read_samples
 from graft_train.evaluate import EvaluateConfig, Run, evaluate, lossless, timing
 from graft_train.evaluate.prompts import asked_of, directory_of
+from graft_train.evaluate.server_passes import Server
 from graft_train.evaluate.summary import plain_variation, repetition, summarize
 from graft_train.files import write_json
 from graft_train.tables import print_table
@@ -391,6 +393,29 @@ def test_a_prompt_of_another_data_set_with_a_token_that_the_target_lacks_is_name
     config.target.name_or_path, config.data.prompt_tokens = str(path), 8
     with pytest.raises(GraftError, match=r"other.jsonl, line 1\) has the token '<call>'"):
         asked_of(config, run_dir)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_another_data_set_that_changes_while_it_is_read_is_told(run_dir, tmp_path, monkeypatch, served):
+    """Nothing is timed, and nothing recorded: the record would tell of prompts that were not asked."""
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps({"text": "a b c " * 9}) + "\n")
+
+    def read_first(*arguments):
+        documents = read_documents(*arguments)
+        path.write_text(json.dumps({"text": "d e f " * 9}) + "\n")
+        return documents
+
+    monkeypatch.setattr("graft_train.evaluate.prompts.read_documents", read_first)
+    config = config_for(run_dir, path=str(path))
+    config.data.prompt_tokens = 6
+    if served:
+        monkeypatch.setattr("graft_train.evaluate.served.context_limit", lambda urls: None)
+        monkeypatch.setattr(Server, "at", lambda url: Server(url, "tiny"))
+        config.evaluation.server = "http://127.0.0.1:9/v1"
+    with pytest.raises(GraftError, match=r"no prompts by evaluation\.path=.*the files of evaluation\.path changed"):
+        evaluate(config)
+    assert not list(tmp_path.glob("evaluation*/evaluation.json")) + list(tmp_path.glob("evaluation*/timed.json"))
 
 
 def test_another_data_set_is_measured_beside_the_held_out_prompts(run_dir, tmp_path):

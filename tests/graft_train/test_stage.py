@@ -237,6 +237,15 @@ def test_missing_input_names_the_recipe_before_a_target_is_downloaded(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["data", "head", "corpus", "policy", "bundle"])
+def test_what_lost_its_record_is_no_other_stages_input(tmp_path, name):
+    """A head or a bundle is none of this run's then, though it could be read: the next stage would go on from it."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(GraftError, match=rf"{name} was not made by a stage \(no stage\.json\): put that back.*graft "):
+        stage(tmp_path, lambda directory: pytest.fail("built"), inputs=[name])
+
+
 def test_a_directory_without_a_model_is_no_target(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(GraftError, match=r"there is no model in .*mine \(no config\.json\)"):

@@ -139,6 +139,27 @@ def edited(path, metadata, **tensors):
     save_file(load_file(path) | tensors, path, {"made_for": json.dumps(metadata)})
 
 
+def test_a_learned_file_that_changes_while_windows_are_counted_is_told(config, tmp_path, monkeypatch):
+    """Once it is back, the stage goes on."""
+    config.corpus = replace(config.corpus, text_only=True)
+    before = build_corpus(config).rename(tmp_path / "before")
+    learned, config.corpus.merge = tmp_path / "learned.safetensors", [str(tmp_path / "learned.safetensors")]
+    content = (before / "successors.safetensors").read_bytes()
+    learned.write_bytes(content)
+
+    def count_slowly(*arguments):
+        edited(learned, describe_corpus(config), counts=load_file(learned)["counts"] + 1)
+        count_windows(*arguments)
+
+    with monkeypatch.context() as slow:
+        slow.setattr("graft_train.build_corpus.count_windows", count_slowly)
+        with pytest.raises(GraftError, match=r"a file of corpus\.merge changed"):
+            build_corpus(config)
+    assert not (tmp_path / "run" / "corpus").exists()
+    learned.write_bytes(content)
+    assert (build_corpus(config) / "successors.safetensors").exists()
+
+
 def test_a_corpus_for_another_target_is_refused(config, tmp_path):
     corpus, made_for = build_corpus(config), describe_corpus(config.target)
     for name in ("tokenizer", "fingerprint", "hidden_size"):
