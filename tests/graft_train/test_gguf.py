@@ -28,7 +28,7 @@ def config_of(run_dir, file, **settings) -> Config:
 
 
 def path_of(config) -> Path:
-    return target_path(module.with_directory(config))
+    return target_path(module.with_directory(config).target)
 
 
 def test_the_model_and_the_tokenizer_are_those_that_were_written(tmp_path):
@@ -45,7 +45,7 @@ def test_the_model_and_the_tokenizer_are_those_that_were_written(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_quantised_file_is_dequantised_in_the_targets_dtype(tmp_path, dtype):
     config = config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", quantised=True), dtype=dtype)
-    weight = load_target(module.with_directory(config)).model.layers[2].mlp.up_proj.weight
+    weight = load_target(module.with_directory(config).target).model.layers[2].mlp.up_proj.weight
     written = tiny_model("llama").model.layers[2].mlp.up_proj.weight
     assert str(weight.dtype) == f"torch.{dtype}"
     assert 0 < float((weight.float() - written).abs().max() / written.abs().max()) < 0.02
@@ -117,7 +117,7 @@ def test_it_ends_at_every_end_that_the_file_names(tmp_path):
     whole = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 7}
     config = config_of(tmp_path / "run", write_gguf(tmp_path / "tiny.gguf", whole=whole))
     eos = tiny_tokenizer().eos_token_id
-    assert load_target(module.with_directory(config)).generation_config.eos_token_id == sorted({5, 7, eos})
+    assert load_target(module.with_directory(config).target).generation_config.eos_token_id == sorted({5, 7, eos})
 
 
 def test_a_head_of_another_size_is_one_line(tmp_path):
