@@ -88,7 +88,7 @@ def compute_for_a_large_target(name: str, head: HeadConfig, settings: CalibrateC
     for replay in replays.values():
         known = replay.latency
         free = dict.fromkeys(known.source_ms, 0.0)
-        verify_ms = [[LARGE] * len(known.widths)] * len(known.contexts)
+        verify_ms = [[LARGE] * len(known.num_draft_tokens)] * len(known.contexts)
         replay.latency = replace(known, verify_ms=verify_ms, draft_ms=draft_ms, source_ms=free, **for_all)
     for plan_name, plan in learn(settings, replays).items():
         speed, length = replay_of(replays, plan).run(plan)
