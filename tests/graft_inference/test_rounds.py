@@ -22,7 +22,7 @@ from graft_inference.decode.sampling import Sampler
 from graft_inference.policy.fallback import fallback_plans
 from graft_inference.policy.plan import AUTOREGRESSIVE, ChainPlan
 from graft_inference.policy.tree_builder import builder_of
-from graft_inference.speculator import Speculation, Speculator, is_unsure, read_records
+from graft_inference.speculator import Speculation, Speculator, is_unsure, read_records, retrieve
 
 from .plain_rounds import PlainHead, PlainTarget, matrix, plain_text, seen_at, started
 from .tiny import learned_plan, tiny_policy
@@ -138,6 +138,48 @@ def check_round(target, speculator, states):
         if drafts:
             assert len(part.confidence) == stopped.steps
             assert (part.noise is not None) == (plan.shares_noise and not state.sampler.greedy)
+
+
+@pytest.mark.parametrize("learns_accepted", [True, False])
+def test_a_plan_says_whether_rejected_nodes_teach(learns_accepted):
+    plan, taught = replace(PLANS["quotas"], learns_accepted=learns_accepted), []
+    target, head = PlainTarget(), PlainHead(plan.topk)
+    state = started(plan, head, [2, 0, 1, 2, 0], Sampler.of(0, 0), False)
+    chosen = Speculator(head).build([state.speculation], Speculator(head).draft([state.speculation]))
+    ((checkpoint, tree),) = chosen
+    ancestors_NN = tree.ancestors(state.speculation.builder.depths[checkpoint.steps])
+    (output,) = target.verify_all([tree], [ancestors_NN], [state.cache])
+    verified = judge(state, tree, output, ancestors_NN, state.speculation.builder.depths[checkpoint.steps])
+    source = SimpleNamespace(
+        learns=True,
+        learn=lambda tokens_M, logits_MV, weight_M: taught.extend(tokens_M.tolist()),
+        extend=lambda *_: None,
+    )
+    state.speculation.sources = {"matrix": source}
+    count = int(verified.acceptance.count)
+    keep(state, verified, count)
+    assert count < len(tree)
+    assert len(taught) == (count if learns_accepted else len(tree))
+
+
+@pytest.mark.parametrize("plan", [PLANS["scores"], PLANS["told the noise"]], ids=["scores", "told the noise"])
+def test_sources_are_told_the_noise_where_the_plan_shares_it(plan, monkeypatch):
+    request = started(plan, PlainHead(plan.topk), [2, 0, 1, 2, 0], Sampler.of(0.7, 0), False).speculation
+    request.noise, told = Sampler.of(0.7, 0).noise(5, 9, VOCAB, CPU), []
+    propose = request.sources["matrix"].propose
+    monkeypatch.setattr(request.sources["matrix"], "propose", lambda *asked: told.append(asked[2]) or propose(*asked))
+    retrieve(request, plan.checkpoints[0])
+    assert [noise is request.noise for noise in told] == [plan.shares_noise]
+
+
+@pytest.mark.parametrize(("gate", "asked"), [(1e9, True), (-1.0, False)])
+def test_the_head_is_asked_unless_sources_promise_more_than_the_first_checkpoint_wants(gate, asked):
+    """Whatever later checkpoints want."""
+    plan = learned_plan(-gate, gate)
+    head = PlainHead(plan.topk)
+    request = started(plan, head, [2, 0, 1, 2, 0], Sampler.of(0, 0), False).speculation
+    ((checkpoint, _),) = Speculator(head).draft([request])
+    assert (checkpoint.steps > 0) == asked
 
 
 @pytest.mark.parametrize("plan", [PLANS["scores"], PLANS["quotas"]], ids=["scores", "quotas"])

@@ -1,6 +1,7 @@
 """The loss of blocks: what its drafts are taught, and its value and gradients against the textbook's."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,8 +144,12 @@ def test_d_pace_weighs_a_draft_by_what_it_adds_to_the_expected_length():
     torch.testing.assert_close(d_pace_weights(confidence, left_out, 0.5), expected)
 
 
-def test_acceptance_is_counted_along_the_block():
+@pytest.mark.parametrize("perfect", [False, True])
+def test_acceptance_is_counted_along_the_block(perfect):
+    """Up to the first miss, and never past the block's end."""
     head, layout, _, final_SH, rows_DH, hidden, taught = loss_parts()
+    if perfect:
+        taught = replace(taught, choice_AK=head.target_ids[(hidden @ rows_DH.T).argmax(-1)])
     coefficient_K = torch.ones(3)
     _, sums = block_loss(
         head, hidden, rows_DH, final_state_teacher(final_SH, rows_DH), taught, coefficient_K, BlockLoss("forward_kl")

@@ -1,5 +1,7 @@
 """Masks, shifts and denominators on hand-made samples, and the chunked losses against the plain ones."""
 
+import math
+
 import pytest
 import torch
 from torch.fx.experimental import _config as fx_config
@@ -243,6 +245,9 @@ def test_acceptance_by_hand():
     )
     assert sums.started_K.tolist() == [3, 2]
     assert sums.trained_K.tolist() == [2, 1]
+    # An even teacher, and logits of 4 and 0: the norm makes 4 of a single 1 in 16.
+    divergence = math.log(math.exp(4) + 1) - 2 - math.log(2)
+    assert sums.loss_K.tolist() == pytest.approx([2 * divergence, divergence], rel=1e-3)
     assert sums.matched_K.tolist() == [1, 1]
     assert sums.chained_K.tolist() == [1, 1]
     assert sums.reached_K.tolist() == [3, 1]
@@ -265,6 +270,10 @@ def test_a_chain_breaks_at_its_first_miss():
     _, sums = distillation_loss(head, [wrong, right], *arguments)
     assert sums.matched_K.tolist() == [0, 2]
     assert sums.chained_K.tolist() == [0, 0]
+    _, sums = distillation_loss(head, [right, wrong], *arguments)
+    assert (sums.matched_K.tolist(), sums.chained_K.tolist()) == ([3, 0], [3, 0])
+    _, sums = distillation_loss(head, [right, right], *arguments)
+    assert (sums.chained_K.tolist(), sums.reached_K.tolist()) == ([3, 2], [3, 2]), "none goes on from another's end"
 
 
 def test_sums_add_up_over_batches():
