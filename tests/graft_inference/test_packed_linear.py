@@ -98,6 +98,76 @@ def test_parts_are_those_of_the_tensor_that_a_layer_is_called_with(always):
             torch.testing.assert_close(layer(states), F.linear(states, weight, layer.bias), atol=1e-5, rtol=1e-5)
 
 
+@needs_operator
+def test_two_threads_that_take_turns_within_a_product_get_their_own_parts(always, monkeypatch):
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 4), nn.Linear(6, 3)
+    one, other = torch.randn(2, 1, 5, 6)
+    real, others_turn = packed_linear._product, []
+
+    def interrupted(weight_OH, bias_O):
+        product = real(weight_OH, bias_O)
+
+        def run(states):
+            if states is one and not others_turn:  # the other thread begins before this product is done
+                others_turn.append(first(other))
+            return product(states)
+
+        return run
+
+    expected = [[F.linear(states, layer.weight, layer.bias) for layer in (first, second)] for states in (one, other)]
+    monkeypatch.setattr(packed_linear, "_product", interrupted)
+    pack_linears(nn.Sequential(first, second), [[first, second]])
+    with torch.inference_mode():
+        found_first = first(one)
+        found = [[found_first, None], [others_turn[0], second(other)]]
+        found[0][1] = second(one)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_operator
+def test_layers_between_which_their_states_are_changed_in_place_share_nothing(always):
+    model = tiny_model("llama")
+
+    def changing(mlp, states_BSH):
+        gate = mlp.gate_proj(states_BSH)
+        states_BSH += 1
+        return mlp.down_proj(gate * mlp.up_proj(states_BSH))
+
+    for layer in model.model.layers:
+        layer.mlp.forward = MethodType(changing, layer.mlp)
+    target = Target(model)
+    with torch.inference_mode():
+        expected = target.prefill(torch.arange(6), target.new_cache(8)).logits_NV
+        assert pack_target(target)
+        found = target.prefill(torch.arange(6), target.new_cache(8)).logits_NV
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not any(_is_part(layer.mlp.up_proj) for layer in model.model.layers)
+    assert all(_is_part(layer.self_attn.q_proj) for layer in model.model.layers)
+
+
+@needs_operator
+def test_a_model_that_is_packed_again_computes_the_same(always):
+    target = Target(tiny_model("llama"))
+    with torch.inference_mode():
+        expected = target.prefill(torch.arange(6), target.new_cache(8)).logits_NV
+        assert pack_target(target) == pack_target(target)
+        found = target.prefill(torch.arange(6), target.new_cache(8)).logits_NV
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_operator
+def test_looking_who_shares_leaves_no_hook_and_draws_no_random_number(always, monkeypatch):
+    target = Target(tiny_model("llama"))
+    before = torch.get_rng_state()
+    pack_target(target)
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(target.model, "forward", lambda **inputs: target.model.lm_head(torch.zeros(3)))
+    with pytest.raises(RuntimeError):
+        pack_target(target)
+    assert not any(layer._forward_pre_hooks for layer in target.model.modules())
+
+
 @BF16
 @needs_operator
 @pytest.mark.parametrize("method", METHODS)

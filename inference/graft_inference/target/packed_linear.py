@@ -7,8 +7,9 @@ less for each of them, which counts where a call takes microseconds and its weig
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,30 +80,67 @@ def _packable(module: nn.Module) -> list[nn.Linear]:
     return [layer for layer in linears if layer.weight.device.type == "cpu" and packs(layer.weight.dtype)]
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class _Read:
+    """A layer was called with this tensor, whose values were these: it may be changed in place afterwards."""
+
+    layer: nn.Linear
+    states: Tensor
+    values: Tensor
+
+
 def _sharing(target: Target) -> list[list[nn.Linear]]:
-    """Linear layers of one kind that read the same tensor, one right after the other, in a pass of the target."""
-    calls: list[tuple[nn.Linear, Tensor]] = []
-    layers = _packable(target.model)
-    if not layers:
-        return []
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0]))) for layer in layers]
-    target.prefill(torch.zeros(2, dtype=torch.long, device=target.device), target.new_cache(2))
-    for hook in hooks:
-        hook.remove()
-    counts = Counter(layer for layer, _ in calls)
+    """Linear layers of one kind that read the same values of a tensor, one right after the other, in a pass.
+
+    A layer that is called more often in the pass shares nothing.
+    """
+    reads = _reads(target)
+    calls = Counter(read.layer for read in reads)
     groups: list[list[nn.Linear]] = []
-    for (before, last), (layer, states) in pairwise([(nn.Linear(1, 1), torch.empty(0)), *calls]):
-        kind, kind_before = ((one.weight.dtype, one.bias is None, counts[one]) for one in (layer, before))
-        if states is last and kind == kind_before and counts[layer] == 1:
-            groups[-1].append(layer)
+    before: _Read | None = None
+    for read in reads:
+        once = before is not None and calls[before.layer] == calls[read.layer] == 1
+        if before is not None and once and _same_input(before, read) and _kind(before.layer) == _kind(read.layer):
+            groups[-1].append(read.layer)
         else:
-            groups.append([layer])
+            groups.append([read.layer])
+        before = read
     return [layers for layers in groups if len(layers) > 1]
 
 
+@torch.inference_mode()
+def _reads(target: Target) -> list[_Read]:
+    """What linear layers read in a pass of the target over two tokens, in the order of their calls."""
+    reads: list[_Read] = []
+
+    def note(layer: Any, args: Any) -> None:
+        reads.append(_Read(layer, args[0], args[0].clone()))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in _packable(target.model)]
+    try:
+        if hooks:
+            target.prefill(torch.zeros(2, dtype=torch.long, device=target.device), target.new_cache(2))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reads
+
+
+def _same_input(one: _Read, other: _Read) -> bool:
+    return one.states is other.states and torch.equal(one.values, other.values)
+
+
+def _kind(layer: nn.Linear) -> tuple[torch.dtype, bool]:
+    return layer.weight.dtype, layer.bias is None
+
+
 class _Together:
-    """One product for several layers, each of which takes its part when it is called with the same tensor."""
+    """One product for several layers, each of which takes its part when it is called with the same tensor.
+
+    Nobody may change the tensor between these calls. The parts are kept with the tensor that they are of: it is the
+    same object, so another pass, or another thread, is never handed them. A layer that finds no part of its own
+    computes all of them anew.
+    """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
@@ -110,16 +148,16 @@ class _Together:
             torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
         )
         self._sizes = [layer.out_features for layer in layers]
-        self._input: Tensor | None = None
-        self._parts: dict[int, Tensor] = {}
+        self._left: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def part(self, index: int, input_BSH: Tensor) -> Tensor:
-        if input_BSH is not self._input or index not in self._parts:
-            self._input = input_BSH
-            self._parts = dict(enumerate(self._product(input_BSH).split(self._sizes, dim=-1)))
-        part = self._parts.pop(index)
-        if not self._parts:
-            self._input = None  # keeps no memory from pass to pass
+        left = self._left
+        if left is None or left[0] is not input_BSH or index not in left[1]:
+            parts = dict(enumerate(self._product(input_BSH).split(self._sizes, dim=-1)))
+        else:
+            parts = left[1]
+        part = parts.pop(index)
+        self._left = (input_BSH, parts) if parts else None  # keeps no memory from pass to pass
         return part
 
 
