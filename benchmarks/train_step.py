@@ -282,7 +282,8 @@ def measure(args: argparse.Namespace) -> None:
     print("| arm | ms | quartiles | x | processor ms | x | peak MiB of a step |\n|---|---:|---:|---:|---:|---:|---:|")
     first = {what: statistics.median(one[what] for one in taken[args.arms[0]]) for what in ("seconds", "worked")}
     for arm, steps in taken.items():
-        low, seconds, high = statistics.quantiles([one["seconds"] for one in steps], n=4)
+        times = [one["seconds"] for one in steps]
+        low, seconds, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
         worked = statistics.median(one["worked"] for one in steps)
         peak = max(one["bytes"] for one in steps) / 2**20
         print(

@@ -370,14 +370,16 @@ def test_the_engine_finds_stop_strings_with_the_targets_tokenizer(bundle, target
 
 @pytest.mark.parametrize("method", ["graft", "autoregressive"])
 def test_linear_layers_are_packed_for_every_method_unless_told_otherwise(bundle, target, monkeypatch, method):
-    monkeypatch.setattr(packed_linear, "_seconds", lambda product, layer: float(product == layer.forward))
-    calls, product = [], packed_linear._packed_product
+    monkeypatch.setattr(packed_linear, "_seconds", lambda products, layer: float(products[0] == layer.forward))
+    calls, packed_products = [], packed_linear._packed_products
 
-    def counted(layer):
-        packed = product(layer)
-        return lambda input_BSH: calls.append(layer) or packed(input_BSH)
+    def counted(layers):
+        def counting(layer, product):
+            return lambda input_BSH: calls.append(layer) or product(input_BSH)
 
-    monkeypatch.setattr(packed_linear, "_packed_product", counted)
+        return list(map(counting, layers, packed_products(layers)))
+
+    monkeypatch.setattr(packed_linear, "_packed_products", counted)
     for packs in (True, False):
         calls.clear()
         engine = GraftEngine.from_pretrained(bundle, target, packed=packs, check=False)

@@ -148,7 +148,7 @@ def test_a_learned_file_that_changes_while_windows_are_counted_is_told(config, t
     learned.write_bytes(content)
 
     def count_slowly(*arguments):
-        edited(learned, describe_corpus(config), counts=load_file(learned)["counts"] + 1)
+        edited(learned, describe_corpus(config.target), counts=load_file(learned)["counts"] + 1)
         count_windows(*arguments)
 
     with monkeypatch.context() as slow:
