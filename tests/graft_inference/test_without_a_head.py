@@ -65,6 +65,13 @@ def test_the_runtimes_command_takes_a_prompt_without_a_bundle(tmp_path, capsys, 
     assert "accepted: drafted 0, matrix 0, lookup " in printed.err
 
 
+@pytest.mark.parametrize("command", [runtime_cli.main, serve_cli.main])
+def test_a_method_that_drafts_is_refused_before_anything_is_loaded(command, capsys):
+    text = ["some text"] if command is runtime_cli.main else []
+    assert command(["--target", "no/such/target", "--method", "eagle3", *text]) == 2
+    assert "--method eagle3 drafts, and without a bundle there is no head" in capsys.readouterr().err
+
+
 def test_without_a_bundle_the_target_must_be_named(capsys):
     with pytest.raises(GraftError, match="without a bundle nothing says which model to run: pass --target"):
         recorded_target(None)
