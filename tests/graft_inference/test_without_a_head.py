@@ -44,6 +44,19 @@ def test_samples_and_batches_are_those_of_plain_decoding(family):
     assert ours.stats.accepted["lookup"] > 0
 
 
+def test_a_model_serves_one_engine_at_a_time():
+    model, input_ids = tiny_model("llama"), prompt(9)
+    bundle = load_bundle(None, model.config, None)
+    expected = greedy_reference(model, input_ids, 20).tolist()
+    first = GraftEngine.from_bundle(bundle, model, fallback=False)
+    with pytest.raises(GraftError, match=r"serves another engine already: use that one, call its target\.release\(\)"):
+        GraftEngine.from_bundle(bundle, model, fallback=False)
+    assert first.generate(input_ids, 20).sequences.tolist() == expected
+    first.target.release()
+    second = GraftEngine.from_bundle(bundle, model, fallback=False)
+    assert second.generate(input_ids, 20).sequences.tolist() == expected
+
+
 def test_it_serves_in_float32_on_a_cpu_and_a_method_that_drafts_is_refused(tmp_path):
     target = write_target(tmp_path / "target")
     assert served_dtype(None, "cpu", "auto") == "float32"
