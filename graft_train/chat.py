@@ -16,7 +16,7 @@ from rich.text import Text
 from graft_inference import GenerationStats, GraftEngine, GraftError, Request
 from graft_inference.bundle import recorded_target
 from graft_inference.chat_template import check_template, encode_chat, opening, template_variables
-from graft_inference.cli import load_engine
+from graft_inference.cli import check_method, load_engine
 from graft_inference.prompts import check_text, is_plain
 from graft_inference.retrieval.sources import SOURCES
 from graft_inference.spelling import Spelling
@@ -86,6 +86,7 @@ def _conversation(options: ChatOptions) -> "Conversation":
         check_text(text, "--system or --template-variable")
     variables = template_variables(options.template_variable)
     Request.of(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    check_method(options.bundle, options.method)
     target = options.target or recorded_target(options.bundle)
     try:
         engine = load_engine(options.bundle, target, options.device, options.dtype, keep_prefix=True)

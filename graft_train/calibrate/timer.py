@@ -66,10 +66,8 @@ class RoundTimer:
     ) -> None:
         self.engine, self.prompts, self.temperature = engine, prompts, temperature
         most = 1 + drafted_nodes(topk, num_steps) + sum(map(len, templates.values()))
-        self.num_draft_tokens, self.num_steps = (
-            sorted({1, *(nodes for nodes in num_draft_tokens if nodes <= most)}),
-            num_steps,
-        )
+        self.num_draft_tokens = sorted({1, *(nodes for nodes in num_draft_tokens if nodes <= most)})
+        self.num_steps = num_steps
         self.plans = _forced_plans(self.num_draft_tokens, topk, num_steps, templates)
         self.contexts = _contexts(prompts, min(longest, engine.target.max_positions - SAMPLE))
         runs = [("long", key) for key in self.plans if key[0] == "nodes"] if len(self.contexts) > 1 else []

@@ -12,7 +12,7 @@ from .bundle import load_bundle, load_target_model, served_dtype
 from .chat_template import check_template, encode_chat, naming_refusals, opening, template_variables
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
-from .policy.policy import METHODS
+from .policy.policy import METHODS, lookup_policy
 from .prompts import check_text, text_ids
 
 BUNDLE_HELP = "directory or Hub id of an exported bundle or a head; without one, prompt lookup alone speculates"
@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> GenerationStats:
         raise GraftError("--system and --template-variable are for the chat template: add --chat")
     prompt, variables = _read(options.prompt), template_variables(options.template_variable)
     _check_texts(options)
+    check_method(options.bundle, options.method)
     engine = load_engine(options.bundle, options.target, options.device, options.dtype)
     tokenizer: Any = engine.tokenizer
     input_ids = encode(tokenizer, prompt, options.chat, options.system, variables)
@@ -60,6 +61,14 @@ def run(options: argparse.Namespace) -> GenerationStats:
         printer.put(torch.tensor([token]))
     printer.end()
     return stats
+
+
+def check_method(bundle: str | None, method: str) -> None:
+    """Raises GraftError for a method that drafts where there is no bundle, and so no head; it loads nothing."""
+    if bundle is None and lookup_policy().plan(method).drafts:
+        raise GraftError(
+            f"--method {method} drafts, and without a bundle there is no head: give one, or another method"
+        )
 
 
 def load_engine(

@@ -125,7 +125,7 @@ class GraftEngine(Runner):
             settings: those of `EngineSettings`.
 
         Raises:
-            GraftError: a family that cannot be served, or a bad setting. The model is left as it was.
+            GraftError: a family that cannot be served, another engine's model, a bad setting. The model is untouched.
         """
         head = bundle.head
         target = Target(model, () if head is None else head.config.aux_layer_ids)

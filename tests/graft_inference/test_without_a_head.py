@@ -44,6 +44,19 @@ def test_samples_and_batches_are_those_of_plain_decoding(family):
     assert ours.stats.accepted["lookup"] > 0
 
 
+def test_a_model_serves_one_engine_at_a_time():
+    model, input_ids = tiny_model("llama"), prompt(9)
+    bundle = load_bundle(None, model.config, None)
+    expected = greedy_reference(model, input_ids, 20).tolist()
+    first = GraftEngine.from_bundle(bundle, model, fallback=False)
+    with pytest.raises(GraftError, match=r"serves another engine already: use that one, call its target\.release\(\)"):
+        GraftEngine.from_bundle(bundle, model, fallback=False)
+    assert first.generate(input_ids, 20).sequences.tolist() == expected
+    first.target.release()
+    second = GraftEngine.from_bundle(bundle, model, fallback=False)
+    assert second.generate(input_ids, 20).sequences.tolist() == expected
+
+
 def test_it_serves_in_float32_on_a_cpu_and_a_method_that_drafts_is_refused(tmp_path):
     target = write_target(tmp_path / "target")
     assert served_dtype(None, "cpu", "auto") == "float32"
@@ -63,6 +76,13 @@ def test_the_runtimes_command_takes_a_prompt_without_a_bundle(tmp_path, capsys, 
     printed = capsys.readouterr()
     assert printed.out == expected_text("lorem ipsum\n", 20) + "\n"
     assert "accepted: drafted 0, matrix 0, lookup " in printed.err
+
+
+@pytest.mark.parametrize("command", [runtime_cli.main, serve_cli.main])
+def test_a_method_that_drafts_is_refused_before_anything_is_loaded(command, capsys):
+    text = ["some text"] if command is runtime_cli.main else []
+    assert command(["--target", "no/such/target", "--method", "eagle3", *text]) == 2
+    assert "--method eagle3 drafts, and without a bundle there is no head" in capsys.readouterr().err
 
 
 def test_without_a_bundle_the_target_must_be_named(capsys):

@@ -108,6 +108,10 @@ def test_without_a_bundle_the_target_alone_answers(bundle):
     assert (done.exit_code, done.stdout) == (2, "")
     assert "without a bundle nothing says which model to run: pass --target" in done.stderr
 
+    done = CliRunner().invoke(cli.main, ["chat", "--target", "no/such/target", "--method", "eagle3"], input="why not\n")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--method eagle3 drafts, and without a bundle there is no head" in done.stderr
+
     target = str(Path(bundle).parent / "target")
     done = CliRunner().invoke(
         cli.main, ["chat", "--target", target, *OPTIONS, "--max-new-tokens", "20"], input="why not\n"

@@ -46,14 +46,20 @@ def test_a_main_process_that_ends_during_the_rendezvous_is_told(port):
     ready, begun = os.pipe()
     pid = os.fork()
     if pid == 0:
-        store = TCPStore("127.0.0.1", port, 1, True)  # it lives while this name does
-        os.write(begun, b".")
-        signal.pause()
-        os._exit(0)
-    os.read(ready, 1)
-    store = TCPStore("127.0.0.1", port, 1, False, timedelta(seconds=60))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+        try:
+            store = TCPStore("127.0.0.1", port, 1, True)  # it lives while this name does
+            os.write(begun, b".")
+            signal.pause()
+        finally:
+            os._exit(1)  # whatever happens, this copy runs no further test
+    os.close(begun)
+    try:
+        assert os.read(ready, 1) == b"."  # nothing: it has ended
+        store = TCPStore("127.0.0.1", port, 1, False, timedelta(seconds=60))
+    finally:
+        os.close(ready)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     with pytest.raises(GraftError, match="has ended or never came"), naming_lost_processes():
         store.get("address")
 

@@ -38,7 +38,7 @@ def draft_blocks(
     rows_1RH = torch.cat([embedding_SH[layout.anchors_A], mask_H[None]])[None]
     hidden_1NH, rope = _spread(rows_1RH, layout), head.rotary_emb(rows_1RH, layout.slot_positions_N[None])
     for index, layer in enumerate(cast(Iterable[BlockLayer], head.layers)):
-        inner, seen, asked_rope = layer.self_attn, layouts[views[index]], rope
+        inner, seen, query_rope = layer.self_attn, layouts[views[index]], rope
         states_1RH = layer.input_layernorm(hidden_1NH if index else rows_1RH)
         query, (key, value) = inner.unturned_query(states_1RH), inner.unturned_key_value(states_1RH)
         if not index:
@@ -46,11 +46,12 @@ def draft_blocks(
         if index == last and config.first_slot:
             # The anchor's own slot predicts nothing: in the last layer it only lends its key.
             seen = replace(seen, first=config.first_slot)
-            hidden_1NH, query, *asked_rope = (_asking(part, seen) for part in (hidden_1NH, query, *rope))
+            hidden_1NH, query = _asking(hidden_1NH, seen), _asking(query, seen)
+            query_rope = _asking(rope[0], seen), _asking(rope[1], seen)
         # Under autocast RoPE leaves queries and keys in fp32, and the projections values in bf16.
         dtype = value.dtype
         attended_1QND = attention(
-            turned(query, asked_rope).to(dtype),
+            turned(query, query_rope).to(dtype),
             keys_LBKSD[index].to(dtype),
             values_LBKSD[index].to(dtype),
             turned(key, rope).to(dtype),

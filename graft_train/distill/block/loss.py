@@ -162,10 +162,8 @@ class _BlockLoss(torch.autograd.Function):
             chunk = slice(start, start + anchors)
             taken_CK = taught.started_AK[chunk]
             hidden_NH = hidden_AKH[chunk][taken_CK]
-            label_N, logits_ND, more_ND = (
-                taught.label_AK[chunk][taken_CK],
-                *(one[: len(hidden_NH)] for one in memory[:2]),
-            )
+            label_N = taught.label_AK[chunk][taken_CK]
+            logits_ND, more_ND = (one[: len(hidden_NH)] for one in memory[:2])
             teacher_ND = None
             if loss.needs_teacher:
                 # Blocks of neighbouring anchors share places.
@@ -185,9 +183,8 @@ class _BlockLoss(torch.autograd.Function):
                 scale_AK[chunk] = d_pace_weights(confidence_CK, taught.trained_AK[chunk], loss.d_pace)
             value_AK[chunk][taken_CK], grad_ND = loss.of(head_ND, label_N, teacher_ND)
             # DeepSpeed trains a head that is bf16 itself; under autocast only the products are.
-            grad_ND, scale_N1 = (
-                part.to(hidden_AKH.dtype) for part in (grad_ND, (weight_AK[chunk] * scale_AK[chunk])[taken_CK][:, None])
-            )
+            grad_ND = grad_ND.to(hidden_AKH.dtype)
+            scale_N1 = (weight_AK[chunk] * scale_AK[chunk])[taken_CK][:, None].to(hidden_AKH.dtype)
             # A draft's weight is that of all its logits, so the narrower factor takes it.
             grad_hidden_AKH[chunk][taken_CK] = (grad_ND @ lm_head_DH.to(grad_ND.dtype)) * scale_N1
             if grad_markov_AKR is not None:

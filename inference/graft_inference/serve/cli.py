@@ -9,7 +9,7 @@ from functools import partial
 from ipaddress import ip_address
 
 from ..bundle import recorded_target
-from ..cli import BUNDLE_HELP, load_engine
+from ..cli import BUNDLE_HELP, check_method, load_engine
 from ..engine import GraftEngine
 from ..errors import GraftError
 from ..policy.policy import METHODS
@@ -53,6 +53,7 @@ def serve(options: argparse.Namespace, prog: str) -> None:
         raise GraftError(f"{error.name} is not installed: pip install 'graft-inference[serve]'") from error
 
     _check(options)
+    check_method(options.bundle, options.method)
     with _bound(options.host, options.port) as listening:  # before the target is loaded, which may take minutes
         target = options.target or recorded_target(options.bundle)
         engine = load_engine(options.bundle, target, options.device, options.dtype, keep_prefix=True)

@@ -112,7 +112,16 @@ class Target:
 
     @contextmanager
     def own_attention(self) -> Iterator[PreTrainedModel]:
-        """The model with its own attention, inside a `with` block."""
+        """The model with its own attention, inside a `with` block.
+
+        Raises:
+            GraftError: the model served another engine already when this target was made.
+        """
+        if self._reference == self.attention_name:
+            raise GraftError(
+                f"this {type(self.model).__name__} serves another engine already: use that one, call its "
+                "target.release() first, or load the model again"
+            )
         self.model.set_attn_implementation(self._reference)
         try:
             yield self.model
