@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.fx.experimental import _config as fx_config
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +17,7 @@ from graft_train.distill.eagle3.layout import make_layout
 from graft_train.distill.eagle3.loss import distillation_loss, reference_loss, taught_positions
 from graft_train.distill.eagle3.unroll import unroll
 from graft_train.distill.metrics import StepSums
-from graft_train.distill.teacher import ABSENT, final_state_teacher, teacher_of, top_logits_teacher
+from graft_train.distill.teacher import ABSENT, final_state_teacher, product, teacher_of, top_logits_teacher
 from tests.graft_inference.plain_head import VARIANTS, varied
 
 from .pair import VOCAB, plain_unroll, tiny_head, tiny_target
@@ -154,6 +155,7 @@ def test_a_teacher_of_the_best_logits_is_the_plain_one_cut_off_and_normalised(na
     assert torch.equal(sums.matched_K, whole_sums.matched_K)
 
 
+@pytest.mark.filterwarnings("error")  # as of memory that had to grow
 def test_logits_exist_a_chunk_at_a_time(monkeypatch):
     """Of the target as of the head, forward and backward."""
     monkeypatch.setattr(loss_module, "CHUNK", 6)
@@ -164,18 +166,34 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch):
 
 
 class LargestRows(TorchDispatchMode):
-    """The most rows that any tensor of this width has."""
+    """The most rows that any tensor of this width has, and where such tensors lie."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width, self.rows = width, 0
+        self.memory: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.width:
                 self.rows = max(self.rows, tensor.numel() // self.width)
+                self.memory.add(tensor.data_ptr())
         return out
+
+
+def test_a_product_is_that_of_linear_in_the_memory_given():
+    """New memory only where the product is rounded on its way, as under autocast."""
+    states_CH, weight_DH = torch.randn(4, 16, generator=torch.Generator().manual_seed(3)), torch.eye(7, 16) / 3
+    out_CD, linear = torch.empty(4, 7), F.linear(states_CH, weight_DH)
+    with LargestRows(7) as seen:
+        found = product(states_CH, weight_DH, out_CD)
+    assert found.data_ptr() == out_CD.data_ptr()
+    assert seen.memory <= {out_CD.data_ptr(), weight_DH.data_ptr()}, "of the transposed weight"
+    torch.testing.assert_close(found, linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = F.linear(states_CH, weight_DH)
+        assert torch.equal(product(states_CH, weight_DH, torch.empty(4, 7)), rounded.float())
 
 
 @pytest.mark.parametrize("top", [None, 4])
