@@ -1,8 +1,10 @@
 """The beginning of the quickstart: an answer that prompt lookup alone speeds up, before anything is trained."""
 
+from typing import Any
+
 from rich.console import Console
 
-from graft_inference import GraftError
+from graft_inference.bundle import check_tokenizer
 from graft_inference.cli import encode
 from graft_train.config import Config
 from graft_train.demonstrate import show_answer
@@ -29,7 +31,7 @@ def first_answer(config: Config) -> None:
         GraftError: what `GraftEngine.from_pretrained` raises, or a target without a tokenizer.
     """
     engine, console = engine_of(config, None, config.target.dtype, fallback=False), Console()
-    if engine.tokenizer is None:
-        raise GraftError(f"{config.target.name_or_path} has no tokenizer: put its files beside the model")
-    prompt_S = encode(engine.tokenizer, PROMPT, chat=bool(engine.tokenizer.chat_template))
+    tokenizer: Any = engine.tokenizer
+    check_tokenizer(tokenizer, config.target.name_or_path)
+    prompt_S = encode(tokenizer, PROMPT, chat=bool(tokenizer.chat_template))
     show_answer(engine, prompt_S, console)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from graft_inference import GraftError, Policy
 from graft_inference.bundle import (
     check_plans,
+    check_tokenizer,
     describe_target,
     load_bundle,
     load_successors,
@@ -90,8 +91,7 @@ def open_case(options: DoctorOptions) -> Case:
     is_block(served or place / "head")  # refuses what is no head before the target is loaded, which may take minutes
     bundle = place / "bundle" if (place / "bundle").is_dir() else place
     model, tokenizer = load_target_model(name, options.device, served_dtype(bundle, options.device, options.dtype))
-    if tokenizer is None:
-        raise GraftError(f"{name} has no tokenizer: put its files beside the model")
+    check_tokenizer(tokenizer, name)
     config = model.config.get_text_config()
     ends = frozenset(ends_of(model.generation_config.eos_token_id, tokenizer))
     model.generation_config = GenerationConfig()  # a checkpoint's penalties are not its law

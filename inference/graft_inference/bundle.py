@@ -167,6 +167,12 @@ def served_dtype(path: str | Path | None, device: str, dtype: str) -> str:
     return measured_on.get("dtype", "float32") if on_cpu else "float32"
 
 
+def check_tokenizer(tokenizer: Any | None, target: Any) -> None:
+    """Raises GraftError where a target, a directory or Hub id, has no tokenizer and is asked in words."""
+    if tokenizer is None:
+        raise GraftError(f"{target} has no tokenizer: put its files beside the model")
+
+
 def _check_made_for(made_for: dict[str, Any], path: Path) -> None:
     """Raises GraftError unless these are values of `describe_target`: an empty fingerprint would fit any tokenizer."""
     tokenizer = made_for["tokenizer"]

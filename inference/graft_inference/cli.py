@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from .bundle import load_bundle, load_target_model, served_dtype
+from .bundle import check_tokenizer, load_bundle, load_target_model, served_dtype
 from .chat_template import check_template, encode_chat, naming_refusals, opening, template_variables
 from .engine import GenerationStats, GraftEngine
 from .errors import GraftError
@@ -83,8 +83,7 @@ def load_engine(
         GraftError: what `GraftEngine.from_pretrained` raises, or a target without tokenizer.
     """
     model, tokenizer = load_target_model(target, device, served_dtype(bundle, device, dtype))
-    if tokenizer is None:
-        raise GraftError(f"{target} has no tokenizer: put its files beside the model")
+    check_tokenizer(tokenizer, target)
     loaded = load_bundle(bundle, model.config.get_text_config(), tokenizer)
     return GraftEngine.from_bundle(loaded, model, tokenizer=tokenizer, **settings)
 

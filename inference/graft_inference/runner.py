@@ -67,11 +67,7 @@ class Runner:
     """Target, speculator and what requests share; the rounds of several requests take turns.
 
     Args:
-        target: the model; its `aux_layer_ids` are those that `head` reads.
-        policy: the plan of each method.
-        head: the draft head; None where no plan drafts.
-        successors: the successor matrix that requests start from.
-        settings: see `EngineSettings`.
+        target, policy, head, successors: those of `GraftEngine`.
 
     Raises:
         GraftError: graphs asked for without CUDA.
