@@ -1,22 +1,6 @@
-"""Whether a machine was steady enough for its figures to be trusted."""
+"""What a report says of figures of an unsteady machine."""
 
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-
-UNSTEADY = 0.1
-"""Variation of the same work's time within a run from which on its figures are not to be trusted."""
-
-
-def variation(times: Iterable[Sequence[float]]) -> float:
-    """Interquartile range over median: how much the time of the same work varied; 0 where nothing was timed.
-
-    Args:
-        times: of every piece of work, each time that it took.
-    """
-    relative = [float(one / np.median(found)) for found in times for one in found if np.median(found)]
-    low, high = np.percentile(relative or [1.0], [25, 75])
-    return float(high - low)
+from graft_inference.steadiness import UNSTEADY
 
 
 def distrust(found: float, what: str, remedy: str) -> str | None:

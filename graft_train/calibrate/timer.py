@@ -23,13 +23,13 @@ from graft_inference import (
 )
 from graft_inference.retrieval.sources import SOURCES
 from graft_inference.stats import PHASES
+from graft_inference.steadiness import variation
 from graft_inference.template import RankPaths
 from graft_inference.tree import drafted_nodes
 from graft_train.calibrate.budget import Budget
 from graft_train.calibrate.latency import Latency
 from graft_train.calibrate.rounds import Sample, between, mean_ms, undisturbed, whole_ms
 from graft_train.processes import of_main, say
-from graft_train.steadiness import variation
 
 SAMPLE, WARM_UP = 12, 2
 """Tokens of one sample, and of the run of each plan that comes before them, without CUDA graphs."""

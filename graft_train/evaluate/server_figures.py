@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from graft_inference.errors import GraftError
+from graft_inference.steadiness import variation
 from graft_train.evaluate.server_passes import Timed
 from graft_train.evaluate.summary import interval, speedups
-from graft_train.steadiness import variation
 
 Pass = dict[str, Any]
 """What `Server.run` returned."""

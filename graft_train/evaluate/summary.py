@@ -8,9 +8,9 @@ import numpy as np
 from scipy.stats import theilslopes
 
 from graft_inference import GraftError
+from graft_inference.steadiness import variation
 from graft_train.data.samples import Sample
 from graft_train.evaluate.timing import Run
-from graft_train.steadiness import variation
 
 BOOTSTRAP = 2000
 LEAST_PROMPTS = 5

@@ -14,10 +14,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -28,16 +28,13 @@ from vllm.config import VllmConfig
 from ..device import device_name
 from ..errors import GraftError
 from ..files import replace_file
+from ..steadiness import UNSTEADY, quantile, variation
 from .vllm import EagleProposer, GraftWorker
 
 ROUNDS, WARM_UP, REPEATS = 16, 4, 3
 """Rounds of a run, those at its beginning that do not count, and runs of each plan."""
-
-
 UNDISTURBED = 0.25
 """The quantile of rounds that counts."""
-UNSTEADY = 0.1
-"""Variation of the same plan's rounds from which on a table is not to be trusted."""
 
 
 class ForcedProposer(EagleProposer):
@@ -100,7 +97,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(REPEATS):
         for plan in plans if number % 2 else reversed(plans):
             found[plan] += _times(llm, plan, arguments)
-    share = {plan: 1e3 * _quantile(times, UNDISTURBED) / arguments.at_once for plan, times in found.items()}
+    share = {plan: 1e3 * quantile(times, UNDISTURBED) / arguments.at_once for plan, times in found.items()}
     varied = variation(found.values())
     if varied > UNSTEADY:
         print(
@@ -155,12 +152,6 @@ def _times(llm: LLM, plan: tuple[int, int], arguments: argparse.Namespace) -> li
     return [later - earlier for earlier, later in pairwise(whole)]
 
 
-def variation(times: Iterable[Sequence[float]]) -> float:
-    """How much the times of each plan varied: the interquartile range over the median, of all plans together."""
-    relative = [one / median(found) for found in times for one in found]
-    return _quantile(relative, 0.75) - _quantile(relative, 0.25)
-
-
 def rising(times: Sequence[float]) -> list[float]:
     """The nearest times that never fall, by least squares: more work never costs less, what says otherwise is noise.
 
@@ -173,10 +164,6 @@ def rising(times: Sequence[float]) -> list[float]:
             last = pools.pop()
             pools[-1] += last
     return [mean(pool) for pool in pools for _ in pool]
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
 if __name__ == "__main__":
